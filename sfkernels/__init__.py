@@ -1,0 +1,28 @@
+"""Kernels for streaming video from autoregressive diffusion models."""
+
+from sfkernels.attention import block_causal_attention, cross_attention, ring_attention
+from sfkernels.kv_cache import RingKVCache
+from sfkernels.layout import BlockLayout, Visibility
+from sfkernels.norm import adaln, gated_adaln, gated_residual, layer_norm, rms_norm
+from sfkernels.rope import qk_norm_rope, qk_norm_rope_append, rope_table
+from sfkernels.sampler import sampler_step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockLayout",
+    "RingKVCache",
+    "Visibility",
+    "adaln",
+    "block_causal_attention",
+    "cross_attention",
+    "gated_adaln",
+    "gated_residual",
+    "layer_norm",
+    "qk_norm_rope",
+    "qk_norm_rope_append",
+    "ring_attention",
+    "rms_norm",
+    "rope_table",
+    "sampler_step",
+]

@@ -1,0 +1,242 @@
+"""Who sees whom: the block structure of attention over the frames of a video.
+
+A clip is a sequence of chunks, a chunk a few latent frames, a frame `frame_tokens` tokens.
+Attention is dense inside a chunk and causal between chunks, so that the whole N×N pattern follows
+from a handful of integers and is never stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Span = tuple[int, int]
+
+
+class Visibility(IntEnum):
+    """What a block of queries sees of a block of keys."""
+
+    NONE = 0
+    PARTIAL = 1
+    FULL = 2
+
+
+class Row(NamedTuple):
+    """One chunk of queries and the keys it sees, as half-open spans of tokens."""
+
+    queries: Span
+    keys: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """The attention pattern of one training or prefill pass.
+
+    chunks: latent frames of each chunk, in order. `(F,)` is bidirectional attention.
+    frame_tokens: tokens of one latent frame.
+    window: frames a chunk sees, its own included: the first `sink` frames and the newest
+        `window - sink`, counted back from the end of the chunk. None: all earlier frames.
+    sink: frames at the start of the clip that stay visible when the window has moved on.
+    teacher_forcing: the sequence is [clean ‖ noisy]. A clean chunk b sees clean chunks <= b; a
+        noisy chunk b sees clean chunks < b and itself (arXiv 2506.08009, Figure 2).
+    hide_first: the last chunk does not see the first one, so that training meets what inference
+        meets once the first chunk has left the rolling cache (arXiv 2506.08009, section 3.4).
+
+    Raises ValueError where these do not fit together.
+    """
+
+    chunks: tuple[int, ...]
+    frame_tokens: int
+    window: int | None = None
+    sink: int = 0
+    teacher_forcing: bool = False
+    hide_first: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.chunks or any(c < 1 for c in self.chunks):
+            raise ValueError(
+                f"chunks={self.chunks}: at least one chunk, each of at least one latent frame"
+            )
+        if self.frame_tokens < 1:
+            raise ValueError(f"frame_tokens={self.frame_tokens}: must be at least 1")
+        check_window(self.window, self.sink, max(self.chunks))
+
+    @classmethod
+    def causal(
+        cls,
+        frames: int,
+        chunk: int,
+        frame_tokens: int,
+        *,
+        first: int | None = None,
+        window: int | None = None,
+        sink: int = 0,
+        teacher_forcing: bool = False,
+        hide_first: bool = False,
+    ) -> BlockLayout:
+        """Chunks of `chunk` frames over a clip; `first` is the size of the first chunk if it
+        differs (1 for an independent first frame)."""
+        sizes = chunk_sizes(frames, chunk, first)
+        return cls(sizes, frame_tokens, window, sink, teacher_forcing, hide_first)
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of the clip (of one half, under teacher forcing)."""
+        return sum(self.chunks)
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequence: both halves, under teacher forcing."""
+        return self.frames * self.frame_tokens * (2 if self.teacher_forcing else 1)
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """Every chunk of queries with the spans of keys it sees, in the order of the sequence."""
+        n = self.frame_tokens
+        ends = tuple(accumulate(self.chunks))
+        clean, noisy = [], []
+        for b, (size, end) in enumerate(zip(self.chunks, ends, strict=True)):
+            own = (end - size, end)
+            past = [*self._past(b, own)]
+            clean.append(Row(_scale(own, n), tuple(_scale(s, n) for s in _merge([*past, own]))))
+            if self.teacher_forcing:
+                shifted = (own[0] + self.frames, own[1] + self.frames)
+                spans = _merge([*past, shifted])
+                noisy.append(Row(_scale(shifted, n), tuple(_scale(s, n) for s in spans)))
+        return (*clean, *noisy)
+
+    def _past(self, b: int, own: Span) -> Iterator[Span]:
+        """Frames before chunk b that it sees."""
+        start, end = own
+        hidden = self.chunks[0] if self.hide_first and 0 < b == len(self.chunks) - 1 else 0
+        oldest = 0 if self.window is None else max(0, end - (self.window - self.sink))
+        for lo, hi in ((0, min(self.sink, oldest, start)), (oldest, start)):
+            if max(lo, hidden) < hi:
+                yield max(lo, hidden), hi
+
+    def visibility(self, queries: Span, keys: Span) -> Visibility:
+        """Whether every, some or no query of the half-open token span `queries` sees every, some
+        or no key of `keys`. Raises ValueError for a span outside the sequence."""
+        for name, (lo, hi) in (("queries", queries), ("keys", keys)):
+            if not 0 <= lo < hi <= self.tokens:
+                raise ValueError(
+                    f"{name}={lo, hi}: must be a non-empty span inside 0..{self.tokens}"
+                )
+        seen = wanted = 0
+        for row in self.rows:
+            rows = _overlap(row.queries, queries)
+            wanted += rows * (keys[1] - keys[0])
+            seen += rows * sum(_overlap(span, keys) for span in row.keys)
+        if seen == 0:
+            return Visibility.NONE
+        return Visibility.FULL if seen == wanted else Visibility.PARTIAL
+
+    @property
+    def pairs(self) -> int:
+        """(query, key) pairs that attend: the unit of the pattern's arithmetic."""
+        return sum(
+            (r.queries[1] - r.queries[0]) * sum(hi - lo for lo, hi in r.keys) for r in self.rows
+        )
+
+    def dense_mask(self) -> Tensor:
+        """The pattern as a boolean [tokens, tokens] tensor: for pictures and small tests."""
+        mask = torch.zeros(self.tokens, self.tokens, dtype=torch.bool)
+        for (q0, q1), spans in self.rows:
+            for k0, k1 in spans:
+                mask[q0:q1, k0:k1] = True
+        return mask
+
+    def plot(self, ax: Axes | None = None, title: str | None = None) -> Axes:
+        """Draws the pattern by frames (queries down, keys across) on a matplotlib axes, a new one
+        if none is given, and returns it. Needs matplotlib."""
+        from matplotlib import pyplot
+        from matplotlib.colors import ListedColormap
+
+        by_frame = BlockLayout(
+            self.chunks, 1, self.window, self.sink, self.teacher_forcing, self.hide_first
+        )
+        size = by_frame.tokens
+        if ax is None:
+            _, ax = pyplot.subplots(figsize=(3, 3), layout="constrained")
+        image = by_frame.dense_mask().float()
+        if self.teacher_forcing:  # the noisy half in a colour of its own
+            image[self.frames :, self.frames :] *= 2
+        ax.imshow(image, cmap=ListedColormap(["#f2f2f2", "#3b6ea5", "#e08a3c"]), vmin=0, vmax=2)
+        halves = 2 if self.teacher_forcing else 1
+        edges = [0, *accumulate(self.chunks * halves)]
+        for edge in edges:
+            ax.axhline(edge - 0.5, color="white", linewidth=1.5)
+            ax.axvline(edge - 0.5, color="white", linewidth=1.5)
+        ax.set_xticks(range(size), [str(f % self.frames) for f in range(size)], fontsize=6)
+        ax.set_yticks(range(size), [str(f % self.frames) for f in range(size)], fontsize=6)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+        kind = "frame (clean ‖ noisy)" if self.teacher_forcing else "frame"
+        ax.set_xlabel(f"key {kind}", fontsize=7)
+        ax.set_ylabel(f"query {kind}", fontsize=7)
+        if title:
+            ax.set_title(title, fontsize=8)
+        return ax
+
+
+def chunk_sizes(frames: int, chunk: int, first: int | None = None) -> tuple[int, ...]:
+    """Splits `frames` latent frames into chunks of `chunk`, the first of size `first` if given.
+    Raises ValueError where they do not divide."""
+    first = chunk if first is None else first
+    if frames < 1 or chunk < 1 or first < 1:
+        raise ValueError(f"frames={frames}, chunk={chunk}, first={first}: each must be at least 1")
+    if frames < first or (frames - first) % chunk:
+        raise ValueError(
+            f"frames={frames}: must be {first} plus a multiple of the chunk size {chunk}"
+        )
+    return (first, *(chunk,) * ((frames - first) // chunk))
+
+
+def check_window(window: int | None, sink: int, chunk: int) -> None:
+    """Raises ValueError unless a window of `window` latent frames with `sink` pinned ones can hold
+    a chunk of `chunk` frames beside them."""
+    if sink < 0:
+        raise ValueError(f"sink={sink}: must be 0 or more latent frames")
+    if window is None:
+        return
+    if window < chunk:
+        raise ValueError(
+            f"window={window} is smaller than a chunk of {chunk} latent frames: it must be at "
+            f"least {chunk + sink}"
+        )
+    if sink >= window:
+        raise ValueError(f"sink={sink} must be smaller than window={window} (latent frames)")
+    if window - sink < chunk:
+        raise ValueError(
+            f"window={window} with sink={sink} leaves {window - sink} latent frames, fewer than a "
+            f"chunk of {chunk}: the window must be at least {chunk + sink}"
+        )
+
+
+def _scale(span: Span, factor: int) -> Span:
+    return span[0] * factor, span[1] * factor
+
+
+def _merge(spans: Sequence[Span]) -> list[Span]:
+    """Joins neighbouring spans of a sorted list."""
+    merged: list[Span] = []
+    for lo, hi in spans:
+        if merged and merged[-1][1] == lo:
+            merged[-1] = (merged[-1][0], hi)
+        else:
+            merged.append((lo, hi))
+    return merged
+
+
+def _overlap(a: Span, b: Span) -> int:
+    return max(0, min(a[1], b[1]) - max(a[0], b[0]))

@@ -1,0 +1,116 @@
+"""Sizes of models and the named presets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of a Wan2.1 diffusion transformer.
+
+    patch: (frames, height, width) of latents that make one token; frames must be 1.
+    prediction: what the network's last layer stands for. "flow" is ε − x0, as Wan2.1; "x0" is the
+        clean latents, which a very small network learns better. The model returns flow either way.
+    """
+
+    dim: int
+    ffn_dim: int
+    heads: int
+    layers: int
+    channels: int = 16
+    patch: tuple[int, int, int] = (1, 2, 2)
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    eps: float = 1e-6
+    prediction: Literal["flow", "x0"] = "flow"
+
+    def __post_init__(self) -> None:
+        if self.patch[0] != 1:
+            raise ValueError(
+                f"patch={self.patch}: a token spans one latent frame, so it must be (1, h, w)"
+            )
+        if self.dim % self.heads or self.head_dim % 2:
+            raise ValueError(f"dim={self.dim}: must divide into {self.heads} heads of even size")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @classmethod
+    def from_wan(cls, config: Mapping[str, Any]) -> DiTConfig:
+        """From the names of the official `config.json`. Raises ValueError for a variant whose
+        arithmetic differs (image-to-video, no QK-norm, other input and output channels)."""
+        fixed = {"model_type": "t2v", "qk_norm": True, "cross_attn_norm": True}
+        for name, want in fixed.items():
+            if config.get(name, want) != want:
+                raise ValueError(f"config.json has {name}={config[name]!r}: must be {want!r}")
+        if config["in_dim"] != config["out_dim"]:
+            raise ValueError(
+                f"config.json has in_dim={config['in_dim']}: must be out_dim={config['out_dim']}"
+            )
+        patch = config.get("patch_size", (1, 2, 2))
+        return cls(
+            dim=config["dim"],
+            ffn_dim=config["ffn_dim"],
+            heads=config["num_heads"],
+            layers=config["num_layers"],
+            channels=config["in_dim"],
+            patch=(patch[0], patch[1], patch[2]),
+            freq_dim=config["freq_dim"],
+            text_dim=config.get("text_dim", 4096),
+            text_len=config["text_len"],
+            eps=config["eps"],
+        )
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model with the settings it streams at.
+
+    height, width: of the latents. shift, steps: noise schedule and few-step list. chunk, window,
+    sink: latent frames. fps: pixel frames a second of the video.
+    """
+
+    dit: DiTConfig
+    height: int
+    width: int
+    shift: float = 5.0
+    steps: tuple[int, ...] = (1000, 750, 500, 250)
+    chunk: int = 3
+    window: int = 21
+    sink: int = 0
+    fps: int = 16
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) of a frame in tokens."""
+        _, ph, pw = self.dit.patch
+        return self.height // ph, self.width // pw
+
+
+PRESETS = {
+    "toy": Preset(
+        DiTConfig(
+            dim=128,
+            ffn_dim=512,
+            heads=2,
+            layers=4,
+            channels=4,
+            patch=(1, 4, 4),
+            freq_dim=64,
+            text_dim=32,
+            text_len=16,
+            prediction="x0",
+        ),
+        height=8,
+        width=8,
+        shift=3.0,
+        window=9,
+    ),
+    "wan-1.3b": Preset(DiTConfig(1536, 8960, 12, 30), height=60, width=104),
+    "wan-14b": Preset(DiTConfig(5120, 13824, 40, 40), height=60, width=104),
+}

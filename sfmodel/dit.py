@@ -1,0 +1,351 @@
+"""The Wan2.1 diffusion transformer, bidirectional, block-causal or cached, on sfkernels' ops.
+
+Shapes: B batch, F latent frames, C channels, h×w tokens of a frame, N = h·w, L = F·N tokens,
+D model dim, T text rows, S slots of a ring.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sfkernels as sf
+from sfkernels.dispatch import check_shape
+from sfkernels.kv_cache import RingChunk
+from sfmodel.config import DiTConfig
+from sfmodel.schedule import TRAIN_STEPS
+
+
+class Context(NamedTuple):
+    """What every block of one forward pass shares."""
+
+    rope_LP2: Tensor
+    text_BTD: Tensor | None  # None: the cache holds the prompt
+    layout: sf.BlockLayout | None
+    cache: sf.RingKVCache | None
+    chunk: RingChunk | None
+
+
+class Modulation(NamedTuple):
+    """Time embedding of each frame in float32: `t` [B, F], `head` [B, F, D], `blocks`
+    [B, F, 6, D]. B and F may be 1. Depends on t alone: a sampler computes it once per step."""
+
+    t: Tensor
+    head: Tensor
+    blocks: Tensor
+
+
+class SelfAttention(nn.Module):
+    """Attention between frames: under a layout, or of a chunk over the ring."""
+
+    def __init__(self, config: DiTConfig, layer: int, impl: str) -> None:
+        super().__init__()
+        self.layer, self.eps, self.impl = layer, config.eps, impl
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = nn.Parameter(torch.ones(config.dim))
+        self.norm_k = nn.Parameter(torch.ones(config.dim))
+
+    def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
+        norm = (self.qkv(x_BLD), self.norm_q, self.norm_k, context.rope_LP2)
+        if context.cache is not None and context.chunk is not None:
+            ring = context.cache.k[self.layer], context.cache.v[self.layer]
+            q = sf.qk_norm_rope_append(
+                *norm, *ring, context.chunk.slot_F, eps=self.eps, impl=self.impl
+            )
+            out = sf.ring_attention(q, *ring, context.chunk.valid, impl=self.impl)
+        else:
+            assert context.layout is not None
+            q, k, v = sf.qk_norm_rope(*norm, eps=self.eps, impl=self.impl)
+            out = sf.block_causal_attention(q, k, v, context.layout, impl=self.impl)
+        return self.o(out.flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention to the prompt. Its keys and values depend on the prompt alone."""
+
+    def __init__(self, config: DiTConfig, layer: int, impl: str) -> None:
+        super().__init__()
+        self.layer, self.heads, self.eps, self.impl = layer, config.heads, config.eps, impl
+        self.q = nn.Linear(config.dim, config.dim)
+        self.kv = nn.Linear(config.dim, 2 * config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = nn.Parameter(torch.ones(config.dim))
+        self.norm_k = nn.Parameter(torch.ones(config.dim))
+
+    def keys_values(self, text_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, heads, head dim] each."""
+        k, v = self.kv(text_BTD).chunk(2, dim=-1)
+        k = sf.rms_norm(k, self.norm_k, eps=self.eps, impl=self.impl)
+        return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
+
+    def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
+        q = sf.rms_norm(self.q(x_BLD), self.norm_q, eps=self.eps, impl=self.impl)
+        if context.text_BTD is None:
+            assert context.cache is not None
+            k, v = context.cache.text_k[self.layer], context.cache.text_v[self.layer]
+        else:
+            k, v = self.keys_values(context.text_BTD)
+        out = sf.cross_attention(q.unflatten(-1, (self.heads, -1)), k, v, impl=self.impl)
+        return self.o(out.flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, config: DiTConfig, layer: int, impl: str) -> None:
+        super().__init__()
+        self.eps, self.impl = config.eps, impl
+        self.self_attn = SelfAttention(config, layer, impl)
+        self.norm3 = nn.LayerNorm(config.dim, config.eps)
+        self.cross_attn = CrossAttention(config, layer, impl)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_dim, config.dim),
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / math.sqrt(config.dim))
+
+    def modulate(self, blocks_BF6D: Tensor) -> tuple[Tensor, ...]:
+        """shift1, scale1, gate1, shift2, scale2, gate2: [B, F, D] each."""
+        return (blocks_BF6D + self.modulation.float()).unbind(2)
+
+    def forward(
+        self, x_BLD: Tensor, h_BLD: Tensor, modulation: tuple[Tensor, ...], context: Context
+    ) -> tuple[Tensor, Tensor]:
+        """h is the first norm of x. Returns x before the FFN's residual and the FFN's output: the
+        caller adds them in one pass with the norm that follows."""
+        _, _, gate1, shift2, scale2, _ = modulation
+        attended = self.self_attn(h_BLD, context)
+        x_BLD = sf.gated_residual(x_BLD, attended, gate1, impl=self.impl)
+        norm3 = (self.norm3.weight, self.norm3.bias)
+        h_BLD = sf.layer_norm(x_BLD, *norm3, eps=self.eps, impl=self.impl)
+        x_BLD = x_BLD + self.cross_attn(h_BLD, context)
+        h_BLD = sf.adaln(x_BLD, shift2, scale2, eps=self.eps, impl=self.impl)
+        return x_BLD, self.ffn(h_BLD)
+
+
+class Head(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.head = nn.Linear(config.dim, math.prod(config.patch) * config.channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / math.sqrt(config.dim))
+
+    def modulate(self, head_BFD: Tensor) -> tuple[Tensor, ...]:
+        """shift, scale: [B, F, D] each."""
+        return (head_BFD[:, :, None] + self.modulation.float()).unbind(2)
+
+
+class DiT(nn.Module):
+    """Wan2.1 as one module: bidirectional teacher or critic, causal student, cached generator.
+
+    Parameters carry the official names, except that q, k, v (and k, v of the prompt) are one
+    projection each; checkpoint.py maps both ways. impl: the implementation of every sfkernels op.
+    """
+
+    def __init__(self, config: DiTConfig, impl: str = "auto") -> None:
+        super().__init__()
+        self.config, self.impl = config, impl
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.channels, dim, config.patch, config.patch)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config, i, impl) for i in range(config.layers))
+        self.head = Head(config)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for embedding in (self.text_embedding, self.time_embedding):
+            for module in embedding:
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
+    def forward(
+        self,
+        x_BFCHW: Tensor,
+        t: Tensor | Modulation,
+        text_BTE: Tensor | None,
+        *,
+        layout: sf.BlockLayout | None = None,
+        clean_BFCHW: Tensor | None = None,
+        cache: sf.RingKVCache | None = None,
+    ) -> Tensor:
+        """Predicts the flow ε − x0, [B, F, C, H, W] float32.
+
+        x: noisy latents [B, F, C, H, W]. t: timesteps in 0..1000, [], [B] or [B, F], or what
+        `modulation` made of them. text: prompt embeddings [B or 1, T <= text_len, text_dim], or
+        None when `set_text` has put the prompt into the cache.
+
+        Neither layout nor cache: bidirectional attention. layout: block-causal; one with
+        teacher_forcing takes the clean latents, same shape as x, and returns the noisy half. cache:
+        x is the next chunk of a stream; its keys and values are written in place, and the caller
+        commits them after the pass at t = 0 on the final latents.
+
+        Raises ValueError for shapes or arguments that do not fit together.
+        """
+        grid = self._check_latents(x_BFCHW)
+        batch, frames = x_BFCHW.shape[:2]
+        if (clean_BFCHW is not None) != (layout is not None and layout.teacher_forcing):
+            raise ValueError("clean latents and a layout with teacher_forcing belong together")
+        if (text_BTE is None) != (cache is not None):
+            raise ValueError("text is None exactly when a cache is given: set_text puts it there")
+        if clean_BFCHW is not None and isinstance(t, Modulation):
+            raise ValueError("teacher forcing takes timesteps, not a Modulation")
+        if cache is not None and layout is not None:
+            raise ValueError("give a layout or a cache, not both")
+
+        chunk = None
+        if cache is not None:
+            if cache.frame_tokens != math.prod(grid):
+                raise ValueError(
+                    f"x has {math.prod(grid)} tokens a frame: the cache has {cache.frame_tokens}"
+                )
+            chunk = cache.chunk(frames)
+            frame_F = chunk.frame_F
+        else:
+            if layout is None:
+                layout = sf.BlockLayout((frames,), math.prod(grid))
+            if (layout.frames, layout.frame_tokens) != (frames, math.prod(grid)):
+                raise ValueError(
+                    f"x has {frames} frames of {math.prod(grid)} tokens: the layout has "
+                    f"{layout.frames} of {layout.frame_tokens}"
+                )
+            frame_F = torch.arange(frames, dtype=torch.int32, device=x_BFCHW.device)
+
+        modulation = all_frames = t if isinstance(t, Modulation) else self.modulation(t)
+        tokens_BLD = self._patchify(x_BFCHW)
+        if clean_BFCHW is not None:  # the sequence is [clean ‖ noisy], the clean half at t = 0
+            check_shape("clean", clean_BFCHW, tuple(x_BFCHW.shape))
+            t_BF = modulation.t.expand(batch, frames)
+            all_frames = self.modulation(torch.cat([torch.zeros_like(t_BF), t_BF], 1))
+            tokens_BLD = torch.cat([self._patchify(clean_BFCHW), tokens_BLD], 1)
+            frame_F = frame_F.repeat(2)
+        context = Context(
+            sf.rope_table(frame_F, grid, self.config.head_dim, impl=self.impl),
+            None if text_BTE is None else self._embed_text(text_BTE),
+            layout,
+            cache,
+            chunk,
+        )
+        out_BLE = self._run(tokens_BLD, all_frames, context)
+        out = self._unpatchify(out_BLE[:, -frames * math.prod(grid) :].float(), grid)
+        if self.config.prediction == "x0":
+            sigma = (modulation.t / TRAIN_STEPS).clamp(min=1 / TRAIN_STEPS)
+            out = (x_BFCHW.float() - out) / sigma[:, :, None, None, None]
+        return out
+
+    def modulation(self, t: Tensor) -> Modulation:
+        """Time embedding of timesteps [], [B] or [B, F], in float32 whatever the model's dtype:
+        bfloat16 would collapse the 1000 training timesteps to 294."""
+        if t.dim() > 2:
+            raise ValueError(f"t has shape {[*t.shape]}: must be [], [B] or [B, F]")
+        t_BF = t.reshape(t.shape + (1,) * (2 - t.dim()))
+        half = self.config.freq_dim // 2
+        exponent = torch.arange(half, device=t.device, dtype=torch.float64) / half
+        angle = t_BF.double()[..., None] * 10_000.0**-exponent
+        sinusoid = torch.cat([angle.cos(), angle.sin()], -1).float()
+        with torch.autocast(t.device.type, enabled=False):
+            hidden = F.silu(_linear32(sinusoid, self.time_embedding[0]))
+            head = _linear32(hidden, self.time_embedding[2])
+            blocks = _linear32(F.silu(head), self.time_projection[1])
+        return Modulation(t_BF.float(), head, blocks.unflatten(-1, (6, -1)))
+
+    def set_text(self, cache: sf.RingKVCache, text_BTE: Tensor) -> None:
+        """Puts a prompt's cross-attention keys and values [B or 1, T, text_dim] into the cache."""
+        text_BTD = self._embed_text(text_BTE)
+        for i, block in enumerate(self.blocks):
+            k, v = cast(Block, block).cross_attn.keys_values(text_BTD)
+            cache.text_k[i].copy_(k)
+            cache.text_v[i].copy_(v)
+
+    def new_cache(
+        self, batch: int, window: int, grid: tuple[int, int], sink: int = 0
+    ) -> sf.RingKVCache:
+        """An empty cache for streams of this model; grid: (height, width) of a frame in tokens."""
+        return sf.RingKVCache(
+            layers=self.config.layers,
+            batch=batch,
+            window=window,
+            sink=sink,
+            frame_tokens=math.prod(grid),
+            heads=self.config.heads,
+            head_dim=self.config.head_dim,
+            text_tokens=self.config.text_len,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def _run(self, x_BLD: Tensor, modulation: Modulation, context: Context) -> Tensor:
+        """All blocks and the head. Each norm is computed in one pass with the residual before it,
+        so that the first one stands before the loop and the last one is the head's."""
+        blocks = [cast(Block, block) for block in self.blocks]
+        tables = [block.modulate(modulation.blocks) for block in blocks]
+        # The (shift, scale) of the norm that follows each block.
+        following = [(m[0], m[1]) for m in tables[1:]] + [self.head.modulate(modulation.head)]
+        shift, scale = tables[0][:2]
+        h_BLD = sf.adaln(x_BLD, shift, scale, eps=self.config.eps, impl=self.impl)
+        for block, table, (shift, scale) in zip(blocks, tables, following, strict=True):
+            x_BLD, y_BLD = block(x_BLD, h_BLD, table, context)
+            x_BLD, h_BLD = sf.gated_adaln(
+                x_BLD, y_BLD, table[5], shift, scale, eps=self.config.eps, impl=self.impl
+            )
+        return self.head.head(h_BLD)
+
+    def _embed_text(self, text_BTE: Tensor) -> Tensor:
+        """Pads with zeros to text_len rows, all of which are attended to, and projects."""
+        check_shape("text", text_BTE, ("B", "T", self.config.text_dim))
+        missing = self.config.text_len - text_BTE.shape[1]
+        if missing < 0:
+            raise ValueError(
+                f"text has {text_BTE.shape[1]} rows: must be at most {self.config.text_len}"
+            )
+        return self.text_embedding(F.pad(text_BTE.to(self.dtype), (0, 0, 0, missing)))
+
+    def _check_latents(self, x_BFCHW: Tensor) -> tuple[int, int]:
+        """The token grid (h, w) of the latents."""
+        check_shape("x", x_BFCHW, ("B", "F", self.config.channels, "H", "W"))
+        _, ph, pw = self.config.patch
+        height, width = x_BFCHW.shape[3:]
+        if height % ph or width % pw:
+            raise ValueError(f"latents are {height}×{width}: must be multiples of {ph}×{pw}")
+        return height // ph, width // pw
+
+    def _patchify(self, x_BFCHW: Tensor) -> Tensor:
+        """[B, L, D]. The patch convolution's stride is its kernel, so it is one matrix product."""
+        _, ph, pw = self.config.patch
+        patches = x_BFCHW.to(self.dtype).unflatten(4, (-1, pw)).unflatten(3, (-1, ph))
+        patches_BLE = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
+        return F.linear(
+            patches_BLE, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias
+        )
+
+    def _unpatchify(self, out_BLE: Tensor, grid: tuple[int, int]) -> Tensor:
+        _, ph, pw = self.config.patch
+        patches = out_BLE.unflatten(2, (ph, pw, -1)).unflatten(1, (-1, *grid))
+        return patches.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+
+def _linear32(x: Tensor, linear: nn.Module) -> Tensor:
+    assert isinstance(linear, nn.Linear)
+    return F.linear(x, linear.weight.float(), linear.bias.float())

@@ -1,0 +1,57 @@
+"""The flow-matching noise schedule: x_t = (1 − σ)·x0 + σ·ε, with t = 1000·σ."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+TRAIN_STEPS = 1000
+
+
+class FlowSchedule:
+    """σ = shift·s / (1 + (shift − 1)·s) for s = 1, 0.999, …, 0.001 (Wan2.1 uses shift 5).
+
+    sigmas, timesteps: float32 [1000], falling; timesteps = 1000·sigmas.
+    """
+
+    def __init__(self, shift: float = 5.0) -> None:
+        self.shift = shift
+        s = torch.linspace(1, 0, TRAIN_STEPS + 1)[:-1]
+        self.sigmas = self.shifted(s)
+        self.timesteps = self.sigmas * TRAIN_STEPS
+
+    def shifted(self, s: Tensor) -> Tensor:
+        """σ of a uniform s in [0, 1]."""
+        return self.shift * s / (1 + (self.shift - 1) * s)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """σ of any t (any shape): the table's entry with the nearest t, so that t = 0 gives the
+        smallest σ, not 0. For t of a chunk that is clean, use t = 0 and the latents as they are."""
+        distance = (self.timesteps.to(t.device) - t.float().unsqueeze(-1)).abs()
+        return self.sigmas.to(t.device)[distance.argmin(-1)]
+
+    def warp(self, steps: Sequence[int]) -> Tensor:
+        """t of few-step indices in 1..1000, such as [1000, 750, 500, 250] → [1000, 937.5, 833.3,
+        625] at shift 5. Raises ValueError for indices outside or not falling."""
+        falling = all(a > b for a, b in itertools.pairwise(steps))
+        if not steps or not falling or steps[0] > TRAIN_STEPS or steps[-1] < 1:
+            raise ValueError(
+                f"steps={[*steps]}: must fall from at most {TRAIN_STEPS} to at least 1"
+            )
+        return self.timesteps[[TRAIN_STEPS - k for k in steps]]
+
+    def flow_weights(self) -> Tensor:
+        """Loss weight of each training step, [1000]: exp(−2·((t − 500)/1000)²) minus its minimum,
+        normalised to mean 1 (Wan2.1)."""
+        bell = torch.exp(-2 * ((self.timesteps - TRAIN_STEPS / 2) / TRAIN_STEPS) ** 2)
+        bell = bell - bell.min()
+        return bell * (TRAIN_STEPS / bell.sum())
+
+
+def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """x_t of x0 and noise [B, F, ...] for sigma [], [B] or [B, F]."""
+    sigma = sigma.reshape(sigma.shape + (1,) * (x0.dim() - sigma.dim()))
+    return torch.lerp(x0, noise, sigma.to(x0.dtype))

@@ -1,0 +1,142 @@
+"""The generation loop: chunk by chunk through the ring cache, frames out as they are ready."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sfkernels import RingKVCache, sampler_step
+from sfkernels.layout import check_window
+from sfmodel.config import Preset
+from sfmodel.dit import DiT
+from sfmodel.schedule import FlowSchedule
+
+
+class VideoCodec(Protocol):
+    """What streaming needs of a video VAE. The state is explicit; None starts a clip, whose first
+    latent frame is one pixel frame and every later one `temporal_factor`."""
+
+    latent_channels: int
+    spatial_factor: int
+    temporal_factor: int
+
+    def decode_chunk(self, latents_BFCHW: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Latents [B, F, C, h, w] → pixels [B, T, 3, H, W] in [-1, 1] and the next state."""
+        ...
+
+
+class FewStepSampler:
+    """Generates the next chunk of a stream with a few-step causal model (arXiv 2506.08009,
+    algorithm 2): predict x0, renoise to the next level, and at last one clean pass that leaves the
+    chunk's final keys and values in the cache.
+
+    steps: falling indices in 1..1000, warped by the schedule. Everything that depends on them alone
+    is computed here, once.
+    """
+
+    def __init__(
+        self, model: DiT, cache: RingKVCache, schedule: FlowSchedule, steps: Sequence[int]
+    ) -> None:
+        self.model, self.cache = model, cache
+        t = schedule.warp(steps).to(model.device)
+        self.sigmas = schedule.sigma(t)
+        self.modulations = [model.modulation(one) for one in t]
+        self.clean = model.modulation(torch.zeros((), device=model.device))
+
+    def denoise(self, noise_BFCHW: Tensor, renoise: Callable[[int], Tensor]) -> Tensor:
+        """x0 of the next chunk, float32, from its initial noise; `renoise(i)` gives the fresh noise
+        before step i. The cache is left holding keys and values of the last noisy step."""
+        x = noise_BFCHW
+        last = len(self.modulations) - 1
+        for i, modulation in enumerate(self.modulations):
+            flow = self.model(x, modulation, None, cache=self.cache)
+            following = () if i == last else (self.sigmas[i + 1], renoise(i + 1))
+            x0, x = sampler_step(x, flow, self.sigmas[i], *following, impl=self.model.impl)
+        return x0
+
+    def append(self, x0_BFCHW: Tensor) -> None:
+        """The cache-update pass: the chunk's clean keys and values become the past."""
+        self.model(x0_BFCHW, self.clean, None, cache=self.cache)
+        self.cache.commit(x0_BFCHW.shape[1])
+
+
+@torch.inference_mode()
+def stream_latents(
+    model: DiT,
+    text_BTE: Tensor,
+    preset: Preset,
+    *,
+    seed: int = 0,
+    batch: int = 1,
+    first: int | None = None,
+    initial_BFCHW: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Endless clean latents, one chunk [batch, F, C, h, w] in float32 at a time.
+
+    text: prompt embeddings [1 or batch, T, text_dim]. preset: sizes, chunk, window, sink, steps.
+    first: frames of the first chunk, if not `preset.chunk`. initial: latents that come before the
+    first one generated (image-to-video, continuation), whole chunks; they are not yielded.
+    The same seed gives the same video on the same kind of device. Raises ValueError where sizes do
+    not fit together and MemoryError where the cache does not fit.
+    """
+    check_window(preset.window, preset.sink, max(preset.chunk, first or 1))
+    cache = model.new_cache(batch, preset.window, preset.grid, preset.sink)
+    model.set_text(cache, text_BTE)
+    sampler = FewStepSampler(model, cache, FlowSchedule(preset.shift), preset.steps)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    sizes = itertools.chain([first or preset.chunk], itertools.repeat(preset.chunk))
+
+    if initial_BFCHW is not None:
+        remaining = initial_BFCHW.float()
+        while remaining.shape[1]:
+            size = next(sizes)
+            if size > remaining.shape[1]:
+                raise ValueError(
+                    f"initial has {initial_BFCHW.shape[1]} latent frames: must be whole chunks of "
+                    f"{preset.chunk}" + (f" after a first one of {first}" if first else "")
+                )
+            sampler.append(remaining[:, :size])
+            remaining = remaining[:, size:]
+
+    for size in sizes:
+        shape = (batch, size, model.config.channels, preset.height, preset.width)
+
+        def noise(_: int = 0, shape: tuple[int, ...] = shape) -> Tensor:
+            return torch.randn(shape, generator=generator, device=model.device)
+
+        x0 = sampler.denoise(noise(), noise)
+        sampler.append(x0)
+        yield x0
+
+
+@torch.inference_mode()
+def stream(
+    model: DiT,
+    codec: VideoCodec,
+    text_BTE: Tensor,
+    preset: Preset,
+    *,
+    frames: int | None = None,
+    seed: int = 0,
+    batch: int = 1,
+) -> Iterator[Tensor]:
+    """Decoded video, one chunk of pixel frames [batch, T, 3, H, W] in about [-1, 1] at a time, as
+    soon as it is ready; `frames` pixel frames in all, endless if None. Memory does not grow.
+
+    The arguments are those of `stream_latents`. Raises ValueError for frames below 1."""
+    if frames is not None and frames < 1:
+        raise ValueError(f"frames={frames}: must be at least 1")
+    state = None
+    left = math.inf if frames is None else frames
+    for latents in stream_latents(model, text_BTE, preset, seed=seed, batch=batch):
+        pixels, state = codec.decode_chunk(latents, state)
+        pixels = pixels[:, : int(min(left, pixels.shape[1]))]
+        yield pixels
+        left -= pixels.shape[1]
+        if left <= 0:
+            return
