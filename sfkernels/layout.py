@@ -171,7 +171,9 @@ class BlockLayout:
         image = by_frame.dense_mask().float()
         if self.teacher_forcing:  # the noisy half in a colour of its own
             image[self.frames :, self.frames :] *= 2
-        ax.imshow(image, cmap=ListedColormap(["#f2f2f2", "#3b6ea5", "#e08a3c"]), vmin=0, vmax=2)
+        ax.imshow(
+            image.numpy(), cmap=ListedColormap(["#f2f2f2", "#3b6ea5", "#e08a3c"]), vmin=0, vmax=2
+        )
         halves = 2 if self.teacher_forcing else 1
         edges = [0, *accumulate(self.chunks * halves)]
         for edge in edges:

@@ -9,6 +9,8 @@ F of a modulation may be 1.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -138,16 +140,35 @@ def attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float) -> T
 def block_causal_attention(
     q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, layout: BlockLayout, scale: float
 ) -> Tensor:
+    batch = len(q_BLHD)
     out = []
-    for (q0, q1), spans in layout.rows:
-        k, v = (
-            torch.cat([t[:, lo:hi] for lo, hi in spans], 1)
-            if len(spans) > 1
-            else t[:, spans[0][0] : spans[0][1]]
-            for t in (k_BLHD, v_BLHD)
+    groups, restore_L = _rows_by_shape(layout, q_BLHD.device)
+    for query_RQ, key_RS in groups:
+        q, k, v = (
+            t.index_select(1, index.flatten()).reshape(-1, index.shape[1], *t.shape[2:])
+            for t, index in ((q_BLHD, query_RQ), (k_BLHD, key_RS), (v_BLHD, key_RS))
         )
-        out.append(attention(q_BLHD[:, q0:q1], k, v, scale))
-    return torch.cat(out, 1)
+        out.append(attention(q, k, v, scale).reshape(batch, -1, *q_BLHD.shape[2:]))
+    return torch.cat(out, 1).index_select(1, restore_L)
+
+
+@functools.lru_cache(maxsize=32)
+def _rows_by_shape(
+    layout: BlockLayout, device: torch.device
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """The layout's rows, those with equally many queries and keys stacked into one call of dense
+    attention, as token indices [R, Q] and [R, S]; and where each token's output then is, [L]."""
+    groups: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+    for (q0, q1), spans in layout.rows:
+        query = torch.arange(q0, q1)
+        key = torch.cat([torch.arange(lo, hi) for lo, hi in spans])
+        groups.setdefault((len(query), len(key)), []).append((query, key))
+    stacked = [
+        (torch.stack([q for q, _ in rows]).to(device), torch.stack([k for _, k in rows]).to(device))
+        for rows in groups.values()
+    ]
+    order = torch.cat([q.flatten() for q, _ in stacked])
+    return stacked, order.argsort()
 
 
 def ring_attention(

@@ -89,7 +89,7 @@ class CrossAttention(nn.Module):
             assert context.cache is not None
             k, v = context.cache.text_k[self.layer], context.cache.text_v[self.layer]
         else:
-            k, v = self.keys_values(context.text_BTD)
+            k, v = (t.expand(len(x_BLD), -1, -1, -1) for t in self.keys_values(context.text_BTD))
         out = sf.cross_attention(q.unflatten(-1, (self.heads, -1)), k, v, impl=self.impl)
         return self.o(out.flatten(2))
 
@@ -167,10 +167,6 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        for embedding in (self.text_embedding, self.time_embedding):
-            for module in embedding:
-                if isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
     @property

@@ -1,0 +1,3 @@
+from sfmodel.cli import main
+
+main()

@@ -1,0 +1,165 @@
+"""The command line: `sfmodel generate`, `sfmodel train`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn
+
+from sfmodel import checkpoint
+from sfmodel.config import PRESETS, Preset
+from sfmodel.dit import DiT
+from sfmodel.stream import VideoCodec, stream
+from sfmodel.text import ToyTextEncoder
+from sfmodel.toy_vae import ToyVAE
+from sfmodel.train.loop import TrainConfig, train
+from sfmodel.video import ContactSheet, VideoWriter
+
+TOY_WEIGHTS = Path(__file__).parent / "weights" / "toy.safetensors"
+
+
+def generate(
+    prompt: str = "a large red ball moves up slowly",
+    prompt_file: Path | None = None,
+    frames: int | Literal["endless"] = 121,
+    window: int | None = None,
+    sink: int | None = None,
+    chunk: int | None = None,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    preset: str = "toy",
+    output: Path = Path("out/video.mp4"),
+) -> None:
+    """Stream a video from a sentence, chunk by chunk, into an MP4 and a contact sheet beside it.
+
+    Ctrl-C ends the video there and keeps what was written.
+
+    Args:
+        prompt: What to show. The toy model knows: a small|large dim|bright red|green|blue|yellow|
+            magenta|cyan|white ball moves up|down|left|right [and …] slowly|fast; leave out any.
+        prompt_file: A text file with one prompt a line, each streamed into a video of its own
+            (video-0.mp4, video-1.mp4, …); takes the place of the prompt.
+        frames: Pixel frames, or "endless".
+        window: Latent frames that the KV cache holds, the current chunk included.
+        sink: First latent frames that stay in the cache for good.
+        chunk: Latent frames generated at a time.
+        seed: The same seed gives the same video.
+        checkpoint: Weights (.safetensors, .pt, .pth); the preset's own if not given.
+        preset: Sizes of the model and its stream.
+        output: The MP4 to write.
+    """
+    settings = find_preset(preset)
+    settings = replace(
+        settings,
+        window=settings.window if window is None else window,
+        sink=settings.sink if sink is None else sink,
+        chunk=settings.chunk if chunk is None else chunk,
+    )
+    prompts = [prompt] if prompt_file is None else read_prompts(prompt_file)
+    model, codec, text = load_toy(checkpoint)
+    embeddings = text(prompts, model.device)
+    names = (
+        [output]
+        if len(prompts) == 1
+        else [output.with_stem(f"{output.stem}-{i}") for i in range(len(prompts))]
+    )
+    total = None if frames == "endless" else frames
+    chunks = stream(model, codec, embeddings, settings, frames=total, seed=seed, batch=len(prompts))
+    sheets = [ContactSheet() for _ in prompts]
+    done, began, first = 0, time.perf_counter(), 0.0
+    console = Console()
+    columns = (SpinnerColumn(), TextColumn("{task.fields[said]}"))
+    interrupted = False
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(VideoWriter(name, settings.fps)) for name in names]
+        progress = stack.enter_context(
+            Progress(*columns, console=console, disable=not console.is_terminal)
+        )
+        task = progress.add_task("", said="first chunk")
+        try:
+            for pixels in chunks:
+                done += pixels.shape[1]
+                first = first or time.perf_counter() - began
+                for writer, sheet, video in zip(writers, sheets, pixels, strict=True):
+                    writer.write(video)
+                    sheet.add(video)
+                rate = done / (time.perf_counter() - began)
+                progress.update(task, said=f"frame {done} of {total or '∞'}, {rate:.1f} FPS")
+        except KeyboardInterrupt:
+            if not done:
+                raise
+            interrupted = True
+    for sheet, name, sentence in zip(sheets, names, prompts, strict=True):
+        sheet.save(name.with_suffix(".png"), title=sentence or "(no prompt)")
+    seconds = time.perf_counter() - began
+    print(
+        f"{'stopped after ' if interrupted else ''}{done} frames in {seconds:.2f} s "
+        f"({len(prompts) * done / seconds:.1f} FPS; first chunk after {first:.3f} s), "
+        f"{model.device}: {', '.join(str(n) for n in names)}"
+    )
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def train_command(
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")], resume: bool = False
+) -> None:
+    """Train by teacher forcing on the toy world: progress, log.jsonl, loss.png, checkpoints.
+
+    Args:
+        resume: Continue the run in the output folder, bit for bit as if it had not stopped.
+    """
+    print(f"weights: {train(config, resume=resume)}")
+
+
+def find_preset(name: str) -> Preset:
+    """Raises ValueError for a preset that does not exist or cannot be streamed yet."""
+    if name not in PRESETS:
+        raise ValueError(f"preset={name!r}: must be one of {', '.join(PRESETS)}")
+    if name != "toy":
+        raise ValueError(
+            f"preset={name!r}: its video decoder and text encoder are not part of this version; "
+            "'toy' is"
+        )
+    return PRESETS[name]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The non-empty lines of a text file. Raises ValueError for a file that is missing or empty."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise ValueError(f"prompt file {path}: {reason}") from None
+    if not any(lines):
+        raise ValueError(f"prompt file {path}: has no prompt, must have one a line")
+    return [line for line in lines if line]
+
+
+def load_toy(path: Path | None = None) -> tuple[DiT, VideoCodec, ToyTextEncoder]:
+    """The toy model with the given or the shipped weights, its codec and its text encoder."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = DiT(PRESETS["toy"].dit)
+    checkpoint.load(model, path or TOY_WEIGHTS)
+    return model.to(device).eval(), ToyVAE.from_pretrained().to(device), ToyTextEncoder()
+
+
+def main() -> None:
+    """Entry point. Exit code 2 and one sentence for bad input, 130 for Ctrl-C."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {"generate": generate, "train": train_command}, prog="sfmodel"
+        )
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"sfmodel: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,409 @@
+"""Video files: write frames as they are generated, draw contact sheets, read videos back.
+
+Frames are float tensors [T, 3, H, W] with values in [-1, 1] (red, green, blue). Shape suffixes:
+T frames, H height and W width in pixels, C the three colours.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import uuid
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+
+import av
+import numpy as np
+import numpy.typing as npt
+import torch
+from av.video.reformatter import ColorRange, Colorspace
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+Images = npt.NDArray[np.uint8]
+
+BT709 = 1  # the code of HD television in ITU-T H.273, for primaries and transfer alike
+MIN_SHORT_SIDE = 256  # px: smaller videos are enlarged, players would blur them on a screen
+
+
+def _to_images(frames: Tensor) -> Images:
+    """Float frames [T, 3, H, W] in [-1, 1] on any device to bytes [T, H, W, 3]."""
+    if frames.ndim != 4 or frames.shape[1] != 3 or 0 in frames.shape[2:]:
+        raise ValueError(f"frames: shape {list(frames.shape)}, expected [T, 3, H, W]")
+    if not frames.is_floating_point():
+        raise ValueError(f"frames: dtype {frames.dtype}, expected floating point in [-1, 1]")
+    bytes_TCHW = frames.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    images: Images = bytes_TCHW.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return images
+
+
+def _enlarge(images_THWC: Images, scale: int) -> Images:
+    return images_THWC.repeat(scale, axis=1).repeat(scale, axis=2) if scale > 1 else images_THWC
+
+
+def _reserve(path: Path) -> Path:
+    """Create an empty file beside `path` to write into first, and its folder where needed.
+
+    Creating it is the only check of the folder that holds on every file system and for every user.
+    """
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch(exist_ok=False)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    return part
+
+
+def _cannot_write(path: Path, error: Exception) -> OSError:
+    reason = getattr(error, "strerror", None) or error
+    failure = OSError(f"cannot write {path}: {reason}")
+    failure.errno = getattr(error, "errno", None)  # set here, it stays out of the message
+    return failure
+
+
+class VideoWriter:
+    """Write an H.264 MP4 file frame by frame; use it as a context manager.
+
+    The file appears under its name when the writer closes, never half written. It closes also
+    when the body ends in an exception or KeyboardInterrupt, and then holds the frames written so
+    far. Encoding runs in a thread of its own, beside the generation of the next frames, which also
+    keeps Ctrl-C from falling between two packets of the file.
+
+    path: the file, ending in .mp4; missing folders are created, an existing file is replaced.
+    fps: frames per second.
+    scale: whole factor of enlargement, each pixel becoming a square; by default the smallest that
+        brings the short side to 256 pixels. Sides that are odd after that grow by one pixel, which
+        repeats the edge, because the pixel format needs even sides.
+    crf: the constant rate factor of x264, 0 (lossless) to 51; 18 is visually lossless.
+
+    Raises ValueError for arguments out of range and OSError where the path cannot be written, at
+    construction; OSError from `write` or `close` when the disk fills up.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        fps: float | Fraction = 16,
+        *,
+        scale: int | None = None,
+        crf: int = 18,
+    ) -> None:
+        self.path = Path(path)
+        if self.path.suffix.lower() != ".mp4":
+            raise ValueError(f"path: {str(self.path)!r}, expected a name ending in .mp4")
+        if not 0 < fps < math.inf:
+            raise ValueError(f"fps: {fps}, expected a positive number")
+        if scale is not None and not (isinstance(scale, int) and scale >= 1):
+            raise ValueError(f"scale: {scale}, expected a whole number from 1")
+        if not 0 <= crf <= 51:
+            raise ValueError(f"crf: {crf}, expected 0 to 51")
+        self.fps = Fraction(fps).limit_denominator(100_000)
+        self.scale = scale
+        self.crf = crf
+        self.frame_count = 0  # encoded so far
+        self._size: tuple[int, int] | None = None  # H, W of the frames as given
+        self._closed = False
+        self._error: OSError | None = None
+        self._pending: Future[None] | None = None
+        self._part = _reserve(self.path)
+        self._container: av.container.OutputContainer | None = None
+        self._stream: av.VideoStream | None = None
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="video")
+
+    def write(self, frames: Tensor) -> None:
+        """Append float frames [T, 3, H, W] in [-1, 1]; values beyond are clamped.
+
+        Returns when the frames given before are encoded, so that at most one batch waits. The
+        tensor may be overwritten afterwards. Raises ValueError for another shape than before.
+        """
+        if self._closed:
+            raise ValueError(f"{self.path} is closed, no more frames can be written")
+        images_THWC = _to_images(frames)
+        size = (images_THWC.shape[1], images_THWC.shape[2])
+        if self._size is None:
+            self._size = size
+        if size != self._size:
+            raise ValueError(f"frames: size {size}, expected {self._size} as in the first frames")
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+        self._pending = self._worker.submit(self._encode, images_THWC)
+
+    def close(self) -> None:
+        """Finish the file and give it its name. Raises ValueError if no frame was written."""
+        self._close(empty_allowed=False)
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self._close(empty_allowed=exception is not None)
+        except OSError as error:
+            if exception is None:
+                raise
+            if error is not exception:  # the exception of the body matters more
+                warnings.warn(str(error), stacklevel=2)
+
+    def _close(self, *, empty_allowed: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        # The worker also renames the file, so a second Ctrl-C while waiting here loses nothing.
+        finished = self._worker.submit(self._finish)
+        self._worker.shutdown(wait=False)
+        finished.result()
+        if self.frame_count == 0 and not empty_allowed:
+            raise ValueError(f"no frame was written to {self.path}, there is no file")
+
+    # What follows runs in the worker thread, one call after the other.
+
+    def _open(self, height: int, width: int) -> None:
+        self._container = av.open(
+            str(self._part), "w", format="mp4", options={"movflags": "+faststart"}
+        )
+        stream = self._container.add_stream("libx264", rate=self.fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        # veryfast keeps up with real-time generation; at a fixed crf it costs file size.
+        stream.options = {"crf": str(self.crf), "preset": "veryfast"}
+        # Said in the file, because players otherwise guess the colours from the height.
+        context = stream.codec_context
+        context.colorspace = Colorspace.ITU709
+        context.color_range = ColorRange.MPEG
+        context.color_primaries = BT709
+        context.color_trc = BT709
+        self._stream = stream
+
+    def _encode(self, images_THWC: Images) -> None:
+        if self._error is not None:
+            raise self._error
+        height, width = images_THWC.shape[1:3]
+        scale = self.scale or math.ceil(MIN_SHORT_SIDE / min(height, width))
+        try:
+            for image_HWC in images_THWC:
+                image_HWC = _enlarge(image_HWC[None], scale)[0]
+                odd_height, odd_width = image_HWC.shape[0] % 2, image_HWC.shape[1] % 2
+                if odd_height or odd_width:
+                    padding = ((0, odd_height), (0, odd_width), (0, 0))
+                    image_HWC = np.pad(image_HWC, padding, mode="edge")
+                if self._stream is None:
+                    self._open(*image_HWC.shape[:2])
+                assert self._container is not None and self._stream is not None
+                frame = av.VideoFrame.from_ndarray(image_HWC, format="rgb24").reformat(
+                    format="yuv420p",
+                    dst_colorspace=Colorspace.ITU709,
+                    dst_color_range=ColorRange.MPEG,
+                )
+                frame.pts, frame.time_base = self.frame_count, 1 / self.fps
+                self._container.mux(self._stream.encode(frame))
+                self.frame_count += 1
+        except Exception as error:  # whatever it is, the caller has to hear of it
+            raise self._abandon(error) from error
+
+    def _finish(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._container is None or self._stream is None:
+            self._part.unlink(missing_ok=True)
+            return
+        try:
+            self._container.mux(self._stream.encode(None))
+            self._container.close()
+            os.replace(self._part, self.path)
+        except Exception as error:  # whatever it is, the caller has to hear of it
+            raise self._abandon(error) from error
+
+    def _abandon(self, error: Exception) -> OSError:
+        """Remove the unfinished file; from now on every call raises the error returned."""
+        self._error = _cannot_write(self.path, error)
+        if self._container is not None:
+            with suppress(av.FFmpegError, OSError):
+                self._container.close()
+        self._part.unlink(missing_ok=True)
+        return self._error
+
+
+class ContactSheet:
+    """Collect frames for a contact sheet from a stream of unknown length, in bounded memory.
+
+    At most `limit` frames are kept, evenly spaced: each `every`-th at first; when they are too
+    many, every other one is dropped and the spacing doubles. A long stream therefore leaves
+    between limit / 2 and limit frames, the first one always among them.
+    """
+
+    def __init__(self, limit: int = 24, every: int = 1) -> None:
+        if limit < 2:
+            raise ValueError(f"limit: {limit}, expected 2 or more")
+        if every < 1:
+            raise ValueError(f"every: {every}, expected 1 or more")
+        self.limit = limit
+        self.every = every  # the present spacing, in frames
+        self.seen = 0
+        self._kept: list[tuple[int, Images]] = []
+
+    @property
+    def indices(self) -> list[int]:
+        """Numbers of the frames kept, counted from 0 over all frames seen."""
+        return [index for index, _ in self._kept]
+
+    def add(self, frames: Tensor) -> None:
+        """Take the next frames of the stream, float [T, 3, H, W] in [-1, 1]."""
+        first = -self.seen % self.every
+        # One copy for the batch, of what may be kept: on a GPU each copy makes the host wait.
+        images_THWC = _to_images(frames[first :: self.every])
+        indices = range(self.seen + first, self.seen + len(frames), self.every)
+        for index, image_HWC in zip(indices, images_THWC, strict=True):
+            if index % self.every:  # the spacing has grown within this batch
+                continue
+            if len(self._kept) == self.limit:
+                self._kept = self._kept[::2]
+                self.every *= 2
+                if index % self.every:
+                    continue
+            # A copy, because a view would keep the whole batch in memory.
+            self._kept.append((index, image_HWC.copy()))
+        self.seen += len(frames)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        columns: int | None = None,
+        title: str | None = None,
+    ) -> None:
+        """Write the sheet as PNG. Raises ValueError without frames, OSError if it cannot."""
+        _draw_sheet(self._kept, Path(path), columns, title)
+
+
+def contact_sheet(
+    frames: Tensor,
+    path: str | os.PathLike[str],
+    columns: int | None = None,
+    title: str | None = None,
+    limit: int = 24,
+) -> None:
+    """Write a PNG grid of evenly chosen frames, each with its number (from 0) under it.
+
+    frames: float [T, 3, H, W] in [-1, 1]; at most `limit` are shown, the first and last included.
+    columns: frames in a row, by default up to 8. title: one line above.
+    Raises ValueError for arguments out of range, OSError where the path cannot be written.
+    """
+    if limit < 1:
+        raise ValueError(f"limit: {limit}, expected 1 or more")
+    count = min(len(frames), limit)
+    chosen = np.linspace(0, len(frames) - 1, count).round().astype(int).tolist()
+    _draw_sheet(
+        list(zip(chosen, _to_images(frames[chosen]), strict=True)), Path(path), columns, title
+    )
+
+
+TILE_MIN, TILE_MAX, GAP = 128, 320, 8  # px: short side at least, long side at most, distance
+TITLE_SIZE, LABEL_SIZE = 18, 14  # px
+
+
+def _draw_sheet(
+    numbered: list[tuple[int, Images]], path: Path, columns: int | None, title: str | None
+) -> None:
+    if not numbered:
+        raise ValueError("frames: there are none, expected at least one")
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns: {columns}, expected 1 or more")
+    columns = min(columns or 8, len(numbered))
+    rows = math.ceil(len(numbered) / columns)
+    tiles = [_tile(image_HWC) for _, image_HWC in numbered]
+    width = max(tile.width for tile in tiles)
+    height = max(tile.height for tile in tiles)
+
+    label_font = ImageFont.load_default(LABEL_SIZE)
+    title_font = ImageFont.load_default(TITLE_SIZE)
+    top = GAP + (TITLE_SIZE + 2 * GAP if title else 0)
+    row_height = height + LABEL_SIZE + 2 * GAP
+    title_width = math.ceil(title_font.getlength(title)) if title else 0
+    sheet_width = GAP + max(columns * (width + GAP), title_width + GAP)
+    sheet = Image.new("RGB", (sheet_width, top + rows * row_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((GAP, GAP), title, fill="black", font=title_font)
+    for place, ((index, _), tile) in enumerate(zip(numbered, tiles, strict=True)):
+        left = GAP + place % columns * (width + GAP)
+        upper = top + place // columns * row_height
+        sheet.paste(tile, (left, upper))
+        middle = left + tile.width / 2
+        draw.text(
+            (middle, upper + tile.height + 4),
+            str(index),
+            fill="black",
+            font=label_font,
+            anchor="ma",
+        )
+    with _atomic(path) as part:
+        sheet.save(part, format="PNG")
+
+
+def _tile(image_HWC: Images) -> Image.Image:
+    """Small frames are enlarged pixel by pixel, large ones are shrunk smoothly."""
+    scale = math.ceil(TILE_MIN / min(image_HWC.shape[:2]))
+    tile = Image.fromarray(_enlarge(image_HWC[None], scale)[0])
+    if scale == 1:
+        tile.thumbnail((TILE_MAX, TILE_MAX), Image.Resampling.LANCZOS)
+    return tile
+
+
+@contextmanager
+def _atomic(path: Path) -> Iterator[Path]:
+    """Give a name beside `path` to write to, and rename it to `path` once the body succeeds."""
+    part = _reserve(path)
+    try:
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_video(path: str | os.PathLike[str], max_frames: int | None = None) -> tuple[Tensor, float]:
+    """Read a video file: float32 frames [T, 3, H, W] in [-1, 1] and the frames per second.
+
+    path: any format that FFmpeg reads. max_frames: stop after that many; all are held in memory.
+    Raises FileNotFoundError for a missing file, ValueError for one that is damaged or no video.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}")
+    if max_frames is not None and max_frames < 1:
+        raise ValueError(f"max_frames: {max_frames}, expected 1 or more")
+    images: list[Images] = []
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path} holds no video")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            expected, rate = stream.frames, stream.average_rate or stream.guessed_rate
+            for frame in container.decode(stream):
+                images.append(frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False))
+                if len(images) == max_frames:
+                    break
+    except (av.FFmpegError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path} is damaged or no video: {reason}") from error
+    if not images or rate is None:
+        raise ValueError(f"{path} is damaged: no frame can be decoded")
+    # A file that was cut off decodes without an error up to its end; its header knows better.
+    if len(images) < min(expected, max_frames or expected):
+        raise ValueError(f"{path} is damaged: it holds {len(images)} of {expected} frames")
+    images_THWC = torch.from_numpy(np.stack(images))
+    return images_THWC.permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous(), float(rate)

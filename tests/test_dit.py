@@ -1,0 +1,165 @@
+"""The model: its passes agree with each other, and it refuses what does not fit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sfkernels import BlockLayout
+from sfkernels.layout import chunk_sizes
+from sfmodel.config import PRESETS, DiTConfig
+from sfmodel.dit import DiT
+
+CONFIG = DiTConfig(
+    dim=32, ffn_dim=48, heads=2, layers=3, channels=4, freq_dim=16, text_dim=8, text_len=6
+)
+GRID = (3, 2)
+N = math.prod(GRID)
+
+
+def make(config: DiTConfig = CONFIG) -> DiT:
+    torch.manual_seed(0)
+    model = DiT(config)
+    for parameter in model.parameters():  # the head is zero at first: any output would agree
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def latents(batch: int, frames: int) -> Tensor:
+    return torch.randn(batch, frames, 4, 2 * GRID[0], 2 * GRID[1])
+
+
+@pytest.mark.parametrize("prediction", ["flow", "x0"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("frames", "chunk", "first", "window", "sink"),
+    [
+        (9, 3, None, None, 0),
+        (5, 1, None, 2, 0),
+        (15, 3, None, 6, 0),  # wraps twice, whole chunks
+        (15, 3, None, 4, 0),  # the window ends inside a chunk
+        (14, 2, None, 7, 3),  # a chunk that wraps around the ring's end
+        (13, 3, 1, 5, 1),
+    ],
+)
+@torch.no_grad()
+def test_cached_chunks_equal_one_teacher_forcing_pass(
+    frames: int,
+    chunk: int,
+    first: int | None,
+    window: int | None,
+    sink: int,
+    batch: int,
+    prediction: Any,
+) -> None:
+    model = make(replace(CONFIG, prediction=prediction))
+    x, clean, text = latents(batch, frames), latents(batch, frames), torch.randn(batch, 5, 8)
+    sizes = chunk_sizes(frames, chunk, first)
+    t = torch.cat([torch.rand(batch, 1).expand(batch, size) for size in sizes], 1) * 1000
+    layout = BlockLayout.causal(
+        frames, chunk, N, first=first, window=window, sink=sink, teacher_forcing=True
+    )
+    whole = model(x, t, text, layout=layout, clean_BFCHW=clean)
+
+    cache = model.new_cache(batch, window or frames, GRID, sink)
+    model.set_text(cache, text)
+    at = 0
+    for size in sizes:
+        here = slice(at, at + size)
+        model(latents(batch, size), t[:, here], None, cache=cache)  # overwritten by the next pass
+        flow = model(x[:, here], t[:, here], None, cache=cache)
+        torch.testing.assert_close(flow, whole[:, here], rtol=1e-5, atol=1e-5 * whole.std().item())
+        model(clean[:, here], torch.zeros(()), None, cache=cache)
+        cache.commit(size)
+        at += size
+
+
+@torch.no_grad()
+def test_one_chunk_of_every_pass_is_bidirectional() -> None:
+    model, x, text = make(), latents(2, 4), torch.randn(1, 6, 8)
+    t = torch.tensor([300.0, 700.0])
+    want = model(x, t, text)
+    torch.testing.assert_close(model(x, t, text, layout=BlockLayout((4,), N)), want)
+    torch.testing.assert_close(model(x, model.modulation(t), text), want)
+    assert not torch.allclose(want, model(x, t, text, layout=BlockLayout.causal(4, 1, N)))
+
+
+@torch.no_grad()
+def test_bfloat16_keeps_timesteps_apart() -> None:
+    """Rounded to bfloat16, 996 and 998 would be one timestep."""
+    model, x, text = make().bfloat16(), latents(1, 2), torch.randn(1, 6, 8)
+    near = [model(x, torch.tensor(t), text) for t in (996.0, 998.0)]
+    assert near[0].dtype == torch.float32 and not torch.equal(*near)
+
+
+@torch.no_grad()
+def test_positions_have_no_end() -> None:
+    """Only distances matter: past a million frames the model computes what it did at frame 1000."""
+    model, x, text = make(), latents(1, 2), torch.randn(1, 6, 8)
+    out = []
+    for start in (1_000, 1_000_000):
+        cache = model.new_cache(1, 4, GRID)
+        model.set_text(cache, text)
+        cache.start.fill_(start)
+        for _ in range(3):
+            flow = model(x, torch.tensor(500.0), None, cache=cache)
+            cache.commit(2)
+        out.append(flow)
+    torch.testing.assert_close(out[0], out[1], rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_reach_every_parameter() -> None:
+    model = make()
+    x, clean, text = latents(1, 4), latents(1, 4), torch.randn(1, 5, 8)
+    layout = BlockLayout.causal(4, 2, N, teacher_forcing=True)
+    model(
+        x, torch.rand(1, 4) * 1000, text, layout=layout, clean_BFCHW=clean
+    ).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_size_of_the_public_model() -> None:
+    with torch.device("meta"):
+        model = DiT(PRESETS["wan-1.3b"].dit)
+    assert sum(p.numel() for p in model.parameters()) == 1_418_996_800
+
+
+MODEL, X, TEXT = make(), latents(1, 4), torch.randn(1, 5, 8)
+TF = BlockLayout.causal(4, 2, N, teacher_forcing=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: MODEL(X[:, :, :3], torch.tensor(1.0), TEXT), "x has shape"),
+        (lambda: MODEL(X[..., :3], torch.tensor(1.0), TEXT), "must be multiples of 2×2"),
+        (lambda: MODEL(X, torch.ones(1, 4, 1), TEXT), "must be \\[\\], \\[B\\] or \\[B, F\\]"),
+        (lambda: MODEL(X, torch.tensor(1.0), torch.zeros(1, 7, 8)), "at most 6"),
+        (lambda: MODEL(X, torch.tensor(1.0), torch.zeros(1, 5, 9)), "text has shape"),
+        (lambda: MODEL(X, torch.tensor(1.0), None), "text is None exactly when"),
+        (lambda: MODEL(X, torch.tensor(1.0), TEXT, layout=TF), "belong together"),
+        (
+            lambda: MODEL(X, torch.tensor(1.0), TEXT, layout=BlockLayout((3,), N)),
+            "x has 4 frames of 6 tokens: the layout has 3",
+        ),
+        (
+            lambda: MODEL(X, torch.tensor(1.0), None, cache=MODEL.new_cache(1, 4, (4, 4))),
+            "x has 6 tokens a frame: the cache has 16",
+        ),
+        (
+            lambda: MODEL(X, torch.tensor(1.0), None, cache=MODEL.new_cache(1, 3, GRID)),
+            "smaller than a chunk of 4",
+        ),
+        (lambda: DiTConfig(32, 48, 3, 1), "must divide into 3 heads"),
+        (lambda: DiTConfig(32, 48, 2, 1, patch=(2, 2, 2)), "must be"),
+        (lambda: DiTConfig.from_wan({"model_type": "i2v"}), "model_type='i2v'"),
+    ],
+)
+def test_bad_input_says_what_is_wrong(call: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        call()

@@ -1,0 +1,102 @@
+"""The ring: slots, wrap, pinned frames, memory, save and restore."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sfkernels import RingKVCache
+
+SIZES: dict[str, Any] = dict(layers=2, batch=2, window=5, frame_tokens=3, heads=2, head_dim=4)
+
+
+def expected_slots(frame: int, window: int, sink: int) -> int:
+    return frame if frame < sink else sink + (frame - sink) % (window - sink)
+
+
+@pytest.mark.parametrize(("window", "sink"), [(5, 0), (5, 2), (7, 1)])
+@pytest.mark.parametrize("sizes", [[1] * 20, [2] * 10, [1, 3, 3, 2, 3, 3, 1]])
+def test_slots_hold_the_sink_and_the_newest(window: int, sink: int, sizes: list[int]) -> None:
+    cache = RingKVCache(**SIZES | dict(window=window, sink=sink))
+    held: dict[int, int] = {}
+    end = 0
+    for size in sizes:
+        for _ in range(2):  # denoising again does not move the chunk
+            place = cache.chunk(size)
+            frames = range(end, end + size)
+            assert place.frame_F.tolist() == [*frames]
+            assert place.slot_F.tolist() == [expected_slots(f, window, sink) for f in frames]
+            assert int(place.valid) == 3 * min(end + size, window)
+        held.update(zip(place.slot_F.tolist(), frames, strict=True))
+        end += size
+        cache.commit(size)
+        oldest = max(0, end - (window - sink))
+        assert {*held.values()} == {*range(min(sink, end))} | {*range(oldest, end)}
+
+
+def test_nothing_moves_and_positions_stay_on_the_device() -> None:
+    cache = RingKVCache(**SIZES)
+    storage = cache.k.data_ptr(), cache.v.data_ptr(), cache.start.data_ptr()
+    for _ in range(40):
+        place = cache.chunk(2)
+        assert {t.dtype for t in place} == {torch.int32} and cache.start.dtype == torch.int32
+        cache.commit(2)
+    assert storage == (cache.k.data_ptr(), cache.v.data_ptr(), cache.start.data_ptr())
+    assert int(cache.start) == 80
+    cache.text_k.fill_(1)
+    cache.reset()
+    assert int(cache.start) == 0 and cache.chunk(1).valid == 3
+
+
+def test_memory_is_known_before_it_is_taken() -> None:
+    # FACTS of Wan2.1-1.3B: keys and values of one latent frame in bfloat16 over 30 layers: 274 MiB.
+    wan: dict[str, Any] = dict(layers=30, batch=1, heads=12, head_dim=128, dtype=torch.bfloat16)
+    frame = RingKVCache.bytes_needed(window=1, frame_tokens=1560, **wan)
+    assert round(frame / 2**20) == 274
+    cache = RingKVCache(**SIZES, text_tokens=7)
+    assert cache.nbytes == RingKVCache.bytes_needed(**SIZES, text_tokens=7)
+    with pytest.raises(MemoryError, match=r"window of 1000000 frames needs .* room for \d+ frames"):
+        RingKVCache(window=1_000_000, frame_tokens=1560, **wan)
+
+
+def test_save_and_restore(tmp_path: Path) -> None:
+    cache = RingKVCache(**SIZES, text_tokens=2)
+    for tensor in (cache.k, cache.v, cache.text_k, cache.text_v):
+        tensor.normal_()
+    cache.commit(4)
+    torch.save(cache.state_dict(), tmp_path / "cache.pt")
+    other = RingKVCache(**SIZES, text_tokens=2)
+    other.load_state_dict(torch.load(tmp_path / "cache.pt", weights_only=True))
+    for name in ("k", "v", "text_k", "text_v", "start"):
+        assert torch.equal(getattr(cache, name), getattr(other, name))
+    with pytest.raises(ValueError, match="this cache has"):
+        RingKVCache(**SIZES | dict(window=6)).load_state_dict(cache.state_dict())
+    with pytest.raises(ValueError, match="saved k has shape"):
+        RingKVCache(**SIZES | dict(heads=1)).load_state_dict(cache.state_dict())
+    with pytest.raises(ValueError, match="not a saved KV cache"):
+        other.load_state_dict({"k": cache.k})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(window=0), "window=0: must be at least 1"),
+        (dict(batch=0), "batch=0"),
+        (dict(sink=5), "sink=5 must be smaller than window=5"),
+        (dict(sink=-1), "sink=-1"),
+    ],
+)
+def test_bad_sizes(change: dict[str, int], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        RingKVCache(**SIZES | change)
+
+
+def test_a_chunk_must_fit_beside_the_sink() -> None:
+    cache = RingKVCache(**SIZES, sink=3)
+    with pytest.raises(ValueError, match="leaves 2 latent frames"):
+        cache.chunk(3)
+    with pytest.raises(ValueError, match="smaller than a chunk of 6"):
+        cache.chunk(6)
