@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -107,7 +108,8 @@ def read(path: str | Path, weights: str | None = None) -> tuple[dict[str, Tensor
     if path.suffix not in (".pt", ".pth"):
         raise ValueError(f"{path}: must be a .safetensors, .pt or .pth file")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mmap = zipfile.is_zipfile(path)  # files of PyTorch before 1.6 are not, and are read whole
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path}: damaged, or holds pickled code, which is not executed: must be tensors only"

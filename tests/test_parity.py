@@ -1,0 +1,112 @@
+"""The recorded cases of the public implementation, and the runner's refusal to pass what it cannot
+run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sfmodel import checkpoint
+from sfmodel.config import DiTConfig
+from sfmodel.dit import DiT
+from tests.parity.__main__ import main
+
+FOLDERS = Path(__file__).parent / "parity"
+WAN = FOLDERS / "wan_d64"
+
+
+def copy(tmp_path: Path, cases: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
+    """The recorded folder with other cases."""
+    folder = tmp_path / "copy"
+    shutil.copytree(WAN, folder)
+    changed = cases(load_file(folder / "cases.safetensors"))
+    save_file({k: v.contiguous() for k, v in changed.items()}, folder / "cases.safetensors")
+    return folder
+
+
+def without_rollouts(cases: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in cases.items() if not k.startswith("sf_")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recorded_cases_pass(
+    dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(copy(tmp_path, without_rollouts)), "--dtype", dtype]) == 0
+    assert "8 passed, 0 not passed" in capsys.readouterr().out
+
+
+def test_what_cannot_be_run_is_said_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(FOLDERS / name) for name in ("wan_d64", "vae_d8", "taehv_seed0")]) == 1
+    out = capsys.readouterr().out
+    assert "not supported: training rollouts" in out and "not supported: VAE" in out
+    assert "8 passed" in out
+
+
+def test_a_wrong_output_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def off(cases: dict[str, Tensor]) -> dict[str, Tensor]:
+        cases["tf_chunk3.flow"] *= 1.001
+        return without_rollouts(cases)
+
+    assert main([str(copy(tmp_path, off))]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"tf_chunk3 .*FAILED: over 1e-04", out) and "7 passed, 1 not" in out
+
+
+def test_unknown_names_and_missing_files_fail(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def odd(cases: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k.replace("bidir", "bidir_fancy7"): v for k, v in without_rollouts(cases).items()}
+
+    assert main([str(copy(tmp_path, odd))]) == 1
+    assert "'fancy7' in the name" in capsys.readouterr().out
+    assert main([str(tmp_path / "nowhere")]) == 1
+    assert "cannot be read" in capsys.readouterr().out
+
+
+def test_other_sizes_and_combinations_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Head dimension 128, windows, sinks, batch 2, first frames, images to continue: recordings are
+    made with full passes here, which the recorded folder has proven."""
+    config = json.loads((WAN / "config.json").read_text()) | dict(dim=256, ffn_dim=128)
+    torch.manual_seed(0)
+    model = DiT(DiTConfig.from_wan(config))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    cases = {"text": torch.randn(2, 7, 24)}
+    for name, frames, initial in (
+        ("roll_chunk2_window5_sink2", 8, 0),
+        ("roll_first1_chunk2_window4_sink1", 7, 0),
+        ("roll_i2v_first1_chunk2", 4, 1),
+        ("roll_first1_chunk2_extend", 4, 3),
+    ):
+        cases[f"{name}.noise"] = torch.randn(2, frames, 16, 8, 12)
+        cases[f"{name}.renoise"] = torch.randn(2, frames, 3, 16, 8, 12)
+        cases[f"{name}.video"] = torch.zeros(2, frames, 16, 8, 12)
+        if initial:
+            cases[f"{name}.initial"] = torch.randn(2, initial, 16, 8, 12)
+    for name in ("df_chunk2_local3", "df_first1_chunk3_local4_sink1"):
+        cases[f"{name}.x"] = torch.randn(2, 16, 4, 8, 12)
+        cases[f"{name}.t"] = torch.rand(2, 4) * 1000
+        cases[f"{name}.flow"] = torch.zeros(2, 16, 4, 8, 12)
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(
+        {k: v.contiguous() for k, v in checkpoint.to_official(model.state_dict()).items()},
+        folder / "weights.safetensors",
+    )
+    save_file(cases, folder / "cases.safetensors")
+    assert main([str(folder)]) == 1  # every case runs, and differs from the zeros recorded
+    out = capsys.readouterr().out
+    assert out.count("FAILED: over") == 6 and "not supported" not in out

@@ -1,0 +1,107 @@
+"""The generation loop on a small random model with the toy codec."""
+
+from __future__ import annotations
+
+import itertools
+import resource
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sfmodel.config import PRESETS, Preset
+from sfmodel.dit import DiT
+from sfmodel.stream import stream, stream_latents
+from sfmodel.toy_vae import ToyVAE
+
+TOY = PRESETS["toy"]
+SMALL = replace(TOY, dit=replace(TOY.dit, dim=64, heads=1, ffn_dim=64, layers=2), window=6)
+
+
+@pytest.fixture(scope="module")
+def model() -> DiT:
+    torch.manual_seed(0)
+    model = DiT(SMALL.dit)
+    torch.nn.init.normal_(model.head.head.weight, std=0.1)
+    return model.eval()
+
+
+TEXT = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+
+
+def take(
+    count: int, model: DiT, preset: Preset = SMALL, text: Tensor = TEXT[:1], **more: Any
+) -> Tensor:
+    return torch.cat([*itertools.islice(stream_latents(model, text, preset, **more), count)], 1)
+
+
+def test_a_seed_is_a_video(model: DiT) -> None:
+    a, b, c = (take(5, model, seed=seed) for seed in (1, 1, 2))
+    assert a.shape == (1, 15, 4, 8, 8) and a.isfinite().all()
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("frames", [1, 9, 10, 30])
+def test_exactly_the_frames_asked_for(model: DiT, frames: int) -> None:
+    chunks = [*stream(model, ToyVAE(), TEXT[:1], SMALL, frames=frames)]
+    assert torch.cat(chunks, 1).shape == (1, frames, 3, 64, 64)
+    # Chunks come as they are made: 3 latent frames are 9 pixel frames at first, then 12.
+    assert [c.shape[1] for c in chunks[:-1]] == [9, *[12] * 9][: len(chunks) - 1]
+
+
+def test_batches_are_streams_of_their_own(model: DiT) -> None:
+    both = take(3, model, text=TEXT, batch=2)
+    assert both.shape == (2, 9, 4, 8, 8) and not torch.allclose(both[0], both[1])
+    swapped = take(3, model, text=TEXT.flip(0), batch=2)
+    assert not torch.allclose(both, swapped)  # each follows its own prompt
+
+
+def test_the_past_matters_as_long_as_it_is_in_the_window(model: DiT) -> None:
+    initial = torch.randn(1, 6, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    near = initial.clone()
+    near[:, 3:] += 1
+    base, other = (take(1, model, initial_BFCHW=x) for x in (initial, near))
+    assert base.shape == (1, 3, 4, 8, 8) and not torch.allclose(base, other)
+    # One layer of a window of one chunk beside the current one cannot see further back.
+    shallow = DiT(replace(SMALL.dit, layers=1)).eval()
+    torch.nn.init.normal_(shallow.head.head.weight, std=0.1)
+    far = initial.clone()
+    far[:, :3] += 1
+    base, other = (take(1, shallow, initial_BFCHW=x) for x in (initial, far))
+    torch.testing.assert_close(base, other)
+    sinking = replace(SMALL, sink=3, window=7)
+    base, other = (take(1, shallow, sinking, initial_BFCHW=x) for x in (initial, far))
+    assert not torch.allclose(base, other)
+
+
+def test_memory_does_not_grow(model: DiT) -> None:
+    chunks = stream_latents(model, TEXT[:1], SMALL)
+    for _ in itertools.islice(chunks, 40):
+        pass
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in itertools.islice(chunks, 400):
+        pass
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KiB
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "said"),
+    [
+        (dict(window=2), {}, "window=2 is smaller than a chunk of 3"),
+        (dict(sink=6), {}, "sink=6 must be smaller than window=6"),
+        (dict(sink=4), {}, "the window must be at least 7"),
+        ({}, dict(frames=0), "frames=0: must be at least 1"),
+        ({}, dict(frames=-3), "frames=-3"),
+        (dict(steps=(250, 500)), {}, "must fall"),
+    ],
+)
+def test_bad_settings(model: DiT, change: Any, arguments: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        next(stream(model, ToyVAE(), TEXT[:1], replace(SMALL, **change), **arguments))
+
+
+def test_initial_latents_must_be_whole_chunks(model: DiT) -> None:
+    with pytest.raises(ValueError, match="whole chunks of 3 after a first one of 1"):
+        take(1, model, initial_BFCHW=torch.zeros(1, 3, 4, 8, 8), first=1)
