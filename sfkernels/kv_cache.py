@@ -109,8 +109,10 @@ class RingKVCache:
         return sum(t.nbytes for t in (self.k, self.v, self.text_k, self.text_v))
 
     def chunk(self, frames: int) -> RingChunk:
-        """Places the next `frames` frames, computed on the device. Raises ValueError where they do
-        not fit beside the sink."""
+        """Places the next `frames` frames, computed on the device. Raises ValueError where there
+        are none or they do not fit beside the sink."""
+        if frames < 1:
+            raise ValueError(f"frames={frames}: a chunk must have at least 1")
         check_window(self.window, self.sink, frames)
         frame_F = self.start + torch.arange(frames, dtype=torch.int32, device=self.start.device)
         rolling = self.sink + (frame_F - self.sink) % (self.window - self.sink)

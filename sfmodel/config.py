@@ -108,7 +108,7 @@ PRESETS = {
         ),
         height=8,
         width=8,
-        shift=3.0,
+        shift=6.0,
         window=9,
     ),
     "wan-1.3b": Preset(DiTConfig(1536, 8960, 12, 30), height=60, width=104),

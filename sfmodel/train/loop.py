@@ -53,7 +53,7 @@ class TrainConfig:
     ema: float = 0.998
     clip: float = 1.0
     weight_decay: float = 0.01
-    context_noise: float = 0.1
+    context_noise: float = 0.4
     drop_text: float = 0.1
     drop_word: float = 0.15
     bf16: bool = False

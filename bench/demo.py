@@ -1,0 +1,225 @@
+"""A streamed video of the toy world, what it cost, and what the two alternatives to a ring cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.machine import machine, said
+from bench.rolling import compare
+from sfmodel.checkpoint import atomic
+from sfmodel.cli import TOY_WEIGHTS, load_toy
+from sfmodel.config import PRESETS, Preset
+from sfmodel.dit import DiT
+from sfmodel.stream import stream, stream_latents
+from sfmodel.video import ContactSheet, VideoWriter
+
+PAPER_WINDOW = 21  # latent frames, as Wan2.1's 81 pixel frames
+LONG = 1201  # pixel frames of the stream whose cost per chunk is followed
+
+
+def demo(
+    prompt: str = "a large red ball moves up slowly",
+    frames: int = 121,
+    seed: int = 0,
+    output: Path = Path("out/demo"),
+) -> None:
+    """Stream a video, then compare a ring cache with the two ways of doing without one.
+
+    Args:
+        prompt: What to show; the toy model knows balls (see `sfmodel generate --help`).
+        frames: Pixel frames of the video.
+        seed: The same seed gives the same video.
+        output: Folder for the video, its contact sheet, the figure and the JSON.
+    """
+    if frames < 1:
+        raise ValueError(f"frames={frames}: must be at least 1")
+    console = Console()
+    if not console.is_terminal:
+        console.width = 110
+    model, codec, text = load_toy()
+    here = machine(model.device)
+    console.print(f"streaming {prompt!r}: weights {TOY_WEIGHTS.name}, {said(here)}")
+    embedding = text([prompt], model.device)
+    result: dict[str, Any] = {"machine": here, "prompt": prompt, "seed": seed, "frames": frames}
+    result["stream"] = run_stream(model, codec, embedding, prompt, frames, seed, output)
+
+    preset = replace(PRESETS["toy"], window=PAPER_WINDOW)
+    result["rolling"] = []
+    for batch in (1, 32):
+        with console.status("") as status:
+            result["rolling"].append(
+                compare(
+                    model,
+                    preset,
+                    embedding,
+                    batch=batch,
+                    tick=lambda doing, b=batch: status.update(f"{b} streams at once: {doing}"),  # type: ignore[misc]
+                )
+            )
+    if torch.cuda.is_available():
+        console.print("Wan2.1-1.3B at 480×832 with random weights, reference ops, no VAE:")
+        result["wan_1_3b"] = run_wan(PRESETS["wan-1.3b"], torch.device("cuda"))
+    report(result, console)
+    plot(result, output / "demo.png")
+    with atomic(output / "demo.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=1))
+    console.print(f"video, contact sheet, figure and figures as JSON: {output}/")
+
+
+def run_stream(
+    model: DiT, codec: Any, text: torch.Tensor, prompt: str, frames: int, seed: int, output: Path
+) -> dict[str, Any]:
+    """Streams the video into a file, and on past it to see whether a late frame costs more."""
+    preset = PRESETS["toy"]
+    sheet = ContactSheet()
+    next(stream(model, codec, text, preset, seed=seed))  # the first call warms PyTorch up
+    chunks: list[dict[str, float]] = []
+    with VideoWriter(output / "video.mp4", preset.fps) as writer:
+        done, began = 0, time.perf_counter()
+        for pixels in stream(model, codec, text, preset, frames=frames, seed=seed):
+            done += pixels.shape[1]
+            chunks.append({"frame": done, "clock": time.perf_counter() - began})
+            writer.write(pixels[0])
+            sheet.add(pixels[0])
+    sheet.save(output / "video.png", title=prompt)
+    latency, total = chunks[0]["clock"], chunks[-1]["clock"]
+
+    follow: list[dict[str, float]] = []
+    done, last = 0, time.perf_counter()
+    for pixels in stream(model, codec, text, preset, frames=LONG, seed=seed):
+        now = time.perf_counter()
+        done += pixels.shape[1]
+        follow.append({"frame": done, "seconds": now - last, "rss_mib": resident_mib()})
+        last = now
+    around = {n: [c for c in follow if abs(c["frame"] - n) <= 90] for n in (100, 1000)}
+    median = {n: sorted(c["seconds"] for c in cs)[len(cs) // 2] for n, cs in around.items()}
+    cache = model.new_cache(1, preset.window, preset.grid, preset.sink)
+    return {
+        "fps": frames / total,
+        "first_chunk_seconds": latency,
+        "cache_mib": cache.nbytes / 2**20,
+        "window": preset.window,
+        "chunk": preset.chunk,
+        "steps": len(preset.steps),
+        "seconds_per_chunk_at_frame_100": median[100],
+        "seconds_per_chunk_at_frame_1000": median[1000],
+        "rss_mib_at_frame_100": around[100][-1]["rss_mib"],
+        "rss_mib_at_frame_1000": around[1000][-1]["rss_mib"],
+        "chunks": follow,
+    }
+
+
+def run_wan(preset: Preset, device: torch.device, chunks: int = 12) -> dict[str, Any]:
+    """Chunk times of a model of full size with random weights, without VAE and text encoder.
+
+    Not measured on a GPU yet."""
+    with device:
+        model = DiT(preset.dit).to(torch.bfloat16).eval()
+    text = torch.zeros(1, 1, preset.dit.text_dim, device=device)
+    times = []
+    last = time.perf_counter()
+    for _, latents in zip(range(chunks), stream_latents(model, text, preset), strict=False):
+        latents.sum().item()  # waits for the device
+        times.append(time.perf_counter() - last)
+        last = time.perf_counter()
+    full = times[-(-preset.window // preset.chunk) :] or times
+    seconds = sorted(full)[len(full) // 2]
+    return {
+        "seconds_per_chunk_full_window": seconds,
+        "dit_fps_full_window": 4 * preset.chunk / seconds,
+        "first_chunk_seconds": times[0],
+        "all_seconds": times,
+    }
+
+
+def resident_mib() -> float:
+    """Memory this process holds now."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def report(result: dict[str, Any], console: Console) -> None:
+    s = result["stream"]
+    table = Table("one stream of the toy world", "", title=said(result["machine"]))
+    table.add_row("frames a second, decoding included", f"{s['fps']:.0f}")
+    table.add_row("first chunk (9 frames) after", f"{1e3 * s['first_chunk_seconds']:.0f} ms")
+    table.add_row(f"KV cache, {s['window']} latent frames", f"{s['cache_mib']:.2f} MiB")
+    for n in (100, 1000):
+        seconds, rss = s[f"seconds_per_chunk_at_frame_{n}"], s[f"rss_mib_at_frame_{n}"]
+        table.add_row(
+            f"a chunk of 12 frames, around frame {n}",
+            f"{1e3 * seconds:.1f} ms, {rss:.0f} MiB in the process",
+        )
+    if "wan_1_3b" in result:
+        wan = result["wan_1_3b"]
+        table.add_row(
+            "Wan2.1-1.3B, random weights, full window, no VAE",
+            f"{wan['dit_fps_full_window']:.2f} FPS",
+        )
+    console.print(table)
+    for r in result["rolling"]:
+        streams = "one stream" if r["batch"] == 1 else f"{r['batch']} streams at once"
+        table = Table(
+            "past the window", "ms a chunk", "FPS", "time / ring's", "arithmetic / ring's",
+            title=f"{streams}, window {r['window']}, chunk {r['chunk']}, {r['steps']} steps",
+        )  # fmt: skip
+        for name, way in r["ways"].items():
+            table.add_row(
+                name,
+                f"{1e3 * way['seconds_per_chunk']:.1f}",
+                f"{4 * r['chunk'] * r['batch'] / way['seconds_per_chunk']:.0f}",
+                f"{way['times_the_ring']:.2f}",
+                f"{way['times_the_ring_in_theory']:.2f}",
+            )
+        console.print(table)
+    difference = max(r["relative_difference_in_first_window"] for r in result["rolling"])
+    console.print(f"within the first window the three agree to {difference:.0e}")
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Left: cost of a chunk along a long stream. Right: the three ways against theory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    chunks = result["stream"]["chunks"][:-1]  # the last one may be cut short
+    left.plot([c["frame"] for c in chunks], [1e3 * c["seconds"] for c in chunks], linewidth=1)
+    left.set_ylim(0, 2 * 1e3 * result["stream"]["seconds_per_chunk_at_frame_1000"])
+    left.set_xlabel("pixel frame")
+    left.set_ylabel("ms for a chunk of 12 frames")
+    left.set_title("one stream through the ring: a late frame costs what an early one does")
+    left.title.set_fontsize(9)
+    series = [("theory (arithmetic)", "times_the_ring_in_theory", result["rolling"][-1], "#bbbbbb")]
+    for r, colour in zip(reversed(result["rolling"]), ("#3b6ea5", "#e08a3c"), strict=True):
+        label = f"measured, {r['batch']} stream{'s' if r['batch'] > 1 else ''}"
+        series.append((label, "times_the_ring", r, colour))
+    for i, (label, key, r, colour) in enumerate(series):
+        values = [way[key] for way in r["ways"].values()]
+        bars = right.bar(
+            [x + (i - 1) * 0.27 for x in range(len(values))],
+            values,
+            0.25,
+            label=label,
+            color=colour,
+        )
+        right.bar_label(bars, fmt="%.1f", fontsize=8)
+    names = [*result["rolling"][0]["ways"]]
+    right.set_xticks(range(len(names)), names)
+    right.set_ylabel("time of a chunk / ring cache's")
+    right.set_title(f"past a window of {PAPER_WINDOW} latent frames", fontsize=9)
+    right.legend(fontsize=8)
+    figure.suptitle(said(result["machine"]), fontsize=8)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    pyplot.close(figure)
