@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -101,7 +102,7 @@ def run_stream(
         follow.append({"frame": done, "seconds": now - last, "rss_mib": resident_mib()})
         last = now
     around = {n: [c for c in follow if abs(c["frame"] - n) <= 90] for n in (100, 1000)}
-    median = {n: sorted(c["seconds"] for c in cs)[len(cs) // 2] for n, cs in around.items()}
+    median = {n: statistics.median(c["seconds"] for c in cs) for n, cs in around.items()}
     cache = model.new_cache(1, preset.window, preset.grid, preset.sink)
     return {
         "fps": frames / total,
@@ -132,7 +133,7 @@ def run_wan(preset: Preset, device: torch.device, chunks: int = 12) -> dict[str,
         times.append(time.perf_counter() - last)
         last = time.perf_counter()
     full = times[-(-preset.window // preset.chunk) :] or times
-    seconds = sorted(full)[len(full) // 2]
+    seconds = statistics.median(full)
     return {
         "seconds_per_chunk_full_window": seconds,
         "dit_fps_full_window": 4 * preset.chunk / seconds,
@@ -194,7 +195,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     chunks = result["stream"]["chunks"][:-1]  # the last one may be cut short
-    left.plot([c["frame"] for c in chunks], [1e3 * c["seconds"] for c in chunks], linewidth=1)
+    at, cost = [c["frame"] for c in chunks], [1e3 * c["seconds"] for c in chunks]
+    middle = [statistics.median(cost[max(0, i - 4) : i + 5]) for i in range(len(cost))]
+    left.plot(at, cost, linewidth=0.8, color="#bbbbbb", label="each chunk")
+    left.plot(at, middle, color="#3b6ea5", label="median of 9 chunks")
+    left.legend(fontsize=8)
     left.set_ylim(0, 2 * 1e3 * result["stream"]["seconds_per_chunk_at_frame_1000"])
     left.set_xlabel("pixel frame")
     left.set_ylabel("ms for a chunk of 12 frames")

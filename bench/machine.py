@@ -14,7 +14,8 @@ def machine(device: torch.device | str) -> dict[str, Any]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
     return {
         "device": name,
         "python": platform.python_version(),

@@ -10,6 +10,7 @@ timed. Past it the two that recompute forget what the ring still carries from ol
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -147,7 +148,7 @@ def compare(
         preset.chunk,
         len(preset.steps),
     )
-    median = {name: sorted(times)[len(times) // 2] for name, times in seconds.items()}
+    median = {name: statistics.median(times) for name, times in seconds.items()}
     return {
         "batch": batch,
         "window": preset.window,

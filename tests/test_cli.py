@@ -41,7 +41,8 @@ def test_generate_writes_a_video_and_a_sheet(
     run(monkeypatch, *words)
     frames, fps = read_video(tmp_path / "deep" / "a.mp4")
     assert len(frames) == 20 and fps == 16
-    assert Image.open(tmp_path / "deep" / "a.png").width > 500
+    with Image.open(tmp_path / "deep" / "a.png") as sheet:
+        assert sheet.width > 500
     assert "20 frames in" in capsys.readouterr().out
 
 
@@ -52,12 +53,8 @@ def test_prompt_file_makes_a_video_of_each_line(
     prompts.write_text("a red ball\n\na large green ball moves up\n")
     output = tmp_path / "v.mp4"
     run(monkeypatch, "generate", "--prompt-file", prompts, "--frames", 5, "--output", output)
-    assert sorted(p.name for p in tmp_path.glob("v*")) == [
-        "v-0.mp4",
-        "v-0.png",
-        "v-1.mp4",
-        "v-1.png",
-    ]
+    written = sorted(p.name for p in tmp_path.glob("v*"))
+    assert written == ["v-0.mp4", "v-0.png", "v-1.mp4", "v-1.png"]
 
 
 def test_bad_input_is_one_sentence(

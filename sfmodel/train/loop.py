@@ -30,37 +30,29 @@ from sfmodel.train.objectives import teacher_forcing_loss
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One teacher-forcing run on the toy world.
+    """One teacher-forcing run on the toy world. Every step draws one of `chunks` and one of
+    `windows`, so that one model streams at any of them."""
 
-    preset: the model. output: folder of the run. steps: optimiser steps. batch: clips a step.
-    frames: latent frames of a clip. chunks, windows: latent frames; every step draws one of each,
-    so that one model streams at any of them. lr: peak learning rate (linear warm-up over `warmup`
-    steps, then a linear fall to 2% over the last 60%). ema: decay of the averaged weights, which
-    are what is saved for generating. context_noise: largest σ of the noise on the clean context.
-    drop_text: share of clips trained without a prompt; drop_word: share of words left out.
-    threads: CPU threads (0: PyTorch's choice). log_every, save_every: steps.
-    """
-
-    preset: str = "toy"
-    output: Path = Path("out/train-toy")
-    steps: int = 2000
-    batch: int = 32
-    frames: int = 15
-    chunks: tuple[int, ...] = (1, 3)
-    windows: tuple[int, ...] = (6, 9, 15)
-    lr: float = 2e-3
-    warmup: int = 50
-    ema: float = 0.998
-    clip: float = 1.0
-    weight_decay: float = 0.01
-    context_noise: float = 0.4
-    drop_text: float = 0.1
-    drop_word: float = 0.15
-    bf16: bool = False
-    seed: int = 0
-    threads: int = 0
-    log_every: int = 20
-    save_every: int = 200
+    preset: str = "toy"  # sizes of the model
+    output: Path = Path("out/train-toy")  # folder of the run
+    steps: int = 2000  # optimiser steps
+    batch: int = 32  # clips a step
+    frames: int = 15  # latent frames of a clip
+    chunks: tuple[int, ...] = (1, 3)  # latent frames generated at a time
+    windows: tuple[int, ...] = (6, 9, 15)  # latent frames that a chunk sees, its own included
+    lr: float = 2e-3  # peak learning rate
+    warmup: int = 50  # steps of linear warm-up; the last 60% of all steps fall linearly to 2%
+    ema: float = 0.998  # decay of the averaged weights, which are what generates
+    clip: float = 1.0  # largest norm of the gradient
+    weight_decay: float = 0.01  # of the blocks' matrices
+    context_noise: float = 0.4  # largest noise on the clean context, in the latents' units
+    drop_text: float = 0.1  # share of clips trained without a prompt
+    drop_word: float = 0.15  # share of a prompt's words left out
+    bf16: bool = False  # matrix products in bfloat16
+    seed: int = 0  # of weights, data and noise
+    threads: int = 0  # CPU threads; 0 is PyTorch's choice
+    log_every: int = 20  # steps
+    save_every: int = 200  # steps
 
     def __post_init__(self) -> None:
         if self.preset != "toy":
