@@ -16,10 +16,10 @@ from rich.table import Table
 
 from bench.machine import machine, said
 from bench.rolling import compare
-from sfmodel.checkpoint import atomic
 from sfmodel.cli import TOY_WEIGHTS, load_toy
 from sfmodel.config import PRESETS, Preset
 from sfmodel.dit import DiT
+from sfmodel.files import atomic
 from sfmodel.stream import stream, stream_latents
 from sfmodel.video import ContactSheet, VideoWriter
 

@@ -7,7 +7,6 @@ Official Wan2.1 and Self Forcing files name the same tensors; this project fuses
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sfmodel.config import DiTConfig
+from sfmodel.files import atomic
 
 # Our fused projection: the official ones it is the concatenation of.
 _FUSED = {
@@ -164,25 +164,3 @@ def save(model: nn.Module, path: str | Path, config: DiTConfig, **extra: Any) ->
     }
     with atomic(path) as temporary:
         save_file(state, temporary, metadata)
-
-
-class atomic:
-    """`with atomic(path) as temporary:` gives a name beside `path` to write to, and moves the file
-    to `path` only if the body succeeds. On an error it leaves nothing behind."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        return self.temporary
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                with open(self.temporary, "rb") as file:
-                    os.fsync(file.fileno())
-                self.temporary.replace(self.path)
-        finally:
-            self.temporary.unlink(missing_ok=True)

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-import uuid
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +22,8 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from sfmodel.files import atomic, cannot_write, reserve
 
 Images = npt.NDArray[np.uint8]
 
@@ -44,29 +44,6 @@ def _to_images(frames: Tensor) -> Images:
 
 def _enlarge(images_THWC: Images, scale: int) -> Images:
     return images_THWC.repeat(scale, axis=1).repeat(scale, axis=2) if scale > 1 else images_THWC
-
-
-def _reserve(path: Path) -> Path:
-    """Create an empty file beside `path` to write into first, and its folder where needed.
-
-    Creating it is the only check of the folder that holds on every file system and for every user.
-    """
-    if path.is_dir():
-        raise ValueError(f"cannot write {path}: it is a folder")
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.touch(exist_ok=False)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    return part
-
-
-def _cannot_write(path: Path, error: Exception) -> OSError:
-    reason = getattr(error, "strerror", None) or error
-    failure = OSError(f"cannot write {path}: {reason}")
-    failure.errno = getattr(error, "errno", None)  # set here, it stays out of the message
-    return failure
 
 
 class VideoWriter:
@@ -113,7 +90,7 @@ class VideoWriter:
         self._closed = False
         self._error: OSError | None = None
         self._pending: Future[None] | None = None
-        self._part = _reserve(self.path)
+        self._part = reserve(self.path)
         self._container: av.container.OutputContainer | None = None
         self._stream: av.VideoStream | None = None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="video")
@@ -228,7 +205,7 @@ class VideoWriter:
 
     def _abandon(self, error: Exception) -> OSError:
         """Remove the unfinished file; from now on every call raises the error returned."""
-        self._error = _cannot_write(self.path, error)
+        self._error = cannot_write(self.path, error)
         if self._container is not None:
             with suppress(av.FFmpegError, OSError):
                 self._container.close()
@@ -348,7 +325,7 @@ def _draw_sheet(
             font=label_font,
             anchor="ma",
         )
-    with _atomic(path) as part:
+    with atomic(path) as part:
         sheet.save(part, format="PNG")
 
 
@@ -359,19 +336,6 @@ def _tile(image_HWC: Images) -> Image.Image:
     if scale == 1:
         tile.thumbnail((TILE_MAX, TILE_MAX), Image.Resampling.LANCZOS)
     return tile
-
-
-@contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
-    """Give a name beside `path` to write to, and rename it to `path` once the body succeeds."""
-    part = _reserve(path)
-    try:
-        yield part
-        os.replace(part, path)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_video(path: str | os.PathLike[str], max_frames: int | None = None) -> tuple[Tensor, float]:

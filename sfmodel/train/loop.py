@@ -22,6 +22,7 @@ from sfkernels import BlockLayout
 from sfmodel import checkpoint
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
+from sfmodel.files import atomic
 from sfmodel.schedule import FlowSchedule
 from sfmodel.text import ToyTextEncoder
 from sfmodel.toy_vae import ToyVAE
@@ -149,10 +150,10 @@ class Run:
             "optimizers": [o.state_dict() for o in self.optimizers],
             "records": self.records,
         }
-        with checkpoint.atomic(folder / "run.pt") as temporary:
+        with atomic(folder / "run.pt") as temporary:
             torch.save(state, temporary)
         checkpoint.save(self.average, folder / "model.safetensors", self.preset.dit, step=self.step)
-        with checkpoint.atomic(folder / "log.jsonl") as temporary:
+        with atomic(folder / "log.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records))
 
     def resume(self) -> None:
@@ -238,7 +239,7 @@ def plot_loss(records: list[dict[str, float]], path: Path) -> None:
     ax.set_ylabel("loss")
     ax.set_title("teacher forcing: flow-matching loss")
     ax.grid(alpha=0.3, which="both")
-    with checkpoint.atomic(path) as temporary:
+    with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     pyplot.close(figure)
 
