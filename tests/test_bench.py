@@ -1,0 +1,103 @@
+"""The demo's arithmetic, its refusal to time what is wrong, and its pictures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import demo, rolling
+from bench.flops import pass_flops, rolling_flops
+from bench.machine import machine
+from sfkernels import BlockLayout
+from sfmodel.cli import load_toy
+from sfmodel.config import PRESETS
+from sfmodel.dit import DiT
+
+TOY = PRESETS["toy"]
+SMALL = replace(TOY, dit=replace(TOY.dit, dim=64, heads=1, ffn_dim=96, layers=2), window=6)
+
+
+@pytest.fixture
+def model() -> DiT:
+    torch.manual_seed(0)
+    model = DiT(SMALL.dit).eval()
+    torch.nn.init.normal_(model.head.head.weight, std=0.1)
+    return model
+
+
+@torch.no_grad()
+def test_flops_are_those_pytorch_counts(model: DiT) -> None:
+    x, t = torch.randn(1, 3, 4, 8, 8), model.modulation(torch.tensor(500.0))
+    cache = model.new_cache(1, 6, SMALL.grid)
+    model.set_text(cache, torch.zeros(1, 1, 32))
+    cache.commit(3)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(x, t, None, cache=cache)
+    assert counter.get_total_flops() == pass_flops(SMALL.dit, 12, 12 * 24)
+
+
+def test_flops_of_the_paper_s_model() -> None:
+    """By hand: 30 layers of d = 1536, 4680 queries over 32,760 keys, five passes: 141 TFLOP of
+    self-attention and 58.5 of matrix products, 2.2 of cross-attention."""
+    config, n = PRESETS["wan-1.3b"].dit, 1560
+    five = 5 * pass_flops(config, 3 * n, 3 * n * 21 * n)
+    assert five / 1e12 == pytest.approx(141.3 + 58.5 + 2.2, rel=0.01)
+    flops = rolling_flops(config, n, 21, 3, 4)
+    assert flops["ring cache"] == five
+    window = BlockLayout((18, 3), n)
+    assert flops["recompute window"] == 4 * pass_flops(config, 21 * n, window.pairs)
+
+
+def test_the_three_ways_are_compared(model: DiT) -> None:
+    result = rolling.compare(model, SMALL, torch.zeros(1, 1, 32), batch=2, chunks=2)
+    assert result["relative_difference_in_first_window"] < 1e-5
+    assert [*result["ways"]] == ["recompute window", "recompute cache", "ring cache"]
+    for way in result["ways"].values():
+        assert len(way["all_seconds"]) == 2 and way["seconds_per_chunk"] > 0
+    assert result["ways"]["ring cache"]["times_the_ring"] == 1
+    with pytest.raises(ValueError, match="two or more chunks of 3"):
+        rolling.compare(model, replace(SMALL, window=7), torch.zeros(1, 1, 32))
+
+
+@pytest.mark.parametrize("way", [rolling.RecomputeWindow, rolling.RecomputeCache])
+def test_nothing_is_timed_when_they_differ(
+    model: DiT, way: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = way.next_chunk
+    monkeypatch.setattr(way, "next_chunk", lambda *a: 1.01 * right(*a))
+    with pytest.raises(RuntimeError, match="nothing is timed"):
+        rolling.compare(model, SMALL, torch.zeros(1, 1, 32), chunks=1)
+
+
+def test_full_size_timing_runs_at_a_small_size() -> None:
+    result = demo.run_wan(SMALL, torch.device("cpu"), chunks=4)
+    assert len(result["all_seconds"]) == 4 and result["dit_fps_full_window"] > 0
+
+
+def test_report_and_figure(
+    model: DiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy, codec, text = load_toy()
+    prompt = "a small red ball"
+    stream = demo.run_stream(toy, codec, text([prompt]), prompt, 12, 0, tmp_path)
+    assert (tmp_path / "video.mp4").exists() and (tmp_path / "video.png").exists()
+    assert stream["cache_mib"] == pytest.approx(2 * 4 * 128 * 4 * (9 * 4 + 16) / 2**20)
+    compared = [
+        rolling.compare(model, SMALL, torch.zeros(1, 1, 32), batch=b, chunks=1) for b in (1, 2)
+    ]
+    result = {"machine": machine("cpu"), "stream": stream, "rolling": compared}
+    json.dumps(result)
+    demo.report(result, Console(width=110))
+    assert "recompute cache" in capsys.readouterr().out
+    demo.plot(result, tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as figure:
+        assert figure.width > 1000

@@ -1,0 +1,30 @@
+"""The README's code runs, its tree exists, and it stays readable in one go."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    names: dict[str, torch.Tensor] = {}
+    exec(code, names)
+    assert names["out"].shape == (1, 4680, 12, 128) and names["out"].isfinite().all()
+
+
+def test_what_it_names_exists() -> None:
+    tree = README.split("## The tree")[1]
+    for line in re.findall(r"^(\w+)/ +(.*(?:\n +.*)*)", tree, re.M):
+        folder, text = line
+        assert (ROOT / folder).is_dir()
+        for name in re.findall(r"\b\w+\.py\b", text):
+            assert list((ROOT / folder).rglob(name)), f"{folder}/{name}"
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / picture).is_file(), picture
+    assert README.count("\n") < 150
