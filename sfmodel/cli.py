@@ -102,7 +102,7 @@ def generate(
     seconds = time.perf_counter() - began
     print(
         f"{'stopped after ' if interrupted else ''}{done} frames in {seconds:.2f} s "
-        f"({len(prompts) * done / seconds:.1f} FPS; first chunk after {first:.3f} s), "
+        f"({len(prompts) * done / seconds:.1f} FPS; first frame after {first:.3f} s), "
         f"{model.device}: {', '.join(str(n) for n in names)}"
     )
     if interrupted:

@@ -71,8 +71,9 @@ class DiTConfig:
 class Preset:
     """A model with the settings it streams at.
 
-    height, width: of the latents. shift, steps: noise schedule and few-step list. chunk, window,
-    sink: latent frames. fps: pixel frames a second of the video.
+    height, width: of the latents. shift, steps: noise schedule and few-step list. chunk, first,
+    window, sink: latent frames; `first` is the size of the first chunk if it differs from `chunk`
+    (1: an independent first frame). fps: pixel frames a second of the video.
     """
 
     dit: DiTConfig
@@ -81,6 +82,7 @@ class Preset:
     shift: float = 5.0
     steps: tuple[int, ...] = (1000, 750, 500, 250)
     chunk: int = 3
+    first: int | None = None
     window: int = 21
     sink: int = 0
     fps: int = 16
@@ -109,6 +111,7 @@ PRESETS = {
         height=8,
         width=8,
         shift=6.0,
+        first=1,
         window=9,
     ),
     "wan-1.3b": Preset(DiTConfig(1536, 8960, 12, 30), height=60, width=104),

@@ -73,23 +73,23 @@ def stream_latents(
     *,
     seed: int = 0,
     batch: int = 1,
-    first: int | None = None,
     initial_BFCHW: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Endless clean latents, one chunk [batch, F, C, h, w] in float32 at a time.
 
-    text: prompt embeddings [1 or batch, T, text_dim]. preset: sizes, chunk, window, sink, steps.
-    first: frames of the first chunk, if not `preset.chunk`. initial: latents that come before the
-    first one generated (image-to-video, continuation), whole chunks; they are not yielded.
+    text: prompt embeddings [1 or batch, T, text_dim]. preset: sizes, chunks, window, sink, steps.
+    initial: latents that come before the first one generated (image-to-video, continuation), whole
+    chunks; they are not yielded.
     The same seed gives the same video on the same kind of device. Raises ValueError where sizes do
     not fit together and MemoryError where the cache does not fit.
     """
-    check_window(preset.window, preset.sink, max(preset.chunk, first or 1))
+    first = preset.first or preset.chunk
+    check_window(preset.window, preset.sink, max(preset.chunk, first))
     cache = model.new_cache(batch, preset.window, preset.grid, preset.sink)
     model.set_text(cache, text_BTE)
     sampler = FewStepSampler(model, cache, FlowSchedule(preset.shift), preset.steps)
     generator = torch.Generator(model.device).manual_seed(seed)
-    sizes = itertools.chain([first or preset.chunk], itertools.repeat(preset.chunk))
+    sizes = itertools.chain([first], itertools.repeat(preset.chunk))
 
     if initial_BFCHW is not None:
         remaining = initial_BFCHW.float()
@@ -97,8 +97,8 @@ def stream_latents(
             size = next(sizes)
             if size > remaining.shape[1]:
                 raise ValueError(
-                    f"initial has {initial_BFCHW.shape[1]} latent frames: must be whole chunks of "
-                    f"{preset.chunk}" + (f" after a first one of {first}" if first else "")
+                    f"initial has {initial_BFCHW.shape[1]} latent frames: must be {first} plus a "
+                    f"multiple of {preset.chunk}"
                 )
             sampler.append(remaining[:, :size])
             remaining = remaining[:, size:]

@@ -17,7 +17,9 @@ from sfmodel.stream import stream, stream_latents
 from sfmodel.toy_vae import ToyVAE
 
 TOY = PRESETS["toy"]
-SMALL = replace(TOY, dit=replace(TOY.dit, dim=64, heads=1, ffn_dim=64, layers=2), window=6)
+SMALL = replace(
+    TOY, dit=replace(TOY.dit, dim=64, heads=1, ffn_dim=64, layers=2), first=None, window=6
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +47,13 @@ def test_a_seed_is_a_video(model: DiT) -> None:
 
 @pytest.mark.parametrize("frames", [1, 9, 10, 30])
 def test_exactly_the_frames_asked_for(model: DiT, frames: int) -> None:
-    chunks = [*stream(model, ToyVAE(), TEXT[:1], SMALL, frames=frames)]
-    assert torch.cat(chunks, 1).shape == (1, frames, 3, 64, 64)
-    # Chunks come as they are made: 3 latent frames are 9 pixel frames at first, then 12.
-    assert [c.shape[1] for c in chunks[:-1]] == [9, *[12] * 9][: len(chunks) - 1]
+    """Chunks come as they are made: 3 latent frames are 9 pixel frames at first, then 12; a still
+    as first chunk is one frame."""
+    for first, pixels in ((None, 9), (1, 1)):
+        preset = replace(SMALL, first=first)
+        chunks = [*stream(model, ToyVAE(), TEXT[:1], preset, frames=frames)]
+        assert torch.cat(chunks, 1).shape == (1, frames, 3, 64, 64)
+        assert [c.shape[1] for c in chunks[:-1]] == [pixels, *[12] * 9][: len(chunks) - 1]
 
 
 def test_batches_are_streams_of_their_own(model: DiT) -> None:
@@ -103,5 +108,7 @@ def test_bad_settings(model: DiT, change: Any, arguments: Any, said: str) -> Non
 
 
 def test_initial_latents_must_be_whole_chunks(model: DiT) -> None:
-    with pytest.raises(ValueError, match="whole chunks of 3 after a first one of 1"):
-        take(1, model, initial_BFCHW=torch.zeros(1, 3, 4, 8, 8), first=1)
+    initial = torch.zeros(1, 3, 4, 8, 8)
+    with pytest.raises(ValueError, match="must be 1 plus a multiple of 3"):
+        take(1, model, replace(SMALL, first=1), initial_BFCHW=initial)
+    assert take(1, model, replace(SMALL, first=1), initial_BFCHW=initial[:, :1]).shape[1] == 3

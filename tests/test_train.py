@@ -33,7 +33,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def config(folder: Path, **change: Any) -> TrainConfig:
     base = TrainConfig(
-        output=folder, steps=6, batch=2, frames=6, windows=(3, 6), warmup=2, log_every=2, threads=1
+        output=folder, steps=6, batch=2, frames=7, windows=(3, 6), warmup=2, log_every=2, threads=1
     )
     return replace(base, **change)
 
@@ -150,7 +150,7 @@ def test_trained_weights_carry_public_names(tmp_path: Path) -> None:
     [
         (dict(preset="wan-1.3b"), "trains 'toy'"),
         (dict(steps=0), "steps=0"),
-        (dict(frames=7), "must be 3 plus a multiple"),
+        (dict(frames=6), "must be 1 plus a multiple"),
         (dict(windows=(2,)), "smaller than a chunk"),
     ],
 )

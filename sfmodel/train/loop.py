@@ -38,7 +38,7 @@ class TrainConfig:
     output: Path = Path("out/train-toy")  # folder of the run
     steps: int = 2000  # optimiser steps
     batch: int = 32  # clips a step
-    frames: int = 15  # latent frames of a clip
+    frames: int = 16  # latent frames of a clip
     chunks: tuple[int, ...] = (1, 3)  # latent frames generated at a time
     windows: tuple[int, ...] = (6, 9, 15)  # latent frames that a chunk sees, its own included
     lr: float = 2e-3  # peak learning rate
@@ -63,7 +63,8 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         for chunk in self.chunks:
             for window in self.windows:
-                BlockLayout.causal(self.frames, chunk, 1, window=window)
+                first = PRESETS[self.preset].first
+                BlockLayout.causal(self.frames, chunk, 1, first=first, window=window)
 
 
 class Run:
@@ -106,11 +107,13 @@ class Run:
             config.frames,
             chunk,
             math.prod(self.preset.grid),
+            first=self.preset.first,
             window=window,
             teacher_forcing=True,
         )
-        sigma = self.schedule.shifted(draw(config.batch, config.frames // chunk).clamp(min=1e-3))
-        sigma = sigma.repeat_interleave(chunk, 1).to(self.device)
+        sizes = torch.tensor(layout.chunks)
+        sigma = self.schedule.shifted(draw(config.batch, len(sizes)).clamp(min=1e-3))
+        sigma = sigma.repeat_interleave(sizes, 1).to(self.device)
         noise, smear = (
             torch.randn(clean.shape, generator=generator).to(self.device) for _ in range(2)
         )
