@@ -1,4 +1,4 @@
-# make demo    generate a short video and show what was measured
+# make demo    generate a short video and show what was measured; PROMPT="a small blue ball"
 # make test    every check: lint, format, types, tests
 # make bench   all benchmarks
 #
@@ -14,7 +14,7 @@ READY := $(VENV)/.ready-$(subst /,-,$(PYTHON))
 .PHONY: demo test bench format clean
 
 demo: $(READY)
-	@$(RUN) bench demo
+	@$(RUN) bench demo $(if $(PROMPT),--prompt "$(PROMPT)")
 
 # pytest comes last: its closing line says how many tests passed.
 test: $(READY)

@@ -18,6 +18,7 @@ from sfmodel import checkpoint
 from sfmodel.config import PRESETS, Preset
 from sfmodel.dit import DiT
 from sfmodel.stream import VideoCodec, stream
+from sfmodel.terminal import TerminalPlayer
 from sfmodel.text import ToyTextEncoder
 from sfmodel.toy_vae import ToyVAE
 from sfmodel.train.loop import TrainConfig, train
@@ -37,6 +38,7 @@ def generate(
     checkpoint: Path | None = None,
     preset: str = "toy",
     output: Path = Path("out/video.mp4"),
+    watch: bool = False,
 ) -> None:
     """Stream a video from a sentence, chunk by chunk, into an MP4 and a contact sheet beside it.
 
@@ -55,6 +57,7 @@ def generate(
         checkpoint: Weights (.safetensors, .pt, .pth); the preset's own if not given.
         preset: Sizes of the model and its stream.
         output: The MP4 to write.
+        watch: Play the video in the terminal while it is made.
     """
     settings = find_preset(preset)
     settings = replace(
@@ -74,6 +77,7 @@ def generate(
     total = None if frames == "endless" else frames
     chunks = stream(model, codec, embeddings, settings, frames=total, seed=seed, batch=len(prompts))
     sheets = [ContactSheet() for _ in prompts]
+    player = TerminalPlayer(settings.fps) if watch else None
     done, began, first = 0, time.perf_counter(), 0.0
     console = Console()
     columns = (SpinnerColumn(), TextColumn("{task.fields[said]}"))
@@ -81,7 +85,7 @@ def generate(
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(VideoWriter(name, settings.fps)) for name in names]
         progress = stack.enter_context(
-            Progress(*columns, console=console, disable=not console.is_terminal)
+            Progress(*columns, console=console, disable=watch or not console.is_terminal)
         )
         task = progress.add_task("", said="first chunk")
         try:
@@ -92,7 +96,10 @@ def generate(
                     writer.write(video)
                     sheet.add(video)
                 rate = done / (time.perf_counter() - began)
-                progress.update(task, said=f"frame {done} of {total or '∞'}, {rate:.1f} FPS")
+                status = f"frame {done} of {total or '∞'}, {rate:.1f} FPS"
+                progress.update(task, said=status)
+                if player:
+                    player.show(pixels[0], f"{prompts[0]}  {status}")
         except KeyboardInterrupt:
             if not done:
                 raise
