@@ -111,7 +111,7 @@ def test_train_and_generate_with_the_result(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     threads = torch.get_num_threads()
-    words = ["train", "--steps", 2, "--batch", 2, "--frames", 7, "--windows", 6, "--threads", 1]
+    words = ["train", "--steps", 2, "--batch", 7, "--frames", 7, "--windows", 6, "--threads", 1]
     run(monkeypatch, *words, "--output", tmp_path / "run")
     torch.set_num_threads(threads)
     weights = tmp_path / "run" / "model.safetensors"

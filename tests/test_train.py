@@ -33,7 +33,14 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def config(folder: Path, **change: Any) -> TrainConfig:
     base = TrainConfig(
-        output=folder, steps=6, batch=2, frames=7, windows=(3, 6), warmup=2, log_every=2, threads=1
+        output=folder,
+        steps=6,
+        batch=14,
+        frames=(1, 7),
+        windows=(3, 6),
+        warmup=2,
+        log_every=2,
+        threads=1,
     )
     return replace(base, **change)
 
@@ -56,7 +63,7 @@ def test_objective_is_the_weighted_flow_error() -> None:
 
 
 def test_training_learns(tmp_path: Path) -> None:
-    train(config(tmp_path, steps=60, batch=8, log_every=10))
+    train(config(tmp_path, steps=60, batch=28, frames=(4,), log_every=10))
     losses = [
         json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()
     ]
@@ -150,8 +157,9 @@ def test_trained_weights_carry_public_names(tmp_path: Path) -> None:
     [
         (dict(preset="wan-1.3b"), "trains 'toy'"),
         (dict(steps=0), "steps=0"),
-        (dict(frames=6), "must be 1 plus a multiple"),
+        (dict(frames=(6,)), "must be 1 plus a multiple"),
         (dict(windows=(2,)), "smaller than a chunk"),
+        (dict(batch=3), "must hold a clip of 7 frames"),
     ],
 )
 def test_bad_settings(tmp_path: Path, change: dict[str, Any], said: str) -> None:

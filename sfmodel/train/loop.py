@@ -6,6 +6,7 @@ stopped and resumed is bit for bit the run that was not.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -31,14 +32,15 @@ from sfmodel.train.objectives import teacher_forcing_loss
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One teacher-forcing run on the toy world. Every step draws one of `chunks` and one of
-    `windows`, so that one model streams at any of them."""
+    """One teacher-forcing run on the toy world. Every step draws one of `frames`, of `chunks` and
+    of `windows`: one model streams at any of them, and short clips, which are many to a step, teach
+    the first frames, which have nothing but the prompt to follow."""
 
     preset: str = "toy"  # sizes of the model
     output: Path = Path("out/train-toy")  # folder of the run
     steps: int = 2000  # optimiser steps
-    batch: int = 32  # clips a step
-    frames: int = 16  # latent frames of a clip
+    batch: int = 512  # latent frames a step
+    frames: tuple[int, ...] = (1, 4, 16)  # latent frames of a clip
     chunks: tuple[int, ...] = (1, 3)  # latent frames generated at a time
     windows: tuple[int, ...] = (6, 9, 15)  # latent frames that a chunk sees, its own included
     lr: float = 2e-3  # peak learning rate
@@ -58,13 +60,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.preset != "toy":
             raise ValueError(f"preset={self.preset!r}: teacher forcing here trains 'toy'")
-        for name in ("steps", "batch", "frames", "log_every", "save_every"):
+        for name in ("steps", "batch", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for chunk in self.chunks:
-            for window in self.windows:
-                first = PRESETS[self.preset].first
-                BlockLayout.causal(self.frames, chunk, 1, first=first, window=window)
+        if self.batch < max(self.frames):
+            raise ValueError(f"batch={self.batch}: must hold a clip of {max(self.frames)} frames")
+        first = PRESETS[self.preset].first
+        for frames, chunk, window in itertools.product(self.frames, self.chunks, self.windows):
+            BlockLayout.causal(frames, chunk, 1, first=first, window=window)
 
 
 class Run:
@@ -84,27 +87,25 @@ class Run:
         self.step = 0
         self.records: list[dict[str, float]] = []
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor, torch.Generator]:
-        """Clean latents [B, F, C, H, W], prompt embeddings and the generator of this step."""
-        config = self.config
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        latents, _, sentences = self.codec.sample_latents(
-            config.batch, config.frames, generator, drop=config.drop_word, empty=config.drop_text
-        )
-        return latents, self.text(sentences, self.device), generator
-
     def train_step(self) -> float:
         """One optimiser step; returns the loss. Raises FloatingPointError if it is not finite."""
         config = self.config
-        clean, text, generator = self.batch(self.step)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
 
         def draw(*shape: int) -> Tensor:
             return torch.rand(shape, generator=generator)
 
-        chunk = config.chunks[int(draw(1) * len(config.chunks))]
-        window = config.windows[int(draw(1) * len(config.windows))]
+        def choose(options: tuple[int, ...]) -> int:
+            return options[int(draw(1) * len(options))]
+
+        frames, chunk, window = map(choose, (config.frames, config.chunks, config.windows))
+        clips = config.batch // frames
+        clean, _, sentences = self.codec.sample_latents(
+            clips, frames, generator, drop=config.drop_word, empty=config.drop_text
+        )
+        text = self.text(sentences, self.device)
         layout = BlockLayout.causal(
-            config.frames,
+            frames,
             chunk,
             math.prod(self.preset.grid),
             first=self.preset.first,
@@ -112,12 +113,12 @@ class Run:
             teacher_forcing=True,
         )
         sizes = torch.tensor(layout.chunks)
-        sigma = self.schedule.shifted(draw(config.batch, len(sizes)).clamp(min=1e-3))
+        sigma = self.schedule.shifted(draw(clips, len(sizes)).clamp(min=1e-3))
         sigma = sigma.repeat_interleave(sizes, 1).to(self.device)
         noise, smear = (
             torch.randn(clean.shape, generator=generator).to(self.device) for _ in range(2)
         )
-        level = config.context_noise * draw(config.batch, 1, 1, 1, 1).to(self.device)
+        level = config.context_noise * draw(clips, 1, 1, 1, 1).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
             loss = teacher_forcing_loss(
                 self.model, clean, clean + level * smear, noise, sigma, text, layout
