@@ -88,7 +88,7 @@ class RingCache:
         return x0
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compare(
     model: DiT,
     preset: Preset,

@@ -153,6 +153,7 @@ def block_causal_attention(
 
 
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)  # cached indices may be needed for a backward pass later
 def _rows_by_shape(
     layout: BlockLayout, device: torch.device
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:

@@ -124,7 +124,8 @@ def train_command(
     Args:
         resume: Continue the run in the output folder, bit for bit as if it had not stopped.
     """
-    print(f"weights: {train(config, resume=resume)}")
+    weights = train(config, resume=resume)
+    print(f"weights: {weights}; see them: sfmodel generate --checkpoint {weights}")
 
 
 def find_preset(name: str) -> Preset:

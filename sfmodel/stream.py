@@ -65,7 +65,7 @@ class FewStepSampler:
         self.cache.commit(x0_BFCHW.shape[1])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def stream_latents(
     model: DiT,
     text_BTE: Tensor,
@@ -114,7 +114,7 @@ def stream_latents(
         yield x0
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def stream(
     model: DiT,
     codec: VideoCodec,

@@ -128,6 +128,16 @@ def test_block_causal_attention_and_gradients(layout: sf.BlockLayout) -> None:
         close(a, b)
 
 
+def test_training_after_inference() -> None:
+    """What is kept from a pass in inference mode must not spoil a later backward pass."""
+    layout = sf.BlockLayout((1, 1, 2), 3)
+    with torch.inference_mode():
+        x = rand(1, 12, HEADS, DIM)
+        sf.block_causal_attention(x, x, x, layout)
+    q, k, v = rand(3, 1, 12, HEADS, DIM).requires_grad_()
+    sf.block_causal_attention(q, k, v, layout).sum().backward()
+
+
 @pytest.mark.parametrize("valid", [1, 7, 20])
 def test_ring_attention_reads_valid_slots_only(valid: int) -> None:
     q, k, v = rand(B, 6, HEADS, DIM), rand(B, 20, HEADS, DIM), rand(B, 20, HEADS, DIM)

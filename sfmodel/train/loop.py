@@ -38,7 +38,7 @@ class TrainConfig:
 
     preset: str = "toy"  # sizes of the model
     output: Path = Path("out/train-toy")  # folder of the run
-    steps: int = 2000  # optimiser steps
+    steps: int = 800  # optimiser steps
     batch: int = 512  # latent frames a step
     frames: tuple[int, ...] = (1, 4, 16)  # latent frames of a clip
     chunks: tuple[int, ...] = (1, 3)  # latent frames generated at a time
