@@ -1,0 +1,262 @@
+"""The codec of the toy world: a fixed causal encoder and a small learned causal decoder.
+
+`encode_chunk` and `decode_chunk` are the streaming interface of every codec of this project: a clip
+goes through in chunks of any size, the state goes along explicitly, and the result is that of the
+whole clip at once. `python -m sfmodel.toy_vae` trains the decoder and writes the shipped weights.
+
+Latent frame 0 is a still of pixel frame 0, latent frame i covers pixel frames 4i - 3 .. 4i.
+
+Shapes: B batch, T pixel frames, F latent frames, N = B·F, C channels, H × W the size of whichever
+is meant: pixels are 8 times as high and wide as latents. S = 4 sub-frames of a latent frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfmodel import world
+from sfmodel.files import atomic
+
+WEIGHTS = Path(__file__).parent / "weights" / "toy_vae.safetensors"
+
+# Mean and standard deviation of the unnormalised latents (red, green, blue, motion), over 1280
+# clips of 24 latent frames after the still, seeds 0..39.
+_MEAN = (-0.9195, -0.9210, -0.9211, 0.0)
+_STD = (0.2751, 0.2625, 0.2661, 0.1322)
+
+
+class EncoderState(NamedTuple):
+    """What the encoder knows of the clip so far: `frames`, the pixel frames seen. No latent frame
+    looks at another one's pixels, so there are no tensors to keep."""
+
+    frames: int
+
+
+class DecoderState(NamedTuple):
+    """What the decoder keeps of the clip so far: `last_BCHW`, the last latent frame."""
+
+    last_BCHW: Tensor
+
+
+class LatentSample(NamedTuple):
+    latents_BFCHW: Tensor
+    truth: world.Truth
+    sentences: list[str]
+
+
+class ToyVAE(nn.Module):
+    """A latent frame has four channels: the mean RGB of each 8 × 8 block over the sub-frames, and
+    the motion, which is the block's luminance (mean of RGB) in the last sub-frame minus that in the
+    first. Each channel has zero mean and unit variance over the toy world.
+
+    The decoder predicts how much of each pixel the ball covers in each sub-frame, at full
+    resolution, and its colour, at latent resolution: edges stay sharp with few channels."""
+
+    latent_channels = 4
+    spatial_factor = 8
+    temporal_factor = 4
+    mean_C11: Tensor
+    std_C11: Tensor
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        # Normalisation is part of the latents' definition, not of the weights.
+        self.register_buffer("mean_C11", torch.tensor(_MEAN).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std_C11", torch.tensor(_STD).view(-1, 1, 1), persistent=False)
+        inputs = 2 * self.latent_channels + 1  # this frame, the previous one, "is the still"
+        self.stem = nn.Conv2d(inputs, width, 3, padding=1)
+        self.body = nn.Sequential(*(_Residual(width) for _ in range(3)))
+        self.colour = nn.Conv2d(width, 3, 1)
+        self.cover = nn.Sequential(
+            _up(width, 24),
+            nn.SiLU(),
+            nn.Conv2d(24, 24, 3, padding=1),
+            nn.SiLU(),
+            _up(24, 16),
+            nn.SiLU(),
+            nn.Conv2d(16, 16, 3, padding=1),
+            nn.SiLU(),
+            _up(16, self.temporal_factor),
+        )
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path = WEIGHTS) -> ToyVAE:
+        """The trained codec, in evaluation mode. Raises ValueError where there is no such file."""
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such weights; `python -m sfmodel.toy_vae` makes them")
+        vae = cls()
+        vae.load_state_dict(load_file(path))
+        return vae.eval()
+
+    def encode_chunk(
+        self, pixels_BTCHW: Tensor, state: EncoderState | None = None
+    ) -> tuple[Tensor, EncoderState]:
+        """Pixels [B, T, 3, H, W] in [-1, 1] to latents [B, F, 4, H / 8, W / 8].
+
+        state: None at the start of a clip, where T = 1 + 4k gives k + 1 latent frames; after that
+        what the previous call returned, and T = 4k gives k. Raises ValueError for other sizes."""
+        T, H, W = _check("pixels", pixels_BTCHW, 3)
+        group, scale = self.temporal_factor, self.spatial_factor
+        if H % scale or W % scale or not (H and W):
+            raise ValueError(f"pixels are {H}×{W}: height and width must be multiples of {scale}")
+        start = state is None
+        if not T or T % group != (1 if start else 0):
+            where, allowed = ("at the start", "1 + 4k") if start else ("within", "4k, k >= 1,")
+            raise ValueError(f"pixels have {T} frames: {where} of a clip must be {allowed} frames")
+        pooled = F.avg_pool2d(pixels_BTCHW.to(self.mean_C11.dtype).flatten(0, 1), scale)
+        latents = self._latents_of(pooled.unflatten(0, (-1, T)), start)
+        return latents, EncoderState(T + (state.frames if state else 0))
+
+    def _latents_of(self, pooled_BTCHW: Tensor, start: bool) -> Tensor:
+        """Latents [B, F, 4, H, W] of block means of pixels; both share their H and W here."""
+        groups_BFSCHW = pooled_BTCHW[:, int(start) :].unflatten(1, (-1, self.temporal_factor))
+        difference = groups_BFSCHW[:, :, -1] - groups_BFSCHW[:, :, 0]
+        raw = torch.cat([groups_BFSCHW.mean(2), difference.mean(2, keepdim=True)], dim=2)
+        if start:
+            still = F.pad(pooled_BTCHW[:, :1], (0, 0, 0, 0, 0, 1))  # no motion
+            raw = torch.cat([still, raw], dim=1)
+        return (raw - self.mean_C11) / self.std_C11
+
+    def decode_chunk(
+        self, latents_BFCHW: Tensor, state: DecoderState | None = None
+    ) -> tuple[Tensor, DecoderState]:
+        """Latents [B, F, 4, H, W] to pixels [B, T, 3, 8H, 8W], about in [-1, 1].
+
+        state: None at the start of a clip, where F latent frames give T = 1 + 4 (F - 1) frames;
+        after that what the previous call returned, and T = 4 F. Raises ValueError for other
+        shapes."""
+        frames, H, W = _check("latents", latents_BFCHW, self.latent_channels)
+        if not frames or not (H and W):
+            raise ValueError(f"latents have {frames} frames of {H}×{W}: none may be 0")
+        latents = latents_BFCHW.to(self.mean_C11.dtype)
+        before = torch.zeros_like(latents[:, 0]) if state is None else state.last_BCHW
+        if before.shape != latents[:, 0].shape:
+            raise ValueError(
+                f"latents have frames {[*latents[:, 0].shape]}: must be {[*before.shape]} as before"
+            )
+        previous = torch.cat([before[:, None], latents[:, :-1]], dim=1)
+        still = torch.zeros_like(latents[:, :, :1])
+        if state is None:
+            still[:, 0] = 1
+        inputs = torch.cat([latents, previous, still], dim=2).flatten(0, 1)
+        pixels = self._decode(inputs).unflatten(0, (-1, frames)).flatten(1, 2)
+        if state is None:
+            # The still is the last sub-frame of its latent frame; there is nothing before it.
+            pixels = pixels[:, self.temporal_factor - 1 :]
+        return pixels, DecoderState(latents[:, -1])
+
+    def _decode(self, inputs_NCHW: Tensor) -> Tensor:
+        """Sub-frames [N, 4, 3, 8H, 8W] of each latent frame on its own."""
+        x_NCHW = self.body(self.stem(inputs_NCHW))
+        cover_NSHW = self.cover(x_NCHW).sigmoid()
+        colour_NCHW = F.interpolate(
+            self.colour(x_NCHW), scale_factor=self.spatial_factor, mode="bilinear"
+        )
+        return cover_NSHW[:, :, None] * colour_NCHW[:, None] - 1
+
+    @torch.no_grad()
+    def sample_latents(
+        self,
+        batch: int,
+        latent_frames: int,
+        seed: int | torch.Generator,
+        *,
+        drop: float = 0.0,
+        empty: float = 0.0,
+    ) -> LatentSample:
+        """The latents [B, F, 4, 8, 8] of `world.sample` with the same arguments and seed, up to
+        rounding, without its pixels: the encoder is linear, so it sees the ball's outline alone."""
+        generator = world.generator_of(seed)
+        frames = 1 + self.temporal_factor * (latent_frames - 1)
+        truth = world.draw(batch, frames, generator, self.mean_C11.device)
+        cover_BTHW = F.avg_pool2d(world.coverage(truth), self.spatial_factor)
+        pooled_BTCHW = cover_BTHW[:, :, None] * (2 * truth.rgb_B3)[:, None, :, None, None] - 1
+        sentences = world.sentences(truth, generator, drop=drop, empty=empty)
+        return LatentSample(self._latents_of(pooled_BTCHW, start=True), truth, sentences)
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return x_NCHW + self.conv(F.silu(x_NCHW))
+
+
+def _up(inputs: int, outputs: int) -> nn.Sequential:
+    """Twice the height and width."""
+    return nn.Sequential(nn.Conv2d(inputs, 4 * outputs, 3, padding=1), nn.PixelShuffle(2))
+
+
+def _check(name: str, x: Tensor, channels: int) -> tuple[int, int, int]:
+    if x.ndim != 5 or x.shape[2] != channels:
+        raise ValueError(f"{name} have shape {[*x.shape]}: must be [B, frames, {channels}, H, W]")
+    return x.shape[1], x.shape[3], x.shape[4]
+
+
+def train(steps: int, seed: int = 0, clips: int = 4, peak_rate: float = 3e-3) -> ToyVAE:
+    """Trains the decoder on `clips` new clips of 9 latent frames each step, printing progress.
+
+    The latents carry noise and a wrong scale, as those of a diffusion model do: the decoder learns
+    to draw one clean ball from them."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    vae = ToyVAE()
+    optimizer = torch.optim.AdamW(vae.parameters(), peak_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    began, running = time.perf_counter(), math.nan
+    for step in range(1, steps + 1):
+        rate = peak_rate * min(step / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        pixels_BTCHW = world.sample(clips, 33, generator).pixels_BTCHW
+        latents_BFCHW, _ = vae.encode_chunk(pixels_BTCHW)
+        decoded_BTCHW, _ = vae.decode_chunk(disturb(latents_BFCHW, generator))
+        error = decoded_BTCHW - pixels_BTCHW
+        mse = error.square().mean()
+        # The absolute error pulls small errors to zero, where squares no longer do.
+        loss = mse + 0.1 * error.abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        running = mse.item() if step == 1 else 0.98 * running + 0.02 * mse.item()
+        if step % 100 == 0 or step == steps:
+            psnr, seconds = 10 * math.log10(4 / running), time.perf_counter() - began
+            print(f"step {step:5d}/{steps}  PSNR {psnr:5.2f} dB  {seconds:4.0f} s", flush=True)
+    return vae.eval()
+
+
+def disturb(latents_BFCHW: Tensor, generator: torch.Generator) -> Tensor:
+    """Latents with noise of σ up to 0.15 and a scale error of some 3 percent, by clip."""
+    one_per_clip = (len(latents_BFCHW), 1, 1, 1, 1)
+    sigma = 0.15 * torch.rand(one_per_clip, generator=generator)
+    scale = 1 + 0.03 * torch.randn(one_per_clip, generator=generator)
+    return latents_BFCHW * scale + sigma * torch.randn(latents_BFCHW.shape, generator=generator)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the decoder of the toy world's codec.")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    arguments = parser.parse_args()
+    vae = train(arguments.steps, arguments.seed)
+    settings = {"steps": arguments.steps, "seed": arguments.seed}
+    with atomic(arguments.out) as temporary:
+        save_file(vae.state_dict(), temporary, {"training": json.dumps(settings)})
+    print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
