@@ -130,7 +130,7 @@ class ToyVAE(nn.Module):
     def decode_chunk(
         self, latents_BFCHW: Tensor, state: DecoderState | None = None
     ) -> tuple[Tensor, DecoderState]:
-        """Latents [B, F, 4, H, W] to pixels [B, T, 3, 8H, 8W], about in [-1, 1].
+        """Latents [B, F, 4, H, W] to pixels [B, T, 3, 8H, 8W] about in [-1, 1].
 
         state: None at the start of a clip, where F latent frames give T = 1 + 4 (F - 1) frames;
         after that what the previous call returned, and T = 4 F. Raises ValueError for other
@@ -153,7 +153,8 @@ class ToyVAE(nn.Module):
         if state is None:
             # The still is the last sub-frame of its latent frame; there is nothing before it.
             pixels = pixels[:, self.temporal_factor - 1 :]
-        return pixels, DecoderState(latents[:, -1])
+        # A copy: the caller may write its next chunk into the same memory.
+        return pixels, DecoderState(latents[:, -1].clone())
 
     def _decode(self, inputs_NCHW: Tensor) -> Tensor:
         """Sub-frames [N, 4, 3, 8H, 8W] of each latent frame on its own."""
@@ -162,7 +163,7 @@ class ToyVAE(nn.Module):
         colour_NCHW = F.interpolate(
             self.colour(x_NCHW), scale_factor=self.spatial_factor, mode="bilinear"
         )
-        return cover_NSHW[:, :, None] * colour_NCHW[:, None] - 1
+        return (cover_NSHW[:, :, None] * colour_NCHW[:, None] - 1).clamp(max=1)
 
     @torch.no_grad()
     def sample_latents(
@@ -247,7 +248,7 @@ def disturb(latents_BFCHW: Tensor, generator: torch.Generator) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the decoder of the toy world's codec.")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     arguments = parser.parse_args()
