@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -110,10 +109,8 @@ def test_ctrl_c_keeps_the_video_so_far(tmp_path: Path) -> None:
 def test_train_and_generate_with_the_result(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    threads = torch.get_num_threads()
     words = ["train", "--steps", 2, "--batch", 7, "--frames", 7, "--windows", 6, "--threads", 1]
     run(monkeypatch, *words, "--output", tmp_path / "run")
-    torch.set_num_threads(threads)
     weights = tmp_path / "run" / "model.safetensors"
     assert str(weights) in capsys.readouterr().out
     assert "holds a run already" in refused(

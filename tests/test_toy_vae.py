@@ -39,6 +39,7 @@ def streamed(vae: ToyVAE, pixels_BTCHW: Tensor, chunks: tuple[int, ...]) -> tupl
             assert pixel.shape == part.shape
             latents.append(latent)
             pixels.append(pixel)
+            assert encoder.frames == sum(p.shape[1] for p in pixels)
     return torch.cat(latents, dim=1), torch.cat(pixels, dim=1)
 
 
@@ -94,10 +95,10 @@ def test_latents_are_block_means_and_their_motion(vae: ToyVAE) -> None:
 
 
 def test_latents_have_zero_mean_and_unit_variance(vae: ToyVAE) -> None:
-    latents_BFCHW = vae.sample_latents(1500, 3, seed=99).latents_BFCHW[:, 1:]
+    latents_BFCHW = vae.sample_latents(600, 2, seed=99).latents_BFCHW[:, 1:]
     over_C = (0, 1, 3, 4)
-    assert latents_BFCHW.mean(over_C).abs().max() < 0.05
-    assert (latents_BFCHW.std(over_C) - 1).abs().max() < 0.05
+    assert latents_BFCHW.mean(over_C).abs().max() < 0.08
+    assert (latents_BFCHW.std(over_C) - 1).abs().max() < 0.08
 
 
 def test_latents_without_rendering_are_those_of_the_pixels(vae: ToyVAE) -> None:
@@ -129,6 +130,12 @@ def test_a_round_trip_keeps_the_ball(
     assert error_BT.mean() < 0.2
     assert error_BT.max() < 2.5
     assert (measured.radius_BT - truth.radius_B[:, None]).abs().mean() < 0.15
+
+
+def test_the_still_is_the_first_pixel_frame(vae: ToyVAE) -> None:
+    pixels_BTCHW = world.sample(64, 1, seed=1234).pixels_BTCHW
+    _, decoded = streamed(vae, pixels_BTCHW, (1,))
+    assert psnr(decoded, pixels_BTCHW) > 39
 
 
 def test_wrong_sizes_are_refused(vae: ToyVAE) -> None:

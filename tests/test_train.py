@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,10 @@ from sfmodel.train.objectives import teacher_forcing_loss
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     toy = PRESETS["toy"]
     small = replace(toy, dit=replace(toy.dit, dim=64, heads=1, ffn_dim=64, layers=1))
     monkeypatch.setitem(PRESETS, "toy", small)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def config(folder: Path, **change: Any) -> TrainConfig:
