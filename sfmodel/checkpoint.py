@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -109,7 +110,9 @@ def read(path: str | Path, weights: str | None = None) -> tuple[dict[str, Tensor
         raise ValueError(f"{path}: must be a .safetensors, .pt or .pth file")
     try:
         mmap = zipfile.is_zipfile(path)  # files of PyTorch before 1.6 are not, and are read whole
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():  # the sentence below says all there is to say
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path}: damaged, or holds pickled code, which is not executed: must be tensors only"
