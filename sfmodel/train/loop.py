@@ -49,6 +49,7 @@ class TrainConfig:
     clip: float = 1.0  # largest norm of the gradient
     weight_decay: float = 0.01  # of the blocks' matrices
     context_noise: float = 0.4  # largest noise on the clean context, in the latents' units
+    fade: float = 0.5  # largest share of the light that is missing where the model looks
     drop_text: float = 0.1  # share of clips trained without a prompt
     drop_word: float = 0.15  # share of a prompt's words left out
     bf16: bool = False  # matrix products in bfloat16
@@ -84,6 +85,8 @@ class Run:
         self.optimizers = _optimizers(self.model, config)
         self.schedule = FlowSchedule(self.preset.shift)
         self.codec, self.text = ToyVAE().to(self.device), ToyTextEncoder()
+        black = torch.full((1, 1, 3, 8, 8), -1.0, device=self.device)
+        self.dark, _ = self.codec.encode_chunk(black)
         self.step = 0
         self.records: list[dict[str, float]] = []
 
@@ -119,9 +122,22 @@ class Run:
             torch.randn(clean.shape, generator=generator).to(self.device) for _ in range(2)
         )
         level = config.context_noise * draw(clips, 1, 1, 1, 1).to(self.device)
+        # The x0 of a few large steps is a mean, which is darker than any sample. A model that has
+        # seen such pictures, in its context and under the noise, brings the light back.
+        faded_now, faded_past = (
+            clean + config.fade * draw(clips, 1, 1, 1, 1).to(self.device) * (self.dark - clean)
+            for _ in range(2)
+        )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
             loss = teacher_forcing_loss(
-                self.model, clean, clean + level * smear, noise, sigma, text, layout
+                self.model,
+                clean,
+                faded_past + level * smear,
+                noise,
+                sigma,
+                text,
+                layout,
+                seen_BFCHW=faded_now,
             )
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss is {loss.item()} at step {self.step}")

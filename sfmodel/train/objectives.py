@@ -21,6 +21,7 @@ def teacher_forcing_loss(
     text_BTE: Tensor,
     layout: BlockLayout,
     min_sigma: float = 0.3,
+    seen_BFCHW: Tensor | None = None,
 ) -> Tensor:
     """Flow matching of every chunk given the clean ones before it (arXiv 2506.08009, section 3.1):
     mean of w(σ)·‖flow − (ε − x0)‖², a scalar.
@@ -28,10 +29,13 @@ def teacher_forcing_loss(
     context: what the clean half of the sequence holds: the clean latents, or lightly noised ones,
     which makes a model less sure of its past. sigma: noise level of each frame, equal within a
     chunk. w = min(1, σ/min_sigma)²: the error of x0 counts as 1/max(σ, min_sigma)², so that the
-    finest levels, where the flow of a given x0 error is unbounded, do not drown the others.
+    finest levels, where the flow of a given x0 error is unbounded, do not drown the others. seen:
+    the latents that are noised, where they are not the clean ones: what a sampler's own x0 looks
+    like. The flow to learn leads from the noisy latents to the clean ones all the same.
     """
-    x = add_noise(clean_BFCHW, noise_BFCHW, sigma_BF)
+    x = add_noise(clean_BFCHW if seen_BFCHW is None else seen_BFCHW, noise_BFCHW, sigma_BF)
     t = sigma_BF * TRAIN_STEPS
     flow = model(x, t, text_BTE, layout=layout, clean_BFCHW=context_BFCHW)
-    weight = (sigma_BF / min_sigma).clamp(max=1)[:, :, None, None, None]
-    return (weight * (flow - (noise_BFCHW - clean_BFCHW))).square().mean()
+    level = sigma_BF[:, :, None, None, None]
+    weight = (level / min_sigma).clamp(max=1)
+    return (weight * (flow - (x - clean_BFCHW) / level)).square().mean()
