@@ -57,6 +57,13 @@ def test_objective_is_the_weighted_flow_error() -> None:
     want = ((x0 - clean) / s.clamp(min=0.3)).square().mean()
     torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-6)
 
+    seen = 0.7 * clean  # the model looks at something else than what it is to find
+    faded = teacher_forcing_loss(model, clean, context, noise, sigma, text, layout, seen_BFCHW=seen)
+    x = (1 - s) * seen + s * noise
+    flow = model(x, sigma * 1000, text, layout=layout, clean_BFCHW=context)
+    want = ((x - s * flow - clean) / s.clamp(min=0.3)).square().mean()
+    torch.testing.assert_close(faded, want, rtol=1e-6, atol=1e-6)
+
 
 def test_training_learns(tmp_path: Path) -> None:
     train(config(tmp_path, steps=60, batch=28, frames=(4,), log_every=10))
