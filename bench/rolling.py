@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from bench.flops import rolling_flops
-from sfkernels import BlockLayout, RingKVCache, sampler_step
+from sfkernels import BlockLayout, RingKVCache
 from sfmodel.config import Preset
 from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule
-from sfmodel.stream import FewStepSampler
+from sfmodel.stream import FewStepSampler, few_steps
 
 Renoise = Callable[[int], Tensor]
 
@@ -51,14 +51,13 @@ class RecomputeWindow:
         frames = past.shape[1] + self.chunk
         layout = BlockLayout.causal(frames, self.chunk, self.tokens)
         is_new = torch.arange(frames, device=noise.device) >= past.shape[1]
-        x = noise
-        for i, sigma in enumerate(self.sigmas):
-            t_BF = torch.where(is_new, self.t[i], 0.0)[None]
-            flow = self.model(torch.cat([past, x], 1), t_BF, self.text, layout=layout)
-            last = i + 1 == len(self.sigmas)
-            following = () if last else (self.sigmas[i + 1], renoise(i + 1))
-            x0, x = sampler_step(x, flow[:, -self.chunk :], sigma, *following)
-        return x0
+
+        def flow(x: Tensor, step: int) -> Tensor:
+            t_BF = torch.where(is_new, self.t[step], 0.0)[None]
+            whole = self.model(torch.cat([past, x], 1), t_BF, self.text, layout=layout)
+            return whole[:, -self.chunk :]
+
+        return few_steps(flow, self.sigmas, noise, renoise, self.model.impl)
 
 
 class RecomputeCache:

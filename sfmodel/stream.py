@@ -30,6 +30,22 @@ class VideoCodec(Protocol):
         ...
 
 
+def few_steps(
+    flow: Callable[[Tensor, int], Tensor],
+    sigmas: Tensor,
+    noise: Tensor,
+    renoise: Callable[[int], Tensor],
+    impl: str = "auto",
+) -> Tensor:
+    """x0 after all steps: from the flow at (x, step i), x0; then fresh noise, `renoise(i + 1)`, up
+    to the next of the falling `sigmas` [steps]."""
+    x = noise
+    for i, sigma in enumerate(sigmas):
+        following = () if i + 1 == len(sigmas) else (sigmas[i + 1], renoise(i + 1))
+        x0, x = sampler_step(x, flow(x, i), sigma, *following, impl=impl)
+    return x0
+
+
 class FewStepSampler:
     """Generates the next chunk of a stream with a few-step causal model (arXiv 2506.08009,
     algorithm 2): predict x0, renoise to the next level, and at last one clean pass that leaves the
@@ -51,13 +67,11 @@ class FewStepSampler:
     def denoise(self, noise_BFCHW: Tensor, renoise: Callable[[int], Tensor]) -> Tensor:
         """x0 of the next chunk, float32, from its initial noise; `renoise(i)` gives the fresh noise
         before step i. The cache is left holding keys and values of the last noisy step."""
-        x = noise_BFCHW
-        last = len(self.modulations) - 1
-        for i, modulation in enumerate(self.modulations):
-            flow = self.model(x, modulation, None, cache=self.cache)
-            following = () if i == last else (self.sigmas[i + 1], renoise(i + 1))
-            x0, x = sampler_step(x, flow, self.sigmas[i], *following, impl=self.model.impl)
-        return x0
+
+        def flow(x: Tensor, step: int) -> Tensor:
+            return self.model(x, self.modulations[step], None, cache=self.cache)
+
+        return few_steps(flow, self.sigmas, noise_BFCHW, renoise, self.model.impl)
 
     def append(self, x0_BFCHW: Tensor) -> None:
         """The cache-update pass: the chunk's clean keys and values become the past."""
