@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -160,14 +161,20 @@ def load_toy(path: Path | None = None) -> tuple[DiT, VideoCodec, ToyTextEncoder]
     return model.to(device).eval(), ToyVAE.from_pretrained().to(device), ToyTextEncoder()
 
 
-def main() -> None:
-    """Entry point. Exit code 2 and one sentence for bad input, 130 for Ctrl-C."""
+def run_command(
+    program: str, commands: dict[str, Callable[..., None]], arguments: Sequence[str]
+) -> None:
+    """Runs the command that the arguments name. Exit code 2 and one sentence for bad input, 130
+    for Ctrl-C."""
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            {"generate": generate, "train": train_command}, prog="sfmodel"
-        )
+        tyro.extras.subcommand_cli_from_dict(commands, prog=program, args=arguments)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"sfmodel: {error}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def main() -> None:
+    """Entry point of `sfmodel`."""
+    run_command("sfmodel", {"generate": generate, "train": train_command}, sys.argv[1:])

@@ -206,8 +206,6 @@ class DiT(nn.Module):
             raise ValueError("clean latents and a layout with teacher_forcing belong together")
         if (text_BTE is None) != (cache is not None):
             raise ValueError("text is None exactly when a cache is given: set_text puts it there")
-        if clean_BFCHW is not None and isinstance(t, Modulation):
-            raise ValueError("teacher forcing takes timesteps, not a Modulation")
         if cache is not None and layout is not None:
             raise ValueError("give a layout or a cache, not both")
 
@@ -229,14 +227,16 @@ class DiT(nn.Module):
                 )
             frame_F = torch.arange(frames, dtype=torch.int32, device=x_BFCHW.device)
 
-        modulation = all_frames = t if isinstance(t, Modulation) else self.modulation(t)
         tokens_BLD = self._patchify(x_BFCHW)
         if clean_BFCHW is not None:  # the sequence is [clean ‖ noisy], the clean half at t = 0
             check_shape("clean", clean_BFCHW, tuple(x_BFCHW.shape))
-            t_BF = modulation.t.expand(batch, frames)
-            all_frames = self.modulation(torch.cat([torch.zeros_like(t_BF), t_BF], 1))
+            if isinstance(t, Modulation):
+                raise ValueError("teacher forcing takes timesteps, not a Modulation")
+            t_BF = _by_frame(t).expand(batch, frames)
+            t = torch.cat([torch.zeros_like(t_BF), t_BF], 1)
             tokens_BLD = torch.cat([self._patchify(clean_BFCHW), tokens_BLD], 1)
             frame_F = frame_F.repeat(2)
+        modulation = t if isinstance(t, Modulation) else self.modulation(t)
         context = Context(
             sf.rope_table(frame_F, grid, self.config.head_dim, impl=self.impl),
             None if text_BTE is None else self._embed_text(text_BTE),
@@ -244,19 +244,17 @@ class DiT(nn.Module):
             cache,
             chunk,
         )
-        out_BLE = self._run(tokens_BLD, all_frames, context)
+        out_BLE = self._run(tokens_BLD, modulation, context)
         out = self._unpatchify(out_BLE[:, -frames * math.prod(grid) :].float(), grid)
         if self.config.prediction == "x0":
-            sigma = (modulation.t / TRAIN_STEPS).clamp(min=1 / TRAIN_STEPS)
+            sigma = (modulation.t[:, -frames:] / TRAIN_STEPS).clamp(min=1 / TRAIN_STEPS)
             out = (x_BFCHW.float() - out) / sigma[:, :, None, None, None]
         return out
 
     def modulation(self, t: Tensor) -> Modulation:
         """Time embedding of timesteps [], [B] or [B, F], in float32 whatever the model's dtype:
         bfloat16 would collapse the 1000 training timesteps to 294."""
-        if t.dim() > 2:
-            raise ValueError(f"t has shape {[*t.shape]}: must be [], [B] or [B, F]")
-        t_BF = t.reshape(t.shape + (1,) * (2 - t.dim()))
+        t_BF = _by_frame(t)
         half = self.config.freq_dim // 2
         exponent = torch.arange(half, device=t.device, dtype=torch.float64) / half
         angle = t_BF.double()[..., None] * 10_000.0**-exponent
@@ -340,6 +338,13 @@ class DiT(nn.Module):
         _, ph, pw = self.config.patch
         patches = out_BLE.unflatten(2, (ph, pw, -1)).unflatten(1, (-1, *grid))
         return patches.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+
+def _by_frame(t: Tensor) -> Tensor:
+    """[], [B] or [B, F] as [B, F], where B and F may be 1."""
+    if t.dim() > 2:
+        raise ValueError(f"t has shape {[*t.shape]}: must be [], [B] or [B, F]")
+    return t.reshape(t.shape + (1,) * (2 - t.dim()))
 
 
 def _linear32(x: Tensor, linear: nn.Module) -> Tensor:

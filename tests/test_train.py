@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,19 +103,28 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
         assert all(torch.equal(v, states[1][key][k]) for k, v in states[0][key].items())
 
 
-def test_an_interrupt_saves_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = loop.Run.train_step
+def test_an_interrupt_ends_the_step_and_saves_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C between the update of the weights and that of their average, the worst moment."""
+    whole = train(config(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        update = torch.optim.AdamW.step
 
-    def interrupted(self: loop.Run) -> float:
-        if self.step == 4:
-            raise KeyboardInterrupt
-        return step(self)
+        def interrupted(self: torch.optim.AdamW) -> None:
+            update(self)
+            calls.append(1)
+            if len(calls) == 4:
+                signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(loop.Run, "train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(config(tmp_path))
-    monkeypatch.undo()
-    assert torch.load(tmp_path / "run.pt", weights_only=True)["step"] == 4
+        calls: list[int] = []
+        patch.setattr(torch.optim.AdamW, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(tmp_path / "parts"))
+    assert torch.load(tmp_path / "parts" / "run.pt", weights_only=True)["step"] == 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    a, b = load_file(whole), load_file(train(config(tmp_path / "parts"), resume=True))
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_folders_of_other_runs_are_left_alone(tmp_path: Path) -> None:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -201,7 +204,8 @@ class Run:
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:
     """Runs to `config.steps` with progress, and returns the path of the averaged weights. Ctrl-C
-    saves first. Raises ValueError where the folder holds another run and `resume` is not set."""
+    ends the step and saves first. Raises ValueError where the folder holds another run and
+    `resume` is not set."""
     if config.threads:
         torch.set_num_threads(config.threads)
     if not resume and (config.output / "run.pt").exists():
@@ -213,36 +217,54 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     console = Console()
     columns = (TextColumn("training"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     more = (TextColumn("loss {task.fields[loss]:.4f}"), TimeRemainingColumn())
-    with Progress(*columns, *more, console=console, disable=not console.is_terminal) as progress:
+    progress = Progress(*columns, *more, console=console, disable=not console.is_terminal)
+    with progress, _held_interrupts() as interrupts:
         task = progress.add_task("", total=config.steps, completed=run.step, loss=math.nan)
         began, losses = time.perf_counter(), []
-        try:
-            while run.step < config.steps:
-                losses.append(run.train_step())
-                if run.step % config.log_every == 0 or run.step == config.steps:
-                    seconds = (time.perf_counter() - began) / len(losses)
-                    loss = sum(losses) / len(losses)
-                    record = {"step": run.step, "loss": loss, "seconds_per_step": seconds}
-                    run.records.append(record)
-                    if console.is_terminal:
-                        progress.update(task, completed=run.step, loss=loss)
-                    else:
-                        left = (config.steps - run.step) * seconds / 60
-                        print(
-                            f"step {run.step}/{config.steps}  loss {loss:.4f}  "
-                            f"{seconds:.2f} s/step  {left:.0f} min left",
-                            flush=True,
-                        )
-                    began, losses = time.perf_counter(), []
-                if run.step % config.save_every == 0:
-                    run.save()
-        except KeyboardInterrupt:
-            run.save()
-            console.print(f"stopped at step {run.step}; saved in {config.output}")
-            raise
+        while run.step < config.steps:
+            losses.append(run.train_step())
+            if run.step % config.log_every == 0 or run.step == config.steps:
+                seconds = (time.perf_counter() - began) / len(losses)
+                loss = sum(losses) / len(losses)
+                record = {"step": run.step, "loss": loss, "seconds_per_step": seconds}
+                run.records.append(record)
+                if console.is_terminal:
+                    progress.update(task, completed=run.step, loss=loss)
+                else:
+                    left = (config.steps - run.step) * seconds / 60
+                    print(
+                        f"step {run.step}/{config.steps}  loss {loss:.4f}  "
+                        f"{seconds:.2f} s/step  {left:.0f} min left",
+                        flush=True,
+                    )
+                began, losses = time.perf_counter(), []
+            if run.step % config.save_every == 0:
+                run.save()
+            if interrupts:
+                run.save()
+                console.print(f"stopped at step {run.step}; saved in {config.output}")
+                raise KeyboardInterrupt
     run.save()
     plot_loss(run.records, config.output / "loss.png")
     return config.output / "model.safetensors"
+
+
+@contextmanager
+def _held_interrupts() -> Iterator[list[int]]:
+    """Ctrl-C in the body is only noted, so that it never falls between two halves of a step and
+    what is then saved is whole. A second one stops at once, with the last checkpoint as it is."""
+    noted: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def plot_loss(records: list[dict[str, float]], path: Path) -> None:
