@@ -1,8 +1,26 @@
-"""`python -m bench demo`: everything measured here. Without a command, all of it."""
+"""`python -m bench COMMAND`: what is measured here.
 
+demo     a streamed toy video, and a ring cache beside the two ways of doing without one (default)
+kernels  every kernel beside eager PyTorch, torch.compile and PyTorch's own, in one run
+tune     searches launch settings on this GPU and writes sfkernels/tuned/sm_XX.json
+gpu      everything that needs a GPU, in one run: tests, checks, sanitizer, times
+"""
+
+import importlib
 import sys
 
-from bench.demo import demo
-from sfmodel.cli import run_command
+# Commands that need neither tyro nor a video encoder: they also run where only PyTorch is.
+PLAIN = {"kernels": "bench.kernels", "tune": "bench.tune", "gpu": "bench.gpu"}
 
-run_command("python -m bench", {"demo": demo}, sys.argv[1:] or ["demo"])
+arguments = sys.argv[1:] or ["demo"]
+command = arguments[0].removeprefix("--")
+if command in PLAIN:
+    sys.exit(importlib.import_module(PLAIN[command]).main(arguments[1:]))
+if command in ("help", "-h"):
+    print(__doc__)
+    sys.exit(0)
+
+from bench.demo import demo  # noqa: E402
+from sfmodel.cli import run_command  # noqa: E402
+
+run_command("python -m bench", {"demo": demo}, arguments)

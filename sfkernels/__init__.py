@@ -3,22 +3,26 @@
 from sfkernels.attention import block_causal_attention, cross_attention, ring_attention
 from sfkernels.kv_cache import RingKVCache
 from sfkernels.layout import BlockLayout, Visibility
-from sfkernels.norm import adaln, gated_adaln, gated_residual, layer_norm, rms_norm
+from sfkernels.norm import adaln, gated_adaln, gated_layer_norm, layer_norm, rms_norm
 from sfkernels.rope import qk_norm_rope, qk_norm_rope_append, rope_table
-from sfkernels.sampler import sampler_step
+from sfkernels.sampler import Noise, dmd_gradient, euler_step, normal, sampler_step
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BlockLayout",
+    "Noise",
     "RingKVCache",
     "Visibility",
     "adaln",
     "block_causal_attention",
     "cross_attention",
+    "dmd_gradient",
+    "euler_step",
     "gated_adaln",
-    "gated_residual",
+    "gated_layer_norm",
     "layer_norm",
+    "normal",
     "qk_norm_rope",
     "qk_norm_rope_append",
     "ring_attention",

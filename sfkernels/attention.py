@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sfkernels.dispatch import check_same, check_shape, implementation
+from sfkernels import reference
+from sfkernels.dispatch import check_same, check_shape, choose
 from sfkernels.layout import BlockLayout
 
 
@@ -27,9 +28,8 @@ def block_causal_attention(
     check_shape("q", q_BLHD, ("B", layout.tokens, "H", "D"))
     check_shape("k", k_BLHD, tuple(q_BLHD.shape))
     scale = q_BLHD.shape[-1] ** -0.5 if scale is None else scale
-    return implementation("block_causal_attention", impl, q_BLHD)(
-        q_BLHD, k_BLHD, v_BLHD, layout, scale
-    )
+    choose("block_causal_attention", impl, q_BLHD.device, q=q_BLHD, k=k_BLHD, v=v_BLHD)
+    return reference.block_causal_attention(q_BLHD, k_BLHD, v_BLHD, layout, scale)
 
 
 def ring_attention(
@@ -54,9 +54,8 @@ def ring_attention(
             f"{q_BLHD.device}"
         )
     scale = q_BLHD.shape[-1] ** -0.5 if scale is None else scale
-    return implementation("ring_attention", impl, q_BLHD)(
-        q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, scale
-    )
+    choose("ring_attention", impl, q_BLHD.device, q=q_BLHD, k_ring=k_ring_BSHD, v_ring=v_ring_BSHD)
+    return reference.ring_attention(q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, scale)
 
 
 def cross_attention(
@@ -71,7 +70,8 @@ def cross_attention(
     [B, S, H, D]. Returns [B, L, H, D]. Raises ValueError for shapes that do not fit."""
     _check_heads(q_BLHD, k_BSHD, v_BSHD)
     scale = q_BLHD.shape[-1] ** -0.5 if scale is None else scale
-    return implementation("attention", impl, q_BLHD)(q_BLHD, k_BSHD, v_BSHD, scale)
+    choose("cross_attention", impl, q_BLHD.device, q=q_BLHD, k=k_BSHD, v=v_BSHD)
+    return reference.attention(q_BLHD, k_BSHD, v_BSHD, scale)
 
 
 def _check_heads(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> None:

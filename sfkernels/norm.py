@@ -1,10 +1,18 @@
-"""Normalisation and modulation of a DiT block. Shapes are named as in reference.py."""
+"""Normalisation and modulation of a DiT block. Shapes are named as in reference.py.
+
+Every function here is one form of the same kernel, registered as `sfkernels::norm` and, with a
+residual connection before the norm, `sfkernels::residual_norm`.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from sfkernels.dispatch import check_same, check_shape, implementation
+from sfkernels import reference
+from sfkernels.dispatch import check_same, check_shape, choose, kernel
 
 
 def layer_norm(
@@ -12,9 +20,21 @@ def layer_norm(
 ) -> Tensor:
     """LayerNorm over the last dimension with weight and bias [C]; returns [B, L, C].
     Raises ValueError for shapes that do not fit."""
-    check_shape("weight", weight_C, (x_BLC.shape[-1],))
-    check_shape("bias", bias_C, (x_BLC.shape[-1],))
-    return implementation("layer_norm", impl, x_BLC)(x_BLC, weight_C, bias_C, eps)
+    _check_affine(x_BLC, weight=weight_C, bias=bias_C)
+    impl = choose("norm", impl, x_BLC.device, x=x_BLC, weight=weight_C, bias=bias_C)
+    if impl == "reference":
+        return reference.layer_norm(x_BLC, weight_C, bias_C, eps)
+    return _norm(x_BLC, weight_C[None, None], bias_C[None, None], eps, True, False, impl)
+
+
+def rms_norm(x_BLC: Tensor, weight_C: Tensor, *, eps: float = 1e-6, impl: str = "auto") -> Tensor:
+    """`x / sqrt(mean(x²) + eps) · weight` over the last dimension; returns [B, L, C].
+    Raises ValueError for shapes that do not fit."""
+    _check_affine(x_BLC, weight=weight_C)
+    impl = choose("norm", impl, x_BLC.device, x=x_BLC, weight=weight_C)
+    if impl == "reference":
+        return reference.rms_norm(x_BLC, weight_C, eps)
+    return _norm(x_BLC, weight_C[None, None], None, eps, False, False, impl)
 
 
 def adaln(
@@ -26,21 +46,16 @@ def adaln(
     a larger modulation and in a wider dtype. Returns [B, L, C] in x's dtype. Raises ValueError for
     shapes that do not fit."""
     _check_modulation(x_BLC, shift=shift_BFC, scale=scale_BFC)
-    return implementation("adaln", impl, x_BLC)(x_BLC, shift_BFC, scale_BFC, eps)
-
-
-def gated_residual(x_BLC: Tensor, y_BLC: Tensor, gate_BFC: Tensor, *, impl: str = "auto") -> Tensor:
-    """`x + gate · y`, with a gate [B or 1, F or 1, C] per latent frame; x, y [B, L, C].
-    Raises ValueError for shapes that do not fit."""
-    _check_residual(x_BLC, y_BLC)
-    _check_modulation(x_BLC, gate=gate_BFC)
-    return implementation("gated_residual", impl, x_BLC)(x_BLC, y_BLC, gate_BFC)
+    impl = choose("norm", impl, x_BLC.device, x=x_BLC, shift=shift_BFC, scale=scale_BFC)
+    if impl == "reference":
+        return reference.adaln(x_BLC, shift_BFC, scale_BFC, eps)
+    return _norm(x_BLC, scale_BFC, shift_BFC, eps, True, True, impl)
 
 
 def gated_adaln(
     x_BLC: Tensor,
     y_BLC: Tensor,
-    gate_BFC: Tensor,
+    gate_BFC: Tensor | None,
     shift_BFC: Tensor,
     scale_BFC: Tensor,
     *,
@@ -48,22 +63,201 @@ def gated_adaln(
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The end of one residual branch and the start of the next: returns `x' = x + gate · y` and
-    `adaln(x', shift, scale)`, both [B, L, C] in x's dtype.
+    `adaln(x', shift, scale)`, both [B, L, C] in x's dtype. Without a gate, x' = x + y.
 
     x, y [B, L, C]; gate, shift, scale [B or 1, F or 1, C]. Raises ValueError for shapes that do
     not fit."""
     _check_residual(x_BLC, y_BLC)
     _check_modulation(x_BLC, gate=gate_BFC, shift=shift_BFC, scale=scale_BFC)
-    return implementation("gated_adaln", impl, x_BLC)(
-        x_BLC, y_BLC, gate_BFC, shift_BFC, scale_BFC, eps
+    impl = choose(
+        "norm",
+        impl,
+        x_BLC.device,
+        x=x_BLC,
+        y=y_BLC,
+        gate=gate_BFC,
+        shift=shift_BFC,
+        scale=scale_BFC,
     )
+    if impl == "reference":
+        return reference.gated_adaln(x_BLC, y_BLC, gate_BFC, shift_BFC, scale_BFC, eps)
+    return _residual_norm(x_BLC, y_BLC, gate_BFC, scale_BFC, shift_BFC, eps, True, impl)
 
 
-def rms_norm(x_BLC: Tensor, weight_C: Tensor, *, eps: float = 1e-6, impl: str = "auto") -> Tensor:
-    """`x / sqrt(mean(x²) + eps) · weight` over the last dimension; returns [B, L, C].
-    Raises ValueError for shapes that do not fit."""
-    check_shape("weight", weight_C, (x_BLC.shape[-1],))
-    return implementation("rms_norm", impl, x_BLC)(x_BLC, weight_C, eps)
+def gated_layer_norm(
+    x_BLC: Tensor,
+    y_BLC: Tensor,
+    gate_BFC: Tensor | None,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    *,
+    eps: float = 1e-6,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """As `gated_adaln`, with an affine LayerNorm after the residual: returns `x' = x + gate · y`
+    and `layer_norm(x', weight, bias)`.
+
+    x, y [B, L, C]; gate [B or 1, F or 1, C] or None; weight, bias [C]. Raises ValueError for shapes
+    that do not fit."""
+    _check_residual(x_BLC, y_BLC)
+    _check_modulation(x_BLC, gate=gate_BFC)
+    _check_affine(x_BLC, weight=weight_C, bias=bias_C)
+    impl = choose(
+        "norm", impl, x_BLC.device, x=x_BLC, y=y_BLC, gate=gate_BFC, weight=weight_C, bias=bias_C
+    )
+    if impl == "reference":
+        return reference.gated_layer_norm(x_BLC, y_BLC, gate_BFC, weight_C, bias_C, eps)
+    affine = weight_C[None, None], bias_C[None, None]
+    return _residual_norm(x_BLC, y_BLC, gate_BFC, *affine, eps, False, impl)
+
+
+# The ops. `centred`: LayerNorm, else RMSNorm. `plus_one`: the factor is 1 + scale, else scale.
+
+
+@torch.library.custom_op("sfkernels::norm", mutates_args=())
+def _norm(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    centred: bool,
+    plus_one: bool,
+    impl: str,
+) -> Tensor:
+    out: Tensor = kernel(impl, "norm_fwd")(x, None, None, scale, shift, eps, centred, plus_one)[1]
+    return out
+
+
+@_norm.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("sfkernels::norm_bwd", mutates_args=())
+def _norm_bwd(
+    dout: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    centred: bool,
+    plus_one: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dscale, dshift (empty without a shift)."""
+    dx, _, _, dscale, dshift = kernel(impl, "norm_bwd")(
+        None, _dense(dout), x, None, None, scale, shift, eps, centred, plus_one
+    )
+    return dx, dscale, x.new_empty(0) if dshift is None else dshift
+
+
+@_norm_bwd.register_fake
+def _(dout: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, *_: Any) -> Any:
+    return _contiguous_like(x), _contiguous_like(scale), _contiguous_like(shift, x)
+
+
+def _norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, scale, shift, *ctx.rest = inputs
+    ctx.save_for_backward(x, scale, shift)
+
+
+def _norm_backward(ctx: Any, dout: Tensor) -> Any:
+    x, scale, shift = ctx.saved_tensors
+    dx, dscale, dshift = _norm_bwd(dout, x, scale, shift, *ctx.rest)
+    return dx, dscale, None if shift is None else dshift, None, None, None, None
+
+
+_norm.register_autograd(_norm_backward, setup_context=_norm_setup)
+
+
+@torch.library.custom_op("sfkernels::residual_norm", mutates_args=())
+def _residual_norm(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    plus_one: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    residual, out = kernel(impl, "norm_fwd")(x, y, gate, scale, shift, eps, True, plus_one)
+    return residual, out
+
+
+@_residual_norm.register_fake
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _contiguous_like(x), _contiguous_like(x)
+
+
+@torch.library.custom_op("sfkernels::residual_norm_bwd", mutates_args=())
+def _residual_norm_bwd(
+    dresidual: Tensor,
+    dout: Tensor,
+    residual: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    plus_one: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dy, dgate, dscale, dshift; dy (which is dx) and dgate are empty without a gate."""
+    dx, dy, dgate, dscale, dshift = kernel(impl, "norm_bwd")(
+        _dense(dresidual), _dense(dout), residual, y, gate, scale, shift, eps, True, plus_one
+    )
+    if gate is None:
+        dy, dgate = residual.new_empty(0), residual.new_empty(0)
+    return dx, dy, dgate, dscale, dshift
+
+
+@_residual_norm_bwd.register_fake
+def _(
+    dresidual: Tensor,
+    dout: Tensor,
+    residual: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    *_: Any,
+) -> Any:
+    dy = _contiguous_like(None if gate is None else residual, residual)
+    dgate = _contiguous_like(gate, residual)
+    return _contiguous_like(residual), dy, dgate, _contiguous_like(scale), _contiguous_like(shift)
+
+
+def _residual_norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    _, y, gate, scale, shift, *ctx.rest = inputs
+    # Without a gate the backward pass does not need y.
+    ctx.save_for_backward(output[0], None if gate is None else y, gate, scale, shift)
+
+
+def _residual_norm_backward(ctx: Any, dresidual: Tensor, dout: Tensor) -> Any:
+    gate = ctx.saved_tensors[2]
+    dx, dy, dgate, dscale, dshift = _residual_norm_bwd(
+        dresidual, dout, *ctx.saved_tensors, *ctx.rest
+    )
+    if gate is None:
+        dy, dgate = dx, None
+    return dx, dy, dgate, dscale, dshift, None, None, None
+
+
+_residual_norm.register_autograd(_residual_norm_backward, setup_context=_residual_norm_setup)
+
+
+def _dense(grad: Tensor) -> Tensor:
+    """A gradient may come expanded or transposed; kernels want a contiguous last dimension."""
+    return grad if grad.shape[-1] == 1 or grad.stride(-1) == 1 else grad.contiguous()
+
+
+def _contiguous_like(t: Tensor | None, otherwise: Tensor | None = None) -> Tensor:
+    """An empty tensor of the same shape; for None one without elements, otherwise's dtype."""
+    if t is None:
+        assert otherwise is not None
+        return otherwise.new_empty(0)
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def _check_residual(x_BLC: Tensor, y_BLC: Tensor) -> None:
@@ -71,20 +265,31 @@ def _check_residual(x_BLC: Tensor, y_BLC: Tensor) -> None:
     check_same("y", y_BLC, "x", x_BLC)
 
 
-def _check_modulation(x_BLC: Tensor, **modulation: Tensor) -> None:
+def _check_affine(x_BLC: Tensor, **affine: Tensor) -> None:
+    check_shape("x", x_BLC, ("B", "L", "C"))
+    for name, t in affine.items():
+        check_shape(name, t, (x_BLC.shape[-1],))
+        if t.device != x_BLC.device:
+            raise ValueError(f"{name} is on {t.device}: must be on {x_BLC.device}, as x")
+
+
+def _check_modulation(x_BLC: Tensor, **modulation: Tensor | None) -> None:
     check_shape("x", x_BLC, ("B", "L", "C"))
     batch, tokens, channels = x_BLC.shape
-    for name, m in modulation.items():
+    given = {name: m for name, m in modulation.items() if m is not None}
+    frames = max([1, *(m.shape[1] for m in given.values() if m.dim() == 3)])
+    for name, m in given.items():
         fits = (
             m.dim() == 3
             and m.shape[0] in (1, batch)
-            and tokens % m.shape[1] == 0
+            and m.shape[1] in (1, frames)
+            and tokens % frames == 0
             and m.shape[2] == channels
         )
         if not fits:
             raise ValueError(
                 f"{name} has shape {[*m.shape]}: must be [1 or {batch}, frames, {channels}] with "
-                f"frames a divisor of the {tokens} tokens"
+                f"frames 1 or the same for all, a divisor of the {tokens} tokens"
             )
         if m.device != x_BLC.device:
             raise ValueError(f"{name} is on {m.device}: must be on {x_BLC.device}, as x")

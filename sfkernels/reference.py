@@ -10,6 +10,8 @@ F of a modulation may be 1.
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,29 +32,46 @@ def layer_norm(x_BLC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> T
 
 
 def adaln(x_BLC: Tensor, shift_BFC: Tensor, scale_BFC: Tensor, eps: float) -> Tensor:
-    frames = shift_BFC.shape[1]
-    x_BFNC = _wide(x_BLC).unflatten(1, (frames, -1))
+    x_BFNC = _by_frame(x_BLC, shift_BFC, scale_BFC)
     normed = F.layer_norm(x_BFNC, x_BLC.shape[-1:], eps=eps)
     out = torch.addcmul(_wide(shift_BFC)[:, :, None], normed, 1 + _wide(scale_BFC)[:, :, None])
     return out.flatten(1, 2).to(x_BLC.dtype)
 
 
-def gated_residual(x_BLC: Tensor, y_BLC: Tensor, gate_BFC: Tensor) -> Tensor:
-    frames = gate_BFC.shape[1]
-    x_BFNC, y_BFNC = (_wide(t).unflatten(1, (frames, -1)) for t in (x_BLC, y_BLC))
-    return torch.addcmul(x_BFNC, y_BFNC, _wide(gate_BFC)[:, :, None]).flatten(1, 2).to(x_BLC.dtype)
-
-
 def gated_adaln(
     x_BLC: Tensor,
     y_BLC: Tensor,
-    gate_BFC: Tensor,
+    gate_BFC: Tensor | None,
     shift_BFC: Tensor,
     scale_BFC: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    x_BLC = gated_residual(x_BLC, y_BLC, gate_BFC)
+    x_BLC = _residual(x_BLC, y_BLC, gate_BFC)
     return x_BLC, adaln(x_BLC, shift_BFC, scale_BFC, eps)
+
+
+def gated_layer_norm(
+    x_BLC: Tensor,
+    y_BLC: Tensor,
+    gate_BFC: Tensor | None,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    x_BLC = _residual(x_BLC, y_BLC, gate_BFC)
+    return x_BLC, layer_norm(x_BLC, weight_C, bias_C, eps)
+
+
+def _residual(x_BLC: Tensor, y_BLC: Tensor, gate_BFC: Tensor | None) -> Tensor:
+    if gate_BFC is None:
+        return x_BLC + y_BLC
+    x_BFNC, y_BFNC = _by_frame(x_BLC, gate_BFC), _by_frame(y_BLC, gate_BFC)
+    return torch.addcmul(x_BFNC, y_BFNC, _wide(gate_BFC)[:, :, None]).flatten(1, 2).to(x_BLC.dtype)
+
+
+def _by_frame(x_BLC: Tensor, *modulations_BFC: Tensor) -> Tensor:
+    """[B, F, N, C] in the dtype to compute in."""
+    return _wide(x_BLC).unflatten(1, (max(m.shape[1] for m in modulations_BFC), -1))
 
 
 def rms_norm(x_BLC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
@@ -152,9 +171,16 @@ def block_causal_attention(
     return torch.cat(out, 1).index_select(1, restore_L)
 
 
+@torch.compiler.assume_constant_result  # not on the function below: Dynamo ignores lru_cache
+def _rows_by_shape(
+    layout: BlockLayout, device: torch.device
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    return _cached_rows_by_shape(layout, device)
+
+
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)  # cached indices may be needed for a backward pass later
-def _rows_by_shape(
+def _cached_rows_by_shape(
     layout: BlockLayout, device: torch.device
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """The layout's rows, those with equally many queries and keys stacked into one call of dense
@@ -175,7 +201,8 @@ def _rows_by_shape(
 def ring_attention(
     q_BLHD: Tensor, k_ring_BSHD: Tensor, v_ring_BSHD: Tensor, valid: Tensor, scale: float
 ) -> Tensor:
-    if valid.device.type == "cpu":  # reading the length costs nothing here
+    # Reading the length costs nothing on the CPU, except under torch.compile.
+    if valid.device.type == "cpu" and not torch.compiler.is_compiling():
         count = int(valid)
         return attention(q_BLHD, k_ring_BSHD[:, :count], v_ring_BSHD[:, :count], scale)
     q, k, v = (t.transpose(1, 2) for t in (q_BLHD, k_ring_BSHD, v_ring_BSHD))
@@ -193,17 +220,71 @@ def sampler_step(
     uncond_flow: Tensor | None,
     guidance: float,
 ) -> tuple[Tensor, Tensor]:
-    velocity = _wide(flow)
-    if uncond_flow is not None:
-        velocity = torch.lerp(_wide(uncond_flow), velocity, guidance)
-    x0 = _wide(x) - _per_frame(sigma, x) * velocity
+    x0 = _wide(x) - per_frame(sigma, x) * _guided(flow, uncond_flow, guidance)
     if next_sigma is None or noise is None:
         return x0.to(x.dtype), x0.to(x.dtype)
-    renoised = torch.lerp(x0, _wide(noise), _per_frame(next_sigma, x))
+    renoised = torch.lerp(x0, noise.to(x0.dtype), per_frame(next_sigma, x))
     return x0.to(x.dtype), renoised.to(x.dtype)
 
 
-def _per_frame(sigma: Tensor, x: Tensor) -> Tensor:
+def euler_step(
+    x: Tensor,
+    flow: Tensor,
+    sigma: Tensor,
+    next_sigma: Tensor,
+    uncond_flow: Tensor | None,
+    guidance: float,
+) -> Tensor:
+    change = per_frame(next_sigma, x) - per_frame(sigma, x)
+    return (_wide(x) + change * _guided(flow, uncond_flow, guidance)).to(x.dtype)
+
+
+def _guided(flow: Tensor, uncond_flow: Tensor | None, guidance: float) -> Tensor:
+    if uncond_flow is None:
+        return _wide(flow)
+    return torch.lerp(_wide(uncond_flow), _wide(flow), guidance)
+
+
+def per_frame(sigma: Tensor, x: Tensor) -> Tensor:
     """A scalar, [B] or [B, F] sigma against x [B, F, ...]."""
     sigma = _wide(sigma).to(torch.promote_types(torch.float32, x.dtype))
     return sigma.reshape(sigma.shape + (1,) * (x.dim() - sigma.dim())) if sigma.dim() else sigma
+
+
+def normal(seed_B: Tensor, frame_F: Tensor, draw: int, shape: Sequence[int]) -> Tensor:
+    elements = math.prod(shape[2:])
+    group_G = torch.arange((elements + 3) // 4, device=seed_B.device)
+    word02 = torch.stack((group_G, torch.full_like(group_G, draw))).view(2, 1, 1, -1)
+    frame_F = frame_F.long()
+    word13 = torch.stack((frame_F, torch.zeros_like(frame_F))).view(2, 1, -1, 1)
+    key = torch.stack((seed_B, seed_B >> 32)).view(2, -1, 1, 1)
+    # The words of an even place make a radius and those of an odd one an angle.
+    words = torch.stack(philox(word02, word13, key))
+    u, turn = (((words >> 9).float() + 0.5) * 2.0**-23).unbind()
+    radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * turn
+    pairs_2BFG2 = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
+    normal_BFE = pairs_2BFG2.permute(1, 2, 3, 0, 4).flatten(2)[..., :elements]
+    return normal_BFE.reshape(*shape)
+
+
+def philox(word02: Tensor, word13: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al., SC 2011) of counters whose words 0 and 2 are `word02` [2, ...]
+    and words 1 and 3 `word13`, all int64; the words of the result in the same order.
+
+    Of `word13` and `key` only the low 32 bits count. A product of two words may wrap in int64, but
+    its 64 bits are the right ones."""
+    # Constants of the two lanes, by arithmetic: a CUDA graph cannot capture a copy to the device.
+    lane = torch.arange(2, device=key.device).view(2, *[1] * (key.dim() - 1))
+    factor = 0xD2511F53 + lane * (0xCD9E8D57 - 0xD2511F53)
+    bump = 0x9E3779B9 + lane * (0xBB67AE85 - 0x9E3779B9)
+    for _ in range(10):
+        product = (word02 * factor).flip(0)
+        word02 = (product >> 32 ^ word13 ^ key) & 0xFFFFFFFF
+        word13, key = product, key + bump
+    return word02, word13 & 0xFFFFFFFF
+
+
+def dmd_gradient(x: Tensor, real_x0: Tensor, fake_x0: Tensor) -> Tensor:
+    mean_B = (_wide(x) - _wide(real_x0)).abs().flatten(1).mean(1)
+    gradient = (_wide(fake_x0) - _wide(real_x0)) / mean_B.view(-1, *[1] * (x.dim() - 1))
+    return gradient.to(x.dtype).nan_to_num()

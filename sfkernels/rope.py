@@ -3,10 +3,13 @@ Shapes are named as in reference.py."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from sfkernels.dispatch import check_same, check_shape, implementation
+from sfkernels import reference
+from sfkernels.dispatch import check_same, check_shape, choose, kernel
 
 
 def rope_table(
@@ -29,7 +32,10 @@ def rope_table(
         )
     if head_dim % 2:
         raise ValueError(f"head_dim={head_dim}: must be even")
-    return implementation("rope_table", impl, frame_F)(frame_F, grid, head_dim, theta)
+    impl = choose("rope_table", impl, frame_F.device)
+    if impl == "reference":
+        return reference.rope_table(frame_F, grid, head_dim, theta)
+    return _rope_table(frame_F, *grid, head_dim, theta, impl)
 
 
 def qk_norm_rope(
@@ -45,11 +51,15 @@ def qk_norm_rope(
     pairs (Wan2.1).
 
     qkv [B, L, 3·H·D], the fused projection; weights [H·D]; table from `rope_table`. Returns q, k,
-    v, each [B, L, H, D]; v may be a view of qkv. Raises ValueError for shapes that do not fit."""
-    _check_qkv(qkv_BLC, q_weight_C, k_weight_C, table_LP2)
-    return implementation("qk_norm_rope", impl, qkv_BLC)(
-        qkv_BLC, q_weight_C, k_weight_C, table_LP2, eps
-    )
+    v, each [B, L, H, D]; v may be a view of qkv. The table takes no gradient. Raises ValueError for
+    shapes that do not fit."""
+    args = qkv_BLC, q_weight_C, k_weight_C, table_LP2
+    _check_qkv(*args)
+    impl = _choose(impl, *args)
+    if impl == "reference":
+        return reference.qk_norm_rope(*args, eps)
+    q_BLHD, k_BLHD, v_BLHD = _qk_norm_rope(*args, eps, impl)
+    return q_BLHD, k_BLHD, v_BLHD
 
 
 def qk_norm_rope_append(
@@ -89,9 +99,123 @@ def qk_norm_rope_append(
             f"slot_F names {len(slot_F)} frames: {tokens} tokens and a ring of "
             f"{k_ring_BSHD.shape[1]} must be whole frames"
         )
-    return implementation("qk_norm_rope_append", impl, qkv_BLC)(
-        qkv_BLC, q_weight_C, k_weight_C, table_LP2, k_ring_BSHD, v_ring_BSHD, slot_F, eps
+    if slot_F.device != qkv_BLC.device:
+        raise ValueError(f"slot_F is on {slot_F.device}: must be on {qkv_BLC.device}, as qkv")
+    args = qkv_BLC, q_weight_C, k_weight_C, table_LP2, k_ring_BSHD, v_ring_BSHD
+    impl = _choose(impl, *args)
+    if impl == "reference":
+        return reference.qk_norm_rope_append(*args, slot_F, eps)
+    for name, ring in (("k_ring", k_ring_BSHD), ("v_ring", v_ring_BSHD)):
+        if ring.stride(2) != ring.shape[3]:
+            raise ValueError(
+                f"{name} has strides {ring.stride()}: the heads of a slot must lie side by side"
+            )
+    return _qk_norm_rope_append(*args, slot_F, eps, impl)
+
+
+@torch.library.custom_op("sfkernels::rope_table", mutates_args=())
+def _rope_table(
+    frame: Tensor, height: int, width: int, head_dim: int, theta: float, impl: str
+) -> Tensor:
+    table: Tensor = kernel(impl, "rope_table")(frame, (height, width), head_dim, theta)
+    return table
+
+
+@_rope_table.register_fake
+def _(frame: Tensor, height: int, width: int, head_dim: int, theta: float, impl: str) -> Tensor:
+    tokens = frame.shape[0] * height * width
+    return frame.new_empty(tokens, head_dim // 2, 2, dtype=torch.float32)
+
+
+@torch.library.custom_op("sfkernels::qk_norm_rope", mutates_args=())
+def _qk_norm_rope(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, eps: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = kernel(impl, "qk_norm_rope_fwd")(
+        qkv, q_weight, k_weight, table, None, None, None, eps
     )
+    return q, k, v
+
+
+@_qk_norm_rope.register_fake
+def _(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, *_: Any) -> Any:
+    return tuple(_heads(qkv, table) for _ in range(3))
+
+
+@torch.library.custom_op("sfkernels::qk_norm_rope_bwd", mutates_args=())
+def _qk_norm_rope_bwd(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    table: Tensor,
+    eps: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = (t if t.stride()[2:] == (t.shape[3], 1) else t.contiguous() for t in (dq, dk, dv))
+    dqkv, dq_weight, dk_weight = kernel(impl, "qk_norm_rope_bwd")(
+        *grads, qkv, q_weight, k_weight, table, eps
+    )
+    return dqkv, dq_weight, dk_weight
+
+
+@_qk_norm_rope_bwd.register_fake
+def _(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, *weights_and_rest: Any) -> Any:
+    inputs = qkv, *weights_and_rest[:2]
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs)
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.eps, ctx.impl = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> Any:
+    grads = _qk_norm_rope_bwd(dq, dk, dv, *ctx.saved_tensors, ctx.eps, ctx.impl)
+    return *grads, None, None, None
+
+
+_qk_norm_rope.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("sfkernels::qk_norm_rope_append", mutates_args=("k_ring", "v_ring"))
+def _qk_norm_rope_append(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    table: Tensor,
+    k_ring: Tensor,
+    v_ring: Tensor,
+    slot: Tensor,
+    eps: float,
+    impl: str,
+) -> Tensor:
+    q: Tensor = kernel(impl, "qk_norm_rope_fwd")(
+        qkv, q_weight, k_weight, table, k_ring, v_ring, slot, eps
+    )[0]
+    return q
+
+
+@_qk_norm_rope_append.register_fake
+def _(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, *_: Any) -> Tensor:
+    return _heads(qkv, table)
+
+
+def _heads(qkv: Tensor, table: Tensor) -> Tensor:
+    """An empty [B, L, H, D] for one of q, k and v."""
+    head_dim = 2 * table.shape[1]
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3 // head_dim, head_dim)
+
+
+def _choose(impl: str, *tensors: Tensor) -> str:
+    names = "qkv", "q_weight", "k_weight", "table", "k_ring", "v_ring"
+    named = dict(zip(names, tensors, strict=False))
+    impl = choose("qk_norm_rope", impl, tensors[0].device, **named)
+    if impl != "reference" and not named["table"].is_contiguous():
+        raise ValueError(f"table has strides {named['table'].stride()}: must be contiguous")
+    return impl
 
 
 def _check_qkv(qkv_BLC: Tensor, q_weight_C: Tensor, k_weight_C: Tensor, table_LP2: Tensor) -> None:

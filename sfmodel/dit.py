@@ -7,7 +7,7 @@ D model dim, T text rows, S slots of a ring.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +42,10 @@ class Modulation(NamedTuple):
 class SelfAttention(nn.Module):
     """Attention between frames: under a layout, or of a chunk over the ring."""
 
-    def __init__(self, config: DiTConfig, layer: int, impl: str) -> None:
+    def __init__(self, config: DiTConfig, layer: int, impl: str, attention_impl: str) -> None:
         super().__init__()
-        self.layer, self.eps, self.impl = layer, config.eps, impl
+        self.layer, self.eps = layer, config.eps
+        self.impl, self.attention_impl = impl, attention_impl
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.o = nn.Linear(config.dim, config.dim)
         self.norm_q = nn.Parameter(torch.ones(config.dim))
@@ -57,20 +58,21 @@ class SelfAttention(nn.Module):
             q = sf.qk_norm_rope_append(
                 *norm, *ring, context.chunk.slot_F, eps=self.eps, impl=self.impl
             )
-            out = sf.ring_attention(q, *ring, context.chunk.valid, impl=self.impl)
+            out = sf.ring_attention(q, *ring, context.chunk.valid, impl=self.attention_impl)
         else:
             assert context.layout is not None
             q, k, v = sf.qk_norm_rope(*norm, eps=self.eps, impl=self.impl)
-            out = sf.block_causal_attention(q, k, v, context.layout, impl=self.impl)
+            out = sf.block_causal_attention(q, k, v, context.layout, impl=self.attention_impl)
         return self.o(out.flatten(2))
 
 
 class CrossAttention(nn.Module):
     """Attention to the prompt. Its keys and values depend on the prompt alone."""
 
-    def __init__(self, config: DiTConfig, layer: int, impl: str) -> None:
+    def __init__(self, config: DiTConfig, layer: int, impl: str, attention_impl: str) -> None:
         super().__init__()
-        self.layer, self.heads, self.eps, self.impl = layer, config.heads, config.eps, impl
+        self.layer, self.heads, self.eps = layer, config.heads, config.eps
+        self.impl, self.attention_impl = impl, attention_impl
         self.q = nn.Linear(config.dim, config.dim)
         self.kv = nn.Linear(config.dim, 2 * config.dim)
         self.o = nn.Linear(config.dim, config.dim)
@@ -90,17 +92,18 @@ class CrossAttention(nn.Module):
             k, v = context.cache.text_k[self.layer], context.cache.text_v[self.layer]
         else:
             k, v = (t.expand(len(x_BLD), -1, -1, -1) for t in self.keys_values(context.text_BTD))
-        out = sf.cross_attention(q.unflatten(-1, (self.heads, -1)), k, v, impl=self.impl)
+        q = q.unflatten(-1, (self.heads, -1))
+        out = sf.cross_attention(q, k, v, impl=self.attention_impl)
         return self.o(out.flatten(2))
 
 
 class Block(nn.Module):
-    def __init__(self, config: DiTConfig, layer: int, impl: str) -> None:
+    def __init__(self, config: DiTConfig, layer: int, impl: str, attention_impl: str) -> None:
         super().__init__()
         self.eps, self.impl = config.eps, impl
-        self.self_attn = SelfAttention(config, layer, impl)
+        self.self_attn = SelfAttention(config, layer, impl, attention_impl)
         self.norm3 = nn.LayerNorm(config.dim, config.eps)
-        self.cross_attn = CrossAttention(config, layer, impl)
+        self.cross_attn = CrossAttention(config, layer, impl, attention_impl)
         self.ffn = nn.Sequential(
             nn.Linear(config.dim, config.ffn_dim),
             nn.GELU(approximate="tanh"),
@@ -119,11 +122,11 @@ class Block(nn.Module):
         caller adds them in one pass with the norm that follows."""
         _, _, gate1, shift2, scale2, _ = modulation
         attended = self.self_attn(h_BLD, context)
-        x_BLD = sf.gated_residual(x_BLD, attended, gate1, impl=self.impl)
+        options: Any = {"eps": self.eps, "impl": self.impl}
         norm3 = (self.norm3.weight, self.norm3.bias)
-        h_BLD = sf.layer_norm(x_BLD, *norm3, eps=self.eps, impl=self.impl)
-        x_BLD = x_BLD + self.cross_attn(h_BLD, context)
-        h_BLD = sf.adaln(x_BLD, shift2, scale2, eps=self.eps, impl=self.impl)
+        x_BLD, h_BLD = sf.gated_layer_norm(x_BLD, attended, gate1, *norm3, **options)
+        attended = self.cross_attn(h_BLD, context)
+        x_BLD, h_BLD = sf.gated_adaln(x_BLD, attended, None, shift2, scale2, **options)
         return x_BLD, self.ffn(h_BLD)
 
 
@@ -142,10 +145,11 @@ class DiT(nn.Module):
     """Wan2.1 as one module: bidirectional teacher or critic, causal student, cached generator.
 
     Parameters carry the official names, except that q, k, v (and k, v of the prompt) are one
-    projection each; checkpoint.py maps both ways. impl: the implementation of every sfkernels op.
+    projection each; checkpoint.py maps both ways. impl: the implementation of the sfkernels ops;
+    attention_impl: that of the attention ops.
     """
 
-    def __init__(self, config: DiTConfig, impl: str = "auto") -> None:
+    def __init__(self, config: DiTConfig, impl: str = "auto", attention_impl: str = "auto") -> None:
         super().__init__()
         self.config, self.impl = config, impl
         dim = config.dim
@@ -157,7 +161,9 @@ class DiT(nn.Module):
             nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(Block(config, i, impl) for i in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(config, i, impl, attention_impl) for i in range(config.layers)
+        )
         self.head = Head(config)
         self._initialise()
 

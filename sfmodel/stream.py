@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sfkernels import RingKVCache, sampler_step
+from sfkernels import Noise, RingKVCache, normal, sampler_step
 from sfkernels.layout import check_window
 from sfmodel.config import Preset
 from sfmodel.dit import DiT
@@ -34,7 +35,7 @@ def few_steps(
     flow: Callable[[Tensor, int], Tensor],
     sigmas: Tensor,
     noise: Tensor,
-    renoise: Callable[[int], Tensor],
+    renoise: Callable[[int], Tensor | Noise],
     impl: str = "auto",
 ) -> Tensor:
     """x0 after all steps: from the flow at (x, step i), x0; then fresh noise, `renoise(i + 1)`, up
@@ -64,7 +65,7 @@ class FewStepSampler:
         self.modulations = [model.modulation(one) for one in t]
         self.clean = model.modulation(torch.zeros((), device=model.device))
 
-    def denoise(self, noise_BFCHW: Tensor, renoise: Callable[[int], Tensor]) -> Tensor:
+    def denoise(self, noise_BFCHW: Tensor, renoise: Callable[[int], Tensor | Noise]) -> Tensor:
         """x0 of the next chunk, float32, from its initial noise; `renoise(i)` gives the fresh noise
         before step i. The cache is left holding keys and values of the last noisy step."""
 
@@ -94,15 +95,16 @@ def stream_latents(
     text: prompt embeddings [1 or batch, T, text_dim]. preset: sizes, chunks, window, sink, steps.
     initial: latents that come before the first one generated (image-to-video, continuation), whole
     chunks; they are not yielded.
-    The same seed gives the same video on the same kind of device. Raises ValueError where sizes do
-    not fit together and MemoryError where the cache does not fit.
+    Sample b of the batch is the video of seed + b, the same on any device, in any batch and by any
+    implementation, up to rounding. Raises ValueError where sizes do not fit together and
+    MemoryError where the cache does not fit.
     """
     first = preset.first or preset.chunk
     check_window(preset.window, preset.sink, max(preset.chunk, first))
     cache = model.new_cache(batch, preset.window, preset.grid, preset.sink)
     model.set_text(cache, text_BTE)
     sampler = FewStepSampler(model, cache, FlowSchedule(preset.shift), preset.steps)
-    generator = torch.Generator(model.device).manual_seed(seed)
+    seed_B = torch.arange(seed, seed + batch, device=model.device)
     sizes = itertools.chain([first], itertools.repeat(preset.chunk))
 
     if initial_BFCHW is not None:
@@ -119,11 +121,8 @@ def stream_latents(
 
     for size in sizes:
         shape = (batch, size, model.config.channels, preset.height, preset.width)
-
-        def noise(_: int = 0, shape: tuple[int, ...] = shape) -> Tensor:
-            return torch.randn(shape, generator=generator, device=model.device)
-
-        x0 = sampler.denoise(noise(), noise)
+        noise = functools.partial(Noise, seed_B, cache.chunk(size).frame_F)
+        x0 = sampler.denoise(normal(noise(0), shape, impl=model.impl), noise)
         sampler.append(x0)
         yield x0
 

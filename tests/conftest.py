@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
+# Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors. It is chosen when
+# kernels are defined, so before any of them is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # The tensors here are small: on a busy machine a second thread waits longer than it computes.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fresh_seed() -> int:
+    """Other random data in every run; pytest shows the seed of a test that fails."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"seed {seed}: torch.manual_seed({seed}) makes the same data")
+    torch.manual_seed(seed)
+    return seed
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""The stream on a GPU: the same video as on the CPU, and one CUDA graph that goes on rolling."""
+"""On a GPU: kernels at real shapes, the same video as on the CPU, and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,85 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
+import sfkernels as sf
+from tests.oracle import check, close_as_eager, rand
 from tests.test_dit import GRID, latents, make
 
 pytestmark = pytest.mark.gpu
+
+# Wan2.1-1.3B at 480×832: 12 heads of 128, 30×52 tokens a latent frame.
+WAN_HEADS, WAN_DIM, WAN_GRID = 12, 128, (30, 52)
+WAN_CHANNELS, WAN_TOKENS = WAN_HEADS * WAN_DIM, math.prod(WAN_GRID)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.usefixtures("fresh_seed")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("frames", "channels"), [(1, 1536), (3, 1536), (21, 1536), (3, 5120)])
+def test_norms_at_real_shapes(frames: int, channels: int, dtype: torch.dtype) -> None:
+    x, y = rand(2, 1, frames * WAN_TOKENS, channels)
+    shift, scale, gate = rand(1, frames, 6, channels).unbind(2)[:3]
+    weight, bias = rand(2, channels)
+    check(sf.adaln, (x, shift, scale), dtype, wide=[1, 2])
+    check(sf.gated_adaln, (x, y, gate, shift, scale), dtype, wide=[2, 3, 4])
+    check(sf.gated_layer_norm, (x, y, gate, weight, bias), dtype, wide=[2])
+    check(sf.rms_norm, (x, weight), dtype)
+
+
+@pytest.mark.usefixtures("fresh_seed")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("frames", "heads"), [(1, 12), (3, 12), (21, 12), (3, 40)])
+def test_qk_norm_rope_at_real_shapes(frames: int, heads: int, dtype: torch.dtype) -> None:
+    frame_F = torch.arange(frames, device="cuda") + 100_000
+    table = sf.rope_table(frame_F, WAN_GRID, WAN_DIM, impl="reference")
+    torch.testing.assert_close(
+        sf.rope_table(frame_F, WAN_GRID, WAN_DIM, impl="triton"), table, rtol=0, atol=2.5e-7
+    )
+    tokens, channels = frames * WAN_TOKENS, heads * WAN_DIM
+    qkv, weights = rand(1, tokens, 3 * channels), rand(2, channels)
+
+    def op(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, *, impl: str) -> tuple[Tensor, ...]:
+        return sf.qk_norm_rope(qkv, q_weight, k_weight, table, impl=impl)
+
+    check(op, (qkv, *weights), dtype)
+    slots = torch.randperm(frames + 2, device="cuda")[:frames].int()
+    results = []
+    for impl, kind in (("triton", dtype), ("reference", dtype), ("reference", torch.float64)):
+        rings = rand(2, 1, (frames + 2) * WAN_TOKENS, heads, WAN_DIM).fill_(0).to(kind)
+        args = qkv.to(dtype).to(kind), *weights.to(dtype).to(kind), table, *rings, slots
+        results.append((sf.qk_norm_rope_append(*args, impl=impl), *rings))
+    for name, got, eager, exact in zip("qkv", *results, strict=True):
+        close_as_eager(name, got, eager, exact)
+
+
+def test_kernels_replay_in_a_graph() -> None:
+    """Slots, frame indices and σ are read when the graph runs, not when it is captured."""
+    frames, tokens = 2, 2 * math.prod(GRID)
+    qkv, weight = rand(1, tokens, 3 * 32, dtype=torch.float32), rand(32, dtype=torch.float32)
+    rings = rand(2, 1, 2 * tokens, 2, 16, dtype=torch.float32)
+    frame_F = torch.arange(frames, dtype=torch.int32, device="cuda")
+    slot_F = torch.arange(frames, dtype=torch.int32, device="cuda")
+
+    def run(impl: str, k_ring: Tensor, v_ring: Tensor) -> Tensor:
+        table = sf.rope_table(frame_F, GRID, 16, impl=impl)
+        return sf.qk_norm_rope_append(qkv, weight, weight, table, k_ring, v_ring, slot_F, impl=impl)
+
+    run("triton", *rings)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run("triton", *rings)
+    for start in (5, 1000):
+        qkv.normal_()
+        frame_F.add_(start)
+        slot_F.copy_(torch.randperm(4, device="cuda")[:frames])
+        wanted = rings.clone()
+        graph.replay()
+        want = run("reference", *wanted)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(rings, wanted, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sfkernels.launch import Rows
 from sfmodel import checkpoint
 from sfmodel.config import DiTConfig
 from sfmodel.dit import DiT
+from tests.oracle import DEVICE, setting
 from tests.parity.__main__ import main
 
 FOLDERS = Path(__file__).parent / "parity"
@@ -41,6 +43,16 @@ def test_recorded_cases_pass(
     dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(copy(tmp_path, without_rollouts)), "--dtype", dtype]) == 0
+    assert "8 passed, 0 not passed" in capsys.readouterr().out
+
+
+def test_recorded_cases_pass_on_the_kernels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--impl", "triton", "--attention-impl", "reference", "--device", DEVICE]
+    many = Rows(64, 8)  # the interpreter pays by the program
+    with setting(rope_table=many, norm_fwd=many, qk_norm_rope_fwd=many):
+        assert main([str(copy(tmp_path, without_rollouts)), *options]) == 0
     assert "8 passed, 0 not passed" in capsys.readouterr().out
 
 

@@ -52,7 +52,12 @@ def test_adaln_and_gated_adaln(frames: int) -> None:
     residual, out = sf.gated_adaln(x, y, gate, shift, scale)
     close(residual, x + per_token(gate) * y)
     close(out, sf.adaln(residual, shift, scale))
-    close(sf.gated_residual(x, y, gate), residual)
+    residual, out = sf.gated_adaln(x, y, None, shift, scale)
+    close(residual, x + y)
+    weight, bias = rand(2, C)
+    residual, out = sf.gated_layer_norm(x, y, gate, weight, bias)
+    close(residual, x + per_token(gate) * y)
+    close(out, sf.layer_norm(residual, weight, bias))
 
 
 def test_norms() -> None:
@@ -183,13 +188,13 @@ SLOTS = torch.arange(FRAMES, dtype=torch.int32)
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: sf.adaln(X, M[:, :2], M), "frames a divisor of the 45 tokens"),
+        (lambda: sf.adaln(X, M[:, :2], M), "a divisor of the 45 tokens"),
         (lambda: sf.adaln(X, M[..., :4], M), r"shift has shape \[2, 3, 4\]"),
         (lambda: sf.adaln(X[0], M, M), r"x has shape \[45, 32\]"),
         (lambda: sf.adaln(X, M, M, impl="cuda"), "must be one of auto, triton"),
-        (lambda: sf.adaln(X, M, M, impl="cpp"), "adaln has reference"),
+        (lambda: sf.adaln(X, M, M, impl="cpp"), "norm has triton, reference"),
         (lambda: sf.gated_adaln(X, X.bfloat16(), M, M, M), "y has dtype torch.bfloat16"),
-        (lambda: sf.gated_residual(X, X[:1], M), "y has shape"),
+        (lambda: sf.gated_adaln(X, X[:1], M, M, M), "y has shape"),
         (lambda: sf.adaln(X, M.to("meta"), M), "shift is on meta"),
         (lambda: sf.rms_norm(X, W[:3]), r"weight has shape \[3\]"),
         (lambda: sf.layer_norm(X, W, W[:3]), r"bias has shape \[3\]"),

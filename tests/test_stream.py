@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from sfkernels import normal
 from sfmodel.config import PRESETS, Preset
 from sfmodel.dit import DiT
-from sfmodel.stream import stream, stream_latents
+from sfmodel.stream import FewStepSampler, stream, stream_latents
 from sfmodel.toy_vae import ToyVAE
 
 TOY = PRESETS["toy"]
@@ -61,6 +62,28 @@ def test_batches_are_streams_of_their_own(model: DiT) -> None:
     assert both.shape == (2, 9, 4, 8, 8) and not torch.allclose(both[0], both[1])
     swapped = take(3, model, text=TEXT.flip(0), batch=2)
     assert not torch.allclose(both, swapped)  # each follows its own prompt
+
+
+def test_a_sample_is_the_video_of_its_seed(model: DiT) -> None:
+    """In a batch or alone, up to rounding."""
+    three = take(3, model, seed=7, batch=3)
+    for b in range(3):
+        torch.testing.assert_close(three[b : b + 1], take(3, model, seed=7 + b))
+
+
+def test_noise_does_not_depend_on_the_chunks(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Initial noise and renoise of a frame are those of its index, also after given frames."""
+
+    def noise_alone(self: FewStepSampler, noise: Tensor, renoise: Any) -> Tensor:
+        return torch.cat([noise, *(normal(renoise(i), noise.shape) for i in (1, 2))], 2)
+
+    monkeypatch.setattr(FewStepSampler, "denoise", noise_alone)
+    monkeypatch.setattr(FewStepSampler, "append", lambda self, x0: self.cache.commit(x0.shape[1]))
+    threes, twos = take(2, model), take(3, model, replace(SMALL, chunk=2))
+    assert threes.shape == (1, 6, 12, 8, 8) and torch.equal(threes, twos)
+    assert len({float(x) for x in threes[0, :, ::4, 0, 0].flatten()}) == 18  # each its own
+    continued = take(1, model, initial_BFCHW=torch.zeros(1, 3, 4, 8, 8))
+    assert torch.equal(continued, threes[:, 3:])
 
 
 def test_the_past_matters_as_long_as_it_is_in_the_window(model: DiT) -> None:

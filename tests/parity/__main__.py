@@ -1,6 +1,7 @@
 """Runs recorded cases of the public implementation through this project's model.
 
-    python -m tests.parity FOLDER…   [--dtype bfloat16] [--impl reference]
+    python -m tests.parity FOLDER… [--dtype bfloat16] [--device cuda]
+                                   [--impl triton] [--attention-impl reference]
 
 A folder holds config.json, weights.safetensors and cases.safetensors; the name of a case says what
 to run (README.md beside this file). Prints the relative error ‖a − b‖ / ‖b‖ of every case and exits
@@ -123,17 +124,19 @@ def roll(case: Case, tensors: Mapping[str, Tensor], model: DiT, text: Tensor) ->
     return torch.cat([*given, *video], 1)
 
 
-def run_folder(folder: Path, dtype: str, impl: str, table: Table) -> tuple[int, int]:
+def run_folder(folder: Path, options: argparse.Namespace, table: Table) -> tuple[int, int]:
     """(passed, not passed) of every case of a folder."""
+    dtype, device = options.dtype, options.device
     config = json.loads((folder / "config.json").read_text())
     cases: dict[str, dict[str, Tensor]] = defaultdict(dict)
     shared: dict[str, Tensor] = {}
-    for key, value in load_file(folder / "cases.safetensors").items():
+    for key, value in load_file(folder / "cases.safetensors", device).items():
         name, dot, leaf = key.partition(".")
         (cases[name] if dot else shared)[leaf or name] = value
     model = None
     if "num_layers" in config:
-        model = DiT(DiTConfig.from_wan(config), impl).to(getattr(torch, dtype))
+        model = DiT(DiTConfig.from_wan(config), options.impl, options.attention_impl)
+        model = model.to(device, getattr(torch, dtype))
         checkpoint.load(model, folder / "weights.safetensors")
     passed = 0
     for name, tensors in sorted(cases.items()):
@@ -160,13 +163,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m tests.parity", description="Parity with recordings")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     parser.add_argument("--dtype", choices=LIMITS, default="float32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--impl", choices=IMPLS, default="auto")
+    parser.add_argument("--attention-impl", choices=IMPLS, default="auto")
     options = parser.parse_args(arguments)
     table = Table("folder", "case", "dtype", "relative error", "verdict")
     passed = failed = 0
     for folder in options.folders:
         try:
-            counts = run_folder(folder, options.dtype, options.impl, table)
+            counts = run_folder(folder, options, table)
         except (OSError, ValueError, KeyError, SafetensorError) as problem:
             table.add_row(folder.name, "", options.dtype, "", f"FAILED: cannot be read: {problem}")
             counts = (0, 1)

@@ -1,0 +1,291 @@
+"""`python -m bench gpu`: everything that needs a GPU, in one run of less than nine minutes.
+
+Parts run one after the other, each with a time limit; one that fails or is cut is reported and the
+rest still runs. The JSON is written after every part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+import sfkernels as sf
+from bench import kernels, timing
+from bench.machine import machine, said
+from sfmodel.files import atomic
+
+ROOT = Path(__file__).parent.parent
+TOTAL = 530.0  # seconds
+TESTS = ("norm", "rope", "sampler", "registration", "gpu")
+SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
+
+ITSELF = (sys.executable, "-m", "bench.gpu")
+
+Part = Callable[[Path, float], dict[str, Any]]  # (folder, seconds left to it) -> what came out
+
+
+def tests(folder: Path, seconds: float) -> dict[str, Any]:
+    """Parity of every kernel, compiled for this GPU, and the tests marked `gpu`."""
+    files = [f"tests/test_{name}.py" for name in TESTS]
+    files = [file for file in files if (ROOT / file).exists()]
+    xml = folder / "tests.xml"
+    xml.unlink(missing_ok=True)
+    options = ["-q", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={xml}"]
+    out = command([sys.executable, "-m", "pytest", *options, *files], seconds)
+    out |= read_junit(xml) if xml.exists() else {"counts": {}, "failures": []}
+    return out
+
+
+def read_junit(xml: Path) -> dict[str, Any]:
+    """Counts, and the first lines of each failure."""
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    failures = []
+    for case in ElementTree.parse(xml).iter("testcase"):
+        bad = [child for child in case if child.tag in ("failure", "error")]
+        if bad:
+            counts["failed"] += 1
+            name = f"{case.get('classname')}::{case.get('name')}"
+            failures.append({"test": name, "said": (bad[0].get("message") or "")[:500]})
+        elif case.find("skipped") is not None:
+            counts["skipped"] += 1
+        else:
+            counts["passed"] += 1
+    return {"counts": counts, "failures": failures}
+
+
+def check(folder: Path, seconds: float) -> dict[str, Any]:
+    """The ahead-of-time check with this machine's Triton."""
+    major, minor = torch.cuda.get_device_capability()
+    launch = importlib.import_module("sfkernels.launch")
+    arch = max(a for a in launch.ARCHITECTURES if a <= 10 * major + minor)
+    file = folder / "check.json"
+    arguments = ["--arch", str(arch), "--json", str(file)]
+    out = command([sys.executable, "-m", "sfkernels.check", *arguments], seconds)
+    if file.exists():
+        rows = json.loads(file.read_text())
+        out["compiled"] = len(rows)
+        out["broken"] = [f"{r['kernel']} {r['case']}: {b}" for r in rows for b in r["broken"]]
+    return out
+
+
+def sanitizer(folder: Path, seconds: float) -> dict[str, Any]:
+    """compute-sanitizer over one launch of every kernel at odd sizes."""
+    tool = next((found for name in SANITIZER if (found := shutil.which(name))), None)
+    if tool is None:
+        return {"skipped": "compute-sanitizer is not on this machine"}
+    out: dict[str, Any] = {}
+    began = time.monotonic()
+    for name in ("memcheck", "racecheck"):
+        left = seconds - (time.monotonic() - began)
+        if left < 20:
+            out[name] = {"skipped": "no time left"}
+            continue
+        options = ["--tool", name, "--error-exitcode", "9", "--launch-timeout", "0"]
+        program = [*ITSELF, "--launch-every-kernel"]
+        # Without PyTorch's cache of memory every tensor ends where its allocation does.
+        out[name] = command([tool, *options, *program], left, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    out["ok"] = all(out[name].get("ok", True) for name in ("memcheck", "racecheck"))
+    return out
+
+
+def launch_every_kernel() -> None:
+    """Each op forward and backward, at sizes where every tile has an end outside its tensor."""
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    odd = kernels.Sizes(((3, 5, 96, 32),), ((3, 5, 96, 32),), (3, 5, 7), torch.bfloat16)
+    for case in kernels.cases(odd):
+        inputs = case.make(device)
+        leaves = [
+            t.detach().requires_grad_(case.backward and t.is_floating_point()) for t in inputs
+        ]
+        outs = case.op(*leaves, impl="triton")
+        if case.backward:
+            outs = [outs] if isinstance(outs, torch.Tensor) else [*outs]
+            wanted = [t for t in leaves if t.requires_grad]
+            torch.autograd.grad(
+                outs, wanted, [torch.randn_like(o) for o in outs], allow_unused=True
+            )
+        torch.cuda.synchronize()
+        print(case.label, flush=True)
+    # Two that the table has no row for.
+    noise = sf.Noise(torch.tensor([7], device=device), torch.arange(3, device=device), 0)
+    x = sf.normal(noise, (1, 3, 3, 5, 7), impl="triton")
+    sigma, after = torch.tensor(0.9, device=device), torch.tensor(0.6, device=device)
+    sf.euler_step(x, x, sigma, after, uncond_flow=x, guidance=5.0, impl="triton")
+    torch.cuda.synchronize()
+
+
+def times(folder: Path, seconds: float) -> dict[str, Any]:
+    """`bench kernels`. In a process of its own, so that a fault there ends nothing else."""
+    # A case that has begun is not cut: torch.compile of the largest takes about half a minute.
+    limit = ["--seconds", str(max(seconds - 45, 10)), "--out", str(folder)]
+    file = folder / "kernels.json"
+    file.unlink(missing_ok=True)
+    out = command([sys.executable, "-m", "bench", "kernels", *limit], seconds)
+    if file.exists():
+        out["kernels"] = json.loads(file.read_text())
+        wrong = [
+            f"{row['case']}: {name}: {c['failed']}"
+            for row in out["kernels"]["rows"]
+            for name, c in row.get("contestants", {}).items()
+            if "failed" in c
+        ]
+        wrong += [f"{r['case']}: {r['failed']}" for r in out["kernels"]["rows"] if "failed" in r]
+        out["failed"] = wrong
+    return out
+
+
+def streaming(folder: Path, seconds: float) -> dict[str, Any]:
+    """Chunks of the Wan2.1-1.3B shape through the ring, with random weights."""
+    for needed in ("tyro", "av"):
+        if importlib.util.find_spec(needed) is None:
+            return {"skipped": f"bench.demo needs {needed}, which is not installed"}
+    file = folder / "streaming.json"
+    file.unlink(missing_ok=True)
+    out = command([*ITSELF, "--streaming", "--out", str(folder)], seconds)
+    if file.exists():
+        out["wan_1_3b"] = json.loads(file.read_text())
+    return out
+
+
+def stream(folder: Path) -> None:
+    run_wan = importlib.import_module("bench.demo").run_wan
+    presets = importlib.import_module("sfmodel.config").PRESETS
+    with torch.no_grad(), atomic(folder / "streaming.json") as part:
+        part.write_text(json.dumps(run_wan(presets["wan-1.3b"], torch.device("cuda")), indent=1))
+
+
+# Name, function, and the most seconds it may take.
+PARTS: tuple[tuple[str, Part, float], ...] = (
+    ("tests", tests, 180.0),
+    ("check", check, 60.0),
+    ("sanitizer", sanitizer, 90.0),
+    ("kernels", times, 270.0),
+    ("streaming", streaming, 60.0),
+)
+
+
+def command(arguments: Sequence[str], seconds: float, **environment: str) -> dict[str, Any]:
+    """Runs a command in the repository for at most so long. ok, and the end of what it said."""
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    process = subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        env={**kept, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        text, _ = process.communicate(timeout=max(seconds, 1))
+        end = f"exit code {process.returncode}"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with whatever it started
+        text, _ = process.communicate()
+        end = f"cut after {seconds:.0f} s"
+    return {"ok": process.returncode == 0, "end": end, "tail": text[-6000:]}
+
+
+def run(
+    folder: Path, parts: Sequence[tuple[str, Part, float]] = PARTS, total: float = TOTAL
+) -> dict[str, Any]:
+    began = time.monotonic()
+    file = folder / "gpu.json"
+    result: dict[str, Any] = {"machine": machine("cuda"), "parts": {}}
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - began:5.0f} s] {text}", flush=True)
+
+    say(said(result["machine"]))
+    for name, part, limit in parts:
+        seconds = min(limit, total - (time.monotonic() - began))
+        start = time.monotonic()
+        if seconds < 5:
+            out: dict[str, Any] = {"skipped": "no time left"}
+        else:
+            say(f"{name}, at most {seconds:.0f} s")
+            try:
+                out = part(folder, seconds)
+            except Exception as error:  # the other parts still run
+                out = {"ok": False, "end": timing.reason(error)}
+        out["seconds"] = time.monotonic() - start
+        result["parts"][name] = out
+        with atomic(file) as temporary:
+            temporary.write_text(json.dumps(result, indent=1))
+        say(f"{name}: {verdict(out)}")
+        if not out.get("ok", True):
+            print(out.get("tail", "")[-2000:], flush=True)
+    result["seconds"] = time.monotonic() - began
+    with atomic(file) as temporary:
+        temporary.write_text(json.dumps(result, indent=1))
+    return result
+
+
+def verdict(out: dict[str, Any]) -> str:
+    """One line for a part."""
+    if "skipped" in out:
+        return f"skipped: {out['skipped']}"
+    said = ["ok" if out.get("ok", True) else f"FAILED ({out.get('end', '')})"]
+    if "counts" in out:
+        said.append(", ".join(f"{n} {what}" for what, n in out["counts"].items()))
+        said += [f["test"] for f in out["failures"][:10]]
+    said += out.get("broken", [])[:10] + out.get("failed", [])[:10]
+    for tool in ("memcheck", "racecheck"):
+        if tool in out:
+            said.append(f"{tool}: {out[tool].get('skipped') or out[tool]['end']}")
+    return "; ".join(said)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 1 where a part failed, 2 without a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m bench gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder of the results")
+    parser.add_argument("--launch-every-kernel", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--streaming", action="store_true", help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("python -m bench gpu: needs a GPU that PyTorch can use", file=sys.stderr)
+        return 2
+    if chosen.launch_every_kernel:
+        launch_every_kernel()
+        return 0
+    if chosen.streaming:
+        stream(chosen.out)
+        return 0
+    try:
+        folder = chosen.out.resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        result = run(folder)
+    except (ValueError, OSError) as error:
+        print(f"python -m bench gpu: {error}", file=sys.stderr)
+        return 2
+    console = kernels.plain_console()
+    if "kernels" in result["parts"].get("kernels", {}):
+        kernels.report(result["parts"]["kernels"]["kernels"], console)
+    table = Table("part", "seconds", "", title=said(result["machine"]))
+    for name, out in result["parts"].items():
+        table.add_row(name, f"{out['seconds']:.0f}", verdict(out))
+    console.print(table)
+    print(f"as JSON: {folder}/gpu.json")
+    return 0 if all(out.get("ok", True) for out in result["parts"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,363 @@
+"""`python -m bench tune`: searches the launch settings of every kernel on this GPU.
+
+Candidates are compared with what the default setting computes, then timed in turn at the sizes of
+Wan2.1. The best by its mean time relative to each size's best goes into tuned/sm_XX.json, with what
+was measured. Check such a file with `python -m sfkernels.check --tuned` before it ships.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import gc
+import importlib
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import timing
+from bench.machine import machine
+from sfkernels import launch
+from sfkernels.launch import Flat, Rows, Setting
+from sfmodel.files import atomic
+
+FRAME = 1560  # tokens
+BATCH = 24  # candidates timed in turn, with the default among them
+LARGEST_TILE = 16384
+
+
+@dataclass(frozen=True)
+class Work:
+    """One size of a kernel. run: the launcher on one set of tensors, returning what it wrote."""
+
+    said: str
+    nbytes: int
+    make: Callable[[torch.device], list[Tensor]]
+    run: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Search:
+    """A kernel's setting for a number of channels (1 for elementwise kernels)."""
+
+    kernel: str
+    channels: int
+    works: tuple[Work, ...]
+
+
+def searches(device: torch.device, channels: Sequence[int] = (1536, 5120)) -> Iterator[Search]:
+    """The most valuable first: what runs most often per frame."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for count in channels:
+        for kernel, works in _row_works(count, dtype).items():
+            yield Search(kernel, count, works)
+    yield Search("sampler", 1, (_sampler_work(),))
+
+
+def _row_works(channels: int, dtype: torch.dtype) -> dict[str, tuple[Work, ...]]:
+    gpu = importlib.import_module("sfkernels.gpu")
+    heads, head_dim = channels // 128, 128
+
+    def x(tokens: int, device: torch.device, wide: int = 1) -> Tensor:
+        return torch.randn(1, tokens, wide * channels, device=device).to(dtype)
+
+    def residual(frames: int, device: torch.device) -> list[Tensor]:
+        modulation = torch.randn(1, frames, 3, channels, device=device)
+        both = [x(frames * FRAME, device) for _ in range(2)]
+        return [*both, *modulation.unbind(2)]
+
+    def residual_bwd(frames: int, device: torch.device) -> list[Tensor]:
+        return [x(frames * FRAME, device) for _ in range(2)] + residual(frames, device)
+
+    def rope(frames: int, device: torch.device) -> list[Tensor]:
+        weights = torch.randn(2, channels, device=device).to(dtype)
+        table = torch.randn(frames * FRAME, head_dim // 2, 2, device=device)
+        return [x(frames * FRAME, device, 3), *weights, table]
+
+    def rope_bwd(frames: int, device: torch.device) -> list[Tensor]:
+        grads = [x(frames * FRAME, device).unflatten(-1, (heads, head_dim)) for _ in range(3)]
+        return grads + rope(frames, device)
+
+    def norm_fwd(*t: Tensor) -> Any:
+        return gpu.norm_fwd(*t, 1e-6, True, True)
+
+    def norm_bwd(*t: Tensor) -> Any:
+        return gpu.norm_bwd(*t, 1e-6, True, True)
+
+    def qk_fwd(*t: Tensor) -> Any:
+        return gpu.qk_norm_rope_fwd(*t, None, None, None, 1e-6)
+
+    def qk_bwd(*t: Tensor) -> Any:
+        return gpu.qk_norm_rope_bwd(*t, 1e-6)
+
+    def at_sizes(make: Any, run: Callable[..., Any], tensors: int) -> tuple[Work, ...]:
+        return tuple(
+            Work(
+                f"{frames * FRAME} x {channels}",
+                tensors * frames * FRAME * channels * dtype.itemsize,
+                functools.partial(make, frames),
+                run,
+            )
+            for frames in (3, 21)
+        )
+
+    return {
+        "norm_fwd": at_sizes(residual, norm_fwd, 4),
+        "qk_norm_rope_fwd": at_sizes(rope, qk_fwd, 6),
+        "norm_bwd": at_sizes(residual_bwd, norm_bwd, 6),
+        "qk_norm_rope_bwd": at_sizes(rope_bwd, qk_bwd, 8),
+    }
+
+
+def _sampler_work() -> Work:
+    gpu = importlib.import_module("sfkernels.gpu")
+
+    def make(device: torch.device) -> list[Tensor]:
+        x = torch.randn(2, 1, 3, 16, 60, 104, device=device)
+        sigmas = torch.tensor([0.9, 0.6], device=device)
+        return [*x, *sigmas, torch.tensor([7], device=device), torch.arange(3, device=device)]
+
+    def run(
+        x: Tensor, flow: Tensor, sigma: Tensor, after: Tensor, seed: Tensor, frame: Tensor
+    ) -> Any:
+        return gpu.sampler_step(x, flow, None, sigma, after, None, seed, frame, 1, 1.0, False)
+
+    return Work("3 frames of latents", 4 * 4 * 3 * 16 * 60 * 104, make, run)
+
+
+def untuned(kernel: str, device: torch.device, channels: int) -> Setting:
+    """The default for the nearest number of channels, whatever was measured before."""
+    settings = launch.DEFAULTS[launch._architecture(device)][kernel]
+    return settings[min(settings, key=lambda n: abs(math.log2(n / channels)))]
+
+
+def candidates(default: Setting, channels: int) -> list[Setting]:
+    """The default, then all others that make a program of their own."""
+    found: list[Setting] = [default]
+    if isinstance(default, Flat):
+        flats = [Flat(b, w) for b in (256, 512, 1024, 2048, 4096) for w in (1, 2, 4, 8)]
+        return found + [f for f in flats if (f.block, f.warps) != (default.block, default.warps)]
+    block = 2 ** math.ceil(math.log2(channels))
+    seen = {(default.rows, default.warps(block), default.per_sm)}
+    for per_sm in (1, 2, 3, 4, 6, 8) if default.per_sm else (0,):
+        for rows in (1, 2, 4, 8):
+            # More than that in a kernel that keeps sums too only spills.
+            for per_thread in (8, 16, 32) if default.per_sm else (8, 16, 32, 64):
+                setting = Rows(rows, per_thread, per_sm)
+                key = (rows, setting.warps(block), per_sm)
+                whole = setting.warps(block) * 32 * per_thread == rows * block  # not clamped
+                if whole and key not in seen and rows * block <= LARGEST_TILE:
+                    seen.add(key)
+                    found.append(setting)
+    return found
+
+
+@contextlib.contextmanager
+def using(kernel: str, setting: Setting) -> Iterator[None]:
+    before = dict(launch.overrides)
+    launch.overrides[kernel] = setting
+    try:
+        yield
+    finally:
+        launch.overrides.clear()
+        launch.overrides.update(before)
+
+
+def tune(
+    search: Search, device: torch.device, deadline: float, rounds: int = 10
+) -> dict[str, Any] | None:
+    """The entry for tuned/sm_XX.json, or None where no candidate was timed before `deadline` (of
+    time.monotonic) or the default fails."""
+    default = untuned(search.kernel, device, search.channels)
+    every = candidates(default, search.channels)
+    # Milliseconds of each candidate in each size; one that is wrong or fails drops out.
+    times: dict[Setting, list[float]] = {setting: [] for setting in every}
+    of_copy: list[float] = []
+    for work in search.works:
+        if of_copy and time.monotonic() > deadline:
+            break  # what is known of the first size decides
+        torch.manual_seed(0)
+        sets = [work.make(device) for _ in range(timing.count_sets(work.nbytes, device))]
+        with using(search.kernel, default):
+            want = _tensors(work.run(*sets[0]))
+        right = [
+            s
+            for s in times
+            if s == default
+            # Candidates are compiled at the first size; past the deadline no further one is.
+            or (
+                (of_copy or time.monotonic() < deadline)
+                and _agrees(search.kernel, s, work, sets[0], want)
+            )
+        ]
+        measured: dict[Setting, float] = {}
+        for start in range(0, max(len(right) - 1, 1), BATCH):
+            group = [default, *right[1 + start : 1 + start + BATCH]]
+            if measured and time.monotonic() > deadline:
+                break
+            one = timing.measure(
+                [
+                    timing.Contestant(
+                        str(i), work.run, around=functools.partial(using, search.kernel, s)
+                    )
+                    for i, s in enumerate(group)
+                ],
+                sets,
+                rounds,
+            )
+            anchor = one["0"]
+            if isinstance(anchor, str):
+                return None
+            # What the clocks did between two groups shows in the default, which is in both.
+            drift = anchor.p50 / measured.setdefault(default, anchor.p50)
+            for i, setting in enumerate(group):
+                timed = one[str(i)]
+                if not isinstance(timed, str):
+                    measured[setting] = timed.p50 / drift
+        times = {s: [*times[s], measured[s]] for s in times if s in measured}
+        copied = timing.copy_bandwidth(device, work.nbytes, rounds)
+        of_copy.append(copied)
+        del sets
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if not times:
+        return None
+    best_of_size = [min(column) for column in zip(*times.values(), strict=True)]
+    score = {
+        s: statistics.mean(t / b for t, b in zip(column, best_of_size, strict=True))
+        for s, column in times.items()
+    }
+    order = sorted(score, key=lambda s: score[s])
+    best = order[0]
+    why = _why(search, best, order, default, times, score, of_copy)
+    entry: dict[str, Any] = {"channels": search.channels, **vars(replace(best, why=why))}
+    return entry
+
+
+def _why(
+    search: Search,
+    best: Setting,
+    order: Sequence[Setting],
+    default: Setting,
+    times: dict[Setting, list[float]],
+    score: dict[Setting, float],
+    of_copy: Sequence[float],
+) -> str:
+    sizes = [
+        f"{1e3 * ms:.1f} us at {work.said}, {100 * timing.gbps(work.nbytes, ms) / copied:.0f}% of "
+        "a copy"
+        for work, ms, copied in zip(search.works, times[best], of_copy, strict=False)
+    ]
+    if len(order) > 1:
+        second = order[1]
+        sizes.append(f"next best {_said(second)} {score[second] / score[best]:.3f} x")
+    sizes.append(f"default {score[default] / score[best]:.3f} x of {len(order)} timed")
+    return "; ".join(sizes)
+
+
+def _said(setting: Setting) -> str:
+    return " ".join(f"{k}={v}" for k, v in vars(setting).items() if k != "why")
+
+
+def _agrees(
+    kernel: str,
+    setting: Setting,
+    work: Work,
+    inputs: Sequence[Tensor],
+    want: Sequence[Tensor],
+) -> bool:
+    """Whether a candidate computes what the default does, to a few roundings of the dtype and the
+    order of sums."""
+    try:
+        with using(kernel, setting):
+            got = _tensors(work.run(*inputs))
+    except Exception as error:
+        print(f"  {kernel} {_said(setting)}: {timing.reason(error)}", file=sys.stderr)
+        return False
+    for ours, theirs in zip(got, want, strict=True):
+        relative = max(4 * torch.finfo(theirs.dtype).eps, 1e-4)
+        allowed = relative * float(theirs.float().abs().max())
+        if not float((ours.float() - theirs.float()).abs().max()) <= allowed:  # NaN fails too
+            print(f"  {kernel} {_said(setting)}: differs from the default", file=sys.stderr)
+            return False
+    return True
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    return [t for t in (out if isinstance(out, tuple | list) else [out]) if t is not None]
+
+
+def write(folder: Path, arch: int, here: dict[str, Any], found: dict[str, list[Any]]) -> Path:
+    """Writes sm_XX.json; kernels that were not searched keep what the file said."""
+    file = folder / f"sm_{arch}.json"
+    kernels = json.loads(file.read_text())["kernels"] if file.exists() else {}
+    for kernel, entries in found.items():
+        channels = {entry["channels"] for entry in entries}
+        kept = [e for e in kernels.get(kernel, []) if e["channels"] not in channels]
+        kernels[kernel] = sorted([*kept, *entries], key=lambda e: int(e["channels"]))
+    with atomic(file) as part:
+        part.write_text(json.dumps({"machine": here, "kernels": kernels}, indent=1) + "\n")
+    return file
+
+
+def run(
+    device: torch.device, folder: Path, seconds: float, only: Sequence[str] = ()
+) -> dict[str, list[Any]]:
+    """Searches kernel after kernel until `seconds` are over, and writes after each."""
+    deadline = time.monotonic() + seconds
+    gc.freeze()  # capturing a graph collects garbage first, hundreds of times here
+    arch, here = launch._architecture(device), machine(device)
+    found: dict[str, list[Any]] = {}
+    for search in searches(device):
+        name = search.kernel + (f" at {search.channels} channels" * (search.channels > 1))
+        if only and search.kernel not in only:
+            continue
+        if time.monotonic() > deadline:
+            print(f"no time for {name}", flush=True)
+            continue
+        try:
+            entry = tune(search, device, deadline)
+        except RuntimeError as error:
+            print(f"{name}: {timing.reason(error)}", flush=True)
+            continue
+        if entry is None:
+            print(f"{name}: the default setting could not be timed", flush=True)
+            continue
+        found.setdefault(search.kernel, []).append(entry)
+        write(folder, arch, here, found)
+        print(f"{name}: {entry}", flush=True)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench tune", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=240.0, help="in total")
+    parser.add_argument("--out", type=Path, default=launch.TUNED, help="folder of sm_XX.json")
+    parser.add_argument("--kernel", action="append", default=[], help="only this one")
+    chosen = parser.parse_args(arguments)
+    if unknown := set(chosen.kernel) - set(launch.DEFAULTS[90]):
+        print(
+            f"python -m bench tune: kernel {min(unknown)!r}: must be one of "
+            f"{', '.join(launch.DEFAULTS[90])}",
+            file=sys.stderr,
+        )
+        return 2
+    if not torch.cuda.is_available():
+        print("python -m bench tune: needs a GPU that PyTorch can use", file=sys.stderr)
+        return 2
+    try:
+        run(torch.device("cuda"), chosen.out, chosen.seconds, chosen.kernel)
+    except (ValueError, OSError) as error:
+        print(f"python -m bench tune: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,505 @@
+"""`python -m sfkernels.check`: compiles every kernel ahead of time, without a GPU, and reads what
+the compiler made of it.
+
+Each case calls a real launcher with tensors of a real shape on the meta device. `launch.run` hands
+the launch to `launch.recorder`, which compiles for the architecture in `launch.target` with the
+setting that a GPU of it would get. Nothing here repeats a kernel's signature.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfkernels import launch
+
+TOKENS, FRAMES = 4680, 3  # one chunk of Wan2.1 at 480×832
+# A loop may park this many values outside it, where they cost nothing: ptxas does so to reach the
+# next level of occupancy. One instruction to store and one to load.
+PARKED = 4
+# The frame slots that a thread looks up in a kernel that writes into a ring.
+SLOTS = 4
+# The sigmas, seed, frame index or partial sums that a thread of the sampler's kernels loads.
+SCALARS = 6
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of an architecture: shared memory of a program and of a multiprocessor in KiB, and threads of
+    a multiprocessor. All have 65,536 registers and 32 programs at most (CUDA C++ Programming Guide,
+    technical specifications per compute capability)."""
+
+    program_kib: int
+    shared_kib: int
+    threads: int
+    programs: int = 32
+    registers: int = 65536
+
+
+LIMITS = {
+    80: Limits(163, 164, 2048),
+    89: Limits(99, 100, 1536, programs=24),
+    90: Limits(227, 228, 2048),
+    100: Limits(227, 228, 2048),
+}
+
+FEW = (80, 90)  # where cases run that do not run everywhere
+# Kernels over so few bytes that the width of their loads does not matter.
+SMALL = ("rope_table", "sum_partials", "dmd_sum", "normal")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a launcher. narrow: how many global loads, and how many stores, of less than 128
+    bits its kernels over activations may have in their code. everywhere: on all architectures, else
+    on two of them, for forms that add little."""
+
+    launcher: str
+    name: str
+    call: Callable[[], Any]
+    narrow: int = 0
+    everywhere: bool = True
+
+
+def cases() -> list[Case]:
+    """Every launcher of sfkernels.gpu in every form that the public functions use."""
+    found: list[Case] = []
+    for size, channels, heads in (("1.3B", 1536, 12), ("14B", 5120, 40)):
+        found += _norms(size, channels, torch.bfloat16)
+        found += _ropes(size, channels, heads, torch.bfloat16)
+    wide = [*_norms("1.3B", 1536, torch.float32), *_ropes("1.3B", 1536, 12, torch.float32)]
+    found += [dataclasses.replace(case, everywhere=False) for case in wide]
+    found += _samplers(torch.float32)
+    gpu = importlib.import_module("sfkernels.gpu")
+    found.append(
+        Case(
+            "rope_table",
+            "3 x 30 x 52",
+            lambda: gpu.rope_table(_new(FRAMES, dtype=torch.int64), (30, 52), 128, 10_000.0),
+        )
+    )
+    return found
+
+
+def _norms(size: str, channels: int, dtype: torch.dtype) -> Iterator[Case]:
+    gpu = importlib.import_module("sfkernels.gpu")
+    x = _new(1, TOKENS, channels, dtype=dtype)
+    modulation = _new(1, FRAMES, 6, channels, dtype=torch.float32)
+    shift, scale, gate = modulation.unbind(2)[:3]
+    weight = _new(1, 1, channels, dtype=dtype)
+    # name: y, gate, scale, shift, centred, plus_one
+    forms: dict[str, tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, bool, bool]] = {
+        "adaln": (None, None, scale, shift, True, True),
+        "gated_adaln": (x, gate, scale, shift, True, True),
+    }
+    heaviest = [*forms]
+    if dtype == torch.bfloat16:
+        forms |= {
+            "layer_norm": (None, None, weight, weight, True, False),
+            "rms_norm": (None, None, weight, None, False, False),
+            "gated_layer_norm": (x, gate, weight, weight, True, False),
+        }
+    if dtype == torch.bfloat16 and size == "1.3B":
+        forms |= {
+            "gated_adaln, no gate": (x, None, scale, shift, True, True),
+            "gated_layer_norm, no gate": (x, None, weight, weight, True, False),
+        }
+    for form, (y, g, *affine, centred, plus_one) in forms.items():
+        name = f"{form} {size} {_short(dtype)}"
+        rest = (g, *affine, 1e-6, centred, plus_one)
+        yield Case(
+            "norm_fwd",
+            name,
+            functools.partial(gpu.norm_fwd, x, y, *rest),
+            everywhere=form in heaviest,
+        )
+        into = None if y is None else x
+        kept = None if g is None else y
+        yield Case(
+            "norm_bwd",
+            name,
+            functools.partial(gpu.norm_bwd, into, x, x, kept, *rest),
+            everywhere=form in heaviest,
+        )
+
+
+def _ropes(size: str, channels: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
+    gpu = importlib.import_module("sfkernels.gpu")
+    head_dim = channels // heads
+    qkv = _new(1, TOKENS, 3 * channels, dtype=dtype)
+    weight = _new(channels, dtype=dtype)
+    table = _new(TOKENS, head_dim // 2, 2, dtype=torch.float32)
+    ring = _new(1, 7 * TOKENS, heads, head_dim, dtype=dtype)
+    slot = _new(FRAMES, dtype=torch.int64)
+    grad = _new(1, TOKENS, heads, head_dim, dtype=dtype)
+    args = (qkv, weight, weight, table)
+    name = f"{size} {_short(dtype)}"
+    yield Case(
+        "qk_norm_rope_fwd",
+        f"new tensors {name}",
+        lambda: gpu.qk_norm_rope_fwd(*args, None, None, None, 1e-6),
+    )
+    yield Case(
+        "qk_norm_rope_fwd",
+        f"into a ring {name}",
+        lambda: gpu.qk_norm_rope_fwd(*args, ring, ring, slot, 1e-6),
+        narrow=SLOTS,
+    )
+    yield Case(
+        "qk_norm_rope_bwd", name, lambda: gpu.qk_norm_rope_bwd(grad, grad, grad, *args, 1e-6)
+    )
+
+
+def _samplers(dtype: torch.dtype) -> Iterator[Case]:
+    gpu = importlib.import_module("sfkernels.gpu")
+    x = _new(1, FRAMES, 16, 60, 104, dtype=dtype)
+    clip = _new(1, 21, 16, 60, 104, dtype=dtype)
+    sigma = _new(dtype=torch.float32)
+    seed, frame = _new(1, dtype=torch.int64), _new(FRAMES, dtype=torch.int64)
+    # name: uncond_flow, next_sigma, noise, seed, frame, guidance, euler
+    forms: dict[str, tuple[Any, ...]] = {
+        "last": (None, None, None, None, None, 1.0, False),
+        "given noise": (None, sigma, x, None, None, 1.0, False),
+        "drawn noise": (None, sigma, None, seed, frame, 1.0, False),
+        "drawn noise, guided": (x, sigma, None, seed, frame, 5.0, False),
+        "euler, guided": (x, sigma, None, None, None, 5.0, True),
+    }
+    for name, (uncond, after, noise, s, f, guidance, euler) in forms.items():
+        drawn = (noise, s, f, 1, guidance, euler)
+        call = functools.partial(gpu.sampler_step, x, x, uncond, sigma, after, *drawn)
+        yield Case("sampler_step", name, call, narrow=SCALARS)
+    yield Case("normal", "a chunk", lambda: gpu.normal(seed, frame, 0, x.shape), narrow=SCALARS)
+    yield Case(
+        "dmd_gradient", "21 frames", lambda: gpu.dmd_gradient(clip, clip, clip), narrow=SCALARS
+    )
+
+
+def _new(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+
+
+@dataclass
+class Compiled:
+    """What the compiler made of one launch. loads, stores: instructions on global memory by bits.
+    local: loads and stores of local memory, and looped: those of them inside a loop."""
+
+    kernel: str
+    case: str
+    launcher: str
+    arch: int
+    warps: int = 0
+    registers: int = 0
+    stack: int = 0
+    local: int = 0
+    looped: int = 0
+    shared: int = 0
+    loads: dict[int, int] = dataclasses.field(default_factory=dict)
+    stores: dict[int, int] = dataclasses.field(default_factory=dict)
+    tensor_core: int = 0
+    fp64: int = 0
+    broken: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def resident(self) -> int:
+        """Warps of this kernel that a multiprocessor holds at once."""
+        limits, threads = LIMITS[self.arch], 32 * self.warps
+        per_thread = max(-(-self.registers // 8) * 8, 16)
+        programs = min(
+            limits.programs,
+            limits.threads // threads,
+            limits.registers // (per_thread * threads),
+            limits.shared_kib * 1024 // (self.shared + 1024),  # 1 KiB a program is the system's
+        )
+        return programs * self.warps
+
+
+def read_usage(said: str, out: Compiled) -> None:
+    """Fills in registers and stack from the text of `cuobjdump -res-usage`."""
+    usage = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", said)}
+    out.registers, out.stack = usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+_INSTRUCTION = re.compile(
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)((?:\.\w+)*)(.*)$"
+)
+
+
+def read_sass(sass: str, out: Compiled) -> None:
+    """Fills in the counts of instructions from the text of `cuobjdump -sass`."""
+    loops: list[tuple[int, int]] = []
+    local: list[int] = []
+    loads: Counter[int] = Counter()
+    stores: Counter[int] = Counter()
+    for line in sass.splitlines():
+        found = _INSTRUCTION.match(line)
+        if not found:
+            continue
+        at, name, suffixes, operands = int(found[1], 16), found[2], found[3], found[4]
+        if name in ("LDG", "LDGSTS"):
+            loads[_bits(suffixes)] += 1
+        elif name == "STG":
+            stores[_bits(suffixes)] += 1
+        elif name in ("LDL", "STL"):
+            local.append(at)
+        elif name == "BRA" and (target := re.search(r"0x([0-9a-f]+)", operands)):
+            loops.append((int(target[1], 16), at))  # backward ones; an end is a jump to itself
+        elif "MMA" in name and not name.startswith("DMMA"):
+            out.tensor_core += 1
+        if re.fullmatch(r"D(ADD|MUL|FMA|SETP|MMA|MNMX)", name) or re.search(
+            r"\.(F64|\w+64H)\b", suffixes
+        ):
+            out.fp64 += 1
+    out.loads, out.stores = dict(loads), dict(stores)
+    out.local = len(local)
+    out.looped = sum(any(lo <= at < hi for lo, hi in loops) for at in local)
+
+
+def _bits(suffixes: str) -> int:
+    """Of LDG.E.128, LDG.E.U16, LDG.E.ENL2.256; 32 where the instruction names no width."""
+    widths = [int(w) for w in re.findall(r"\.[US]?(8|16|32|64|128|256)\b", suffixes)]
+    return widths[-1] if widths else 32
+
+
+def judge(out: Compiled, narrow: int) -> list[str]:
+    """One clause for every bound that is broken; `narrow` as in Case."""
+    limits = LIMITS[out.arch]
+    broken = []
+    if out.looped or out.local > PARKED:
+        broken.append(
+            f"spills: {out.local} loads and stores of local memory, {out.looped} of them in a loop "
+            f"(stack of {out.stack} bytes); allowed are {PARKED} outside of loops"
+        )
+    if out.fp64:
+        broken.append(f"{out.fp64} instructions in float64, must be none")
+    if out.shared > limits.program_kib * 1024:
+        broken.append(f"{out.shared} bytes of shared memory, at most {limits.program_kib} KiB fit")
+    if out.registers * out.warps * 32 > limits.registers:
+        broken.append(
+            f"{out.registers} registers x {32 * out.warps} threads, at most {limits.registers} fit"
+        )
+    if out.kernel not in SMALL:
+        for what, widths in (("loads", out.loads), ("stores", out.stores)):
+            count = sum(n for bits, n in widths.items() if bits < 128)
+            if count > narrow:
+                broken.append(
+                    f"{count} global {what} of less than 128 bits ({_said(widths)}), at most "
+                    f"{narrow} allowed"
+                )
+            if not any(bits >= 128 for bits in widths):
+                broken.append(f"no global {what} of 128 bits ({_said(widths) or 'none at all'})")
+    return broken
+
+
+def compile_case(index: int, arch: int) -> list[Compiled]:
+    """Compiles what one case launches, for one architecture, and judges it."""
+    case = cases()[index]
+    launch.target = arch
+    done: list[Compiled] = []
+
+    def record(kernel: Any, args: Sequence[Any], *, num_warps: int, **meta: Any) -> None:
+        name = kernel.__name__.strip("_").removesuffix("_kernel")
+        out = Compiled(name, case.name, case.launcher, arch, warps=num_warps)
+        done.append(out)
+        try:
+            binary = kernel.warmup(*args, grid=(1,), num_warps=num_warps, **meta)
+            if binary.hash not in _said_of:
+                _said_of[binary.hash] = _disassemble(binary.asm["cubin"])
+            out.shared = binary.metadata.shared
+            read_usage(_said_of[binary.hash], out)
+            read_sass(_said_of[binary.hash], out)
+            out.fp64 = out.fp64 or len(re.findall(r"\.f64\b", binary.asm["ptx"]))
+        except Exception as error:  # the compiler's; whatever it is, the other cases go on
+            out.broken.append(f"does not compile: {_first_line(error)}")
+        else:
+            out.broken += judge(out, case.narrow)
+
+    launch.recorder = record
+    _use_driver(arch)
+    case.call()
+    return done
+
+
+_said_of: dict[str, str] = {}  # many cases share the kernel that adds up partial sums
+
+
+def _disassemble(cubin: bytes) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-sass", "-res-usage", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+class _Driver:
+    """What Triton asks of a driver to compile: the target, and a device to cache kernels by."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # one cache of kernels for each architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _use_driver(arch: int) -> None:
+    from triton.runtime import driver
+
+    driver.set_active(_Driver(arch))
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _prepare(tuned: Path) -> None:
+    """In every process: real compilation, no GPU, settings from `tuned`."""
+    # The interpreter is chosen when kernels are defined, which is after this.
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # compiles sooner, to the same code
+    launch.TUNED = tuned
+    launch.tuned.cache_clear()
+    launch._setting.cache_clear()
+    torch.set_num_threads(1)
+
+
+def check(
+    kernels: Sequence[str] | None = None,
+    archs: Sequence[int] | None = None,
+    tuned: Path = launch.TUNED,
+) -> Iterator[Compiled]:
+    """Compiles and judges every case of the kernels (None: all) for the architectures (None: all),
+    in as many processes as there are cores. Raises ValueError for unknown names."""
+    _prepare(tuned)
+    every = cases()
+    known = list(dict.fromkeys(case.launcher for case in every))
+    for name in kernels or ():
+        if name not in known:
+            raise ValueError(f"kernel {name!r}: must be one of {', '.join(known)}")
+    for arch in archs or ():
+        if arch not in LIMITS:
+            raise ValueError(f"arch {arch}: must be one of {', '.join(map(str, LIMITS))}")
+    work = [
+        (i, arch)
+        for i, case in enumerate(every)
+        for arch in (archs or LIMITS)
+        if (not kernels or case.launcher in kernels) and (case.everywhere or arch in FEW)
+    ]
+    # Fresh processes: a forked one may inherit a lock that a thread of the parent held.
+    context = multiprocessing.get_context("spawn")
+    workers = min(os.cpu_count() or 1, len(work))
+    with ProcessPoolExecutor(workers, context, _prepare, (tuned,)) as pool:
+        for done in pool.map(compile_case, *zip(*work, strict=True)):
+            yield from done
+
+
+def _said(widths: dict[int, int]) -> str:
+    return " ".join(f"{n}x{bits}" for bits, n in sorted(widths.items(), reverse=True))
+
+
+def table(results: Iterable[Compiled]) -> str:
+    """Plain text: this package needs neither a terminal nor rich."""
+    head = "kernel|case|sm|warps|regs|regs x threads|warps an SM|stack|local|shared"
+    rows = [(*head.split("|"), "loads", "stores", "mma", "fp64", "")]
+    for r in results:
+        numbers = (r.arch, r.warps, r.registers, r.registers * r.warps * 32)
+        more = (r.resident if r.registers else 0, r.stack, r.local, r.shared)
+        rows.append(
+            (
+                *(r.kernel, r.case, *map(str, numbers + more), _said(r.loads), _said(r.stores)),
+                *(str(r.tensor_core), str(r.fp64), "BROKEN" if r.broken else "ok"),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    text = (0, 1, 10, 11, 14)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in text else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _tuned_folder(path: Path) -> tuple[Path, int | None]:
+    """The folder to read settings from and, for a file sm_XX.json, its architecture."""
+    if path.is_dir():
+        return path, None
+    named = re.fullmatch(r"sm_(\d+)\.json", path.name)
+    if not named:
+        raise ValueError(f"--tuned {path}: must be a folder or a file named sm_XX.json")
+    if not path.is_file():
+        raise ValueError(f"--tuned {path}: no such file or folder")
+    return path.parent, int(named[1])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 1 where a bound is broken, 2 with one sentence for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sfkernels.check", description="Compile every kernel ahead of time."
+    )
+    parser.add_argument("--kernel", action="append", metavar="NAME", help="only this launcher")
+    parser.add_argument("--arch", action="append", type=int, metavar="XX", help="only sm_XX")
+    parser.add_argument(
+        "--tuned",
+        type=Path,
+        default=launch.TUNED,
+        metavar="PATH",
+        help="a folder of settings, or one file sm_XX.json, instead of the shipped ones",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here too")
+    chosen = parser.parse_args(arguments)
+    try:
+        folder, arch = _tuned_folder(chosen.tuned)
+        archs = chosen.arch or ([arch] if arch else None)
+        results = list(check(chosen.kernel, archs, folder))
+        if chosen.json:
+            rows = [dataclasses.asdict(r) for r in results]
+            chosen.json.write_text(json.dumps(rows, indent=1))
+    except (ValueError, OSError) as error:
+        print(f"python -m sfkernels.check: {error}", file=sys.stderr)
+        return 2
+    print(table(results))
+    broken = [
+        f"{r.kernel}, {r.case}, sm_{r.arch}, {r.warps} warps: {clause}"
+        for r in results
+        for clause in r.broken
+    ]
+    print(f"\n{len(results)} kernels compiled, {len(broken)} bounds broken", *broken, sep="\n")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

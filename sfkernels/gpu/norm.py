@@ -1,0 +1,290 @@
+"""Norms of a DiT block as two kernels: [residual,] norm, modulation, and their backward.
+
+Shapes: B batch, L = F·N tokens, F frames of N tokens each, C channels, S strips of a frame.
+
+Bytes at C channels in a dtype of e bytes, a token: norm reads 1 and writes 1 row (2eC); with the
+residual it reads x, y and writes x', out (4eC). Backward: reads dout, x and writes dx (3eC); with
+the residual reads dout, dx', x', y and writes dx, dy (6eC). Modulations are read once a tile and
+stay in L2. Wan2.1-1.3B in bfloat16, one chunk (4680 tokens, C = 1536), at the 4.3 TB/s an H200
+copies: 6.7, 13.4, 10.0 and 20.1 us.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sfkernels import launch
+from sfkernels.gpu.partial import empty_partials, sum_partials
+
+
+@triton.jit
+def _row_stats(x_RC, mask_RC, eps, C: tl.constexpr, CENTRED: tl.constexpr):
+    """x normalised over its channels, and 1/σ of each row; 0 outside the mask."""
+    if CENTRED:
+        x_RC = tl.where(mask_RC, x_RC - (tl.sum(x_RC, 1) / C)[:, None], 0.0)
+    rstd_R = tl.rsqrt(tl.sum(x_RC * x_RC, 1) / C + eps)
+    return x_RC * rstd_R[:, None], rstd_R
+
+
+@triton.jit
+def _load_tile(ptr, offset, stride, row_R1, col_1C, mask_RC):
+    """Rows from a 64-bit offset on. Inside a tile 32 bits are enough, at half the registers."""
+    return tl.load(ptr + offset + (row_R1 * stride + col_1C), mask_RC, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_modulation(ptr, batch, frame, stride_b, stride_f, col_1C, C: tl.constexpr):
+    at = ptr + batch * stride_b + frame * stride_f
+    return tl.load(at + col_1C, col_1C < C, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _norm_fwd_kernel(
+    x_ptr,
+    y_ptr,
+    gate_ptr,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    out_ptr,
+    frame_tokens,
+    eps,
+    stride_xb,
+    stride_xl,
+    stride_yb,
+    stride_yl,
+    stride_gb,
+    stride_gf,
+    stride_cb,
+    stride_cf,
+    stride_hb,
+    stride_hf,
+    C: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    CENTRED: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    frame, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    frames = tl.num_programs(1)
+    first = tl.program_id(0) * BLOCK_ROWS
+    token = (frame * frame_tokens + first).to(tl.int64)
+    row_R1 = tl.arange(0, BLOCK_ROWS)[:, None]
+    col_1C = tl.arange(0, BLOCK_C)[None, :]
+    mask_RC = (first + row_R1 < frame_tokens) & (col_1C < C)
+    out_RC = (batch * frames * frame_tokens + token) * C + (row_R1 * C + col_1C)
+
+    x_RC = _load_tile(
+        x_ptr, batch * stride_xb + token * stride_xl, stride_xl, row_R1, col_1C, mask_RC
+    )
+    if HAS_RESIDUAL:
+        y_RC = _load_tile(
+            y_ptr, batch * stride_yb + token * stride_yl, stride_yl, row_R1, col_1C, mask_RC
+        )
+        if HAS_GATE:
+            y_RC *= _load_modulation(gate_ptr, batch, frame, stride_gb, stride_gf, col_1C, C)
+        # The norm is that of the residual stream as stored, as it is in the backward pass.
+        rounded_RC = (x_RC + y_RC).to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + out_RC, rounded_RC, mask_RC)
+        x_RC = rounded_RC.to(tl.float32)
+    normed_RC, _ = _row_stats(x_RC, mask_RC, eps, C, CENTRED)
+    scale_1C = _load_modulation(scale_ptr, batch, frame, stride_cb, stride_cf, col_1C, C)
+    normed_RC *= 1.0 + scale_1C if PLUS_ONE else scale_1C
+    if HAS_SHIFT:
+        normed_RC += _load_modulation(shift_ptr, batch, frame, stride_hb, stride_hf, col_1C, C)
+    tl.store(out_ptr + out_RC, normed_RC.to(out_ptr.dtype.element_ty), mask_RC)
+
+
+@triton.jit
+def _norm_bwd_kernel(
+    dresidual_ptr,
+    dout_ptr,
+    x_ptr,
+    y_ptr,
+    gate_ptr,
+    scale_ptr,
+    dx_ptr,
+    dy_ptr,
+    partial_ptr,
+    frame_tokens,
+    eps,
+    stride_rb,
+    stride_rl,
+    stride_db,
+    stride_dl,
+    stride_xb,
+    stride_xl,
+    stride_yb,
+    stride_yl,
+    stride_gb,
+    stride_gf,
+    stride_cb,
+    stride_cf,
+    C: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    CENTRED: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One strip of a frame: every S-th tile of it. partial [K, S, B, F, C] takes the strip's sums
+    of dscale, and of dshift and dgate where there are such."""
+    strip, frame, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    strips, frames, batches = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
+    row_R1 = tl.arange(0, BLOCK_ROWS)[:, None]
+    col_1C = tl.arange(0, BLOCK_C)[None, :]
+    dscale_1C = tl.zeros([1, BLOCK_C], tl.float32)
+    dshift_1C = tl.zeros([1, BLOCK_C], tl.float32)
+    dgate_1C = tl.zeros([1, BLOCK_C], tl.float32)
+
+    for turn in range(tl.cdiv(frame_tokens, strips * BLOCK_ROWS)):
+        first = (turn * strips + strip) * BLOCK_ROWS
+        token = (frame * frame_tokens + first).to(tl.int64)
+        mask_RC = (first + row_R1 < frame_tokens) & (col_1C < C)
+        out_RC = (batch * frames * frame_tokens + token) * C + (row_R1 * C + col_1C)
+        x_RC = _load_tile(
+            x_ptr, batch * stride_xb + token * stride_xl, stride_xl, row_R1, col_1C, mask_RC
+        )
+        dout_RC = _load_tile(
+            dout_ptr, batch * stride_db + token * stride_dl, stride_dl, row_R1, col_1C, mask_RC
+        )
+        if HAS_RESIDUAL:
+            dresidual_RC = _load_tile(
+                dresidual_ptr,
+                batch * stride_rb + token * stride_rl,
+                stride_rl,
+                row_R1,
+                col_1C,
+                mask_RC,
+            )
+            if HAS_GATE:
+                y_RC = _load_tile(
+                    y_ptr, batch * stride_yb + token * stride_yl, stride_yl, row_R1, col_1C, mask_RC
+                )
+
+        normed_RC, rstd_R = _row_stats(x_RC, mask_RC, eps, C, CENTRED)
+        dscale_1C += tl.sum(dout_RC * normed_RC, 0)[None, :]
+        if HAS_SHIFT:
+            dshift_1C += tl.sum(dout_RC, 0)[None, :]
+        # Modulations are read anew for each tile: from L1, where registers would spill.
+        scale_1C = _load_modulation(scale_ptr, batch, frame, stride_cb, stride_cf, col_1C, C)
+        dnormed_RC = dout_RC * (1.0 + scale_1C if PLUS_ONE else scale_1C)
+        dx_RC = dnormed_RC - normed_RC * (tl.sum(dnormed_RC * normed_RC, 1) / C)[:, None]
+        if CENTRED:
+            dx_RC -= (tl.sum(dnormed_RC, 1) / C)[:, None]
+        dx_RC *= rstd_R[:, None]
+        if HAS_RESIDUAL:
+            dx_RC += dresidual_RC
+            if HAS_GATE:
+                gate_1C = _load_modulation(gate_ptr, batch, frame, stride_gb, stride_gf, col_1C, C)
+                dgate_1C += tl.sum(dx_RC * y_RC, 0)[None, :]
+                dy_RC = dx_RC * gate_1C
+                tl.store(dy_ptr + out_RC, dy_RC.to(dy_ptr.dtype.element_ty), mask_RC)
+        tl.store(dx_ptr + out_RC, dx_RC.to(dx_ptr.dtype.element_ty), mask_RC)
+
+    sums = batches * frames * C
+    partial_at = partial_ptr + ((strip * batches + batch) * frames + frame) * C + col_1C
+    tl.store(partial_at, dscale_1C, col_1C < C)
+    if HAS_SHIFT:
+        partial_at += strips * sums
+        tl.store(partial_at, dshift_1C, col_1C < C)
+    if HAS_GATE:
+        tl.store(partial_at + strips * sums, dgate_1C, col_1C < C)
+
+
+def norm_fwd(
+    x_BLC: Tensor,
+    y_BLC: Tensor | None,
+    gate_BFC: Tensor | None,
+    scale_BFC: Tensor,
+    shift_BFC: Tensor | None,
+    eps: float,
+    centred: bool,
+    plus_one: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """x' = x + gate·y (None without y) and out = norm(x')·(plus_one + scale) + shift."""
+    batch, tokens, channels = x_BLC.shape
+    frames = _frames(gate_BFC, scale_BFC, shift_BFC)
+    out_BLC = torch.empty_like(x_BLC, memory_format=torch.contiguous_format)
+    residual_BLC = None if y_BLC is None else torch.empty_like(out_BLC)
+    block = triton.next_power_of_2(channels)
+    setting = launch.rows("norm_fwd", x_BLC.device, channels)
+    launch.run(
+        _norm_fwd_kernel,
+        (triton.cdiv(tokens // frames, setting.rows), frames, batch),
+        (
+            *(x_BLC, y_BLC, gate_BFC, scale_BFC, shift_BFC, residual_BLC, out_BLC),
+            *(tokens // frames, eps),
+            *launch.outer_strides(x_BLC, y_BLC, gate_BFC, scale_BFC, shift_BFC),
+        ),
+        num_warps=setting.warps(block),
+        C=channels,
+        HAS_RESIDUAL=y_BLC is not None,
+        HAS_GATE=gate_BFC is not None,
+        HAS_SHIFT=shift_BFC is not None,
+        CENTRED=centred,
+        PLUS_ONE=plus_one,
+        BLOCK_ROWS=setting.rows,
+        BLOCK_C=block,
+    )
+    return residual_BLC, out_BLC
+
+
+def norm_bwd(
+    dresidual_BLC: Tensor | None,
+    dout_BLC: Tensor,
+    x_BLC: Tensor,
+    y_BLC: Tensor | None,
+    gate_BFC: Tensor | None,
+    scale_BFC: Tensor,
+    shift_BFC: Tensor | None,
+    eps: float,
+    centred: bool,
+    plus_one: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """dx, dy, dgate, dscale, dshift; x is the x' of the forward pass where that had a residual.
+    Without a gate dy is dx, and None is returned for it."""
+    batch, tokens, channels = x_BLC.shape
+    frames = _frames(gate_BFC, scale_BFC, shift_BFC)
+    dx_BLC = torch.empty_like(x_BLC, memory_format=torch.contiguous_format)
+    dy_BLC = None if gate_BFC is None else torch.empty_like(dx_BLC)
+    block = triton.next_power_of_2(channels)
+    setting = launch.rows("norm_bwd", x_BLC.device, channels)
+    tiles = triton.cdiv(tokens // frames, setting.rows)
+    strips = launch.strips(setting, x_BLC.device, tiles, frames * batch)
+    modulations = [m for m in (scale_BFC, shift_BFC, gate_BFC) if m is not None]
+    partial_KSBFC = empty_partials(len(modulations), strips, batch, frames, channels, x_BLC.device)
+    launch.run(
+        _norm_bwd_kernel,
+        (strips, frames, batch),
+        (
+            *(dresidual_BLC, dout_BLC, x_BLC, y_BLC, gate_BFC, scale_BFC),
+            *(dx_BLC, dy_BLC, partial_KSBFC, tokens // frames, eps),
+            *launch.outer_strides(dresidual_BLC, dout_BLC, x_BLC, y_BLC, gate_BFC, scale_BFC),
+        ),
+        num_warps=setting.warps(block),
+        C=channels,
+        HAS_RESIDUAL=dresidual_BLC is not None,
+        HAS_GATE=gate_BFC is not None,
+        HAS_SHIFT=shift_BFC is not None,
+        CENTRED=centred,
+        PLUS_ONE=plus_one,
+        BLOCK_ROWS=setting.rows,
+        BLOCK_C=block,
+    )
+    dscale_BFC, *others = sum_partials(partial_KSBFC, modulations)
+    dshift_BFC = others.pop(0) if shift_BFC is not None else None
+    dgate_BFC = others.pop(0) if gate_BFC is not None else None
+    return dx_BLC, dy_BLC, dgate_BFC, dscale_BFC, dshift_BFC
+
+
+def _frames(*modulations: Tensor | None) -> int:
+    return max(m.shape[1] for m in modulations if m is not None)

@@ -1,0 +1,154 @@
+"""Launch settings by GPU architecture, each with its reason or measurement, and the one place
+through which every kernel is launched.
+
+A setting that was searched for on a GPU lives in tuned/sm_XX.json (written by `python -m bench
+tune`) and comes before the defaults here. Nothing is tuned at import or in a hot path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ARCHITECTURES = (80, 89, 90, 100)
+TUNED = Path(__file__).parent / "tuned"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A kernel that holds whole rows (all channels of a token) in registers.
+
+    rows: tokens a program holds at once. per_thread: elements of such a tile per thread, which with
+    the channels gives the number of warps. per_sm: programs per multiprocessor of a kernel that
+    loops over tiles and keeps sums (0: one program a tile). why: reason or measurement.
+    """
+
+    rows: int
+    per_thread: int
+    per_sm: int = 0
+    why: str = ""
+
+    def warps(self, block: int) -> int:
+        """Warps of a program whose rows are padded to `block` elements."""
+        return min(max(self.rows * block // (32 * self.per_thread), 1), 16)
+
+
+@dataclass(frozen=True)
+class Flat:
+    """An elementwise kernel. block: elements of a program. warps: of a program."""
+
+    block: int
+    warps: int
+    why: str = ""
+
+
+Setting = Rows | Flat
+
+_FEW_BYTES = "too few bytes to matter: latency of one launch"
+_FORWARD = "16 elements a thread: two 16-byte loads of bfloat16 in flight from each"
+_LOOP = "few enough programs for few partial sums; one loads while the other reduces"
+_WIDE = "three sums of 5120 channels spill with fewer registers a thread than 8 warps leave"
+# By kernel and by the number of channels a setting is for (the nearest is taken).
+_DEFAULTS: dict[str, dict[int, Setting]] = {
+    "norm_fwd": {1536: Rows(1, 16, why=_FORWARD)},
+    "norm_bwd": {1536: Rows(1, 8, 2, why=_LOOP), 5120: Rows(1, 32, 1, why=_WIDE)},
+    "qk_norm_rope_fwd": {1536: Rows(1, 16, why=_FORWARD)},
+    "qk_norm_rope_bwd": {1536: Rows(1, 8, 4, why=_LOOP), 5120: Rows(1, 16, 2, why=_LOOP)},
+    "rope_table": {64: Rows(16, 8, why=_FEW_BYTES)},
+    "sampler": {1: Flat(1024, 4, why=_FEW_BYTES)},
+}
+# Not measured on a GPU yet where tuned/ has no file: the same reasoning holds on all four, whose
+# register files are equal and which differ here in bandwidth alone.
+DEFAULTS: dict[int, dict[str, dict[int, Setting]]] = {
+    arch: dict(_DEFAULTS) for arch in ARCHITECTURES
+}
+
+# Settings that come before all others, by kernel: the tuner's candidates, a test's odd sizes.
+overrides: dict[str, Setting] = {}
+
+# Set by the ahead-of-time check: takes the launch instead of a GPU, for the architecture `target`.
+recorder: Callable[..., None] | None = None
+target: int | None = None
+
+
+def run(
+    kernel: Any, grid: Sequence[int], args: Sequence[Any], *, num_warps: int, **meta: Any
+) -> None:
+    """Launches a Triton kernel on the device of its tensors."""
+    if recorder is not None:
+        recorder(kernel, args, num_warps=num_warps, **meta)
+        return
+    with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
+        kernel[tuple(grid)](*args, num_warps=num_warps, **meta)
+
+
+def rows(kernel: str, device: torch.device, channels: int) -> Rows:
+    """The setting of a row kernel for tokens of so many channels."""
+    setting = overrides.get(kernel) or _setting(kernel, _architecture(device), channels)
+    assert isinstance(setting, Rows)
+    return setting
+
+
+def flat(kernel: str, device: torch.device) -> Flat:
+    """The setting of an elementwise kernel."""
+    setting = overrides.get(kernel) or _setting(kernel, _architecture(device), 1)
+    assert isinstance(setting, Flat)
+    return setting
+
+
+def strips(setting: Rows, device: torch.device, tiles: int, parts: int) -> int:
+    """How many programs share the `tiles` of each of `parts` frames in a kernel that loops."""
+    return min(tiles, math.ceil(setting.per_sm * multiprocessors(device) / parts))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return 2  # under the interpreter: more than one, so that partial sums are summed
+
+
+def _architecture(device: torch.device) -> int:
+    """The newest architecture with settings that the device is not older than."""
+    return _capability(device) if device.type == "cuda" else target or 90
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((a for a in ARCHITECTURES if a <= 10 * major + minor), default=ARCHITECTURES[0])
+
+
+@functools.cache
+def _setting(kernel: str, arch: int, channels: int) -> Setting:
+    settings = dict(DEFAULTS[arch][kernel])
+    kind = type(next(iter(settings.values())))
+    names = {f.name for f in dataclasses.fields(kind)}
+    for entry in tuned(arch).get(kernel, []):
+        settings[entry["channels"]] = kind(**{k: v for k, v in entry.items() if k in names})
+    return settings[min(settings, key=lambda n: abs(math.log2(n / channels)))]
+
+
+@functools.cache
+def tuned(arch: int) -> dict[str, list[dict[str, Any]]]:
+    """What was measured for an architecture: for each kernel, one setting per number of channels
+    (1 for elementwise kernels). Empty where nothing was."""
+    file = TUNED / f"sm_{arch}.json"
+    if not file.exists():
+        return {}
+    kernels: dict[str, list[dict[str, Any]]] = json.loads(file.read_text())["kernels"]
+    return kernels
+
+
+def outer_strides(*tensors: Tensor | None) -> list[int]:
+    """The first two strides of each tensor, 0 where it is absent or has one entry to broadcast."""
+    return [0 if t is None or t.shape[d] == 1 else t.stride(d) for t in tensors for d in (0, 1)]

@@ -1,0 +1,123 @@
+"""The ahead-of-time check: no kernel is forgotten, bounds hold, and a broken one is reported.
+
+The check runs in processes of its own: where these tests run in Triton's interpreter, the kernels
+they import cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sfkernels.gpu
+from sfkernels.check import Compiled, cases, judge, read_sass, read_usage
+
+SASS = """
+ Function _norm_fwd_kernel:
+  REG:40 STACK:8 SHARED:0 LOCAL:0 CONSTANT[0]:464 TEXTURE:0 SURFACE:0 SAMPLER:0
+        /*0000*/                   MOV R1, c[0x0][0x28] ;                  /* 0x00000a0000017a02 */
+                                                                           /* 0x000fe40000000f00 */
+        /*0010*/                   STL [R1], R14 ;                         /* 0x0000000e01007387 */
+        /*0020*/              @!P1 LDG.E.128 R8, [R2.64+0x1000] ;          /* 0x0010001002089981 */
+        /*0030*/               @P0 LDG.E.U16.CONSTANT R8, [R2.64] ;        /* 0x0010001002089981 */
+        /*0040*/                   LDL.LU R14, [R1] ;                      /* 0x0000000e01007387 */
+        /*0050*/                   DFMA R2, R4, R6, R8 ;                   /* 0x0000000e01007387 */
+        /*0060*/                   F2F.F64.F32 R2, R4 ;                    /* 0x0000000e01007387 */
+        /*0070*/              @!P5 BRA 0x30 ;                              /* 0xffffffec00b4d947 */
+        /*0080*/                   HMMA.16816.F32.BF16 R4, R8, R6, R4 ;    /* 0x0000000e01007387 */
+        /*0090*/                   STG.E desc[UR16][R2.64], R20 ;          /* 0x0000001402007986 */
+        /*00a0*/                   EXIT ;                                  /* 0x000000000000794d */
+        /*00b0*/                   BRA 0xb0;                               /* 0xfffffffc00fc7947 */
+"""
+
+
+def run_check(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sfkernels.check", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_every_launcher_has_a_case() -> None:
+    assert {case.launcher for case in cases()} == {*sfkernels.gpu.__all__}
+    names = [(case.launcher, case.name) for case in cases()]
+    assert len(names) == len(set(names))
+
+
+def test_what_is_read_from_sass() -> None:
+    out = Compiled("norm_fwd", "case", "norm_fwd", 90, warps=4)
+    read_usage(SASS, out)
+    read_sass(SASS, out)
+    assert (out.registers, out.stack, out.local, out.looped) == (40, 8, 2, 1)
+    assert (out.loads, out.stores) == ({128: 1, 16: 1}, {32: 1})
+    assert (out.fp64, out.tensor_core) == (2, 1)
+    assert out.resident == 48  # 12 programs of 4 warps x 32 threads x 40 registers
+
+
+def test_each_bound_is_named() -> None:
+    out = Compiled(
+        "norm_fwd",
+        "case",
+        "norm_fwd",
+        89,
+        warps=16,
+        registers=255,
+        local=5,
+        shared=100 * 1024,
+        loads={16: 2},
+        stores={128: 1},
+        fp64=1,
+    )
+    said = "; ".join(judge(out, narrow=1))
+    for part in (
+        "spills: 5 loads and stores of local memory",
+        "1 instructions in float64",
+        "102400 bytes of shared memory, at most 99 KiB",
+        "255 registers x 512 threads",
+        "2 global loads of less than 128 bits (2x16), at most 1 allowed",
+        "no global loads of 128 bits",
+    ):
+        assert part in said
+    assert "stores of less" not in said
+    out.local, out.looped = 2, 0  # parked outside of loops
+    assert "spills" not in "; ".join(judge(out, narrow=1))
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+def test_shipped_kernels_hold_the_bounds_at_shipped_settings(tmp_path: Path) -> None:
+    done = run_check("--json", tmp_path / "check.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "check.json").read_text())
+    assert {row["launcher"] for row in rows} == {*sfkernels.gpu.__all__}
+    assert {row["arch"] for row in rows} == {80, 89, 90, 100}
+
+
+@pytest.mark.aot
+def test_a_bad_setting_is_reported_before_it_ships(tmp_path: Path) -> None:
+    bad = {"channels": 1536, "rows": 1, "per_thread": 128, "per_sm": 0, "why": "a mistake"}
+    good = {"channels": 5120, "rows": 1, "per_thread": 16, "per_sm": 0, "why": "the default"}
+    file = tmp_path / "sm_90.json"
+    file.write_text(json.dumps({"machine": {}, "kernels": {"qk_norm_rope_fwd": [bad, good]}}))
+    done = run_check("--kernel", "qk_norm_rope_fwd", "--tuned", file)
+    assert done.returncode == 1, done.stdout + done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert "qk_norm_rope_fwd, " in last and "1.3B" in last and "sm_90, 1 warps: spills: " in last
+    assert "sm_80" not in done.stdout  # the file says which architecture it is for
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--kernel", "nrom"], "kernel 'nrom': must be one of norm_fwd, norm_bwd"),
+        (["--arch", "75"], "arch 75: must be one of 80, 89, 90, 100"),
+        (["--tuned", "nowhere"], "--tuned nowhere: must be a folder or a file named sm_XX.json"),
+        (["--tuned", "sm_90.json"], "--tuned sm_90.json: no such file or folder"),
+    ],
+)
+def test_bad_input_exits_2_with_one_sentence(arguments: list[str], said: str) -> None:
+    done = run_check(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1

@@ -1,0 +1,126 @@
+"""The norm kernels against the reference: outputs and gradients, odd sizes, views, bad input."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import sfkernels as sf
+from sfkernels.launch import Rows
+from tests.oracle import DEVICE, DTYPES, check, rand, setting
+
+pytestmark = pytest.mark.usefixtures("fresh_seed")
+
+# (rows of a program, batch, frames, tokens of a frame, channels): odd counts, one token, more
+# channels than a power of 2, tiles that end inside a frame.
+SIZES = [
+    (8, 2, 2, 63, 96),
+    (32, 1, 1, 123, 64),
+    (1, 2, 2, 5, 200),
+    (2, 1, 7, 1, 32),
+    (1, 1, 1, 1, 8),
+]
+
+
+def modulation(batch: int, frames: int, channels: int, count: int) -> list[Tensor]:
+    """Strided views of one tensor, as a DiT block makes them."""
+    return [*rand(batch, frames, count, channels).unbind(2)]
+
+
+@pytest.fixture(params=SIZES, ids=str)
+def size(request: pytest.FixtureRequest) -> Iterator[tuple[int, ...]]:
+    """batch, frames, tokens, channels, under a setting with so many rows a program."""
+    rows, *sizes = request.param
+    with setting(norm_fwd=Rows(rows, 8), norm_bwd=Rows(rows, 8, per_sm=2)):
+        yield tuple(sizes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm_and_rms_norm(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, frames, tokens, channels = size
+    x = rand(batch, frames * tokens, channels)
+    check(sf.layer_norm, (x, rand(channels), rand(channels)), dtype)
+    check(sf.rms_norm, (x, rand(channels)), dtype, wide=[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adaln(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, frames, tokens, channels = size
+    x = rand(batch, frames * tokens, channels)
+    check(sf.adaln, (x, *modulation(batch, frames, channels, 2)), dtype, wide=[1, 2])
+    shift, scale = rand(batch, 1, channels), rand(1, frames, channels)
+    check(functools.partial(sf.adaln, eps=1e-2), (x, shift, scale), dtype, wide=[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_norms(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, frames, tokens, channels = size
+    x, y = rand(2, batch, frames * tokens, channels)
+    gate, shift, scale = modulation(batch, frames, channels, 3)
+    weight, bias = rand(2, channels)
+    check(sf.gated_adaln, (x, y, gate, shift[:1], scale[:, :1]), dtype, wide=[2, 3, 4])
+    check(sf.gated_layer_norm, (x, y, gate[:1, :1], weight, bias), dtype, wide=[2])
+
+    def ungated(x: Tensor, y: Tensor, *rest: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+        return sf.gated_adaln(x, y, None, *rest, impl=impl)
+
+    check(ungated, (x, y, shift, scale), dtype, wide=[2, 3])
+
+
+def test_rows_may_be_views_of_something_larger() -> None:
+    """As keys are of a fused projection, and a chunk of a clip."""
+    wide = rand(2, 11, 3 * 64)
+
+    def of_views(wide: Tensor, *rest: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+        x, y, _ = wide[:, 2:9].chunk(3, -1)
+        return sf.gated_adaln(x, y, *rest, impl=impl)
+
+    check(of_views, (wide, *modulation(2, 7, 64, 3)), torch.float32)
+
+
+def test_a_gradient_may_be_expanded() -> None:
+    """The gradient of a sum has stride 0 everywhere."""
+    x, weight = rand(1, 5, 32), rand(32)
+
+    def summed(x: Tensor, weight: Tensor, *, impl: str) -> Tensor:
+        return sf.rms_norm(x, weight, impl=impl).sum()
+
+    check(summed, (x, weight), torch.float32)
+
+
+def test_sums_over_rows_are_deterministic() -> None:
+    x = rand(2, 120, 64, dtype=torch.float32)
+    shift, scale = (t.float().requires_grad_() for t in modulation(2, 3, 64, 2))
+    out = sf.adaln(x, shift, scale, impl="triton")
+    upstream = torch.randn_like(out)
+    first, again = (torch.autograd.grad(out, (shift, scale), upstream, retain_graph=True)
+                    for _ in range(2))  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+X = torch.zeros(2, 6, 8, device=DEVICE)
+M = torch.zeros(2, 3, 8, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: sf.adaln(X.double(), M, M, impl="triton"), "x is torch.float64: impl='triton'"),
+        (lambda: sf.adaln(X, M, M.int(), impl="triton"), "scale is torch.int32"),
+        (
+            lambda: sf.adaln(X.mT.contiguous().mT, M, M, impl="triton"),
+            "stride 6 in its last dimension",
+        ),
+        (lambda: sf.adaln(X, M[:, :2], M, impl="triton"), "frames 1 or the same for all"),
+        (lambda: sf.gated_adaln(X, X.half(), M, M, M, impl="triton"), "y has dtype torch.float16"),
+        (lambda: sf.gated_layer_norm(X, X, M, M[0, 0], M[0]), r"bias has shape \[3, 8\]"),
+        (lambda: sf.layer_norm(X, M[0, 0].to("meta"), M[0, 0]), "weight is on meta"),
+    ],
+)
+def test_bad_input_says_what_is_wrong(call: functools.partial[Tensor], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        call()

@@ -1,0 +1,102 @@
+"""The ops as PyTorch sees them: schema, fake, autograd; a DiT block without graph breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sfkernels as sf
+from sfkernels import norm, rope
+from sfmodel.config import DiTConfig
+from sfmodel.dit import Block, Context, DiT
+from tests.oracle import DEVICE
+
+B, F, GRID, HEADS, D = 2, 2, (2, 3), 2, 8
+TOKENS, C = F * GRID[0] * GRID[1], HEADS * D
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=DEVICE)
+
+
+def table() -> Tensor:
+    return sf.rope_table(torch.arange(F, device=DEVICE), GRID, D, impl="reference")
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck(grad: bool) -> None:
+    def leaf(*shape: int) -> Tensor:
+        return rand(*shape).requires_grad_(grad)
+
+    x, y, scale, shift = leaf(B, TOKENS, C), leaf(B, TOKENS, C), leaf(1, F, C), leaf(1, 1, C)
+    weight, qkv = leaf(1, 1, C), leaf(B, TOKENS, 3 * C)
+    q_weight, k_weight = leaf(C), leaf(C)
+    x_args, rope_args = (x, scale, shift), (qkv, q_weight, k_weight, table())
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (norm._norm, (*x_args, 1e-6, True, True, "triton")),
+        (norm._norm, (x, weight, None, 1e-6, False, False, "triton")),
+        (norm._residual_norm, (x, y, scale, scale, shift, 1e-6, True, "triton")),
+        (norm._residual_norm, (x, y, None, weight, shift, 1e-6, False, "triton")),
+        (rope._rope_table, (torch.arange(F, device=DEVICE), *GRID, D, 1e4, "triton")),
+        (rope._qk_norm_rope, (*rope_args, 1e-6, "triton")),
+    ]
+    if not grad:  # without a derivative of their own
+        rings = rand(2, B, 2 * TOKENS, HEADS, D).unbind()
+        slots = torch.tensor([3, 1], dtype=torch.int32, device=DEVICE)
+        dq, dk, dv = rand(3, B, TOKENS, HEADS, D)
+        calls += [
+            (norm._norm_bwd, (y, *x_args, 1e-6, True, True, "triton")),
+            (norm._norm_bwd, (y, x, weight, None, 1e-6, False, False, "triton")),
+            (norm._residual_norm_bwd, (x, y, x, y, scale, scale, shift, 1e-6, True, "triton")),
+            (norm._residual_norm_bwd, (x, y, x, None, None, scale, shift, 1e-6, True, "triton")),
+            (rope._qk_norm_rope_bwd, (dq, dk, dv, *rope_args, 1e-6, "triton")),
+            (rope._qk_norm_rope_append, (*rope_args, *rings, slots, 1e-6, "triton")),
+        ]
+    for op, args in calls:
+        torch.library.opcheck(op, args)
+
+
+def block_and_inputs(impl: str) -> tuple[Block, Callable[..., Context], list[Tensor]]:
+    torch.manual_seed(0)
+    config = DiTConfig(C, 4 * C, HEADS, 1, text_dim=8, text_len=5)
+    model = DiT(config, impl, "reference").to(DEVICE)
+    (block,) = model.blocks
+    assert isinstance(block, Block)
+    modulation = block.modulate(rand(1, F, 6, C))
+    cache = model.new_cache(B, F + 2, GRID)
+    model.set_text(cache, rand(1, 5, 8))
+
+    def context(cached: bool) -> Context:
+        if cached:
+            return Context(table(), None, None, cache, cache.chunk(F))
+        return Context(table(), rand(B, 5, C), sf.BlockLayout((1, 1), TOKENS // F), None, None)
+
+    return block, context, [rand(B, TOKENS, C), rand(B, TOKENS, C), *modulation]
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_dit_block_compiles_without_graph_breaks(impl: str, cached: bool) -> None:
+    block, contexts, (x, h, *modulation) = block_and_inputs(impl)
+    context = contexts(cached)
+
+    def run(x: Tensor, h: Tensor, *modulation: Tensor) -> tuple[Tensor, Tensor]:
+        return block(x, h, modulation, context)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    if cached:
+        with torch.no_grad():
+            results: list[tuple[Tensor, ...]] = [fn(x, h, *modulation) for fn in (compiled, run)]
+    else:
+        leaves = [t.detach().requires_grad_() for t in (x, h, *modulation)]
+        # The first norm's shift and scale and the last gate are the caller's.
+        wanted = [*leaves[:2], *leaves[4:7], block.self_attn.qkv.weight, block.norm3.weight]
+        outs = [torch.stack(fn(*leaves)) for fn in (compiled, run)]
+        upstream = torch.randn_like(outs[0])
+        results = [(out, *torch.autograd.grad(out, wanted, upstream)) for out in outs]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

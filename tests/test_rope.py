@@ -1,0 +1,141 @@
+"""The QK-norm + RoPE kernels against the reference: rotation, gradients, slots of a ring."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import sfkernels as sf
+from sfkernels.launch import Rows
+from tests.oracle import DEVICE, DTYPES, check, close_as_eager, nan_filled, rand, setting
+
+pytestmark = pytest.mark.usefixtures("fresh_seed")
+
+# (rows of a program, batch, frames, (height, width), heads, head dim)
+SIZES = [
+    (8, 2, 2, (7, 9), 3, 16),
+    (32, 1, 1, (3, 41), 2, 64),
+    (1, 2, 2, (1, 5), 1, 128),
+    (4, 1, 7, (1, 1), 5, 6),
+]
+
+
+@pytest.fixture(params=SIZES, ids=str)
+def size(request: pytest.FixtureRequest) -> Iterator[tuple[int, int, tuple[int, int], int, int]]:
+    """batch, frames, grid, heads, head dim, under a setting with so many rows a program."""
+    rows, *sizes = request.param
+    row_setting = Rows(rows, 8, per_sm=2)
+    with setting(
+        rope_table=row_setting, qk_norm_rope_fwd=row_setting, qk_norm_rope_bwd=row_setting
+    ):
+        yield tuple(sizes)
+
+
+def frames_from(first: int, frames: int) -> Tensor:
+    return torch.arange(first, first + frames, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("first", [0, 5, 1030, 100_000, 2**31 - 10])
+def test_rope_table_is_exact_at_any_frame(size: tuple, first: int) -> None:
+    _, frames, grid, _, head_dim = size
+    frame_F = frames_from(first, frames)
+    want = sf.rope_table(frame_F, grid, head_dim, impl="reference")
+    for dtype in (torch.int32, torch.int64):
+        with nan_filled():
+            got = sf.rope_table(frame_F.to(dtype), grid, head_dim, impl="triton")
+        torch.testing.assert_close(got, want, rtol=0, atol=2.5e-7)  # two units of float32 at 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_qk_norm_rope(size: tuple, dtype: torch.dtype) -> None:
+    batch, frames, grid, heads, head_dim = size
+    channels = heads * head_dim
+    table = sf.rope_table(frames_from(70, frames), grid, head_dim, impl="reference")
+    qkv = rand(batch, len(table), 3 * channels)
+
+    def op(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, *, impl: str) -> tuple[Tensor, ...]:
+        return sf.qk_norm_rope(qkv, q_weight, k_weight, table, impl=impl)
+
+    check(op, (qkv, 1 + rand(channels) / 4, 1 + rand(channels) / 4), dtype)
+    check(op, (qkv, *rand(2, channels)), dtype, wide=[1, 2])
+
+
+def test_projection_and_gradients_may_be_views() -> None:
+    """As a chunk of a longer sequence, and as attention kernels return gradients."""
+    table = sf.rope_table(frames_from(0, 2), (3, 5), 16, impl="reference")
+
+    def op(longer: Tensor, q_weight: Tensor, k_weight: Tensor, *, impl: str) -> list[Tensor]:
+        q, k, v = sf.qk_norm_rope(longer[:, 3:33], q_weight, k_weight, table, impl=impl)
+        return [t.transpose(1, 2).contiguous() for t in (q, k, v)]
+
+    check(op, (rand(2, 40, 96), rand(32), rand(32)), torch.float32)
+
+
+@pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_append_writes_its_slots_alone(
+    size: tuple, dtype: torch.dtype, slot_dtype: torch.dtype
+) -> None:
+    batch, frames, grid, heads, head_dim = size
+    channels, tokens = heads * head_dim, math.prod(grid)
+    table = sf.rope_table(frames_from(100_000, frames), grid, head_dim, impl="reference")
+    slots = torch.randperm(frames + 2, device=DEVICE)[:frames].to(slot_dtype)
+    qkv, weights = rand(batch, frames * tokens, 3 * channels), rand(2, channels)
+
+    def run(impl: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        # A layer's part of a larger ring.
+        rings = torch.full(
+            (2, batch, 2, (frames + 2) * tokens, heads, head_dim), math.nan, device=DEVICE
+        ).to(dtype)
+        k_ring, v_ring = rings[0, :, 1], rings[1, :, 1]
+        args = qkv.to(dtype), *weights.to(dtype), table, k_ring, v_ring, slots
+        with nan_filled():
+            q = sf.qk_norm_rope_append(*args, impl=impl)
+        assert rings[:, :, 0].isnan().all()
+        return q, k_ring, v_ring
+
+    exact, eager, ours = (
+        run("reference", torch.float64), run("reference", dtype), run("triton", dtype)
+    )  # fmt: skip
+    written = torch.zeros(frames + 2, tokens, dtype=torch.bool, device=DEVICE)
+    written[slots.long()] = True
+    for name, got, plain, want in zip("qkv", ours, eager, exact, strict=True):
+        if name == "q":
+            close_as_eager(name, got, plain, want)
+        else:
+            assert got[:, ~written.flatten()].isnan().all()
+            close_as_eager(name, *(t[:, written.flatten()] for t in (got, plain, want)))
+
+
+QKV = torch.zeros(2, 6, 3 * 8, device=DEVICE)
+W = torch.zeros(8, device=DEVICE)
+TABLE = torch.zeros(6, 2, 2, device=DEVICE)
+RING = torch.zeros(2, 6, 2, 4, device=DEVICE)
+BY_HEAD = torch.zeros(2, 2, 6, 4, device=DEVICE).transpose(1, 2)
+SLOTS = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+rope = functools.partial(sf.qk_norm_rope, impl="triton")
+append = functools.partial(sf.qk_norm_rope_append, QKV, W, W, TABLE, impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: rope(QKV, W, W, TABLE[..., :1].expand(-1, -1, 2)), "table has stride 0 in its"),
+        (lambda: rope(QKV, W, W, TABLE[:, :1].expand(-1, 2, -1)), "table has strides"),
+        (lambda: rope(QKV.double(), W, W, TABLE), "qkv is torch.float64"),
+        (lambda: rope(QKV, W.to("meta"), W, TABLE), "q_weight is on meta"),
+        (lambda: append(RING, RING.half(), SLOTS), "v_ring has dtype"),
+        (lambda: append(RING, BY_HEAD, SLOTS), "heads of a slot must lie side by side"),
+        (lambda: append(RING[:, :4], RING[:, :4], SLOTS), "must hold the chunk's 6"),
+        (lambda: append(RING, RING, SLOTS.float()), "must be an integer tensor"),
+        (lambda: append(RING, RING, SLOTS.to("meta")), "slot_F is on meta"),
+    ],
+)
+def test_bad_input_says_what_is_wrong(call: Callable[[], Tensor], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        call()
