@@ -12,12 +12,16 @@ import contextlib
 import functools
 import gc
 import importlib
+import itertools
 import json
 import math
+import multiprocessing
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,7 @@ from torch import Tensor
 
 from bench import timing
 from bench.machine import machine
-from sfkernels import launch
+from sfkernels import check, launch
 from sfkernels.launch import Flat, Rows, Setting
 from sfmodel.files import atomic
 
@@ -148,18 +152,46 @@ def candidates(default: Setting, channels: int) -> list[Setting]:
         flats = [Flat(b, w) for b in (256, 512, 1024, 2048, 4096) for w in (1, 2, 4, 8)]
         return found + [f for f in flats if (f.block, f.warps) != (default.block, default.warps)]
     block = 2 ** math.ceil(math.log2(channels))
-    seen = {(default.rows, default.warps(block), default.per_sm)}
-    for per_sm in (1, 2, 3, 4, 6, 8) if default.per_sm else (0,):
-        for rows in (1, 2, 4, 8):
-            # More than that in a kernel that keeps sums too only spills.
-            for per_thread in (8, 16, 32) if default.per_sm else (8, 16, 32, 64):
-                setting = Rows(rows, per_thread, per_sm)
-                key = (rows, setting.warps(block), per_sm)
-                whole = setting.warps(block) * 32 * per_thread == rows * block  # not clamped
-                if whole and key not in seen and rows * block <= LARGEST_TILE:
-                    seen.add(key)
-                    found.append(setting)
+    keeps_sums = default.per_sm > 0
+    seen = {replace(default, why="")}
+    for rows, per_thread, stages, warps_per_sm in itertools.product(
+        (1, 2, 4), (8, 16, 32), (1, 2, 3, 4), (0, 8, 16, 32, 64)
+    ):
+        setting = Rows(rows, per_thread, 1, stages)
+        warps = setting.warps(block)
+        whole = warps * 32 * per_thread == rows * block  # not clamped
+        if not whole or rows * block > LARGEST_TILE or warps_per_sm % warps:
+            continue
+        if not warps_per_sm and (keeps_sums or stages > 1):
+            continue  # one tile a program has no next one to load, and no sums to keep
+        setting = replace(setting, per_sm=warps_per_sm // warps)
+        if setting not in seen:
+            seen.add(setting)
+            found.append(setting)
     return found
+
+
+def precompile(search: Search, settings: Sequence[Setting], arch: int) -> None:
+    """Compiles all candidates side by side into Triton's cache on disk; one that fails, fails again
+    when it is called."""
+    kinds = {replace(s, per_sm=1) if isinstance(s, Rows) else s for s in settings}
+    work = functools.partial(_compile, search.kernel, search.channels, arch)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        list(pool.map(work, kinds))
+
+
+def _compile(kernel: str, channels: int, arch: int, setting: Setting) -> None:
+    def compile_only(jit: Any, args: Sequence[Any], **options: Any) -> None:
+        with contextlib.suppress(Exception):
+            jit.warmup(*args, grid=(1,), **options)
+
+    os.environ.pop("TRITON_INTERPRET", None)
+    check.use_driver(arch)
+    launch.target, launch.recorder = arch, compile_only
+    work = _row_works(channels, torch.bfloat16)[kernel][0]
+    with using(kernel, setting):
+        work.run(*work.make(torch.device("meta")))
 
 
 @contextlib.contextmanager
@@ -188,6 +220,8 @@ def tune(
             break  # what is known of the first size decides
         torch.manual_seed(0)
         sets = [work.make(device) for _ in range(timing.count_sets(work.nbytes, device))]
+        if not of_copy and device.type == "cuda" and search.channels > 1:
+            precompile(search, every, launch._architecture(device))
         with using(search.kernel, default):
             want = _tensors(work.run(*sets[0]))
         right = [

@@ -336,7 +336,7 @@ def compile_case(index: int, arch: int) -> list[Compiled]:
             out.broken += judge(out, case.narrow)
 
     launch.recorder = record
-    _use_driver(arch)
+    use_driver(arch)
     case.call()
     return done
 
@@ -373,7 +373,8 @@ class _Driver:
         return 0
 
 
-def _use_driver(arch: int) -> None:
+def use_driver(arch: int) -> None:
+    """Lets Triton compile for an architecture where there is no GPU of it."""
     from triton.runtime import driver
 
     driver.set_active(_Driver(arch))

@@ -28,13 +28,15 @@ class Rows:
     """A kernel that holds whole rows (all channels of a token) in registers.
 
     rows: tokens a program holds at once. per_thread: elements of such a tile per thread, which with
-    the channels gives the number of warps. per_sm: programs per multiprocessor of a kernel that
-    loops over tiles and keeps sums (0: one program a tile). why: reason or measurement.
+    the channels gives the number of warps. per_sm: programs per multiprocessor, each of which loops
+    over tiles (0: one program a tile). stages: tiles on their way through shared memory while one
+    is computed, that one included (1: none is loaded ahead). why: reason or measurement.
     """
 
     rows: int
     per_thread: int
     per_sm: int = 0
+    stages: int = 1
     why: str = ""
 
     def warps(self, block: int) -> int:
@@ -106,7 +108,9 @@ def flat(kernel: str, device: torch.device) -> Flat:
 
 
 def strips(setting: Rows, device: torch.device, tiles: int, parts: int) -> int:
-    """How many programs share the `tiles` of each of `parts` frames in a kernel that loops."""
+    """How many programs share the `tiles` of each of `parts` frames."""
+    if not setting.per_sm:
+        return tiles
     return min(tiles, math.ceil(setting.per_sm * multiprocessors(device) / parts))
 
 

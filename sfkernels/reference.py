@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -161,7 +162,15 @@ def block_causal_attention(
 ) -> Tensor:
     batch = len(q_BLHD)
     out = []
-    groups, restore_L = _rows_by_shape(layout, q_BLHD.device)
+    groups, restore_L = _rows_by_shape(
+        q_BLHD.device,
+        layout.chunks,
+        layout.frame_tokens,
+        layout.window,
+        layout.sink,
+        layout.teacher_forcing,
+        layout.hide_first,
+    )
     for query_RQ, key_RS in groups:
         q, k, v = (
             t.index_select(1, index.flatten()).reshape(-1, index.shape[1], *t.shape[2:])
@@ -171,11 +180,12 @@ def block_causal_attention(
     return torch.cat(out, 1).index_select(1, restore_L)
 
 
-@torch.compiler.assume_constant_result  # not on the function below: Dynamo ignores lru_cache
+# Constant for torch.compile, which wants plain numbers for that and looks through lru_cache.
+@torch.compiler.assume_constant_result
 def _rows_by_shape(
-    layout: BlockLayout, device: torch.device
+    device: torch.device, *layout: Any
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    return _cached_rows_by_shape(layout, device)
+    return _cached_rows_by_shape(BlockLayout(*layout), device)
 
 
 @functools.lru_cache(maxsize=32)

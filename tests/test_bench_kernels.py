@@ -132,7 +132,7 @@ def test_candidates_are_all_different_programs() -> None:
     found = tune.candidates(default, 1536)
     assert found[0] is default
     rows = [s for s in found if isinstance(s, Rows)]
-    keys = [(s.rows, s.warps(2048), s.per_sm) for s in rows]
+    keys = [(s.rows, s.warps(2048), s.per_sm, s.stages) for s in rows]
     assert len(keys) == len(set(keys)) > 20
     assert all(s.rows * 2048 <= tune.LARGEST_TILE for s in rows)
     assert all(isinstance(s, Flat) for s in tune.candidates(Flat(1024, 4), 1))

@@ -194,12 +194,16 @@ def test_noise_depends_on_neither_batch_nor_chunk() -> None:
 def test_normals_are_normal_and_independent() -> None:
     """Fixed seeds: the bounds are four to five standard errors of 100,000 numbers."""
     n = 100_000
-    draws = torch.stack(
-        [
-            sf.normal(noise_of((1, 2), seed, start, draw), (1, 2, n // 2)).flatten()
-            for seed, start, draw in ((0, 0, 0), (1, 0, 0), (0, 2, 0), (0, 0, 1), (2**32, 0, 0))
-        ]
-    ).double()
+    draws = (
+        torch.stack(
+            [
+                sf.normal(noise_of((1, 2), seed, start, draw), (1, 2, n // 2)).flatten()
+                for seed, start, draw in ((0, 0, 0), (1, 0, 0), (0, 2, 0), (0, 0, 1), (2**32, 0, 0))
+            ]
+        )
+        .double()
+        .cpu()
+    )
     close = functools.partial(torch.testing.assert_close, rtol=0)
     for order, want in enumerate((0, 1, 0, 3, 0, 15), 1):
         error = 4.5 * math.sqrt(math.prod(range(1, 2 * order, 2)) / n)

@@ -70,35 +70,42 @@ def _norm_fwd_kernel(
     PLUS_ONE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    frame, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    frames = tl.num_programs(1)
-    first = tl.program_id(0) * BLOCK_ROWS
-    token = (frame * frame_tokens + first).to(tl.int64)
+    """One strip of a frame: every S-th tile of it."""
+    strip, frame, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    strips, frames = tl.num_programs(0), tl.num_programs(1)
     row_R1 = tl.arange(0, BLOCK_ROWS)[:, None]
     col_1C = tl.arange(0, BLOCK_C)[None, :]
-    mask_RC = (first + row_R1 < frame_tokens) & (col_1C < C)
-    out_RC = (batch * frames * frame_tokens + token) * C + (row_R1 * C + col_1C)
-
-    x_RC = _load_tile(
-        x_ptr, batch * stride_xb + token * stride_xl, stride_xl, row_R1, col_1C, mask_RC
-    )
-    if HAS_RESIDUAL:
-        y_RC = _load_tile(
-            y_ptr, batch * stride_yb + token * stride_yl, stride_yl, row_R1, col_1C, mask_RC
-        )
-        if HAS_GATE:
-            y_RC *= _load_modulation(gate_ptr, batch, frame, stride_gb, stride_gf, col_1C, C)
-        # The norm is that of the residual stream as stored, as it is in the backward pass.
-        rounded_RC = (x_RC + y_RC).to(residual_ptr.dtype.element_ty)
-        tl.store(residual_ptr + out_RC, rounded_RC, mask_RC)
-        x_RC = rounded_RC.to(tl.float32)
-    normed_RC, _ = _row_stats(x_RC, mask_RC, eps, C, CENTRED)
     scale_1C = _load_modulation(scale_ptr, batch, frame, stride_cb, stride_cf, col_1C, C)
-    normed_RC *= 1.0 + scale_1C if PLUS_ONE else scale_1C
+    if PLUS_ONE:
+        scale_1C += 1.0
     if HAS_SHIFT:
-        normed_RC += _load_modulation(shift_ptr, batch, frame, stride_hb, stride_hf, col_1C, C)
-    tl.store(out_ptr + out_RC, normed_RC.to(out_ptr.dtype.element_ty), mask_RC)
+        shift_1C = _load_modulation(shift_ptr, batch, frame, stride_hb, stride_hf, col_1C, C)
+    if HAS_GATE:
+        gate_1C = _load_modulation(gate_ptr, batch, frame, stride_gb, stride_gf, col_1C, C)
+
+    for turn in tl.range(tl.cdiv(frame_tokens, strips * BLOCK_ROWS), num_stages=STAGES):
+        first = (turn * strips + strip) * BLOCK_ROWS
+        token = (frame * frame_tokens + first).to(tl.int64)
+        mask_RC = (first + row_R1 < frame_tokens) & (col_1C < C)
+        out_RC = (batch * frames * frame_tokens + token) * C + (row_R1 * C + col_1C)
+        x_at = batch * stride_xb + token * stride_xl
+        x_RC = _load_tile(x_ptr, x_at, stride_xl, row_R1, col_1C, mask_RC)
+        if HAS_RESIDUAL:
+            y_at = batch * stride_yb + token * stride_yl
+            y_RC = _load_tile(y_ptr, y_at, stride_yl, row_R1, col_1C, mask_RC)
+            if HAS_GATE:
+                y_RC *= gate_1C
+            # The norm is that of the residual stream as stored, as it is in the backward pass.
+            rounded_RC = (x_RC + y_RC).to(residual_ptr.dtype.element_ty)
+            tl.store(residual_ptr + out_RC, rounded_RC, mask_RC)
+            x_RC = rounded_RC.to(tl.float32)
+        normed_RC, _ = _row_stats(x_RC, mask_RC, eps, C, CENTRED)
+        normed_RC *= scale_1C
+        if HAS_SHIFT:
+            normed_RC += shift_1C
+        tl.store(out_ptr + out_RC, normed_RC.to(out_ptr.dtype.element_ty), mask_RC)
 
 
 @triton.jit
@@ -132,11 +139,14 @@ def _norm_bwd_kernel(
     HAS_SHIFT: tl.constexpr,
     CENTRED: tl.constexpr,
     PLUS_ONE: tl.constexpr,
+    KEEP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One strip of a frame: every S-th tile of it. partial [K, S, B, F, C] takes the strip's sums
-    of dscale, and of dshift and dgate where there are such."""
+    of dscale, and of dshift and dgate where there are such. KEEP: modulations stay in registers;
+    else each tile reads them anew, from L1."""
     strip, frame, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     strips, frames, batches = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
     row_R1 = tl.arange(0, BLOCK_ROWS)[:, None]
@@ -144,38 +154,35 @@ def _norm_bwd_kernel(
     dscale_1C = tl.zeros([1, BLOCK_C], tl.float32)
     dshift_1C = tl.zeros([1, BLOCK_C], tl.float32)
     dgate_1C = tl.zeros([1, BLOCK_C], tl.float32)
+    if KEEP:
+        scale_1C = _load_modulation(scale_ptr, batch, frame, stride_cb, stride_cf, col_1C, C)
+        if HAS_GATE:
+            gate_1C = _load_modulation(gate_ptr, batch, frame, stride_gb, stride_gf, col_1C, C)
 
-    for turn in range(tl.cdiv(frame_tokens, strips * BLOCK_ROWS)):
+    for turn in tl.range(tl.cdiv(frame_tokens, strips * BLOCK_ROWS), num_stages=STAGES):
         first = (turn * strips + strip) * BLOCK_ROWS
         token = (frame * frame_tokens + first).to(tl.int64)
         mask_RC = (first + row_R1 < frame_tokens) & (col_1C < C)
         out_RC = (batch * frames * frame_tokens + token) * C + (row_R1 * C + col_1C)
-        x_RC = _load_tile(
-            x_ptr, batch * stride_xb + token * stride_xl, stride_xl, row_R1, col_1C, mask_RC
-        )
-        dout_RC = _load_tile(
-            dout_ptr, batch * stride_db + token * stride_dl, stride_dl, row_R1, col_1C, mask_RC
-        )
+        x_at = batch * stride_xb + token * stride_xl
+        x_RC = _load_tile(x_ptr, x_at, stride_xl, row_R1, col_1C, mask_RC)
+        dout_at = batch * stride_db + token * stride_dl
+        dout_RC = _load_tile(dout_ptr, dout_at, stride_dl, row_R1, col_1C, mask_RC)
         if HAS_RESIDUAL:
+            dresidual_at = batch * stride_rb + token * stride_rl
             dresidual_RC = _load_tile(
-                dresidual_ptr,
-                batch * stride_rb + token * stride_rl,
-                stride_rl,
-                row_R1,
-                col_1C,
-                mask_RC,
+                dresidual_ptr, dresidual_at, stride_rl, row_R1, col_1C, mask_RC
             )
             if HAS_GATE:
-                y_RC = _load_tile(
-                    y_ptr, batch * stride_yb + token * stride_yl, stride_yl, row_R1, col_1C, mask_RC
-                )
+                y_at = batch * stride_yb + token * stride_yl
+                y_RC = _load_tile(y_ptr, y_at, stride_yl, row_R1, col_1C, mask_RC)
 
         normed_RC, rstd_R = _row_stats(x_RC, mask_RC, eps, C, CENTRED)
         dscale_1C += tl.sum(dout_RC * normed_RC, 0)[None, :]
         if HAS_SHIFT:
             dshift_1C += tl.sum(dout_RC, 0)[None, :]
-        # Modulations are read anew for each tile: from L1, where registers would spill.
-        scale_1C = _load_modulation(scale_ptr, batch, frame, stride_cb, stride_cf, col_1C, C)
+        if not KEEP:
+            scale_1C = _load_modulation(scale_ptr, batch, frame, stride_cb, stride_cf, col_1C, C)
         dnormed_RC = dout_RC * (1.0 + scale_1C if PLUS_ONE else scale_1C)
         dx_RC = dnormed_RC - normed_RC * (tl.sum(dnormed_RC * normed_RC, 1) / C)[:, None]
         if CENTRED:
@@ -184,7 +191,10 @@ def _norm_bwd_kernel(
         if HAS_RESIDUAL:
             dx_RC += dresidual_RC
             if HAS_GATE:
-                gate_1C = _load_modulation(gate_ptr, batch, frame, stride_gb, stride_gf, col_1C, C)
+                if not KEEP:
+                    gate_1C = _load_modulation(
+                        gate_ptr, batch, frame, stride_gb, stride_gf, col_1C, C
+                    )
                 dgate_1C += tl.sum(dx_RC * y_RC, 0)[None, :]
                 dy_RC = dx_RC * gate_1C
                 tl.store(dy_ptr + out_RC, dy_RC.to(dy_ptr.dtype.element_ty), mask_RC)
@@ -217,9 +227,11 @@ def norm_fwd(
     residual_BLC = None if y_BLC is None else torch.empty_like(out_BLC)
     block = triton.next_power_of_2(channels)
     setting = launch.rows("norm_fwd", x_BLC.device, channels)
+    tiles = triton.cdiv(tokens // frames, setting.rows)
+    strips = launch.strips(setting, x_BLC.device, tiles, frames * batch)
     launch.run(
         _norm_fwd_kernel,
-        (triton.cdiv(tokens // frames, setting.rows), frames, batch),
+        (strips, frames, batch),
         (
             *(x_BLC, y_BLC, gate_BFC, scale_BFC, shift_BFC, residual_BLC, out_BLC),
             *(tokens // frames, eps),
@@ -234,6 +246,7 @@ def norm_fwd(
         PLUS_ONE=plus_one,
         BLOCK_ROWS=setting.rows,
         BLOCK_C=block,
+        STAGES=setting.stages,
     )
     return residual_BLC, out_BLC
 
@@ -277,8 +290,10 @@ def norm_bwd(
         HAS_SHIFT=shift_BFC is not None,
         CENTRED=centred,
         PLUS_ONE=plus_one,
+        KEEP=setting.stages > 1,
         BLOCK_ROWS=setting.rows,
         BLOCK_C=block,
+        STAGES=setting.stages,
     )
     dscale_BFC, *others = sum_partials(partial_KSBFC, modulations)
     dshift_BFC = others.pop(0) if shift_BFC is not None else None

@@ -113,35 +113,40 @@ def _qk_norm_rope_fwd_kernel(
     HAS_RING: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    batch = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * BLOCK_ROWS
+    """One strip of a sample: every S-th tile of it."""
+    strip, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    strips = tl.num_programs(0)
     row_R1 = tl.arange(0, BLOCK_ROWS)[:, None]
     col_1C = tl.arange(0, BLOCK_C)[None, :]
-    mask_RC = (first + row_R1 < tokens) & (col_1C < C)
-
-    qkv_at = qkv_ptr + batch * stride_qkvb + first.to(tl.int64) * stride_qkvl
-    qkv_RC = qkv_at + (row_R1 * stride_qkvl + col_1C)
-    q_RC = tl.load(qkv_RC, mask_RC, 0.0).to(tl.float32)
-    k_RC = tl.load(qkv_RC + C, mask_RC, 0.0).to(tl.float32)
-    v_RC = tl.load(qkv_RC + 2 * C, mask_RC, 0.0)
-    cos_RH, sin_RH = _load_rotation(table_ptr, first, row_R1, col_1C, mask_RC, D)
     q_weight_1C = tl.load(q_weight_ptr + col_1C, col_1C < C, 0.0).to(tl.float32)
     k_weight_1C = tl.load(k_weight_ptr + col_1C, col_1C < C, 0.0).to(tl.float32)
-    q_RC *= tl.rsqrt(tl.sum(q_RC * q_RC, 1) / C + eps)[:, None] * q_weight_1C
-    k_RC *= tl.rsqrt(tl.sum(k_RC * k_RC, 1) / C + eps)[:, None] * k_weight_1C
-    q_RC = _rotate(q_RC, cos_RH, sin_RH)
-    k_RC = _rotate(k_RC, cos_RH, sin_RH)
 
-    q_at = q_ptr + (batch * tokens + first) * C + (row_R1 * C + col_1C)
-    tl.store(q_at, q_RC.to(q_ptr.dtype.element_ty), mask_RC)
-    row_R1 = (first + row_R1).to(tl.int64)
-    if HAS_RING:
-        slot_R1 = tl.load(slot_ptr + row_R1 // frame_tokens, row_R1 < tokens, 0).to(tl.int64)
-        row_R1 = slot_R1 * frame_tokens + row_R1 % frame_tokens
-    k_at = k_ptr + batch * stride_kb + row_R1 * stride_kl + col_1C
-    tl.store(k_at, k_RC.to(k_ptr.dtype.element_ty), mask_RC)
-    tl.store(v_ptr + batch * stride_vb + row_R1 * stride_vl + col_1C, v_RC, mask_RC)
+    for turn in tl.range(tl.cdiv(tokens, strips * BLOCK_ROWS), num_stages=STAGES):
+        first = ((turn * strips + strip) * BLOCK_ROWS).to(tl.int64)
+        mask_RC = (first + row_R1 < tokens) & (col_1C < C)
+        qkv_at = qkv_ptr + batch * stride_qkvb + first * stride_qkvl
+        qkv_RC = qkv_at + (row_R1 * stride_qkvl + col_1C)
+        q_RC = tl.load(qkv_RC, mask_RC, 0.0).to(tl.float32)
+        k_RC = tl.load(qkv_RC + C, mask_RC, 0.0).to(tl.float32)
+        v_RC = tl.load(qkv_RC + 2 * C, mask_RC, 0.0)
+        cos_RH, sin_RH = _load_rotation(table_ptr, first, row_R1, col_1C, mask_RC, D)
+        q_RC *= tl.rsqrt(tl.sum(q_RC * q_RC, 1) / C + eps)[:, None] * q_weight_1C
+        k_RC *= tl.rsqrt(tl.sum(k_RC * k_RC, 1) / C + eps)[:, None] * k_weight_1C
+        q_RC = _rotate(q_RC, cos_RH, sin_RH)
+        k_RC = _rotate(k_RC, cos_RH, sin_RH)
+
+        q_at = q_ptr + (batch * tokens + first) * C + (row_R1 * C + col_1C)
+        tl.store(q_at, q_RC.to(q_ptr.dtype.element_ty), mask_RC)
+        to_R1 = first + row_R1
+        if HAS_RING:
+            slot_at = slot_ptr + to_R1 // frame_tokens
+            slot_R1 = tl.load(slot_at, to_R1 < tokens, 0).to(tl.int64)
+            to_R1 = slot_R1 * frame_tokens + to_R1 % frame_tokens
+        k_at = k_ptr + batch * stride_kb + to_R1 * stride_kl + col_1C
+        tl.store(k_at, k_RC.to(k_ptr.dtype.element_ty), mask_RC)
+        tl.store(v_ptr + batch * stride_vb + to_R1 * stride_vl + col_1C, v_RC, mask_RC)
 
 
 @triton.jit
@@ -160,6 +165,7 @@ def _rope_norm_bwd_strip(
     D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """The backward pass of q or k for every S-th tile of a sample, and its sum of dweight."""
     strip, strips = tl.program_id(0), tl.num_programs(0)
@@ -167,7 +173,7 @@ def _rope_norm_bwd_strip(
     col_1C = tl.arange(0, BLOCK_C)[None, :]
     weight_1C = tl.load(weight_ptr + col_1C, col_1C < C, 0.0).to(tl.float32)
     dweight_1C = tl.zeros([1, BLOCK_C], tl.float32)
-    for turn in range(tl.cdiv(tokens, strips * BLOCK_ROWS)):
+    for turn in tl.range(tl.cdiv(tokens, strips * BLOCK_ROWS), num_stages=STAGES):
         first = ((turn * strips + strip) * BLOCK_ROWS).to(tl.int64)
         mask_RC = (first + row_R1 < tokens) & (col_1C < C)
         x_at = x_ptr + first * stride_xl + (row_R1 * stride_xl + col_1C)
@@ -212,6 +218,7 @@ def _qk_norm_rope_bwd_kernel(
     D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One strip of q, k or v of a sample. partial [2, S, B, C] takes the sums of dq_weight and
     dk_weight."""
@@ -223,16 +230,16 @@ def _qk_norm_rope_bwd_kernel(
     if part == 0:
         _rope_norm_bwd_strip(dq_ptr + batch * stride_dqb, qkv_ptr, q_weight_ptr, table_ptr,
                              dqkv_ptr, partial_ptr, tokens, eps, stride_dql, stride_qkvl,
-                             C, D, BLOCK_ROWS, BLOCK_C)  # fmt: skip
+                             C, D, BLOCK_ROWS, BLOCK_C, STAGES)  # fmt: skip
     elif part == 1:
         _rope_norm_bwd_strip(dk_ptr + batch * stride_dkb, qkv_ptr + C, k_weight_ptr, table_ptr,
                              dqkv_ptr + C, partial_ptr + strips * batches * C, tokens, eps,
-                             stride_dkl, stride_qkvl, C, D, BLOCK_ROWS, BLOCK_C)  # fmt: skip
+                             stride_dkl, stride_qkvl, C, D, BLOCK_ROWS, BLOCK_C, STAGES)  # fmt: skip
     else:
         row_R1 = tl.arange(0, BLOCK_ROWS)[:, None]
         col_1C = tl.arange(0, BLOCK_C)[None, :]
         dv_ptr += batch * stride_dvb
-        for turn in range(tl.cdiv(tokens, strips * BLOCK_ROWS)):
+        for turn in tl.range(tl.cdiv(tokens, strips * BLOCK_ROWS), num_stages=STAGES):
             first = ((turn * strips + strip) * BLOCK_ROWS).to(tl.int64)
             mask_RC = (first + row_R1 < tokens) & (col_1C < C)
             dv_at = dv_ptr + first * stride_dvl + (row_R1 * stride_dvl + col_1C)
@@ -288,9 +295,10 @@ def qk_norm_rope_fwd(
     v_BSHD = torch.empty_like(q_BLHD) if v_ring_BSHD is None else v_ring_BSHD
     block = triton.next_power_of_2(channels)
     setting = launch.rows("qk_norm_rope_fwd", qkv_BLC.device, channels)
+    tiles = triton.cdiv(tokens, setting.rows)
     launch.run(
         _qk_norm_rope_fwd_kernel,
-        (triton.cdiv(tokens, setting.rows), batch),
+        (launch.strips(setting, qkv_BLC.device, tiles, batch), batch),
         (
             *(qkv_BLC, q_weight_C, k_weight_C, table_LP2, slot_F, q_BLHD, k_BSHD, v_BSHD),
             *(tokens, 1 if slot_F is None else tokens // len(slot_F), eps),
@@ -302,6 +310,7 @@ def qk_norm_rope_fwd(
         HAS_RING=slot_F is not None,
         BLOCK_ROWS=setting.rows,
         BLOCK_C=block,
+        STAGES=setting.stages,
     )
     return q_BLHD, k_BSHD, v_BSHD
 
@@ -338,6 +347,7 @@ def qk_norm_rope_bwd(
         D=head_dim,
         BLOCK_ROWS=setting.rows,
         BLOCK_C=block,
+        STAGES=setting.stages,
     )
     dq_weight_C, dk_weight_C = sum_partials(partial_2SB1C, (q_weight_C, k_weight_C))
     return dqkv_BLC, dq_weight_C, dk_weight_C
