@@ -81,7 +81,8 @@ def _row_works(channels: int, dtype: torch.dtype) -> dict[str, tuple[Work, ...]]
         return [*both, *modulation.unbind(2)]
 
     def residual_bwd(frames: int, device: torch.device) -> list[Tensor]:
-        return [x(frames * FRAME, device) for _ in range(2)] + residual(frames, device)
+        stats = torch.randn(1, frames * FRAME, 2, device=device)
+        return [x(frames * FRAME, device) for _ in range(2)] + [*residual(frames, device), stats]
 
     def rope(frames: int, device: torch.device) -> list[Tensor]:
         weights = torch.randn(2, channels, device=device).to(dtype)
@@ -90,19 +91,19 @@ def _row_works(channels: int, dtype: torch.dtype) -> dict[str, tuple[Work, ...]]
 
     def rope_bwd(frames: int, device: torch.device) -> list[Tensor]:
         grads = [x(frames * FRAME, device).unflatten(-1, (heads, head_dim)) for _ in range(3)]
-        return grads + rope(frames, device)
+        return [*grads, *rope(frames, device), torch.randn(1, frames * FRAME, 2, device=device)]
 
     def norm_fwd(*t: Tensor) -> Any:
         return gpu.norm_fwd(*t, 1e-6, True, True)
 
     def norm_bwd(*t: Tensor) -> Any:
-        return gpu.norm_bwd(*t, 1e-6, True, True)
+        return gpu.norm_bwd(*t, True, True)
 
     def qk_fwd(*t: Tensor) -> Any:
         return gpu.qk_norm_rope_fwd(*t, None, None, None, 1e-6)
 
     def qk_bwd(*t: Tensor) -> Any:
-        return gpu.qk_norm_rope_bwd(*t, 1e-6)
+        return gpu.qk_norm_rope_bwd(*t)
 
     def at_sizes(make: Any, run: Callable[..., Any], tensors: int) -> tuple[Work, ...]:
         return tuple(
@@ -171,20 +172,29 @@ def candidates(default: Setting, channels: int) -> list[Setting]:
     return found
 
 
-def precompile(search: Search, settings: Sequence[Setting], arch: int) -> None:
-    """Compiles all candidates side by side into Triton's cache on disk; one that fails, fails again
-    when it is called."""
-    kinds = {replace(s, per_sm=1) if isinstance(s, Rows) else s for s in settings}
-    work = functools.partial(_compile, search.kernel, search.channels, arch)
+def without_spills(search: Search, settings: Sequence[Setting], arch: int) -> list[Setting]:
+    """The first setting, and those whose kernels compile and keep no loop's values in local memory,
+    which `sfkernels.check` would refuse. All are compiled side by side, into Triton's cache."""
+    kinds = [replace(s, per_sm=1, why="") if isinstance(s, Rows) else s for s in settings]
+    unique = list(dict.fromkeys(kinds))
+    work = functools.partial(_compiles, search.kernel, search.channels, arch)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        list(pool.map(work, kinds))
+        fine = dict(zip(unique, pool.map(work, unique), strict=True))
+    rest = zip(settings[1:], kinds[1:], strict=True)
+    return [settings[0], *(setting for setting, kind in rest if fine[kind])]
 
 
-def _compile(kernel: str, channels: int, arch: int, setting: Setting) -> None:
+def _compiles(kernel: str, channels: int, arch: int, setting: Setting) -> bool:
+    """Whether all kernels of a launcher compile for an architecture without spills in a loop."""
+    fine = True
+
     def compile_only(jit: Any, args: Sequence[Any], **options: Any) -> None:
-        with contextlib.suppress(Exception):
-            jit.warmup(*args, grid=(1,), **options)
+        nonlocal fine
+        try:
+            fine = fine and not check.spills(jit.warmup(*args, grid=(1,), **options), arch)
+        except Exception:  # the compiler's: out of shared memory, say
+            fine = False
 
     os.environ.pop("TRITON_INTERPRET", None)
     check.use_driver(arch)
@@ -192,6 +202,7 @@ def _compile(kernel: str, channels: int, arch: int, setting: Setting) -> None:
     work = _row_works(channels, torch.bfloat16)[kernel][0]
     with using(kernel, setting):
         work.run(*work.make(torch.device("meta")))
+    return fine
 
 
 @contextlib.contextmanager
@@ -212,6 +223,8 @@ def tune(
     time.monotonic) or the default fails."""
     default = untuned(search.kernel, device, search.channels)
     every = candidates(default, search.channels)
+    if device.type == "cuda" and search.channels > 1:
+        every = without_spills(search, every, launch._architecture(device))
     # Milliseconds of each candidate in each size; one that is wrong or fails drops out.
     times: dict[Setting, list[float]] = {setting: [] for setting in every}
     of_copy: list[float] = []
@@ -220,8 +233,6 @@ def tune(
             break  # what is known of the first size decides
         torch.manual_seed(0)
         sets = [work.make(device) for _ in range(timing.count_sets(work.nbytes, device))]
-        if not of_copy and device.type == "cuda" and search.channels > 1:
-            precompile(search, every, launch._architecture(device))
         with using(search.kernel, default):
             want = _tensors(work.run(*sets[0]))
         right = [

@@ -37,6 +37,9 @@ TOKENS, FRAMES = 4680, 3  # one chunk of Wan2.1 at 480×832
 PARKED = 4
 # The frame slots that a thread looks up in a kernel that writes into a ring.
 SLOTS = 4
+# The mean and 1/σ of a row, stored by a forward pass and loaded by a backward pass, for each of up
+# to four tiles in flight.
+STATS = 8
 # The sigmas, seed, frame index or partial sums that a thread of the sampler's kernels loads.
 SCALARS = 6
 
@@ -105,6 +108,7 @@ def _norms(size: str, channels: int, dtype: torch.dtype) -> Iterator[Case]:
     modulation = _new(1, FRAMES, 6, channels, dtype=torch.float32)
     shift, scale, gate = modulation.unbind(2)[:3]
     weight = _new(1, 1, channels, dtype=dtype)
+    stats = _new(1, TOKENS, 2, dtype=torch.float32)
     # name: y, gate, scale, shift, centred, plus_one
     forms: dict[str, tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, bool, bool]] = {
         "adaln": (None, None, scale, shift, True, True),
@@ -124,11 +128,11 @@ def _norms(size: str, channels: int, dtype: torch.dtype) -> Iterator[Case]:
         }
     for form, (y, g, *affine, centred, plus_one) in forms.items():
         name = f"{form} {size} {_short(dtype)}"
-        rest = (g, *affine, 1e-6, centred, plus_one)
         yield Case(
             "norm_fwd",
             name,
-            functools.partial(gpu.norm_fwd, x, y, *rest),
+            functools.partial(gpu.norm_fwd, x, y, g, *affine, 1e-6, centred, plus_one),
+            narrow=STATS,
             everywhere=form in heaviest,
         )
         into = None if y is None else x
@@ -136,7 +140,8 @@ def _norms(size: str, channels: int, dtype: torch.dtype) -> Iterator[Case]:
         yield Case(
             "norm_bwd",
             name,
-            functools.partial(gpu.norm_bwd, into, x, x, kept, *rest),
+            functools.partial(gpu.norm_bwd, into, x, x, kept, g, *affine, stats, centred, plus_one),
+            narrow=STATS,
             everywhere=form in heaviest,
         )
 
@@ -148,6 +153,7 @@ def _ropes(size: str, channels: int, heads: int, dtype: torch.dtype) -> Iterator
     weight = _new(channels, dtype=dtype)
     table = _new(TOKENS, head_dim // 2, 2, dtype=torch.float32)
     ring = _new(1, 7 * TOKENS, heads, head_dim, dtype=dtype)
+    stats = _new(1, TOKENS, 2, dtype=torch.float32)
     slot = _new(FRAMES, dtype=torch.int64)
     grad = _new(1, TOKENS, heads, head_dim, dtype=dtype)
     args = (qkv, weight, weight, table)
@@ -156,6 +162,7 @@ def _ropes(size: str, channels: int, heads: int, dtype: torch.dtype) -> Iterator
         "qk_norm_rope_fwd",
         f"new tensors {name}",
         lambda: gpu.qk_norm_rope_fwd(*args, None, None, None, 1e-6),
+        narrow=STATS,
     )
     yield Case(
         "qk_norm_rope_fwd",
@@ -164,7 +171,10 @@ def _ropes(size: str, channels: int, heads: int, dtype: torch.dtype) -> Iterator
         narrow=SLOTS,
     )
     yield Case(
-        "qk_norm_rope_bwd", name, lambda: gpu.qk_norm_rope_bwd(grad, grad, grad, *args, 1e-6)
+        "qk_norm_rope_bwd",
+        name,
+        lambda: gpu.qk_norm_rope_bwd(grad, grad, grad, *args, stats),
+        narrow=STATS,
     )
 
 
@@ -310,6 +320,13 @@ def judge(out: Compiled, narrow: int) -> list[str]:
             if not any(bits >= 128 for bits in widths):
                 broken.append(f"no global {what} of 128 bits ({_said(widths) or 'none at all'})")
     return broken
+
+
+def spills(binary: Any, arch: int) -> bool:
+    """Whether a compiled kernel goes to local memory in a loop, or needs more than fits."""
+    out = Compiled("", "", "", arch, shared=binary.metadata.shared)
+    read_sass(_disassemble(binary.asm["cubin"]), out)
+    return out.looped > 0 or out.local > PARKED or out.shared > LIMITS[arch].program_kib * 1024
 
 
 def compile_case(index: int, arch: int) -> list[Compiled]:

@@ -24,7 +24,7 @@ def layer_norm(
     impl = choose("norm", impl, x_BLC.device, x=x_BLC, weight=weight_C, bias=bias_C)
     if impl == "reference":
         return reference.layer_norm(x_BLC, weight_C, bias_C, eps)
-    return _norm(x_BLC, weight_C[None, None], bias_C[None, None], eps, True, False, impl)
+    return _norm(x_BLC, weight_C[None, None], bias_C[None, None], eps, True, False, impl)[0]
 
 
 def rms_norm(x_BLC: Tensor, weight_C: Tensor, *, eps: float = 1e-6, impl: str = "auto") -> Tensor:
@@ -34,7 +34,7 @@ def rms_norm(x_BLC: Tensor, weight_C: Tensor, *, eps: float = 1e-6, impl: str = 
     impl = choose("norm", impl, x_BLC.device, x=x_BLC, weight=weight_C)
     if impl == "reference":
         return reference.rms_norm(x_BLC, weight_C, eps)
-    return _norm(x_BLC, weight_C[None, None], None, eps, False, False, impl)
+    return _norm(x_BLC, weight_C[None, None], None, eps, False, False, impl)[0]
 
 
 def adaln(
@@ -49,7 +49,7 @@ def adaln(
     impl = choose("norm", impl, x_BLC.device, x=x_BLC, shift=shift_BFC, scale=scale_BFC)
     if impl == "reference":
         return reference.adaln(x_BLC, shift_BFC, scale_BFC, eps)
-    return _norm(x_BLC, scale_BFC, shift_BFC, eps, True, True, impl)
+    return _norm(x_BLC, scale_BFC, shift_BFC, eps, True, True, impl)[0]
 
 
 def gated_adaln(
@@ -81,7 +81,9 @@ def gated_adaln(
     )
     if impl == "reference":
         return reference.gated_adaln(x_BLC, y_BLC, gate_BFC, shift_BFC, scale_BFC, eps)
-    return _residual_norm(x_BLC, y_BLC, gate_BFC, scale_BFC, shift_BFC, eps, True, impl)
+    args = gate_BFC, scale_BFC, shift_BFC
+    residual_BLC, out_BLC, _ = _residual_norm(x_BLC, y_BLC, *args, eps, True, impl)
+    return residual_BLC, out_BLC
 
 
 def gated_layer_norm(
@@ -107,11 +109,15 @@ def gated_layer_norm(
     )
     if impl == "reference":
         return reference.gated_layer_norm(x_BLC, y_BLC, gate_BFC, weight_C, bias_C, eps)
-    affine = weight_C[None, None], bias_C[None, None]
-    return _residual_norm(x_BLC, y_BLC, gate_BFC, *affine, eps, False, impl)
+    args = gate_BFC, weight_C[None, None], bias_C[None, None]
+    residual_BLC, out_BLC, _ = _residual_norm(x_BLC, y_BLC, *args, eps, False, impl)
+    return residual_BLC, out_BLC
 
 
 # The ops. `centred`: LayerNorm, else RMSNorm. `plus_one`: the factor is 1 + scale, else scale.
+
+
+# They also return what their backward pass needs of each row, which has no gradient.
 
 
 @torch.library.custom_op("sfkernels::norm", mutates_args=())
@@ -123,14 +129,14 @@ def _norm(
     centred: bool,
     plus_one: bool,
     impl: str,
-) -> Tensor:
-    out: Tensor = kernel(impl, "norm_fwd")(x, None, None, scale, shift, eps, centred, plus_one)[1]
-    return out
+) -> tuple[Tensor, Tensor]:
+    _, out, stats = kernel(impl, "norm_fwd")(x, None, None, scale, shift, eps, centred, plus_one)
+    return out, stats
 
 
 @_norm.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _contiguous_like(x), _stats(x)
 
 
 @torch.library.custom_op("sfkernels::norm_bwd", mutates_args=())
@@ -139,14 +145,14 @@ def _norm_bwd(
     x: Tensor,
     scale: Tensor,
     shift: Tensor | None,
-    eps: float,
+    stats: Tensor,
     centred: bool,
     plus_one: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dscale, dshift (empty without a shift)."""
     dx, _, _, dscale, dshift = kernel(impl, "norm_bwd")(
-        None, _dense(dout), x, None, None, scale, shift, eps, centred, plus_one
+        None, _dense(dout), x, None, None, scale, shift, stats, centred, plus_one
     )
     return dx, dscale, x.new_empty(0) if dshift is None else dshift
 
@@ -157,13 +163,15 @@ def _(dout: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, *_: Any) -> 
 
 
 def _norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, scale, shift, *ctx.rest = inputs
-    ctx.save_for_backward(x, scale, shift)
+    x, scale, shift, _, *ctx.rest = inputs
+    ctx.save_for_backward(x, scale, shift, output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _norm_backward(ctx: Any, dout: Tensor) -> Any:
-    x, scale, shift = ctx.saved_tensors
-    dx, dscale, dshift = _norm_bwd(dout, x, scale, shift, *ctx.rest)
+def _norm_backward(ctx: Any, dout: Tensor | None, _: None) -> Any:
+    x, scale, shift, stats = ctx.saved_tensors
+    dout = torch.zeros_like(x) if dout is None else dout
+    dx, dscale, dshift = _norm_bwd(dout, x, scale, shift, stats, *ctx.rest)
     return dx, dscale, None if shift is None else dshift, None, None, None, None
 
 
@@ -180,14 +188,14 @@ def _residual_norm(
     eps: float,
     plus_one: bool,
     impl: str,
-) -> tuple[Tensor, Tensor]:
-    residual, out = kernel(impl, "norm_fwd")(x, y, gate, scale, shift, eps, True, plus_one)
-    return residual, out
+) -> tuple[Tensor, Tensor, Tensor]:
+    residual, out, stats = kernel(impl, "norm_fwd")(x, y, gate, scale, shift, eps, True, plus_one)
+    return residual, out, stats
 
 
 @_residual_norm.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _contiguous_like(x), _contiguous_like(x)
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _contiguous_like(x), _contiguous_like(x), _stats(x)
 
 
 @torch.library.custom_op("sfkernels::residual_norm_bwd", mutates_args=())
@@ -199,13 +207,13 @@ def _residual_norm_bwd(
     gate: Tensor | None,
     scale: Tensor,
     shift: Tensor,
-    eps: float,
+    stats: Tensor,
     plus_one: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dy, dgate, dscale, dshift; dy (which is dx) and dgate are empty without a gate."""
     dx, dy, dgate, dscale, dshift = kernel(impl, "norm_bwd")(
-        _dense(dresidual), _dense(dout), residual, y, gate, scale, shift, eps, True, plus_one
+        _dense(dresidual), _dense(dout), residual, y, gate, scale, shift, stats, True, plus_one
     )
     if gate is None:
         dy, dgate = residual.new_empty(0), residual.new_empty(0)
@@ -229,13 +237,19 @@ def _(
 
 
 def _residual_norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    _, y, gate, scale, shift, *ctx.rest = inputs
+    _, y, gate, scale, shift, _, *ctx.rest = inputs
+    residual, _, stats = output
     # Without a gate the backward pass does not need y.
-    ctx.save_for_backward(output[0], None if gate is None else y, gate, scale, shift)
+    ctx.save_for_backward(residual, None if gate is None else y, gate, scale, shift, stats)
+    ctx.set_materialize_grads(False)
 
 
-def _residual_norm_backward(ctx: Any, dresidual: Tensor, dout: Tensor) -> Any:
-    gate = ctx.saved_tensors[2]
+def _residual_norm_backward(
+    ctx: Any, dresidual: Tensor | None, dout: Tensor | None, _: None
+) -> Any:
+    residual, _, gate, *_ = ctx.saved_tensors
+    dresidual = torch.zeros_like(residual) if dresidual is None else dresidual
+    dout = torch.zeros_like(residual) if dout is None else dout
     dx, dy, dgate, dscale, dshift = _residual_norm_bwd(
         dresidual, dout, *ctx.saved_tensors, *ctx.rest
     )
@@ -245,6 +259,10 @@ def _residual_norm_backward(ctx: Any, dresidual: Tensor, dout: Tensor) -> Any:
 
 
 _residual_norm.register_autograd(_residual_norm_backward, setup_context=_residual_norm_setup)
+
+
+def _stats(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], 2, dtype=torch.float32)
 
 
 def _dense(grad: Tensor) -> Tensor:

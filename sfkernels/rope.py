@@ -58,7 +58,7 @@ def qk_norm_rope(
     impl = _choose(impl, *args)
     if impl == "reference":
         return reference.qk_norm_rope(*args, eps)
-    q_BLHD, k_BLHD, v_BLHD = _qk_norm_rope(*args, eps, impl)
+    q_BLHD, k_BLHD, v_BLHD, _ = _qk_norm_rope(*args, eps, impl)
     return q_BLHD, k_BLHD, v_BLHD
 
 
@@ -130,16 +130,18 @@ def _(frame: Tensor, height: int, width: int, head_dim: int, theta: float, impl:
 @torch.library.custom_op("sfkernels::qk_norm_rope", mutates_args=())
 def _qk_norm_rope(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, eps: float, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = kernel(impl, "qk_norm_rope_fwd")(
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, and what the backward pass needs of each row, which has no gradient."""
+    q, k, v, rstd = kernel(impl, "qk_norm_rope_fwd")(
         qkv, q_weight, k_weight, table, None, None, None, eps
     )
-    return q, k, v
+    return q, k, v, rstd
 
 
 @_qk_norm_rope.register_fake
 def _(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, *_: Any) -> Any:
-    return tuple(_heads(qkv, table) for _ in range(3))
+    rstd = qkv.new_empty(*qkv.shape[:2], 2, dtype=torch.float32)
+    return *(_heads(qkv, table) for _ in range(3)), rstd
 
 
 @torch.library.custom_op("sfkernels::qk_norm_rope_bwd", mutates_args=())
@@ -151,12 +153,12 @@ def _qk_norm_rope_bwd(
     q_weight: Tensor,
     k_weight: Tensor,
     table: Tensor,
-    eps: float,
+    rstd: Tensor,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = (t if t.stride()[2:] == (t.shape[3], 1) else t.contiguous() for t in (dq, dk, dv))
     dqkv, dq_weight, dk_weight = kernel(impl, "qk_norm_rope_bwd")(
-        *grads, qkv, q_weight, k_weight, table, eps
+        *grads, qkv, q_weight, k_weight, table, rstd
     )
     return dqkv, dq_weight, dk_weight
 
@@ -168,13 +170,15 @@ def _(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, *weights_and_rest: Any) -
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, ctx.eps, ctx.impl = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, _, ctx.impl = inputs
+    ctx.save_for_backward(*tensors, output[3])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> Any:
-    grads = _qk_norm_rope_bwd(dq, dk, dv, *ctx.saved_tensors, ctx.eps, ctx.impl)
-    return *grads, None, None, None
+def _backward(ctx: Any, *grads: Tensor | None) -> Any:
+    qkv, _, _, table, _ = ctx.saved_tensors
+    given = (_heads(qkv, table).zero_() if g is None else g for g in grads[:3])
+    return *_qk_norm_rope_bwd(*given, *ctx.saved_tensors, ctx.impl), None, None, None
 
 
 _qk_norm_rope.register_autograd(_backward, setup_context=_setup_context)

@@ -48,12 +48,13 @@ def test_opcheck(grad: bool) -> None:
         rings = rand(2, B, 2 * TOKENS, HEADS, D).unbind()
         slots = torch.tensor([3, 1], dtype=torch.int32, device=DEVICE)
         dq, dk, dv = rand(3, B, TOKENS, HEADS, D)
+        stats = rand(B, TOKENS, 2)
         calls += [
-            (norm._norm_bwd, (y, *x_args, 1e-6, True, True, "triton")),
-            (norm._norm_bwd, (y, x, weight, None, 1e-6, False, False, "triton")),
-            (norm._residual_norm_bwd, (x, y, x, y, scale, scale, shift, 1e-6, True, "triton")),
-            (norm._residual_norm_bwd, (x, y, x, None, None, scale, shift, 1e-6, True, "triton")),
-            (rope._qk_norm_rope_bwd, (dq, dk, dv, *rope_args, 1e-6, "triton")),
+            (norm._norm_bwd, (y, *x_args, stats, True, True, "triton")),
+            (norm._norm_bwd, (y, x, weight, None, stats, False, False, "triton")),
+            (norm._residual_norm_bwd, (x, y, x, y, scale, scale, shift, stats, True, "triton")),
+            (norm._residual_norm_bwd, (x, y, x, None, None, scale, shift, stats, True, "triton")),
+            (rope._qk_norm_rope_bwd, (dq, dk, dv, *rope_args, stats, "triton")),
             (rope._qk_norm_rope_append, (*rope_args, *rings, slots, 1e-6, "triton")),
         ]
     for op, args in calls:

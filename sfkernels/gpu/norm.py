@@ -21,12 +21,8 @@ from sfkernels.gpu.partial import empty_partials, sum_partials
 
 
 @triton.jit
-def _row_stats(x_RC, mask_RC, eps, C: tl.constexpr, CENTRED: tl.constexpr):
-    """x normalised over its channels, and 1/σ of each row; 0 outside the mask."""
-    if CENTRED:
-        x_RC = tl.where(mask_RC, x_RC - (tl.sum(x_RC, 1) / C)[:, None], 0.0)
-    rstd_R = tl.rsqrt(tl.sum(x_RC * x_RC, 1) / C + eps)
-    return x_RC * rstd_R[:, None], rstd_R
+def _add_both(a, b, c, d):
+    return a + c, b + d
 
 
 @triton.jit
@@ -50,6 +46,7 @@ def _norm_fwd_kernel(
     shift_ptr,
     residual_ptr,
     out_ptr,
+    stats_ptr,
     frame_tokens,
     eps,
     stride_xb,
@@ -101,8 +98,15 @@ def _norm_fwd_kernel(
             rounded_RC = (x_RC + y_RC).to(residual_ptr.dtype.element_ty)
             tl.store(residual_ptr + out_RC, rounded_RC, mask_RC)
             x_RC = rounded_RC.to(tl.float32)
-        normed_RC, _ = _row_stats(x_RC, mask_RC, eps, C, CENTRED)
-        normed_RC *= scale_1C
+        row_at = stats_ptr + (batch * frames * frame_tokens + token + row_R1) * 2
+        mean_R1 = tl.zeros([BLOCK_ROWS, 1], tl.float32)
+        if CENTRED:
+            mean_R1 += (tl.sum(x_RC, 1) / C)[:, None]
+            x_RC = tl.where(mask_RC, x_RC - mean_R1, 0.0)
+        rstd_R1 = tl.rsqrt(tl.sum(x_RC * x_RC, 1) / C + eps)[:, None]
+        tl.store(row_at, mean_R1, first + row_R1 < frame_tokens)
+        tl.store(row_at + 1, rstd_R1, first + row_R1 < frame_tokens)
+        normed_RC = x_RC * rstd_R1 * scale_1C
         if HAS_SHIFT:
             normed_RC += shift_1C
         tl.store(out_ptr + out_RC, normed_RC.to(out_ptr.dtype.element_ty), mask_RC)
@@ -116,11 +120,11 @@ def _norm_bwd_kernel(
     y_ptr,
     gate_ptr,
     scale_ptr,
+    stats_ptr,
     dx_ptr,
     dy_ptr,
     partial_ptr,
     frame_tokens,
-    eps,
     stride_rb,
     stride_rl,
     stride_db,
@@ -177,17 +181,24 @@ def _norm_bwd_kernel(
                 y_at = batch * stride_yb + token * stride_yl
                 y_RC = _load_tile(y_ptr, y_at, stride_yl, row_R1, col_1C, mask_RC)
 
-        normed_RC, rstd_R = _row_stats(x_RC, mask_RC, eps, C, CENTRED)
+        row_at = stats_ptr + (batch * frames * frame_tokens + token + row_R1) * 2
+        rstd_R1 = tl.load(row_at + 1, first + row_R1 < frame_tokens, 0.0)
+        if CENTRED:
+            x_RC -= tl.load(row_at, first + row_R1 < frame_tokens, 0.0)
+        normed_RC = tl.where(mask_RC, x_RC * rstd_R1, 0.0)
         dscale_1C += tl.sum(dout_RC * normed_RC, 0)[None, :]
         if HAS_SHIFT:
             dshift_1C += tl.sum(dout_RC, 0)[None, :]
         if not KEEP:
             scale_1C = _load_modulation(scale_ptr, batch, frame, stride_cb, stride_cf, col_1C, C)
         dnormed_RC = dout_RC * (1.0 + scale_1C if PLUS_ONE else scale_1C)
-        dx_RC = dnormed_RC - normed_RC * (tl.sum(dnormed_RC * normed_RC, 1) / C)[:, None]
         if CENTRED:
-            dx_RC -= (tl.sum(dnormed_RC, 1) / C)[:, None]
-        dx_RC *= rstd_R[:, None]
+            along_R, mean_R = tl.reduce((dnormed_RC * normed_RC, dnormed_RC), 1, _add_both)
+            dx_RC = dnormed_RC - normed_RC * (along_R / C)[:, None] - (mean_R / C)[:, None]
+        else:
+            along_R = tl.sum(dnormed_RC * normed_RC, 1)
+            dx_RC = dnormed_RC - normed_RC * (along_R / C)[:, None]
+        dx_RC *= rstd_R1
         if HAS_RESIDUAL:
             dx_RC += dresidual_RC
             if HAS_GATE:
@@ -219,12 +230,15 @@ def norm_fwd(
     eps: float,
     centred: bool,
     plus_one: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """x' = x + gate·y (None without y) and out = norm(x')·(plus_one + scale) + shift."""
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """x' = x + gate·y (None without y), out = norm(x')·(plus_one + scale) + shift, and what the
+    backward pass wants to know of each row, [B, L, 2] float32: its mean (0 if not centred) and
+    1/σ."""
     batch, tokens, channels = x_BLC.shape
     frames = _frames(gate_BFC, scale_BFC, shift_BFC)
     out_BLC = torch.empty_like(x_BLC, memory_format=torch.contiguous_format)
     residual_BLC = None if y_BLC is None else torch.empty_like(out_BLC)
+    stats_BL2 = torch.empty(batch, tokens, 2, dtype=torch.float32, device=x_BLC.device)
     block = triton.next_power_of_2(channels)
     setting = launch.rows("norm_fwd", x_BLC.device, channels)
     tiles = triton.cdiv(tokens // frames, setting.rows)
@@ -234,7 +248,7 @@ def norm_fwd(
         (strips, frames, batch),
         (
             *(x_BLC, y_BLC, gate_BFC, scale_BFC, shift_BFC, residual_BLC, out_BLC),
-            *(tokens // frames, eps),
+            *(stats_BL2, tokens // frames, eps),
             *launch.outer_strides(x_BLC, y_BLC, gate_BFC, scale_BFC, shift_BFC),
         ),
         num_warps=setting.warps(block),
@@ -248,7 +262,7 @@ def norm_fwd(
         BLOCK_C=block,
         STAGES=setting.stages,
     )
-    return residual_BLC, out_BLC
+    return residual_BLC, out_BLC, stats_BL2
 
 
 def norm_bwd(
@@ -259,7 +273,7 @@ def norm_bwd(
     gate_BFC: Tensor | None,
     scale_BFC: Tensor,
     shift_BFC: Tensor | None,
-    eps: float,
+    stats_BL2: Tensor,
     centred: bool,
     plus_one: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
@@ -279,8 +293,8 @@ def norm_bwd(
         _norm_bwd_kernel,
         (strips, frames, batch),
         (
-            *(dresidual_BLC, dout_BLC, x_BLC, y_BLC, gate_BFC, scale_BFC),
-            *(dx_BLC, dy_BLC, partial_KSBFC, tokens // frames, eps),
+            *(dresidual_BLC, dout_BLC, x_BLC, y_BLC, gate_BFC, scale_BFC, stats_BL2),
+            *(dx_BLC, dy_BLC, partial_KSBFC, tokens // frames),
             *launch.outer_strides(dresidual_BLC, dout_BLC, x_BLC, y_BLC, gate_BFC, scale_BFC),
         ),
         num_warps=setting.warps(block),

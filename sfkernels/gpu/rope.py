@@ -99,6 +99,7 @@ def _qk_norm_rope_fwd_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    rstd_ptr,
     tokens,
     frame_tokens,
     eps,
@@ -132,10 +133,10 @@ def _qk_norm_rope_fwd_kernel(
         k_RC = tl.load(qkv_RC + C, mask_RC, 0.0).to(tl.float32)
         v_RC = tl.load(qkv_RC + 2 * C, mask_RC, 0.0)
         cos_RH, sin_RH = _load_rotation(table_ptr, first, row_R1, col_1C, mask_RC, D)
-        q_RC *= tl.rsqrt(tl.sum(q_RC * q_RC, 1) / C + eps)[:, None] * q_weight_1C
-        k_RC *= tl.rsqrt(tl.sum(k_RC * k_RC, 1) / C + eps)[:, None] * k_weight_1C
-        q_RC = _rotate(q_RC, cos_RH, sin_RH)
-        k_RC = _rotate(k_RC, cos_RH, sin_RH)
+        q_rstd_R1 = tl.rsqrt(tl.sum(q_RC * q_RC, 1) / C + eps)[:, None]
+        k_rstd_R1 = tl.rsqrt(tl.sum(k_RC * k_RC, 1) / C + eps)[:, None]
+        q_RC = _rotate(q_RC * q_rstd_R1 * q_weight_1C, cos_RH, sin_RH)
+        k_RC = _rotate(k_RC * k_rstd_R1 * k_weight_1C, cos_RH, sin_RH)
 
         q_at = q_ptr + (batch * tokens + first) * C + (row_R1 * C + col_1C)
         tl.store(q_at, q_RC.to(q_ptr.dtype.element_ty), mask_RC)
@@ -144,6 +145,10 @@ def _qk_norm_rope_fwd_kernel(
             slot_at = slot_ptr + to_R1 // frame_tokens
             slot_R1 = tl.load(slot_at, to_R1 < tokens, 0).to(tl.int64)
             to_R1 = slot_R1 * frame_tokens + to_R1 % frame_tokens
+        else:
+            rstd_at = rstd_ptr + (batch * tokens + to_R1) * 2
+            tl.store(rstd_at, q_rstd_R1, to_R1 < tokens)
+            tl.store(rstd_at + 1, k_rstd_R1, to_R1 < tokens)
         k_at = k_ptr + batch * stride_kb + to_R1 * stride_kl + col_1C
         tl.store(k_at, k_RC.to(k_ptr.dtype.element_ty), mask_RC)
         tl.store(v_ptr + batch * stride_vb + to_R1 * stride_vl + col_1C, v_RC, mask_RC)
@@ -155,10 +160,10 @@ def _rope_norm_bwd_strip(
     x_ptr,
     weight_ptr,
     table_ptr,
+    rstd_ptr,
     dx_ptr,
     partial_ptr,
     tokens,
-    eps,
     stride_dl,
     stride_xl,
     C: tl.constexpr,
@@ -182,12 +187,12 @@ def _rope_norm_bwd_strip(
         dout_RC = tl.load(dout_at, mask_RC, 0.0).to(tl.float32)
         cos_RH, sin_RH = _load_rotation(table_ptr, first, row_R1, col_1C, mask_RC, D)
         dnormed_RC = _rotate(dout_RC, cos_RH, -sin_RH)  # the transposed rotation
-        rstd_R = tl.rsqrt(tl.sum(x_RC * x_RC, 1) / C + eps)
-        x_RC *= rstd_R[:, None]
+        rstd_R1 = tl.load(rstd_ptr + (first + row_R1) * 2, first + row_R1 < tokens, 0.0)
+        x_RC *= rstd_R1
         dweight_1C += tl.sum(dnormed_RC * x_RC, 0)[None, :]
         dnormed_RC *= weight_1C
         dx_RC = dnormed_RC - x_RC * (tl.sum(dnormed_RC * x_RC, 1) / C)[:, None]
-        dx_RC *= rstd_R[:, None]
+        dx_RC *= rstd_R1
         dx_at = dx_ptr + first * 3 * C + (row_R1 * 3 * C + col_1C)
         tl.store(dx_at, dx_RC.to(dx_ptr.dtype.element_ty), mask_RC)
     tl.store(partial_ptr + col_1C, dweight_1C, col_1C < C)
@@ -202,10 +207,10 @@ def _qk_norm_rope_bwd_kernel(
     q_weight_ptr,
     k_weight_ptr,
     table_ptr,
+    rstd_ptr,
     dqkv_ptr,
     partial_ptr,
     tokens,
-    eps,
     stride_dqb,
     stride_dql,
     stride_dkb,
@@ -226,15 +231,17 @@ def _qk_norm_rope_bwd_kernel(
     strips, batches = tl.num_programs(0), tl.num_programs(1)
     qkv_ptr += batch * stride_qkvb
     dqkv_ptr += batch * tokens * 3 * C
+    rstd_ptr += batch * tokens * 2
     partial_ptr += (strip * batches + batch) * C
     if part == 0:
         _rope_norm_bwd_strip(dq_ptr + batch * stride_dqb, qkv_ptr, q_weight_ptr, table_ptr,
-                             dqkv_ptr, partial_ptr, tokens, eps, stride_dql, stride_qkvl,
+                             rstd_ptr, dqkv_ptr, partial_ptr, tokens, stride_dql, stride_qkvl,
                              C, D, BLOCK_ROWS, BLOCK_C, STAGES)  # fmt: skip
     elif part == 1:
         _rope_norm_bwd_strip(dk_ptr + batch * stride_dkb, qkv_ptr + C, k_weight_ptr, table_ptr,
-                             dqkv_ptr + C, partial_ptr + strips * batches * C, tokens, eps,
-                             stride_dkl, stride_qkvl, C, D, BLOCK_ROWS, BLOCK_C, STAGES)  # fmt: skip
+                             rstd_ptr + 1, dqkv_ptr + C, partial_ptr + strips * batches * C,
+                             tokens, stride_dkl, stride_qkvl,
+                             C, D, BLOCK_ROWS, BLOCK_C, STAGES)  # fmt: skip
     else:
         row_R1 = tl.arange(0, BLOCK_ROWS)[:, None]
         col_1C = tl.arange(0, BLOCK_C)[None, :]
@@ -286,13 +293,17 @@ def qk_norm_rope_fwd(
     v_ring_BSHD: Tensor | None,
     slot_F: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, L, H, D], and k, v: new tensors like it, or the rings they were written into."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """q [B, L, H, D]; k, v: new tensors like it, or the rings they were written into; and without
+    a ring 1/σ of each row of q and k for the backward pass, [B, L, 2] float32."""
     batch, tokens, channels = qkv_BLC.shape
     channels, head_dim = channels // 3, 2 * table_LP2.shape[1]
     q_BLHD = qkv_BLC.new_empty(batch, tokens, channels // head_dim, head_dim)
     k_BSHD = torch.empty_like(q_BLHD) if k_ring_BSHD is None else k_ring_BSHD
     v_BSHD = torch.empty_like(q_BLHD) if v_ring_BSHD is None else v_ring_BSHD
+    rstd_BL2 = None
+    if slot_F is None:
+        rstd_BL2 = torch.empty(batch, tokens, 2, dtype=torch.float32, device=qkv_BLC.device)
     block = triton.next_power_of_2(channels)
     setting = launch.rows("qk_norm_rope_fwd", qkv_BLC.device, channels)
     tiles = triton.cdiv(tokens, setting.rows)
@@ -301,7 +312,7 @@ def qk_norm_rope_fwd(
         (launch.strips(setting, qkv_BLC.device, tiles, batch), batch),
         (
             *(qkv_BLC, q_weight_C, k_weight_C, table_LP2, slot_F, q_BLHD, k_BSHD, v_BSHD),
-            *(tokens, 1 if slot_F is None else tokens // len(slot_F), eps),
+            *(rstd_BL2, tokens, 1 if slot_F is None else tokens // len(slot_F), eps),
             *launch.outer_strides(qkv_BLC, k_BSHD, v_BSHD),
         ),
         num_warps=setting.warps(block),
@@ -312,7 +323,7 @@ def qk_norm_rope_fwd(
         BLOCK_C=block,
         STAGES=setting.stages,
     )
-    return q_BLHD, k_BSHD, v_BSHD
+    return q_BLHD, k_BSHD, v_BSHD, rstd_BL2
 
 
 def qk_norm_rope_bwd(
@@ -323,7 +334,7 @@ def qk_norm_rope_bwd(
     q_weight_C: Tensor,
     k_weight_C: Tensor,
     table_LP2: Tensor,
-    eps: float,
+    rstd_BL2: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dqkv, dq_weight, dk_weight."""
     batch, tokens, channels = qkv_BLC.shape
@@ -338,8 +349,8 @@ def qk_norm_rope_bwd(
         _qk_norm_rope_bwd_kernel,
         (strips, batch, 3),
         (
-            *(dq_BLHD, dk_BLHD, dv_BLHD, qkv_BLC, q_weight_C, k_weight_C, table_LP2, dqkv_BLC),
-            *(partial_2SB1C, tokens, eps),
+            *(dq_BLHD, dk_BLHD, dv_BLHD, qkv_BLC, q_weight_C, k_weight_C, table_LP2, rstd_BL2),
+            *(dqkv_BLC, partial_2SB1C, tokens),
             *launch.outer_strides(dq_BLHD, dk_BLHD, dv_BLHD, qkv_BLC),
         ),
         num_warps=setting.warps(block),
