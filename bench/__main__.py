@@ -2,6 +2,7 @@
 
 demo     a streamed toy video, and a ring cache beside the two ways of doing without one (default)
 kernels  every kernel beside eager PyTorch, torch.compile and PyTorch's own, in one run
+stream   chunks of the full-size model with random weights, on a GPU
 tune     searches launch settings on this GPU and writes sfkernels/tuned/sm_XX.json
 gpu      everything that needs a GPU, in one run: tests, checks, sanitizer, times
 """
@@ -10,12 +11,12 @@ import importlib
 import sys
 
 # Commands that need neither tyro nor a video encoder: they also run where only PyTorch is.
-PLAIN = {"kernels": "bench.kernels", "tune": "bench.tune", "gpu": "bench.gpu"}
+PLAIN = ("kernels", "stream", "tune", "gpu")
 
 arguments = sys.argv[1:] or ["demo"]
 command = arguments[0].removeprefix("--")
 if command in PLAIN:
-    sys.exit(importlib.import_module(PLAIN[command]).main(arguments[1:]))
+    sys.exit(importlib.import_module(f"bench.{command}").main(arguments[1:]))
 if command in ("help", "-h"):
     print(__doc__)
     sys.exit(0)

@@ -15,13 +15,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench import stream as wan_stream
 from bench.machine import machine, said
 from bench.rolling import compare
 from sfmodel.cli import TOY_WEIGHTS, load_toy
-from sfmodel.config import PRESETS, Preset
+from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
-from sfmodel.stream import stream, stream_latents
+from sfmodel.stream import stream
 from sfmodel.video import ContactSheet, VideoWriter
 
 PAPER_WINDOW = 21  # latent frames, as Wan2.1's 81 pixel frames
@@ -69,7 +70,7 @@ def demo(
             )
     if torch.cuda.is_available():
         console.print("Wan2.1-1.3B at 480×832 with random weights, reference ops, no VAE:")
-        result["wan_1_3b"] = run_wan(PRESETS["wan-1.3b"], torch.device("cuda"))
+        result["wan_1_3b"] = wan_stream.run(PRESETS["wan-1.3b"], torch.device("cuda"))
     report(result, console)
     plot(result, output / "demo.png")
     with atomic(output / "demo.json") as temporary:
@@ -135,29 +136,6 @@ def early_and_late(new_stream: Callable[[], Iterator[torch.Tensor]]) -> tuple[fl
             next(chunks)
             times.append(time.perf_counter() - began)
     return statistics.median(seconds[0]), statistics.median(seconds[1])
-
-
-def run_wan(preset: Preset, device: torch.device, chunks: int = 12) -> dict[str, Any]:
-    """Chunk times of a model of full size with random weights, without VAE and text encoder.
-
-    Not measured on a GPU yet."""
-    with device:
-        model = DiT(preset.dit).to(torch.bfloat16).eval()
-    text = torch.zeros(1, 1, preset.dit.text_dim, device=device)
-    times = []
-    last = time.perf_counter()
-    for _, latents in zip(range(chunks), stream_latents(model, text, preset), strict=False):
-        latents.sum().item()  # waits for the device
-        times.append(time.perf_counter() - last)
-        last = time.perf_counter()
-    full = times[-(-preset.window // preset.chunk) :] or times
-    seconds = statistics.median(full)
-    return {
-        "seconds_per_chunk_full_window": seconds,
-        "dit_fps_full_window": 4 * preset.chunk / seconds,
-        "first_chunk_seconds": times[0],
-        "all_seconds": times,
-    }
 
 
 def resident_mib() -> float:

@@ -114,6 +114,12 @@ def strips(setting: Rows, device: torch.device, tiles: int, parts: int) -> int:
     return min(tiles, math.ceil(setting.per_sm * multiprocessors(device) / parts))
 
 
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel can be launched while the one it depends on ends (programmatic dependent
+    launch, from sm_90 on)."""
+    return device.type != "cpu" and _architecture(device) >= 90
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":

@@ -26,7 +26,7 @@ Op = Callable[..., Any]  # (*tensors, impl=...) -> a tensor or a tuple of them
 
 def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Standard normal, in float64, on the device under test."""
-    return torch.randn(*shape, dtype=torch.float64).to(DEVICE, dtype)
+    return torch.randn(*shape, dtype=torch.float64, device=DEVICE).to(dtype)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import demo, rolling
+from bench import demo, rolling, stream
 from bench.flops import pass_flops, rolling_flops
 from bench.machine import machine
 from sfkernels import BlockLayout
@@ -79,7 +79,7 @@ def test_nothing_is_timed_when_they_differ(
 
 
 def test_full_size_timing_runs_at_a_small_size() -> None:
-    result = demo.run_wan(SMALL, torch.device("cpu"), chunks=4)
+    result = stream.run(SMALL, torch.device("cpu"), chunks=4)
     assert len(result["all_seconds"]) == 4 and result["dit_fps_full_window"] > 0
 
 

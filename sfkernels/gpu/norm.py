@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from sfkernels import launch
 from sfkernels.gpu.partial import empty_partials, sum_partials
@@ -144,6 +145,7 @@ def _norm_bwd_kernel(
     CENTRED: tl.constexpr,
     PLUS_ONE: tl.constexpr,
     KEEP: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
@@ -211,6 +213,8 @@ def _norm_bwd_kernel(
                 tl.store(dy_ptr + out_RC, dy_RC.to(dy_ptr.dtype.element_ty), mask_RC)
         tl.store(dx_ptr + out_RC, dx_RC.to(dx_ptr.dtype.element_ty), mask_RC)
 
+    if OVERLAP:
+        gdc_launch_dependents()
     sums = batches * frames * C
     partial_at = partial_ptr + ((strip * batches + batch) * frames + frame) * C + col_1C
     tl.store(partial_at, dscale_1C, col_1C < C)
@@ -305,6 +309,7 @@ def norm_bwd(
         CENTRED=centred,
         PLUS_ONE=plus_one,
         KEEP=setting.stages > 1,
+        OVERLAP=launch.overlaps(x_BLC.device),
         BLOCK_ROWS=setting.rows,
         BLOCK_C=block,
         STAGES=setting.stages,
