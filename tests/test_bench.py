@@ -88,13 +88,13 @@ def test_report_and_figure(
 ) -> None:
     toy, codec, text = load_toy()
     prompt = "a small red ball"
-    stream = demo.run_stream(toy, codec, text([prompt]), prompt, 12, 0, tmp_path)
+    streamed = demo.run_stream(toy, codec, text([prompt]), prompt, 12, 0, tmp_path)
     assert (tmp_path / "video.mp4").exists() and (tmp_path / "video.png").exists()
-    assert stream["cache_mib"] == pytest.approx(2 * 4 * 128 * 4 * (9 * 4 + 16) / 2**20)
+    assert streamed["cache_mib"] == pytest.approx(2 * 4 * 128 * 4 * (9 * 4 + 16) / 2**20)
     compared = [
         rolling.compare(model, SMALL, torch.zeros(1, 1, 32), batch=b, chunks=1) for b in (1, 2)
     ]
-    result = {"machine": machine("cpu"), "stream": stream, "rolling": compared}
+    result = {"machine": machine("cpu"), "stream": streamed, "rolling": compared}
     json.dumps(result)
     demo.report(result, Console(width=110))
     assert "recompute cache" in capsys.readouterr().out
