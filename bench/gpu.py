@@ -46,6 +46,8 @@ def tests(folder: Path, seconds: float) -> dict[str, Any]:
     xml = folder / "tests.xml"
     xml.unlink(missing_ok=True)
     options = ["-q", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={xml}"]
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", "8"]  # most of the time goes into compiling
     out = command([sys.executable, "-m", "pytest", *options, *files], seconds)
     out |= read_junit(xml) if xml.exists() else {"counts": {}, "failures": []}
     return out

@@ -75,14 +75,22 @@ def _row_works(channels: int, dtype: torch.dtype) -> dict[str, tuple[Work, ...]]
     def x(tokens: int, device: torch.device, wide: int = 1) -> Tensor:
         return torch.randn(1, tokens, wide * channels, device=device).to(dtype)
 
+    def norm(frames: int, device: torch.device) -> list[Tensor]:
+        return [x(frames * FRAME, device), x(1, device)]
+
+    def adaln(frames: int, device: torch.device) -> list[Tensor]:
+        modulation = torch.randn(1, frames, 2, channels, device=device)
+        return [x(frames * FRAME, device), *modulation.unbind(2)]
+
     def residual(frames: int, device: torch.device) -> list[Tensor]:
         modulation = torch.randn(1, frames, 3, channels, device=device)
         both = [x(frames * FRAME, device) for _ in range(2)]
         return [*both, *modulation.unbind(2)]
 
-    def residual_bwd(frames: int, device: torch.device) -> list[Tensor]:
+    def backward(make: Any, grads: int, frames: int, device: torch.device) -> list[Tensor]:
+        """The gradients of the outputs, the inputs, the statistics of rows."""
         stats = torch.randn(1, frames * FRAME, 2, device=device)
-        return [x(frames * FRAME, device) for _ in range(2)] + [*residual(frames, device), stats]
+        return [*(x(frames * FRAME, device) for _ in range(grads)), *make(frames, device), stats]
 
     def rope(frames: int, device: torch.device) -> list[Tensor]:
         weights = torch.randn(2, channels, device=device).to(dtype)
@@ -93,10 +101,22 @@ def _row_works(channels: int, dtype: torch.dtype) -> dict[str, tuple[Work, ...]]
         grads = [x(frames * FRAME, device).unflatten(-1, (heads, head_dim)) for _ in range(3)]
         return [*grads, *rope(frames, device), torch.randn(1, frames * FRAME, 2, device=device)]
 
-    def norm_fwd(*t: Tensor) -> Any:
+    def norm_fwd(x: Tensor, weight: Tensor) -> Any:
+        return gpu.norm_fwd(x, None, None, weight, None, 1e-6, False, False)
+
+    def norm_bwd(dout: Tensor, x: Tensor, weight: Tensor, stats: Tensor) -> Any:
+        return gpu.norm_bwd(None, dout, x, None, None, weight, None, stats, False, False)
+
+    def adaln_fwd(x: Tensor, *modulation: Tensor) -> Any:
+        return gpu.norm_fwd(x, None, None, *modulation, 1e-6, True, True)
+
+    def adaln_bwd(dout: Tensor, x: Tensor, *rest: Tensor) -> Any:
+        return gpu.norm_bwd(None, dout, x, None, None, *rest, True, True)
+
+    def residual_fwd(*t: Tensor) -> Any:
         return gpu.norm_fwd(*t, 1e-6, True, True)
 
-    def norm_bwd(*t: Tensor) -> Any:
+    def residual_bwd(*t: Tensor) -> Any:
         return gpu.norm_bwd(*t, True, True)
 
     def qk_fwd(*t: Tensor) -> Any:
@@ -104,6 +124,9 @@ def _row_works(channels: int, dtype: torch.dtype) -> dict[str, tuple[Work, ...]]
 
     def qk_bwd(*t: Tensor) -> Any:
         return gpu.qk_norm_rope_bwd(*t)
+
+    def bwd(make: Any, grads: int) -> Any:
+        return functools.partial(backward, make, grads)
 
     def at_sizes(make: Any, run: Callable[..., Any], tensors: int) -> tuple[Work, ...]:
         return tuple(
@@ -117,10 +140,14 @@ def _row_works(channels: int, dtype: torch.dtype) -> dict[str, tuple[Work, ...]]
         )
 
     return {
-        "norm_fwd": at_sizes(residual, norm_fwd, 4),
+        "residual_norm_fwd": at_sizes(residual, residual_fwd, 4),
         "qk_norm_rope_fwd": at_sizes(rope, qk_fwd, 6),
-        "norm_bwd": at_sizes(residual_bwd, norm_bwd, 6),
+        "norm_fwd": at_sizes(norm, norm_fwd, 2),
+        "residual_norm_bwd": at_sizes(bwd(residual, 2), residual_bwd, 6),
         "qk_norm_rope_bwd": at_sizes(rope_bwd, qk_bwd, 8),
+        "norm_bwd": at_sizes(bwd(norm, 1), norm_bwd, 3),
+        "adaln_fwd": at_sizes(adaln, adaln_fwd, 2),
+        "adaln_bwd": at_sizes(bwd(adaln, 1), adaln_bwd, 3),
     }
 
 

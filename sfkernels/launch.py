@@ -56,20 +56,28 @@ class Flat:
 Setting = Rows | Flat
 
 _FEW_BYTES = "too few bytes to matter: latency of one launch"
-_FORWARD = "16 elements a thread: two 16-byte loads of bfloat16 in flight from each"
-_LOOP = "few enough programs for few partial sums; one loads while the other reduces"
-_WIDE = "three sums of 5120 channels spill with fewer registers a thread than 8 warps leave"
+_AS_H200 = "won at this size on an H200, or came within 3% with less shared memory; measured there"
+_WIDE = "5120 channels: the fewest warps whose sums do not spill; measured on an H200"
+_UNMEASURED = "by analogy with the forms measured; not measured on a GPU yet"
 # By kernel and by the number of channels a setting is for (the nearest is taken).
 _DEFAULTS: dict[str, dict[int, Setting]] = {
-    "norm_fwd": {1536: Rows(1, 16, why=_FORWARD)},
-    "norm_bwd": {1536: Rows(1, 8, 2, why=_LOOP), 5120: Rows(1, 32, 1, why=_WIDE)},
-    "qk_norm_rope_fwd": {1536: Rows(1, 16, why=_FORWARD)},
-    "qk_norm_rope_bwd": {1536: Rows(1, 8, 4, why=_LOOP), 5120: Rows(1, 16, 2, why=_LOOP)},
+    "norm_fwd": {1536: Rows(1, 32, why=_AS_H200)},
+    "norm_bwd": {1536: Rows(2, 32, 2, 4, why=_AS_H200), 5120: Rows(1, 32, 2, 1, why=_UNMEASURED)},
+    "adaln_fwd": {1536: Rows(1, 32, 8, 3, why=_AS_H200), 5120: Rows(1, 32, why=_UNMEASURED)},
+    "adaln_bwd": {
+        1536: Rows(1, 16, 4, 2, why=_UNMEASURED),
+        5120: Rows(1, 32, 2, 1, why=_UNMEASURED),
+    },
+    "residual_norm_fwd": {1536: Rows(1, 16, 4, 3, why=_AS_H200), 5120: Rows(1, 32, 8, why=_WIDE)},
+    "residual_norm_bwd": {1536: Rows(1, 16, 2, 3, why=_AS_H200), 5120: Rows(1, 16, 4, why=_WIDE)},
+    "qk_norm_rope_fwd": {1536: Rows(1, 32, why=_AS_H200)},
+    "qk_norm_rope_bwd": {1536: Rows(1, 32, 8, why=_AS_H200), 5120: Rows(1, 32, 4, why=_UNMEASURED)},
     "rope_table": {64: Rows(16, 8, why=_FEW_BYTES)},
-    "sampler": {1: Flat(1024, 4, why=_FEW_BYTES)},
+    "sampler": {1: Flat(512, 4, why=_FEW_BYTES)},
 }
-# Not measured on a GPU yet where tuned/ has no file: the same reasoning holds on all four, whose
-# register files are equal and which differ here in bandwidth alone.
+# Where tuned/ has no file, nothing was measured on that architecture: the same reasoning holds on
+# all four, whose register files are equal. What does not fit one of them is found by
+# `python -m sfkernels.check`.
 DEFAULTS: dict[int, dict[str, dict[int, Setting]]] = {
     arch: dict(_DEFAULTS) for arch in ARCHITECTURES
 }
@@ -112,12 +120,6 @@ def strips(setting: Rows, device: torch.device, tiles: int, parts: int) -> int:
     if not setting.per_sm:
         return tiles
     return min(tiles, math.ceil(setting.per_sm * multiprocessors(device) / parts))
-
-
-def overlaps(device: torch.device) -> bool:
-    """Whether a kernel can be launched while the one it depends on ends (programmatic dependent
-    launch, from sm_90 on)."""
-    return device.type != "cpu" and _architecture(device) >= 90
 
 
 @functools.cache

@@ -35,7 +35,9 @@ def modulation(batch: int, frames: int, channels: int, count: int) -> list[Tenso
 def size(request: pytest.FixtureRequest) -> Iterator[tuple[int, ...]]:
     """batch, frames, tokens, channels, under a setting with so many rows a program."""
     rows, *sizes = request.param
-    with setting(norm_fwd=Rows(rows, 8), norm_bwd=Rows(rows, 8, per_sm=2)):
+    kernels = [f"{form}_{way}" for form in ("norm", "adaln", "residual_norm")
+               for way in ("fwd", "bwd")]  # fmt: skip
+    with setting(**{kernel: Rows(rows, 8, per_sm=2, stages=2) for kernel in kernels}):
         yield tuple(sizes)
 
 

@@ -51,7 +51,8 @@ def test_recorded_cases_pass_on_the_kernels(
 ) -> None:
     options = ["--impl", "triton", "--attention-impl", "reference", "--device", DEVICE]
     many = Rows(64, 8)  # the interpreter pays by the program
-    with setting(rope_table=many, norm_fwd=many, qk_norm_rope_fwd=many):
+    kernels = ["rope_table", "norm_fwd", "adaln_fwd", "residual_norm_fwd", "qk_norm_rope_fwd"]
+    with setting(**dict.fromkeys(kernels, many)):
         assert main([str(copy(tmp_path, without_rollouts)), *options]) == 0
     assert "8 passed, 0 not passed" in capsys.readouterr().out
 

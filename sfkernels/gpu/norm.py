@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from sfkernels import launch
 from sfkernels.gpu.partial import empty_partials, sum_partials
@@ -145,7 +144,6 @@ def _norm_bwd_kernel(
     CENTRED: tl.constexpr,
     PLUS_ONE: tl.constexpr,
     KEEP: tl.constexpr,
-    OVERLAP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
@@ -213,8 +211,6 @@ def _norm_bwd_kernel(
                 tl.store(dy_ptr + out_RC, dy_RC.to(dy_ptr.dtype.element_ty), mask_RC)
         tl.store(dx_ptr + out_RC, dx_RC.to(dx_ptr.dtype.element_ty), mask_RC)
 
-    if OVERLAP:
-        gdc_launch_dependents()
     sums = batches * frames * C
     partial_at = partial_ptr + ((strip * batches + batch) * frames + frame) * C + col_1C
     tl.store(partial_at, dscale_1C, col_1C < C)
@@ -244,7 +240,8 @@ def norm_fwd(
     residual_BLC = None if y_BLC is None else torch.empty_like(out_BLC)
     stats_BL2 = torch.empty(batch, tokens, 2, dtype=torch.float32, device=x_BLC.device)
     block = triton.next_power_of_2(channels)
-    setting = launch.rows("norm_fwd", x_BLC.device, channels)
+    form = _form(y_BLC is not None, plus_one)
+    setting = launch.rows(f"{form}_fwd", x_BLC.device, channels)
     tiles = triton.cdiv(tokens // frames, setting.rows)
     strips = launch.strips(setting, x_BLC.device, tiles, frames * batch)
     launch.run(
@@ -288,7 +285,8 @@ def norm_bwd(
     dx_BLC = torch.empty_like(x_BLC, memory_format=torch.contiguous_format)
     dy_BLC = None if gate_BFC is None else torch.empty_like(dx_BLC)
     block = triton.next_power_of_2(channels)
-    setting = launch.rows("norm_bwd", x_BLC.device, channels)
+    form = _form(dresidual_BLC is not None, plus_one)
+    setting = launch.rows(f"{form}_bwd", x_BLC.device, channels)
     tiles = triton.cdiv(tokens // frames, setting.rows)
     strips = launch.strips(setting, x_BLC.device, tiles, frames * batch)
     modulations = [m for m in (scale_BFC, shift_BFC, gate_BFC) if m is not None]
@@ -309,7 +307,6 @@ def norm_bwd(
         CENTRED=centred,
         PLUS_ONE=plus_one,
         KEEP=setting.stages > 1,
-        OVERLAP=launch.overlaps(x_BLC.device),
         BLOCK_ROWS=setting.rows,
         BLOCK_C=block,
         STAGES=setting.stages,
@@ -318,6 +315,11 @@ def norm_bwd(
     dshift_BFC = others.pop(0) if shift_BFC is not None else None
     dgate_BFC = others.pop(0) if gate_BFC is not None else None
     return dx_BLC, dy_BLC, dgate_BFC, dscale_BFC, dshift_BFC
+
+
+def _form(residual: bool, modulated: bool) -> str:
+    """Forms of the two kernels that move different numbers of bytes have settings of their own."""
+    return "residual_norm" if residual else "adaln" if modulated else "norm"
 
 
 def _frames(*modulations: Tensor | None) -> int:

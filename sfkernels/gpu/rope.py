@@ -18,7 +18,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from sfkernels import launch
 from sfkernels.gpu.partial import empty_partials, sum_partials
@@ -222,7 +221,6 @@ def _qk_norm_rope_bwd_kernel(
     stride_qkvl,
     C: tl.constexpr,
     D: tl.constexpr,
-    OVERLAP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
@@ -254,8 +252,6 @@ def _qk_norm_rope_bwd_kernel(
             dv_at = dv_ptr + first * stride_dvl + (row_R1 * stride_dvl + col_1C)
             dqkv_at = dqkv_ptr + 2 * C + first * 3 * C + (row_R1 * 3 * C + col_1C)
             tl.store(dqkv_at, tl.load(dv_at, mask_RC, 0.0), mask_RC)
-    if OVERLAP:
-        gdc_launch_dependents()
 
 
 def rope_table(frame_F: Tensor, grid: tuple[int, int], head_dim: int, theta: float) -> Tensor:
@@ -360,7 +356,6 @@ def qk_norm_rope_bwd(
         num_warps=setting.warps(block),
         C=channels,
         D=head_dim,
-        OVERLAP=launch.overlaps(qkv_BLC.device),
         BLOCK_ROWS=setting.rows,
         BLOCK_C=block,
         STAGES=setting.stages,
