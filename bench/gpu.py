@@ -192,7 +192,8 @@ def command(arguments: Sequence[str], seconds: float, **environment: str) -> dic
         os.killpg(process.pid, signal.SIGKILL)  # with whatever it started
         text, _ = process.communicate()
         end = f"cut after {seconds:.0f} s"
-    return {"ok": process.returncode == 0, "end": end, "tail": text[-6000:]}
+    ok = process.returncode == 0
+    return {"ok": ok, "end": end, **({} if ok else {"tail": text[-6000:]})}
 
 
 def run(

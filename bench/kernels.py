@@ -384,6 +384,38 @@ def report(result: dict[str, Any], console: Console) -> None:
         console.print(f"no time for: {', '.join(result['no_time_for'])}")
 
 
+COLOURS = {"eager": "#cccccc", "compile": "#e08a3c", "native": "#8aa86b", "triton": "#3b6ea5"}
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Bandwidth of every contestant beside that of a copy of as many bytes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [r for r in reversed(result["rows"]) if "contestants" in r]
+    figure, ax = pyplot.subplots(figsize=(9, 1.2 + 0.42 * len(rows)), layout="constrained")
+    for y, row in enumerate(rows):
+        timed = {n: c for n, c in row["contestants"].items() if "gbps" in c}
+        names = [n for n in COLOURS if n in timed]
+        for i, name in enumerate(names):
+            share = 100 * timed[name]["gbps"] / row["same_size_copy_gbps"]
+            height = 0.8 / len(names)
+            bar = ax.barh(y + 0.4 - (i + 0.5) * height, share, height, color=COLOURS[name])
+            ax.bar_label(bar, [f"{timed[name]['us']:.0f} µs"], fontsize=6, padding=2)
+    ax.axvline(100, color="#888888", linewidth=0.8, linestyle="--")
+    ax.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=8)
+    ax.set_xlabel("% of the bandwidth of a copy of as many bytes", fontsize=8)
+    ax.set_ylim(-0.6, len(rows) - 0.4)
+    patches = [matplotlib.patches.Patch(color=c, label=n) for n, c in COLOURS.items()]
+    figure.legend(handles=patches, loc="outside upper center", ncols=len(patches), fontsize=8)
+    ax.set_title(said(result["machine"]), fontsize=8)
+    with atomic(path) as part:
+        figure.savefig(part, format="png", dpi=110)
+    pyplot.close(figure)
+
+
 def plain_console() -> Console:
     console = Console()
     if not console.is_terminal:
@@ -414,5 +446,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"python -m bench kernels: {error}", file=sys.stderr)
         return 2
     report(result, plain_console())
-    print(f"as JSON: {file}")
+    plot(result, chosen.out / "kernels.png")
+    print(f"as JSON: {file}; as a figure: {chosen.out / 'kernels.png'}")
     return 0

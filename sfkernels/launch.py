@@ -21,6 +21,7 @@ from torch import Tensor
 
 ARCHITECTURES = (80, 89, 90, 100)
 TUNED = Path(__file__).parent / "tuned"
+LARGEST_ROW = 16384  # channels: 512 threads with 32 elements each
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,13 @@ def run(
 
 
 def rows(kernel: str, device: torch.device, channels: int) -> Rows:
-    """The setting of a row kernel for tokens of so many channels."""
+    """The setting of a row kernel for tokens of so many channels. Raises ValueError where a row is
+    too long for the registers of one program."""
+    if channels > LARGEST_ROW:
+        raise ValueError(
+            f"tokens have {channels} channels: the Triton kernels hold a token in registers and "
+            f"take at most {LARGEST_ROW}; use impl='reference'"
+        )
     setting = overrides.get(kernel) or _setting(kernel, _architecture(device), channels)
     assert isinstance(setting, Rows)
     return setting

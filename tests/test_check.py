@@ -97,14 +97,15 @@ def test_shipped_kernels_hold_the_bounds_at_shipped_settings(tmp_path: Path) -> 
 
 @pytest.mark.aot
 def test_a_bad_setting_is_reported_before_it_ships(tmp_path: Path) -> None:
-    bad = {"channels": 1536, "rows": 1, "per_thread": 128, "per_sm": 0, "why": "a mistake"}
-    good = {"channels": 5120, "rows": 1, "per_thread": 16, "per_sm": 0, "why": "the default"}
+    bad = {"channels": 1536, "rows": 4, "per_thread": 16, "per_sm": 1, "stages": 4}
+    good = {"channels": 5120, "rows": 1, "per_thread": 16, "per_sm": 0, "stages": 1}
     file = tmp_path / "sm_90.json"
     file.write_text(json.dumps({"machine": {}, "kernels": {"qk_norm_rope_fwd": [bad, good]}}))
     done = run_check("--kernel", "qk_norm_rope_fwd", "--tuned", file)
     assert done.returncode == 1, done.stdout + done.stderr
     last = done.stdout.splitlines()[-1]
-    assert "qk_norm_rope_fwd, " in last and "1.3B" in last and "sm_90, 1 warps: spills: " in last
+    assert "qk_norm_rope_fwd, " in last and "1.3B" in last and "sm_90, 16 warps: " in last
+    assert "bytes of shared memory, at most 227 KiB fit" in last
     assert "sm_80" not in done.stdout  # the file says which architecture it is for
 
 

@@ -120,6 +120,14 @@ M = torch.zeros(2, 3, 8, device=DEVICE)
         (lambda: sf.adaln(X, M[:, :2], M, impl="triton"), "frames 1 or the same for all"),
         (lambda: sf.gated_adaln(X, X.half(), M, M, M, impl="triton"), "y has dtype torch.float16"),
         (lambda: sf.gated_layer_norm(X, X, M, M[0, 0], M[0]), r"bias has shape \[3, 8\]"),
+        (
+            lambda: sf.rms_norm(
+                torch.zeros(1, 1, 20_000, device=DEVICE),
+                torch.zeros(20_000, device=DEVICE),
+                impl="triton",
+            ),
+            "20000 channels: the Triton kernels hold a token in registers",
+        ),
         (lambda: sf.layer_norm(X, M[0, 0].to("meta"), M[0, 0]), "weight is on meta"),
     ],
 )
