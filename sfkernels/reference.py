@@ -180,12 +180,15 @@ def block_causal_attention(
     return torch.cat(out, 1).index_select(1, restore_L)
 
 
-# Constant for torch.compile, which wants plain numbers for that and looks through lru_cache.
-@torch.compiler.assume_constant_result
 def _rows_by_shape(
     device: torch.device, *layout: Any
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     return _cached_rows_by_shape(BlockLayout(*layout), device)
+
+
+# Constant for torch.compile, which wants plain numbers for that and looks through lru_cache: what
+# torch.compiler.assume_constant_result sets, without importing all of Dynamo, which takes a second.
+_rows_by_shape._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=32)
