@@ -1,8 +1,10 @@
 """Sums of what programs have summed up over their rows: the gradients of modulations and weights.
 
-Sums go in a fixed order, so that the same inputs give the same bits in every run. This second
-launch takes 3 us of the 29 us of gated_adaln's backward pass at one chunk on an H200; letting it
-overlap with the end of the first (programmatic dependent launch) saved 0.5 us, too little to keep.
+Sums go in a fixed order, so that the same inputs give the same bits in every run. Bytes: 4 for each
+partial sum, for 88 strips of 3 frames, 1536 channels and 3 sums 4.9 MB, or 1.1 us at 4.3 TB/s. This
+second launch takes 3 us of the 29 us of gated_adaln's backward pass at one chunk on an H200.
+Letting it overlap with the end of the first (programmatic dependent launch) saved 0.5 us there,
+too little to keep.
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@ Shapes: B batch, L = F·N tokens, C = H·D channels of one of q, k, v, P = D/2 r
 strips.
 
 Bytes at C channels in a dtype of e bytes, a token: forward reads qkv and writes q, k, v (6eC); the
-table adds 8P, read by all layers and kept in L2. Backward reads dq, dk, dv, q and k before the norm
-and writes dqkv (8eC). Wan2.1-1.3B in bfloat16, one chunk (4680 tokens, C = 1536), at the 4.3 TB/s
-an H200 copies: 20.1 and 26.8 us. What they take is in bench/results/kernels-h200.json.
+table, 8P, is written once a pass and read from L2 by all layers. Backward reads dq, dk, dv, q and k
+before the norm and writes dqkv (8eC). Wan2.1-1.3B in bfloat16, one chunk (4680 tokens, C = 1536),
+at the 4.3 TB/s an H200 copies: 20.1 and 26.8 us, and 0.6 us for the table. What they take is in
+bench/results/kernels-h200.json.
 """
 
 from __future__ import annotations
@@ -264,7 +265,14 @@ def rope_table(frame_F: Tensor, grid: tuple[int, int], head_dim: int, theta: flo
     launch.run(
         _rope_table_kernel,
         (triton.cdiv(tokens, setting.rows),),
-        (frame_F, _turns(pairs, theta, frame_F.device), table_LP2, tokens, height, width),
+        (
+            frame_F.contiguous(),
+            _turns(pairs, theta, frame_F.device),
+            table_LP2,
+            tokens,
+            height,
+            width,
+        ),
         num_warps=setting.warps(block),
         P=pairs,
         ACROSS=pairs // 3,
@@ -301,9 +309,11 @@ def qk_norm_rope_fwd(
     q_BLHD = qkv_BLC.new_empty(batch, tokens, channels // head_dim, head_dim)
     k_BSHD = torch.empty_like(q_BLHD) if k_ring_BSHD is None else k_ring_BSHD
     v_BSHD = torch.empty_like(q_BLHD) if v_ring_BSHD is None else v_ring_BSHD
-    rstd_BL2 = None
+    rstd_BL2, frame_tokens = None, 1
     if slot_F is None:
         rstd_BL2 = torch.empty(batch, tokens, 2, dtype=torch.float32, device=qkv_BLC.device)
+    else:
+        slot_F, frame_tokens = slot_F.contiguous(), tokens // len(slot_F)
     block = triton.next_power_of_2(channels)
     setting = launch.rows("qk_norm_rope_fwd", qkv_BLC.device, channels)
     tiles = triton.cdiv(tokens, setting.rows)
@@ -312,7 +322,7 @@ def qk_norm_rope_fwd(
         (launch.strips(setting, qkv_BLC.device, tiles, batch), batch),
         (
             *(qkv_BLC, q_weight_C, k_weight_C, table_LP2, slot_F, q_BLHD, k_BSHD, v_BSHD),
-            *(rstd_BL2, tokens, 1 if slot_F is None else tokens // len(slot_F), eps),
+            *(rstd_BL2, tokens, frame_tokens, eps),
             *launch.outer_strides(qkv_BLC, k_BSHD, v_BSHD),
         ),
         num_warps=setting.warps(block),
