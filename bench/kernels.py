@@ -1,7 +1,7 @@
 """`python -m bench kernels`: every kernel beside eager PyTorch, torch.compile of the same reference
 and PyTorch's own fused op, at the shapes of Wan2.1, as a share of what a copy reaches.
 
-A contestant is compared with the float64 reference by the rule of tests/oracle.py first; one that
+A contestant is compared with the float64 reference by the rule of parity.py first; one that
 is wrong is reported and not timed.
 """
 
@@ -26,8 +26,8 @@ from torch import Tensor
 import sfkernels as sf
 from bench import timing
 from bench.machine import machine, said
+from bench.parity import close_as_eager
 from sfmodel.files import atomic
-from tests.oracle import close_as_eager
 
 LARGE_COPY = 2**31  # bytes read and written
 GRID = (30, 52)  # tokens of a frame of Wan2.1 at 480×832

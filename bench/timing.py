@@ -196,7 +196,7 @@ def copy_bandwidth(device: torch.device, nbytes: int, rounds: int = ROUNDS) -> f
     driver's own or an elementwise kernel, whichever is faster."""
     half = max(nbytes // 2 // 16 * 16, 16)
     sets = [
-        [torch.zeros(half // 4, device=device) for _ in range(2)]
+        [torch.randn(half // 4, device=device) for _ in range(2)]
         for _ in range(count_sets(2 * half, device))
     ]
     copies = [

@@ -1,9 +1,8 @@
-"""The rule by which a kernel is right: it may be as far from float64 as eager PyTorch in the same
-dtype is, twice, plus rounding.
+"""Runs an op on a kernel and on the reference, outputs and gradients, and compares them by the rule
+of bench/parity.py.
 
-|kernel − exact| ≤ 2 · (max |eager − exact| + ε · max |exact|), for outputs and for every gradient,
-where ε is the dtype's. Kernels run natively where there is a GPU and in Triton's interpreter on CPU
-tensors elsewhere, with every uninitialised tensor filled with NaN.
+Kernels run natively where there is a GPU and in Triton's interpreter on CPU tensors elsewhere, with
+every uninitialised tensor filled with NaN.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.parity import close_as_eager
 from sfkernels import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,25 +88,5 @@ def check(
         close_as_eager(f"result {i}", got, plain, want)
 
 
-def close_as_eager(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """Raises AssertionError unless `got` obeys the rule above."""
-    assert (got.shape, got.dtype) == (eager.shape, eager.dtype), (
-        f"{name} is {got.dtype} {[*got.shape]}, eager {eager.dtype} {[*eager.shape]}"
-    )
-    scale = float(exact.abs().max())
-    allowed = 2 * (float((eager - exact).abs().max()) + torch.finfo(eager.dtype).eps * scale)
-    error = (got - exact).abs()
-    worst = float(error.max())
-    assert worst <= allowed, (  # NaN fails too
-        f"{name}: off by {worst:.2e} at {_where(error)}, allowed {allowed:.2e} (eager is off by "
-        f"{float((eager - exact).abs().max()):.2e})"
-    )
-
-
 def _double(t: Tensor) -> Tensor:
     return t.double() if t.is_floating_point() else t
-
-
-def _where(error: Tensor) -> list[int]:
-    at = error.nan_to_num(nan=float("inf")).argmax()
-    return [int(i) for i in torch.unravel_index(at, error.shape)]

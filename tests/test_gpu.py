@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import sfkernels as sf
-from tests.oracle import DTYPES, check, close_as_eager, rand
+from bench.parity import close_as_eager
+from tests.oracle import DTYPES, check, rand
 from tests.test_dit import GRID, latents, make
 
 pytestmark = pytest.mark.gpu

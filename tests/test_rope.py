@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import sfkernels as sf
+from bench.parity import close_as_eager
 from sfkernels.launch import Rows
-from tests.oracle import DEVICE, DTYPES, check, close_as_eager, nan_filled, rand, setting
+from tests.oracle import DEVICE, DTYPES, check, nan_filled, rand, setting
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
 
