@@ -1,6 +1,6 @@
 # make demo    generate a short video and show what was measured; PROMPT="a small blue ball"
 # make test    every check: lint, format, types, tests
-# make bench   all benchmarks
+# make bench   all benchmarks; with a GPU, .venv/bin/python -m bench gpu checks and times more
 #
 # Each sets up what it needs in .venv the first time. PYTHON=... names the interpreter to start
 # from; if it has a PyTorch with CUDA that works here, that PyTorch is used.
@@ -24,7 +24,8 @@ test: $(READY)
 	@$(RUN) pytest -q
 
 bench: $(READY)
-	@$(RUN) bench
+	@$(RUN) bench demo
+	@$(RUN) bench kernels
 
 format: $(READY)
 	@$(RUN) ruff check --fix .

@@ -20,6 +20,10 @@ if command in PLAIN:
 if command in ("help", "-h"):
     print(__doc__)
     sys.exit(0)
+if command != "demo":
+    known = ", ".join(("demo", *PLAIN))
+    print(f"python -m bench: no command {arguments[0]!r}, must be one of {known}", file=sys.stderr)
+    sys.exit(2)
 
 from bench.demo import demo  # noqa: E402
 from sfmodel.cli import run_command  # noqa: E402
