@@ -1,6 +1,7 @@
 """Norms of a DiT block as two kernels: [residual,] norm, modulation, and their backward.
 
-Shapes: B batch, L = F·N tokens, F frames of N tokens each, C channels, S strips of a frame.
+Shapes: B batch, L = F·N tokens, F frames of N tokens each, C channels, S strips of a frame,
+R rows of a tile.
 
 Bytes at C channels in a dtype of e bytes, a token: norm reads 1 and writes 1 row (2eC); with the
 residual it reads x, y and writes x', out (4eC). Backward: reads dout, x and writes dx (3eC); with
