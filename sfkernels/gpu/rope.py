@@ -1,7 +1,7 @@
 """RMSNorm of queries and keys with 3-D RoPE and the append to a ring, its backward, and the table.
 
-Shapes: B batch, L = F·N tokens, C channels of one of q, k, v in heads of D, P = D/2 rotated pairs of
-a head, H = C/2 of all heads, S strips; R rows of a tile.
+Shapes: B batch, L = F·N tokens, C channels of one of q, k, v in heads of D, P = D/2 rotated pairs
+of a head, H = C/2 of all heads, S strips, R rows of a tile.
 
 Bytes at C channels in a dtype of e bytes, a token: forward reads qkv and writes q, k, v (6eC); the
 table, 8P, is written once a pass and read from L2 by all layers. Backward reads dq, dk, dv, q and k
