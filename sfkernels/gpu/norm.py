@@ -6,8 +6,9 @@ R rows of a tile.
 Bytes at C channels in a dtype of e bytes, a token: norm reads 1 and writes 1 row (2eC); with the
 residual it reads x, y and writes x', out (4eC). Backward: reads dout, x and writes dx (3eC); with
 the residual reads dout, dx', x', y and writes dx, dy (6eC). A row's statistics add 8 bytes, the
-modulations are read once a strip and come from L2. Wan2.1-1.3B in bfloat16, one chunk (4680 tokens, C = 1536), at the 4.3 TB/s an H200
-copies: 6.7, 13.4, 10.0 and 20.1 us. What they take is in bench/results/kernels-h200.json.
+modulations are read once a strip and come from L2. Wan2.1-1.3B in bfloat16, one chunk (4680 tokens,
+C = 1536), at the 4.3 TB/s an H200 copies: 6.7, 13.4, 10.0 and 20.1 us. What they take is in
+bench/results/kernels-h200.json.
 """
 
 from __future__ import annotations
