@@ -173,14 +173,14 @@ def untuned(kernel: str, device: torch.device, channels: int) -> Setting:
     return settings[min(settings, key=lambda n: abs(math.log2(n / channels)))]
 
 
-def candidates(default: Setting, channels: int) -> list[Setting]:
-    """The default, then all others that make a program of their own."""
+def candidates(default: Setting, channels: int, sums: bool) -> list[Setting]:
+    """The default, then all others that make a program of their own. sums: the kernel keeps sums
+    over its tiles, so that every program must loop."""
     found: list[Setting] = [default]
     if isinstance(default, Flat):
         flats = [Flat(b, w) for b in (256, 512, 1024, 2048, 4096) for w in (1, 2, 4, 8)]
         return found + [f for f in flats if (f.block, f.warps) != (default.block, default.warps)]
     block = 2 ** math.ceil(math.log2(channels))
-    keeps_sums = default.per_sm > 0
     seen = {replace(default, why="")}
     for rows, per_thread, stages, warps_per_sm in itertools.product(
         (1, 2, 4), (8, 16, 32), (1, 2, 3, 4), (0, 8, 16, 32, 64)
@@ -190,7 +190,7 @@ def candidates(default: Setting, channels: int) -> list[Setting]:
         whole = warps * 32 * per_thread == rows * block  # not clamped
         if not whole or rows * block > LARGEST_TILE or warps_per_sm % warps:
             continue
-        if not warps_per_sm and (keeps_sums or stages > 1):
+        if not warps_per_sm and (sums or stages > 1):
             continue  # one tile a program has no next one to load, and no sums to keep
         setting = replace(setting, per_sm=warps_per_sm // warps)
         if setting not in seen:
@@ -249,7 +249,7 @@ def tune(
     """The entry for tuned/sm_XX.json, or None where no candidate was timed before `deadline` (of
     time.monotonic) or the default fails."""
     default = untuned(search.kernel, device, search.channels)
-    every = candidates(default, search.channels)
+    every = candidates(default, search.channels, search.kernel.endswith("_bwd"))
     if device.type == "cuda" and search.channels > 1:
         every = without_spills(search, every, launch._architecture(device))
     # Milliseconds of each candidate in each size; one that is wrong or fails drops out.

@@ -129,13 +129,14 @@ def test_the_whole_table_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFix
 def test_candidates_are_all_different_programs() -> None:
     default = tune.untuned("norm_bwd", CPU, 1536)
     assert isinstance(default, Rows)
-    found = tune.candidates(default, 1536)
+    found = tune.candidates(default, 1536, sums=True)
     assert found[0] is default
     rows = [s for s in found if isinstance(s, Rows)]
     keys = [(s.rows, s.warps(2048), s.per_sm, s.stages) for s in rows]
     assert len(keys) == len(set(keys)) > 20
-    assert all(s.rows * 2048 <= tune.LARGEST_TILE for s in rows)
-    assert all(isinstance(s, Flat) for s in tune.candidates(Flat(1024, 4), 1))
+    assert all(s.rows * 2048 <= tune.LARGEST_TILE and s.per_sm for s in rows)
+    assert any(s.per_sm == 0 for s in tune.candidates(default, 1536, sums=False))  # type: ignore[union-attr]
+    assert all(isinstance(s, Flat) for s in tune.candidates(Flat(1024, 4), 1, sums=False))
 
 
 def test_the_tuner_calls_launchers_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
