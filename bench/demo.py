@@ -69,7 +69,7 @@ def demo(
                 )
             )
     if torch.cuda.is_available():
-        console.print("Wan2.1-1.3B at 480×832 with random weights, reference ops, no VAE:")
+        console.print("Wan2.1-1.3B at 480×832 with random weights, no VAE:")
         result["wan_1_3b"] = wan_stream.run(PRESETS["wan-1.3b"], torch.device("cuda"))
     report(result, console)
     plot(result, output / "demo.png")

@@ -7,7 +7,7 @@ rest still runs. The JSON is written after every part.
 from __future__ import annotations
 
 import argparse
-import importlib
+import functools
 import importlib.util
 import json
 import os
@@ -27,6 +27,7 @@ from rich.table import Table
 import sfkernels as sf
 from bench import kernels, timing
 from bench.machine import machine, said
+from sfkernels import launch
 from sfmodel.files import atomic
 
 ROOT = Path(__file__).parent.parent
@@ -74,9 +75,7 @@ def read_junit(xml: Path) -> dict[str, Any]:
 
 def check(folder: Path, seconds: float) -> dict[str, Any]:
     """The ahead-of-time check with this machine's Triton."""
-    major, minor = torch.cuda.get_device_capability()
-    launch = importlib.import_module("sfkernels.launch")
-    arch = max(a for a in launch.ARCHITECTURES if a <= 10 * major + minor)
+    arch = launch.architecture(torch.device("cuda"))
     file = folder / "check.json"
     arguments = ["--arch", str(arch), "--json", str(file)]
     out = command([sys.executable, "-m", "sfkernels.check", *arguments], seconds)
@@ -114,16 +113,10 @@ def launch_every_kernel() -> None:
     odd = kernels.Sizes(((3, 5, 96, 32),), ((3, 5, 96, 32),), (3, 5, 7), torch.bfloat16)
     for case in kernels.cases(odd):
         inputs = case.make(device)
-        leaves = [
-            t.detach().requires_grad_(case.backward and t.is_floating_point()) for t in inputs
-        ]
-        outs = case.op(*leaves, impl="triton")
+        op = functools.partial(kernels.sequence, functools.partial(case.op, impl="triton"))
+        outs = kernels.results(op, inputs, [])
         if case.backward:
-            outs = [outs] if isinstance(outs, torch.Tensor) else [*outs]
-            wanted = [t for t in leaves if t.requires_grad]
-            torch.autograd.grad(
-                outs, wanted, [torch.randn_like(o) for o in outs], allow_unused=True
-            )
+            kernels.results(op, inputs, [torch.randn_like(o) for o in outs])
         torch.cuda.synchronize()
         print(case.label, flush=True)
     # Two that the table has no row for.

@@ -280,12 +280,12 @@ def run_case(
         )
     if case.native is not None:
         functions["native"] = case.native
-    functions = {name: functools.partial(_sequence, f) for name, f in functions.items()}
+    functions = {name: functools.partial(sequence, f) for name, f in functions.items()}
 
     with torch.no_grad():
-        outs = _sequence(functools.partial(case.op, impl="reference"), *_copies(inputs))
+        outs = sequence(functools.partial(case.op, impl="reference"), *_copies(inputs))
     upstream = [torch.randn_like(o) for o in outs] if case.backward else []
-    exact = results(functools.partial(_sequence, functools.partial(case.op, impl="reference")),
+    exact = results(functools.partial(sequence, functools.partial(case.op, impl="reference")),
                     [_double(t) for t in inputs], [u.double() for u in upstream])  # fmt: skip
     eager = results(functions["eager"], inputs, upstream)
     failed: dict[str, str] = {}
@@ -336,7 +336,7 @@ def results(
     return [g for g in grads if g is not None]
 
 
-def _sequence(function: Callable[..., Any], *tensors: Tensor) -> tuple[Tensor, ...]:
+def sequence(function: Callable[..., Any], *tensors: Tensor) -> tuple[Tensor, ...]:
     out = function(*tensors)
     return (out,) if isinstance(out, Tensor) else (*out,)
 

@@ -169,7 +169,7 @@ def _sampler_work() -> Work:
 
 def untuned(kernel: str, device: torch.device, channels: int) -> Setting:
     """The default for the nearest number of channels, whatever was measured before."""
-    settings = launch.DEFAULTS[launch._architecture(device)][kernel]
+    settings = launch.DEFAULTS[launch.architecture(device)][kernel]
     return settings[min(settings, key=lambda n: abs(math.log2(n / channels)))]
 
 
@@ -199,12 +199,13 @@ def candidates(default: Setting, channels: int, sums: bool) -> list[Setting]:
     return found
 
 
-def without_spills(search: Search, settings: Sequence[Setting], arch: int) -> list[Setting]:
-    """The first setting, and those whose kernels compile and keep no loop's values in local memory,
-    which `sfkernels.check` would refuse. All are compiled side by side, into Triton's cache."""
+def within_bounds(search: Search, settings: Sequence[Setting], arch: int) -> list[Setting]:
+    """The first setting, and those whose kernels compile and hold the bounds of `sfkernels.check`
+    (all but that on narrow loads, which is a case's). All are compiled side by side, into Triton's
+    cache."""
     kinds = [replace(s, per_sm=1, why="") if isinstance(s, Rows) else s for s in settings]
     unique = list(dict.fromkeys(kinds))
-    work = functools.partial(_compiles, search.kernel, search.channels, arch)
+    work = functools.partial(_holds_bounds, search.kernel, search.channels, arch)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         fine = dict(zip(unique, pool.map(work, unique), strict=True))
@@ -212,15 +213,17 @@ def without_spills(search: Search, settings: Sequence[Setting], arch: int) -> li
     return [settings[0], *(setting for setting, kind in rest if fine[kind])]
 
 
-def _compiles(kernel: str, channels: int, arch: int, setting: Setting) -> bool:
-    """Whether all kernels of a launcher compile for an architecture without spills in a loop."""
+def _holds_bounds(kernel: str, channels: int, arch: int, setting: Setting) -> bool:
+    """Whether all kernels of a launcher compile for an architecture within its bounds."""
     fine = True
 
-    def compile_only(jit: Any, args: Sequence[Any], **options: Any) -> None:
+    def compile_only(jit: Any, args: Sequence[Any], *, num_warps: int, **options: Any) -> None:
         nonlocal fine
+        out = check.Compiled(check.kernel_name(jit), "", kernel, arch, warps=num_warps)
         try:
-            fine = fine and not check.spills(jit.warmup(*args, grid=(1,), **options), arch)
-        except Exception:  # the compiler's: out of shared memory, say
+            check.examine(jit.warmup(*args, grid=(1,), num_warps=num_warps, **options), out)
+            fine = fine and not check.judge(out, narrow=sys.maxsize)
+        except Exception:  # the compiler's
             fine = False
 
     os.environ.pop("TRITON_INTERPRET", None)
@@ -251,7 +254,7 @@ def tune(
     default = untuned(search.kernel, device, search.channels)
     every = candidates(default, search.channels, search.kernel.endswith("_bwd"))
     if device.type == "cuda" and search.channels > 1:
-        every = without_spills(search, every, launch._architecture(device))
+        every = within_bounds(search, every, launch.architecture(device))
     # Milliseconds of each candidate in each size; one that is wrong or fails drops out.
     times: dict[Setting, list[float]] = {setting: [] for setting in every}
     of_copy: list[float] = []
@@ -388,7 +391,7 @@ def run(
     """Searches kernel after kernel until `seconds` are over, and writes after each."""
     deadline = time.monotonic() + seconds
     gc.freeze()  # capturing a graph collects garbage first, hundreds of times here
-    arch, here = launch._architecture(device), machine(device)
+    arch, here = launch.architecture(device), machine(device)
     found: dict[str, list[Any]] = {}
     for search in searches(device):
         name = search.kernel + (f" at {search.channels} channels" * (search.channels > 1))

@@ -322,11 +322,18 @@ def judge(out: Compiled, narrow: int) -> list[str]:
     return broken
 
 
-def spills(binary: Any, arch: int) -> bool:
-    """Whether a compiled kernel goes to local memory in a loop, or needs more than fits."""
-    out = Compiled("", "", "", arch, shared=binary.metadata.shared)
-    read_sass(_disassemble(binary.asm["cubin"]), out)
-    return out.looped > 0 or out.local > PARKED or out.shared > LIMITS[arch].program_kib * 1024
+def kernel_name(kernel: Any) -> str:
+    return str(kernel.__name__).strip("_").removesuffix("_kernel")
+
+
+def examine(binary: Any, out: Compiled) -> None:
+    """Fills in what a compiled kernel needs and is made of."""
+    if binary.hash not in _said_of:
+        _said_of[binary.hash] = _disassemble(binary.asm["cubin"])
+    out.shared = binary.metadata.shared
+    read_usage(_said_of[binary.hash], out)
+    read_sass(_said_of[binary.hash], out)
+    out.fp64 = out.fp64 or len(re.findall(r"\.f64\b", binary.asm["ptx"]))
 
 
 def compile_case(index: int, arch: int) -> list[Compiled]:
@@ -336,17 +343,10 @@ def compile_case(index: int, arch: int) -> list[Compiled]:
     done: list[Compiled] = []
 
     def record(kernel: Any, args: Sequence[Any], *, num_warps: int, **meta: Any) -> None:
-        name = kernel.__name__.strip("_").removesuffix("_kernel")
-        out = Compiled(name, case.name, case.launcher, arch, warps=num_warps)
+        out = Compiled(kernel_name(kernel), case.name, case.launcher, arch, warps=num_warps)
         done.append(out)
         try:
-            binary = kernel.warmup(*args, grid=(1,), num_warps=num_warps, **meta)
-            if binary.hash not in _said_of:
-                _said_of[binary.hash] = _disassemble(binary.asm["cubin"])
-            out.shared = binary.metadata.shared
-            read_usage(_said_of[binary.hash], out)
-            read_sass(_said_of[binary.hash], out)
-            out.fp64 = out.fp64 or len(re.findall(r"\.f64\b", binary.asm["ptx"]))
+            examine(kernel.warmup(*args, grid=(1,), num_warps=num_warps, **meta), out)
         except Exception as error:  # the compiler's; whatever it is, the other cases go on
             out.broken.append(f"does not compile: {_first_line(error)}")
         else:

@@ -58,8 +58,7 @@ def _check_kernel_tensors(
     for name, t in tensors.items():
         if t is None:
             continue
-        if t.device != device:
-            raise ValueError(f"{name} is on {t.device}: must be on {device}, as the others")
+        check_device(name, t, device)
         if t.dtype not in _KERNEL_DTYPES:
             raise ValueError(
                 f"{name} is {t.dtype}: impl={impl!r} takes float32, bfloat16 and float16 "
@@ -88,3 +87,14 @@ def check_same(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
         got, want = getattr(tensor, what), getattr(like, what)
         if got != want:
             raise ValueError(f"{name} has {what} {got}: must be {want}, as {like_name}")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raises ValueError unless `tensor` is on `device`."""
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}: must be on {device}, as the others")
+
+
+def contiguous_like(tensor: Tensor, *_: Any) -> Tensor:
+    """An empty contiguous tensor of the same shape, dtype and device: what an op returns for it."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)

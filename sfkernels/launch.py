@@ -110,14 +110,14 @@ def rows(kernel: str, device: torch.device, channels: int) -> Rows:
             f"tokens have {channels} channels: the Triton kernels hold a token in registers and "
             f"take at most {LARGEST_ROW}; use impl='reference'"
         )
-    setting = overrides.get(kernel) or _setting(kernel, _architecture(device), channels)
+    setting = overrides.get(kernel) or _setting(kernel, architecture(device), channels)
     assert isinstance(setting, Rows)
     return setting
 
 
 def flat(kernel: str, device: torch.device) -> Flat:
     """The setting of an elementwise kernel."""
-    setting = overrides.get(kernel) or _setting(kernel, _architecture(device), 1)
+    setting = overrides.get(kernel) or _setting(kernel, architecture(device), 1)
     assert isinstance(setting, Flat)
     return setting
 
@@ -136,7 +136,7 @@ def multiprocessors(device: torch.device) -> int:
     return 2  # under the interpreter: more than one, so that partial sums are summed
 
 
-def _architecture(device: torch.device) -> int:
+def architecture(device: torch.device) -> int:
     """The newest architecture with settings that the device is not older than."""
     return _capability(device) if device.type == "cuda" else target or 90
 

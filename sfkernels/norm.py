@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from sfkernels import reference
-from sfkernels.dispatch import check_same, check_shape, choose, kernel
+from sfkernels.dispatch import (
+    check_device,
+    check_same,
+    check_shape,
+    choose,
+    contiguous_like,
+    kernel,
+)
 
 
 def layer_norm(
@@ -136,7 +143,7 @@ def _norm(
 
 @_norm.register_fake
 def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _contiguous_like(x), _stats(x)
+    return contiguous_like(x), _stats(x)
 
 
 @torch.library.custom_op("sfkernels::norm_bwd", mutates_args=())
@@ -159,7 +166,7 @@ def _norm_bwd(
 
 @_norm_bwd.register_fake
 def _(dout: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, *_: Any) -> Any:
-    return _contiguous_like(x), _contiguous_like(scale), _contiguous_like(shift, x)
+    return contiguous_like(x), contiguous_like(scale), _or_empty(shift, x)
 
 
 def _norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -195,7 +202,7 @@ def _residual_norm(
 
 @_residual_norm.register_fake
 def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _contiguous_like(x), _contiguous_like(x), _stats(x)
+    return contiguous_like(x), contiguous_like(x), _stats(x)
 
 
 @torch.library.custom_op("sfkernels::residual_norm_bwd", mutates_args=())
@@ -231,9 +238,9 @@ def _(
     shift: Tensor,
     *_: Any,
 ) -> Any:
-    dy = _contiguous_like(None if gate is None else residual, residual)
-    dgate = _contiguous_like(gate, residual)
-    return _contiguous_like(residual), dy, dgate, _contiguous_like(scale), _contiguous_like(shift)
+    dy = _or_empty(None if gate is None else residual, residual)
+    dmodulations = _or_empty(gate, residual), contiguous_like(scale), contiguous_like(shift)
+    return contiguous_like(residual), dy, *dmodulations
 
 
 def _residual_norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -270,12 +277,9 @@ def _dense(grad: Tensor) -> Tensor:
     return grad if grad.shape[-1] == 1 or grad.stride(-1) == 1 else grad.contiguous()
 
 
-def _contiguous_like(t: Tensor | None, otherwise: Tensor | None = None) -> Tensor:
-    """An empty tensor of the same shape; for None one without elements, otherwise's dtype."""
-    if t is None:
-        assert otherwise is not None
-        return otherwise.new_empty(0)
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
+def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:
+    """For an output that is absent, a tensor without elements."""
+    return like.new_empty(0) if t is None else contiguous_like(t)
 
 
 def _check_residual(x_BLC: Tensor, y_BLC: Tensor) -> None:
@@ -287,8 +291,7 @@ def _check_affine(x_BLC: Tensor, **affine: Tensor) -> None:
     check_shape("x", x_BLC, ("B", "L", "C"))
     for name, t in affine.items():
         check_shape(name, t, (x_BLC.shape[-1],))
-        if t.device != x_BLC.device:
-            raise ValueError(f"{name} is on {t.device}: must be on {x_BLC.device}, as x")
+        check_device(name, t, x_BLC.device)
 
 
 def _check_modulation(x_BLC: Tensor, **modulation: Tensor | None) -> None:
@@ -309,5 +312,4 @@ def _check_modulation(x_BLC: Tensor, **modulation: Tensor | None) -> None:
                 f"{name} has shape {[*m.shape]}: must be [1 or {batch}, frames, {channels}] with "
                 f"frames 1 or the same for all, a divisor of the {tokens} tokens"
             )
-        if m.device != x_BLC.device:
-            raise ValueError(f"{name} is on {m.device}: must be on {x_BLC.device}, as x")
+        check_device(name, m, x_BLC.device)

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from sfkernels import reference
-from sfkernels.dispatch import check_same, check_shape, choose, kernel
+from sfkernels.dispatch import (
+    check_device,
+    check_same,
+    check_shape,
+    choose,
+    contiguous_like,
+    kernel,
+)
 
 
 def rope_table(
@@ -99,8 +106,7 @@ def qk_norm_rope_append(
             f"slot_F names {len(slot_F)} frames: {tokens} tokens and a ring of "
             f"{k_ring_BSHD.shape[1]} must be whole frames"
         )
-    if slot_F.device != qkv_BLC.device:
-        raise ValueError(f"slot_F is on {slot_F.device}: must be on {qkv_BLC.device}, as qkv")
+    check_device("slot_F", slot_F, qkv_BLC.device)
     args = qkv_BLC, q_weight_C, k_weight_C, table_LP2, k_ring_BSHD, v_ring_BSHD
     impl = _choose(impl, *args)
     if impl == "reference":
@@ -166,7 +172,7 @@ def _qk_norm_rope_bwd(
 @_qk_norm_rope_bwd.register_fake
 def _(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, *weights_and_rest: Any) -> Any:
     inputs = qkv, *weights_and_rest[:2]
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs)
+    return tuple(contiguous_like(t) for t in inputs)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:

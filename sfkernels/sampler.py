@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sfkernels import reference
-from sfkernels.dispatch import check_shape, choose, kernel
+from sfkernels.dispatch import check_device, check_shape, choose, contiguous_like, kernel
 
 
 class Noise(NamedTuple):
@@ -117,7 +117,7 @@ def dmd_gradient(x: Tensor, real_x0: Tensor, fake_x0: Tensor, *, impl: str = "au
         raise ValueError(f"x has shape {[*x.shape]}: must be [B, ...]")
     for name, other in (("real_x0", real_x0), ("fake_x0", fake_x0)):
         check_shape(name, other, tuple(x.shape))
-        _check_device(name, other, x.device)
+        check_device(name, other, x.device)
     impl = choose("sampler", impl, x.device, x=x, real_x0=real_x0, fake_x0=fake_x0)
     if impl == "reference":
         return reference.dmd_gradient(x, real_x0, fake_x0)
@@ -164,7 +164,7 @@ def _sampler_step(
 def _(
     x: Tensor, flow: Tensor, uncond: Tensor | None, sigma: Tensor, next_sigma: Any, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    return _contiguous_like(x), x.new_empty(0) if next_sigma is None else _contiguous_like(x)
+    return contiguous_like(x), x.new_empty(0) if next_sigma is None else contiguous_like(x)
 
 
 @torch.library.custom_op("sfkernels::euler_step", mutates_args=())
@@ -189,10 +189,8 @@ def _dmd_gradient(x: Tensor, real_x0: Tensor, fake_x0: Tensor, impl: str) -> Ten
     return out
 
 
-@_dmd_gradient.register_fake
-@_euler_step.register_fake
-def _contiguous_like(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+_euler_step.register_fake(contiguous_like)
+_dmd_gradient.register_fake(contiguous_like)
 
 
 # Steps are linear in x and the flows: their gradients are a factor per frame.
@@ -240,7 +238,7 @@ def _check_step(
     for name, other in tensors.items():
         if other is not None:
             check_shape(name, other, tuple(x.shape))
-            _check_device(name, other, x.device)
+            check_device(name, other, x.device)
     for name, s in sigmas.items():
         if s is None:
             continue
@@ -249,7 +247,7 @@ def _check_step(
                 f"{name} has shape {[*s.shape]} and dtype {s.dtype}: must be [], [{x.shape[0]}] or "
                 f"{[*x.shape[:2]]} and floating point"
             )
-        _check_device(name, s, x.device)
+        check_device(name, s, x.device)
 
 
 def _check_noise(noise: Noise, shape: Sequence[int], device: torch.device) -> None:
@@ -267,9 +265,4 @@ def _check_noise(noise: Noise, shape: Sequence[int], device: torch.device) -> No
     if not 0 <= draw < 2**31:
         raise ValueError(f"draw={draw}: must be in 0..2³¹ − 1")
     for name, t in (("seed_B", seed_B), ("frame_F", frame_F)):
-        _check_device(name, t, device)
-
-
-def _check_device(name: str, t: Tensor, device: torch.device) -> None:
-    if t.device != device:
-        raise ValueError(f"{name} is on {t.device}: must be on {device}, as the others")
+        check_device(name, t, device)

@@ -59,7 +59,7 @@ def check(
     gradients: bool = True,
     impl: str = "triton",
 ) -> None:
-    """Compares an op under `impl` with the reference by the rule above.
+    """Compares an op under `impl` with the reference by the rule.
 
     tensors: float64 arguments of `op`, in order; those at the indices in `wide` stay in float32
     where the others are cast to `dtype`. Other dtypes than float64 are handed on as they are."""
@@ -67,7 +67,7 @@ def check(
               for i, t in enumerate(tensors)]  # fmt: skip
     upstream: list[Tensor] = []
 
-    def run(impl: str, inputs: Sequence[Tensor], names: str) -> list[Tensor]:
+    def run(impl: str, inputs: Sequence[Tensor]) -> list[Tensor]:
         leaves = [t.detach().requires_grad_(gradients and t.is_floating_point()) for t in inputs]
         out = op(*leaves, impl=impl)
         outs = [out] if isinstance(out, Tensor) else [*out]
@@ -80,10 +80,10 @@ def check(
         return [*(o.detach() for o in outs), *torch.autograd.grad(outs, wanted, grads)]
 
     # The exact result is that of the inputs as rounded to `dtype`.
-    exact = run("reference", [_double(t) for t in narrow], "exact")
-    eager = run("reference", narrow, "eager")
+    exact = run("reference", [_double(t) for t in narrow])
+    eager = run("reference", narrow)
     with nan_filled():
-        ours = run(impl, narrow, "kernel")
+        ours = run(impl, narrow)
     for i, (got, plain, want) in enumerate(zip(ours, eager, exact, strict=True)):
         close_as_eager(f"result {i}", got, plain, want)
 

@@ -176,7 +176,7 @@ def test_the_tuner_writes_what_launch_reads(
         tune.Work(f"{n} x 1536", 10**8, lambda d: [torch.ones(4, device=d)], run) for n in (1, 2)
     )
     monkeypatch.setattr(tune, "searches", lambda _: [tune.Search("norm_fwd", 1536, works)])
-    arch = launch._architecture(CPU)
+    arch = launch.architecture(CPU)
     tune.write(tmp_path, arch, {}, {"norm_fwd": [{"channels": 5120, "rows": 1, "per_thread": 32}]})
     found = tune.run(CPU, tmp_path, seconds=60)
     assert found["norm_fwd"][0]["rows"] == best.rows

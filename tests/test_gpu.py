@@ -65,7 +65,7 @@ def test_qk_norm_rope_at_real_shapes(frames: int, heads: int, dtype: torch.dtype
 
 
 def test_kernels_replay_in_a_graph() -> None:
-    """Slots, frame indices and σ are read when the graph runs, not when it is captured."""
+    """Slots and frame indices are read when the graph runs, not when it is captured."""
     frames, tokens = 2, 2 * math.prod(GRID)
     qkv, weight = rand(1, tokens, 3 * 32, dtype=torch.float32), rand(32, dtype=torch.float32)
     rings = rand(2, 1, 2 * tokens, 2, 16, dtype=torch.float32)

@@ -13,6 +13,8 @@ bench/results/kernels-h200.json.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -236,34 +238,22 @@ def norm_fwd(
     """x' = x + gate·y (None without y), out = norm(x')·(plus_one + scale) + shift, and what the
     backward pass wants to know of each row, [B, L, 2] float32: its mean (0 if not centred) and
     1/σ."""
-    batch, tokens, channels = x_BLC.shape
-    frames = _frames(gate_BFC, scale_BFC, shift_BFC)
+    grid, constants = _plan(
+        "fwd", y_BLC is not None, x_BLC, gate_BFC, scale_BFC, shift_BFC, centred, plus_one
+    )
+    batch, tokens, _ = x_BLC.shape
     out_BLC = torch.empty_like(x_BLC, memory_format=torch.contiguous_format)
     residual_BLC = None if y_BLC is None else torch.empty_like(out_BLC)
     stats_BL2 = torch.empty(batch, tokens, 2, dtype=torch.float32, device=x_BLC.device)
-    block = triton.next_power_of_2(channels)
-    form = _form(y_BLC is not None, plus_one)
-    setting = launch.rows(f"{form}_fwd", x_BLC.device, channels)
-    tiles = triton.cdiv(tokens // frames, setting.rows)
-    strips = launch.strips(setting, x_BLC.device, tiles, frames * batch)
     launch.run(
         _norm_fwd_kernel,
-        (strips, frames, batch),
+        grid,
         (
             *(x_BLC, y_BLC, gate_BFC, scale_BFC, shift_BFC, residual_BLC, out_BLC),
-            *(stats_BL2, tokens // frames, eps),
+            *(stats_BL2, tokens // grid[1], eps),
             *launch.outer_strides(x_BLC, y_BLC, gate_BFC, scale_BFC, shift_BFC),
         ),
-        num_warps=setting.warps(block),
-        C=channels,
-        HAS_RESIDUAL=y_BLC is not None,
-        HAS_GATE=gate_BFC is not None,
-        HAS_SHIFT=shift_BFC is not None,
-        CENTRED=centred,
-        PLUS_ONE=plus_one,
-        BLOCK_ROWS=setting.rows,
-        BLOCK_C=block,
-        STAGES=setting.stages,
+        **constants,
     )
     return residual_BLC, out_BLC, stats_BL2
 
@@ -282,36 +272,26 @@ def norm_bwd(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """dx, dy, dgate, dscale, dshift; x is the x' of the forward pass where that had a residual.
     Without a gate dy is dx, and None is returned for it."""
-    batch, tokens, channels = x_BLC.shape
-    frames = _frames(gate_BFC, scale_BFC, shift_BFC)
+    grid, constants = _plan(
+        "bwd", dresidual_BLC is not None, x_BLC, gate_BFC, scale_BFC, shift_BFC, centred, plus_one
+    )
+    strips, frames, batch = grid
     dx_BLC = torch.empty_like(x_BLC, memory_format=torch.contiguous_format)
     dy_BLC = None if gate_BFC is None else torch.empty_like(dx_BLC)
-    block = triton.next_power_of_2(channels)
-    form = _form(dresidual_BLC is not None, plus_one)
-    setting = launch.rows(f"{form}_bwd", x_BLC.device, channels)
-    tiles = triton.cdiv(tokens // frames, setting.rows)
-    strips = launch.strips(setting, x_BLC.device, tiles, frames * batch)
     modulations = [m for m in (scale_BFC, shift_BFC, gate_BFC) if m is not None]
-    partial_KSBFC = empty_partials(len(modulations), strips, batch, frames, channels, x_BLC.device)
+    partial_KSBFC = empty_partials(
+        len(modulations), strips, batch, frames, x_BLC.shape[2], x_BLC.device
+    )
     launch.run(
         _norm_bwd_kernel,
-        (strips, frames, batch),
+        grid,
         (
             *(dresidual_BLC, dout_BLC, x_BLC, y_BLC, gate_BFC, scale_BFC, stats_BL2),
-            *(dx_BLC, dy_BLC, partial_KSBFC, tokens // frames),
+            *(dx_BLC, dy_BLC, partial_KSBFC, x_BLC.shape[1] // frames),
             *launch.outer_strides(dresidual_BLC, dout_BLC, x_BLC, y_BLC, gate_BFC, scale_BFC),
         ),
-        num_warps=setting.warps(block),
-        C=channels,
-        HAS_RESIDUAL=dresidual_BLC is not None,
-        HAS_GATE=gate_BFC is not None,
-        HAS_SHIFT=shift_BFC is not None,
-        CENTRED=centred,
-        PLUS_ONE=plus_one,
-        KEEP=setting.stages > 1,
-        BLOCK_ROWS=setting.rows,
-        BLOCK_C=block,
-        STAGES=setting.stages,
+        **constants,
+        KEEP=constants["STAGES"] > 1,
     )
     dscale_BFC, *others = sum_partials(partial_KSBFC, modulations)
     dshift_BFC = others.pop(0) if shift_BFC is not None else None
@@ -319,10 +299,34 @@ def norm_bwd(
     return dx_BLC, dy_BLC, dgate_BFC, dscale_BFC, dshift_BFC
 
 
-def _form(residual: bool, modulated: bool) -> str:
-    """Forms of the two kernels that move different numbers of bytes have settings of their own."""
-    return "residual_norm" if residual else "adaln" if modulated else "norm"
-
-
-def _frames(*modulations: Tensor | None) -> int:
-    return max(m.shape[1] for m in modulations if m is not None)
+def _plan(
+    way: str,
+    residual: bool,
+    x_BLC: Tensor,
+    gate_BFC: Tensor | None,
+    scale_BFC: Tensor,
+    shift_BFC: Tensor | None,
+    centred: bool,
+    plus_one: bool,
+) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """The grid, (strips, frames, batch), and the constants of both kernels. Forms that move
+    different numbers of bytes have settings of their own."""
+    batch, tokens, channels = x_BLC.shape
+    frames = max(m.shape[1] for m in (gate_BFC, scale_BFC, shift_BFC) if m is not None)
+    form = "residual_norm" if residual else "adaln" if plus_one else "norm"
+    setting = launch.rows(f"{form}_{way}", x_BLC.device, channels)
+    tiles = triton.cdiv(tokens // frames, setting.rows)
+    strips = launch.strips(setting, x_BLC.device, tiles, frames * batch)
+    block = triton.next_power_of_2(channels)
+    return (strips, frames, batch), {
+        "num_warps": setting.warps(block),
+        "C": channels,
+        "HAS_RESIDUAL": residual,
+        "HAS_GATE": gate_BFC is not None,
+        "HAS_SHIFT": shift_BFC is not None,
+        "CENTRED": centred,
+        "PLUS_ONE": plus_one,
+        "BLOCK_ROWS": setting.rows,
+        "BLOCK_C": block,
+        "STAGES": setting.stages,
+    }
