@@ -54,7 +54,26 @@ class Flat:
     why: str = ""
 
 
-Setting = Rows | Flat
+@dataclass(frozen=True)
+class Tile:
+    """An attention kernel: a program keeps a tile of tokens in place (queries; in the backward pass
+    of keys and values, keys) and visits the tiles of the other side one by one.
+
+    keep, visit: tokens of such tiles. warps: of a program (of each consumer, where warps are
+    specialised). stages: visited tiles in shared memory at once. per_sm: programs per
+    multiprocessor, each of which loops over tiles to keep (0: one program a tile). why: reason or
+    measurement.
+    """
+
+    keep: int
+    visit: int
+    warps: int
+    stages: int
+    per_sm: int = 0
+    why: str = ""
+
+
+Setting = Rows | Flat | Tile
 
 _FEW_BYTES = "too few bytes to matter: latency of one launch"
 _AS_H200 = "won at this size on an H200, or came within 3% with less shared memory; measured there"
@@ -75,6 +94,13 @@ _DEFAULTS: dict[str, dict[int, Setting]] = {
     "qk_norm_rope_bwd": {1536: Rows(1, 32, 8, why=_AS_H200), 5120: Rows(1, 32, 4, why=_UNMEASURED)},
     "rope_table": {64: Rows(16, 8, why=_FEW_BYTES)},
     "sampler": {1: Flat(512, 4, why=_FEW_BYTES)},
+    # Attention, by the bytes of a head's row.
+    "attention_fwd": {256: Tile(128, 64, 8, 2, why=_UNMEASURED)},
+    "attention_dkdv": {256: Tile(64, 64, 4, 2, why=_UNMEASURED)},
+    "attention_dq": {256: Tile(64, 64, 4, 2, why=_UNMEASURED)},
+    "hopper_fwd": {256: Tile(128, 128, 4, 2, why=_UNMEASURED)},
+    "hopper_dkdv": {256: Tile(128, 64, 4, 2, why=_UNMEASURED)},
+    "hopper_dq": {256: Tile(128, 64, 4, 3, why=_UNMEASURED)},
 }
 # Where tuned/ has no file, nothing was measured on that architecture: the same reasoning holds on
 # all four, whose register files are equal. What does not fit one of them is found by
@@ -119,6 +145,13 @@ def flat(kernel: str, device: torch.device) -> Flat:
     """The setting of an elementwise kernel."""
     setting = overrides.get(kernel) or _setting(kernel, architecture(device), 1)
     assert isinstance(setting, Flat)
+    return setting
+
+
+def tile(kernel: str, device: torch.device, head_bytes: int) -> Tile:
+    """The setting of an attention kernel for heads whose rows have so many bytes."""
+    setting = overrides.get(kernel) or _setting(kernel, architecture(device), head_bytes)
+    assert isinstance(setting, Tile)
     return setting
 
 

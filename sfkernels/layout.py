@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -189,6 +189,21 @@ class BlockLayout:
         if title:
             ax.set_title(title, fontsize=8)
         return ax
+
+
+def transpose(rows: Sequence[Row], keys: int) -> tuple[tuple[Span, tuple[Span, ...]], ...]:
+    """The pattern of `rows` from the side of its `keys`: runs of keys, which cover all of them,
+    each with the spans of queries that see it (none, for a key that nobody sees)."""
+    edges = sorted({0, keys, *(edge for row in rows for span in row.keys for edge in span)})
+    runs: list[tuple[Span, tuple[Span, ...]]] = []
+    for lo, hi in pairwise(edges):
+        seen = tuple(
+            _merge([row.queries for row in rows if any(a <= lo and hi <= b for a, b in row.keys)])
+        )
+        if runs and runs[-1][1] == seen:
+            lo = runs.pop()[0][0]
+        runs.append(((lo, hi), seen))
+    return tuple(runs)
 
 
 def chunk_sizes(frames: int, chunk: int, first: int | None = None) -> tuple[int, ...]:

@@ -1,0 +1,65 @@
+"""What the attention kernels are told about a pattern: small tables of tiles and spans, and into how
+many parts the keys of a stream are split.
+
+A pattern is a list of rows: a run of tokens to keep in place, and the spans of tokens that each of
+them visits. Tiles never cross from one row into the next, so that all tokens of a tile visit the
+same spans: every visited tile but the last of a span is whole and takes no mask.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sfkernels.layout import Span
+
+Rows = tuple[tuple[Span, tuple[Span, ...]], ...]
+
+
+class Tiles(NamedTuple):
+    """tiles: int32 [T, 4], of each tile its first token and the one past its last, and the first of
+    its spans and the one past its last. Those with the most to visit come first. spans: int32
+    [N, 2], half-open; the prefix's come first, and every tile visits them before its own."""
+
+    tiles: Tensor
+    spans: Tensor
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a table made under inference mode may be needed for training
+def tile_table(rows: Rows, prefix: tuple[Span, ...], keep: int, device: torch.device) -> Tiles:
+    """The tables of a pattern for tiles of `keep` tokens."""
+    tiles: list[tuple[int, int, int, int]] = []
+    spans = [*prefix]
+    for (start, end), visited in sorted(rows, key=lambda row: -sum(hi - lo for lo, hi in row[1])):
+        first = len(spans)
+        spans += visited
+        tiles += [(t, min(t + keep, end), first, len(spans)) for t in range(start, end, keep)]
+    return Tiles(
+        torch.tensor(tiles, dtype=torch.int32, device=device),
+        torch.tensor(spans or [(0, 0)], dtype=torch.int32, device=device),
+    )
+
+
+def visits(rows: Rows, prefix: Sequence[Span], keep: int, visit: int) -> int:
+    """How many tiles of `visit` tokens the tiles of `keep` tokens visit in all: the kernels' work,
+    and what tests count."""
+    return sum(
+        -(-(end - start) // keep) * sum(-(-(hi - lo) // visit) for lo, hi in (*prefix, *visited))
+        for (start, end), visited in rows
+    )
+
+
+def key_splits(programs: int, at_once: int, tiles: int) -> int:
+    """Into how many parts to split the `tiles` tiles of keys that each of `programs` programs
+    visits, on a GPU that runs `at_once` of them: the number with the shortest time, in which the
+    waves are full, but every part more costs the pass that combines them about 1.5%."""
+
+    def time(parts: int) -> float:
+        return -(-programs * parts // at_once) / parts * (1 + 0.015 * (parts - 1))
+
+    return min(range(1, max(min(tiles, 16), 1) + 1), key=time)
