@@ -25,14 +25,14 @@ import torch
 from rich.table import Table
 
 import sfkernels as sf
-from bench import kernels, timing
+from bench import attention, attention_cases, kernels, timing
 from bench.machine import machine, said
 from sfkernels import launch
 from sfmodel.files import atomic
 
 ROOT = Path(__file__).parent.parent
 TOTAL = 530.0  # seconds
-TESTS = ("norm", "rope", "sampler", "registration", "gpu")
+TESTS = ("norm", "rope", "sampler", "attention", "hopper", "hopper_bwd", "registration", "gpu")
 SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
 ITSELF = (sys.executable, "-m", "bench.gpu")
@@ -50,7 +50,8 @@ def tests(folder: Path, seconds: float) -> dict[str, Any]:
     xml.unlink(missing_ok=True)
     options = ["-q", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={xml}"]
     if importlib.util.find_spec("xdist"):
-        options += ["-n", "8"]  # most of the time goes into compiling
+        processes = min(os.cpu_count() or 1, 16)
+        options += ["-n", str(processes)]  # most of the time goes into compiling
     out = command([sys.executable, "-m", "pytest", *options, *files], seconds)
     out |= read_junit(xml) if xml.exists() else {"counts": {}, "failures": []}
     return out
@@ -125,24 +126,44 @@ def launch_every_kernel() -> None:
     sigma, after = torch.tensor(0.9, device=device), torch.tensor(0.6, device=device)
     sf.euler_step(x, x, sigma, after, uncond_flow=x, guidance=5.0, impl="triton")
     torch.cuda.synchronize()
+    launch_attention(device)
 
 
-def times(folder: Path, seconds: float) -> dict[str, Any]:
-    """`bench kernels`. In a process of its own, so that a fault there ends nothing else."""
-    # A case that has begun is not cut: torch.compile of the largest takes about half a minute.
-    limit = ["--seconds", str(max(seconds - 45, 10)), "--out", str(folder)]
-    file = folder / "kernels.json"
+def launch_attention(device: torch.device) -> None:
+    """Every pattern by every implementation of ours, with tiles that end inside a frame."""
+    # The head dim of the part before, so that most of these kernels are compiled already.
+    odd = attention_cases.Sizes(37, 2, 0, 128, 77, (6, 3), (6,), 5, 1, torch.bfloat16)
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    for case in attention_cases.cases(odd):
+        inputs = case.make(device)
+        for impl in attention.OURS if hopper else ("triton",):
+            op = functools.partial(kernels.sequence, functools.partial(case.ours, impl=impl))
+            upstream = [torch.randn_like(inputs[0])] if case.backward else []
+            kernels.results(op, inputs, upstream)
+            torch.cuda.synchronize()
+            print(f"{case.label}, {impl}", flush=True)
+    q, k, v, valid = next(attention_cases.cases(odd)).make(device)
+    table = torch.randn(k.shape[1], q.shape[3] // 2, 2, device=device)
+    sf.ring_attention(q, k, v, valid, k_table_SP2=table, impl="triton")
+    torch.cuda.synchronize()
+
+
+def times(command_name: str, tail: float, folder: Path, seconds: float) -> dict[str, Any]:
+    """`bench kernels` or `bench attention`. In a process of its own, so that a fault there ends
+    nothing else. tail: seconds that a case may take which has begun, as none is cut."""
+    limit = ["--seconds", str(max(seconds - tail, 10)), "--out", str(folder)]
+    file = folder / f"{command_name}.json"
     file.unlink(missing_ok=True)
-    out = command([sys.executable, "-m", "bench", "kernels", *limit], seconds)
+    out = command([sys.executable, "-m", "bench", command_name, *limit], seconds)
     if file.exists():
-        out["kernels"] = json.loads(file.read_text())
+        result = out[command_name] = json.loads(file.read_text())
         wrong = [
             f"{row['case']}: {name}: {c['failed']}"
-            for row in out["kernels"]["rows"]
+            for row in result["rows"]
             for name, c in row.get("contestants", {}).items()
             if "failed" in c
         ]
-        wrong += [f"{r['case']}: {r['failed']}" for r in out["kernels"]["rows"] if "failed" in r]
+        wrong += [f"{r['case']}: {r['failed']}" for r in result["rows"] if "failed" in r]
         out["failed"] = wrong
     return out
 
@@ -157,13 +178,15 @@ def streaming(folder: Path, seconds: float) -> dict[str, Any]:
     return out
 
 
-# Name, function, and the most seconds it may take.
+# Name, function, and the most seconds it may take: together no more than TOTAL. The largest case
+# of `bench kernels` takes about half a minute under torch.compile.
 PARTS: tuple[tuple[str, Part, float], ...] = (
-    ("tests", tests, 200.0),
-    ("check", check, 60.0),
-    ("sanitizer", sanitizer, 90.0),
-    ("kernels", times, 240.0),
-    ("streaming", streaming, 60.0),
+    ("tests", tests, 180.0),
+    ("check", check, 45.0),
+    ("attention", functools.partial(times, "attention", 15.0), 135.0),
+    ("sanitizer", sanitizer, 60.0),
+    ("kernels", functools.partial(times, "kernels", 40.0), 70.0),
+    ("streaming", streaming, 40.0),
 )
 
 
@@ -261,8 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"python -m bench gpu: {error}", file=sys.stderr)
         return 2
     console = kernels.plain_console()
-    if "kernels" in result["parts"].get("kernels", {}):
-        kernels.report(result["parts"]["kernels"]["kernels"], console)
+    for name, report in (("kernels", kernels.report), ("attention", attention.report)):
+        if name in result["parts"].get(name, {}):
+            report(result["parts"][name][name], console)
     table = Table("part", "seconds", "", title=said(result["machine"]))
     for name, out in result["parts"].items():
         table.add_row(name, f"{out['seconds']:.0f}", verdict(out))

@@ -32,7 +32,8 @@ from torch import Tensor
 from bench import timing
 from bench.machine import machine
 from sfkernels import check, launch
-from sfkernels.launch import Flat, Rows, Setting
+from sfkernels.launch import Flat, Rows, Setting, Tile
+from sfkernels.layout import BlockLayout
 from sfmodel.files import atomic
 
 FRAME = 1560  # tokens
@@ -42,17 +43,20 @@ LARGEST_TILE = 16384
 
 @dataclass(frozen=True)
 class Work:
-    """One size of a kernel. run: the launcher on one set of tensors, returning what it wrote."""
+    """One size of a kernel. run: the launcher on one set of tensors, returning what it wrote.
+    flops: of a kernel that multiplies matrices, whose bytes do not tell."""
 
     said: str
     nbytes: int
     make: Callable[[torch.device], list[Tensor]]
     run: Callable[..., Any]
+    flops: int = 0
 
 
 @dataclass(frozen=True)
 class Search:
-    """A kernel's setting for a number of channels (1 for elementwise kernels)."""
+    """A kernel's setting for a number of channels (1 for elementwise kernels, for attention the
+    bytes of a head's row)."""
 
     kernel: str
     channels: int
@@ -62,10 +66,66 @@ class Search:
 def searches(device: torch.device, channels: Sequence[int] = (1536, 5120)) -> Iterator[Search]:
     """The most valuable first: what runs most often per frame."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for kernel, works in _attention_works(256).items():
+        if launch.architecture(device) == 90 or not kernel.startswith("hopper"):
+            yield Search(kernel, 256, works)
     for count in channels:
         for kernel, works in _row_works(count, dtype).items():
             yield Search(kernel, count, works)
     yield Search("sampler", 1, (_sampler_work(),))
+
+
+def _attention_works(head_bytes: int) -> dict[str, tuple[Work, ...]]:
+    """A stream's chunk and frame over a full window, and a causal clip of 9 frames."""
+    heads, head_dim, window = 12, head_bytes // 2, 21 * FRAME
+    layout = BlockLayout.causal(9, 3, FRAME)
+    of_pair = 4 * heads * head_dim
+
+    def new(count: int, tokens: int, device: torch.device) -> list[Tensor]:
+        made = torch.randn(count, 1, tokens, heads, head_dim, device=device)
+        return [*made.to(torch.bfloat16)]
+
+    def ring(tokens: int, device: torch.device) -> list[Tensor]:
+        valid = torch.tensor(window, dtype=torch.int32, device=device)
+        return [*new(1, tokens, device), *new(2, window, device), valid]
+
+    def clip(device: torch.device) -> list[Tensor]:
+        """do, q, k, v, o; with an lse that leaves small probabilities."""
+        lse = torch.full((1, heads, layout.tokens), 20.0, device=device)
+        return [*new(5, layout.tokens, device), lse]
+
+    def stream(module: str, *t: Tensor) -> Any:
+        return kernels(module, "ring_attention")(*t, head_dim**-0.5)
+
+    def backward(module: str, *t: Tensor) -> Any:
+        launcher = kernels(module, "attention_bwd")
+        return launcher(*t, layout.rows, None, None, (), head_dim**-0.5)
+
+    def kernels(module: str, launcher: str) -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), launcher)
+        return found
+
+    works: dict[str, tuple[Work, ...]] = {}
+    for prefix, module in (("attention", "sfkernels.gpu"), ("hopper", "sfkernels.gpu.hopper")):
+        works[f"{prefix}_fwd"] = tuple(
+            Work(
+                f"{tokens} queries of {window} keys",
+                4 * window * heads * head_dim,
+                functools.partial(ring, tokens),
+                functools.partial(stream, module),
+                of_pair * tokens * window,
+            )
+            for tokens in (3 * FRAME, FRAME)
+        )
+        both = Work(
+            f"backward of {layout.tokens} tokens",
+            10 * layout.tokens * heads * head_dim,
+            clip,
+            functools.partial(backward, module),
+            of_pair * layout.pairs * 5 // 2,
+        )
+        works |= {f"{prefix}_dkdv": (both,), f"{prefix}_dq": (both,)}
+    return works
 
 
 def _row_works(channels: int, dtype: torch.dtype) -> dict[str, tuple[Work, ...]]:
@@ -180,6 +240,11 @@ def candidates(default: Setting, channels: int, sums: bool) -> list[Setting]:
     if isinstance(default, Flat):
         flats = [Flat(b, w) for b in (256, 512, 1024, 2048, 4096) for w in (1, 2, 4, 8)]
         return found + [f for f in flats if (f.block, f.warps) != (default.block, default.warps)]
+    if isinstance(default, Tile):
+        same = replace(default, why="")
+        # Warps are those of a consumer where they are specialised, and that is four.
+        tiles = itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4), (0, 1))
+        return found + [tile for t in tiles if (tile := Tile(*t)) != same]
     block = 2 ** math.ceil(math.log2(channels))
     seen = {replace(default, why="")}
     for rows, per_thread, stages, warps_per_sm in itertools.product(
@@ -217,7 +282,9 @@ def _holds_bounds(kernel: str, channels: int, arch: int, setting: Setting) -> bo
     """Whether all kernels of a launcher compile for an architecture within its bounds."""
     fine = True
 
-    def compile_only(jit: Any, args: Sequence[Any], *, num_warps: int, **options: Any) -> None:
+    def compile_only(
+        jit: Any, _: Sequence[int], args: Sequence[Any], *, num_warps: int, **options: Any
+    ) -> None:
         nonlocal fine
         out = check.Compiled(check.kernel_name(jit), "", kernel, arch, warps=num_warps)
         try:
@@ -229,7 +296,8 @@ def _holds_bounds(kernel: str, channels: int, arch: int, setting: Setting) -> bo
     os.environ.pop("TRITON_INTERPRET", None)
     check.use_driver(arch)
     launch.target, launch.recorder = arch, compile_only
-    work = _row_works(channels, torch.bfloat16)[kernel][0]
+    works = _attention_works(channels) | _row_works(channels, torch.bfloat16)
+    work = works[kernel][0]
     with using(kernel, setting):
         work.run(*work.make(torch.device("meta")))
     return fine
@@ -328,11 +396,12 @@ def _why(
     score: dict[Setting, float],
     of_copy: Sequence[float],
 ) -> str:
-    sizes = [
-        f"{1e3 * ms:.1f} us at {work.said}, {100 * timing.gbps(work.nbytes, ms) / copied:.0f}% of "
-        "a copy"
-        for work, ms, copied in zip(search.works, times[best], of_copy, strict=False)
-    ]
+    sizes = []
+    for work, ms, copied in zip(search.works, times[best], of_copy, strict=False):
+        rate = f"{100 * timing.gbps(work.nbytes, ms) / copied:.0f}% of a copy"
+        if work.flops:
+            rate = f"{work.flops / ms / 1e9:.0f} TFLOP/s"
+        sizes.append(f"{1e3 * ms:.1f} us at {work.said}, {rate}")
     if len(order) > 1:
         second = order[1]
         sizes.append(f"next best {_said(second)} {score[second] / score[best]:.3f} x")

@@ -1,6 +1,11 @@
 """Kernels for streaming video from autoregressive diffusion models."""
 
-from sfkernels.attention import block_causal_attention, cross_attention, ring_attention
+from sfkernels.attention import (
+    Prefix,
+    block_causal_attention,
+    cross_attention,
+    ring_attention,
+)
 from sfkernels.kv_cache import RingKVCache
 from sfkernels.layout import BlockLayout, Visibility
 from sfkernels.norm import adaln, gated_adaln, gated_layer_norm, layer_norm, rms_norm
@@ -12,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockLayout",
     "Noise",
+    "Prefix",
     "RingKVCache",
     "Visibility",
     "adaln",

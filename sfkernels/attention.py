@@ -1,13 +1,32 @@
-"""Attention of a training pass under a BlockLayout, and of a streaming chunk over a ring.
+"""Attention of a training pass under a BlockLayout, of a streaming chunk over a ring, and to text.
 Shapes are named as in reference.py."""
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
 
-from sfkernels import reference
-from sfkernels.dispatch import check_same, check_shape, choose
-from sfkernels.layout import BlockLayout
+from sfkernels import dense, reference
+from sfkernels.dispatch import check_device, check_same, check_shape, choose, kernel
+from sfkernels.layout import BlockLayout, Row, Span
+
+
+class Prefix(NamedTuple):
+    """Past keys and values that all queries of a pass see beside their own, and that take no
+    gradient: the cache of a self-forcing rollout (arXiv 2506.08009, section 3.3).
+
+    k, v [B, P, H, D]; spans: the tokens of them that are seen, half-open, None for all. They are
+    read again in the backward pass and must not change before it.
+    """
+
+    k_BPHD: Tensor
+    v_BPHD: Tensor
+    spans: tuple[Span, ...] | None = None
 
 
 def block_causal_attention(
@@ -16,20 +35,37 @@ def block_causal_attention(
     v_BLHD: Tensor,
     layout: BlockLayout,
     *,
+    prefix: Prefix | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Softmax attention where `layout` says who sees whom.
 
-    q, k, v [B, layout.tokens, H, D]; scale defaults to D^-½. Returns [B, L, H, D]. Raises
-    ValueError for shapes that do not fit the layout or each other (grouped-query attention, fewer
-    key heads than query heads, is not offered)."""
+    q, k, v [B, layout.tokens, H, D]; scale defaults to D^-½; prefix: what all queries see as well.
+    Returns [B, L, H, D]. Raises ValueError for shapes that do not fit the layout or each other
+    (grouped-query attention, fewer key heads than query heads, is not offered)."""
     _check_heads(q_BLHD, k_BLHD, v_BLHD)
     check_shape("q", q_BLHD, ("B", layout.tokens, "H", "D"))
     check_shape("k", k_BLHD, tuple(q_BLHD.shape))
-    scale = q_BLHD.shape[-1] ** -0.5 if scale is None else scale
-    choose("block_causal_attention", impl, q_BLHD.device, q=q_BLHD, k=k_BLHD, v=v_BLHD)
-    return reference.block_causal_attention(q_BLHD, k_BLHD, v_BLHD, layout, scale)
+    spans = _check_prefix(prefix, q_BLHD)
+    scale = _scale(scale, q_BLHD)
+    past_k, past_v = (None, None) if prefix is None else (prefix.k_BPHD, prefix.v_BPHD)
+    named = dict(k=k_BLHD, v=v_BLHD, prefix_k=past_k, prefix_v=past_v)
+    impl = _choose("block_causal_attention", impl, q_BLHD, **named)
+    if impl == "reference":
+        return reference.block_causal_attention(
+            q_BLHD, k_BLHD, v_BLHD, layout, scale, past_k, past_v, spans
+        )
+    if impl in dense.IMPLS:
+        return dense.block_causal_attention(
+            q_BLHD, k_BLHD, v_BLHD, layout.rows, scale, past_k, past_v, spans, impl
+        )
+    rows = _flat_rows(
+        *(layout.chunks, layout.frame_tokens, layout.window, layout.sink),
+        *(layout.teacher_forcing, layout.hide_first),
+    )
+    flat_spans = [edge for span in spans for edge in span]
+    return _attention(q_BLHD, k_BLHD, v_BLHD, past_k, past_v, rows, flat_spans, scale, impl)[0]
 
 
 def ring_attention(
@@ -38,24 +74,45 @@ def ring_attention(
     v_ring_BSHD: Tensor,
     valid: Tensor,
     *,
+    k_table_SP2: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Softmax attention of a chunk over the first `valid` slots of a ring, read where they lie.
 
     q [B, L, H, D]; k_ring, v_ring [B, S, H, D], keys already rotated, so that their order does not
-    matter; valid: an int32 scalar tensor on the same device, the tokens written so far, at most S.
-    Every query sees every valid slot. scale defaults to D^-½. Returns [B, L, H, D]. Raises
-    ValueError for shapes that do not fit."""
-    _check_heads(q_BLHD, k_ring_BSHD, v_ring_BSHD)
-    if valid.numel() != 1 or valid.is_floating_point() or valid.device != q_BLHD.device:
+    matter; valid: an int32 or int64 scalar tensor on the same device, the tokens written so far,
+    1 to S. Every query sees every valid slot. scale defaults to D^-½. Returns [B, L, H, D].
+
+    k_table: the rotation [S, D/2, 2] (see `rope_table`) of the position that each slot has now, for
+    rings whose keys are stored unrotated and positions move with the window; the queries come
+    rotated. Raises ValueError for shapes that do not fit. For training, see `Prefix`: this function
+    has a gradient under impl="reference" and "sdpa" only."""
+    _check_heads(q_BLHD, k_ring_BSHD, v_ring_BSHD, "k_ring", "v_ring")
+    if valid.numel() != 1 or valid.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"valid is {valid.dtype} {[*valid.shape]} on {valid.device}: must be one integer on "
-            f"{q_BLHD.device}"
+            f"valid is {valid.dtype} {[*valid.shape]}: must be one int32 or int64 number"
         )
-    scale = q_BLHD.shape[-1] ** -0.5 if scale is None else scale
-    choose("ring_attention", impl, q_BLHD.device, q=q_BLHD, k_ring=k_ring_BSHD, v_ring=v_ring_BSHD)
-    return reference.ring_attention(q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, scale)
+    check_device("valid", valid, q_BLHD.device)
+    if k_table_SP2 is not None:
+        check_shape("k_table", k_table_SP2, (k_ring_BSHD.shape[1], q_BLHD.shape[3] // 2, 2))
+    scale = _scale(scale, q_BLHD)
+    named = dict(k_ring=k_ring_BSHD, v_ring=v_ring_BSHD, k_table=k_table_SP2)
+    impl = _choose("ring_attention", impl, q_BLHD, **named)
+    if impl in ("reference", *dense.IMPLS):
+        if k_table_SP2 is not None:
+            k_ring_BSHD = reference.rope(k_ring_BSHD, k_table_SP2)
+        attend = reference.ring_attention
+        if impl != "reference":
+            attend = functools.partial(dense.ring_attention, impl=impl)
+        return attend(q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, scale)
+    side_by_side = k_ring_BSHD.stride(2) == k_ring_BSHD.shape[3]
+    if k_table_SP2 is not None and not (k_table_SP2.is_contiguous() and side_by_side):
+        raise ValueError(
+            f"k_table has strides {k_table_SP2.stride()} and k_ring {k_ring_BSHD.stride()}: the "
+            "table must be contiguous and the heads of a slot lie side by side"
+        )
+    return _ring_attention(q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, k_table_SP2, scale, impl)
 
 
 def cross_attention(
@@ -69,15 +126,186 @@ def cross_attention(
     """Softmax attention of every query over every key, for text; q [B, L, H, D], k and v
     [B, S, H, D]. Returns [B, L, H, D]. Raises ValueError for shapes that do not fit."""
     _check_heads(q_BLHD, k_BSHD, v_BSHD)
-    scale = q_BLHD.shape[-1] ** -0.5 if scale is None else scale
-    choose("cross_attention", impl, q_BLHD.device, q=q_BLHD, k=k_BSHD, v=v_BSHD)
-    return reference.attention(q_BLHD, k_BSHD, v_BSHD, scale)
+    scale = _scale(scale, q_BLHD)
+    impl = _choose("cross_attention", impl, q_BLHD, k=k_BSHD, v=v_BSHD)
+    if impl == "reference":
+        return reference.attention(q_BLHD, k_BSHD, v_BSHD, scale)
+    if impl in dense.IMPLS:
+        return dense.attention(q_BLHD, k_BSHD, v_BSHD, scale, impl)
+    rows = [0, q_BLHD.shape[1], 1, 0, k_BSHD.shape[1]]
+    return _attention(q_BLHD, k_BSHD, v_BSHD, None, None, rows, [], scale, impl)[0]
 
 
-def _check_heads(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> None:
+def _check_heads(
+    q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, k_name: str = "k", v_name: str = "v"
+) -> None:
     check_shape("q", q_BLHD, ("B", "L", "H", "D"))
     batch, _, heads, head_dim = q_BLHD.shape
-    check_shape("k", k_BSHD, (batch, "S", heads, head_dim))
-    check_shape("v", v_BSHD, tuple(k_BSHD.shape))
-    check_same("k", k_BSHD, "q", q_BLHD)
-    check_same("v", v_BSHD, "q", q_BLHD)
+    check_shape(k_name, k_BSHD, (batch, "S", heads, head_dim))
+    check_shape(v_name, v_BSHD, tuple(k_BSHD.shape))
+    check_same(k_name, k_BSHD, "q", q_BLHD)
+    check_same(v_name, v_BSHD, "q", q_BLHD)
+    if not q_BLHD.numel() or not k_BSHD.numel():
+        raise ValueError(
+            f"q has shape {[*q_BLHD.shape]} and {k_name} {[*k_BSHD.shape]}: must not be empty"
+        )
+
+
+def _check_prefix(prefix: Prefix | None, q_BLHD: Tensor) -> tuple[Span, ...]:
+    """The spans of the prefix that are seen."""
+    if prefix is None:
+        return ()
+    _check_heads(q_BLHD, prefix.k_BPHD, prefix.v_BPHD, "prefix k", "prefix v")
+    tokens = prefix.k_BPHD.shape[1]
+    spans = ((0, tokens),) if prefix.spans is None else prefix.spans
+    before = 0
+    for lo, hi in spans:
+        if not before <= lo < hi <= tokens:
+            raise ValueError(
+                f"prefix spans {spans}: must be non-empty, in order, apart from each other and "
+                f"inside 0..{tokens}"
+            )
+        before = hi
+    return spans
+
+
+def _choose(op: str, impl: str, q_BLHD: Tensor, **others: Tensor | None) -> str:
+    """As `choose`; raises ValueError for heads that our kernels do not take."""
+    impl = choose(op, impl, q_BLHD.device, q=q_BLHD, **others)
+    head_dim = q_BLHD.shape[3]
+    if impl == "triton" and head_dim > 128:
+        raise ValueError(f"heads of {head_dim}: impl='triton' takes at most 128; use 'sdpa'")
+    if impl == "gluon" and head_dim not in (64, 128):
+        raise ValueError(f"heads of {head_dim}: impl='gluon' takes 64 and 128; use 'triton'")
+    return impl
+
+
+def _scale(scale: float | None, q_BLHD: Tensor) -> float:
+    if scale is None:
+        return float(q_BLHD.shape[-1] ** -0.5)
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale={scale}: must be positive and finite")
+    return scale
+
+
+def _flat_rows(*layout: Any) -> tuple[int, ...]:
+    """A layout's rows as plain numbers, which is what an op can take: of each row its queries, how
+    many spans of keys it sees, and those."""
+    return _cached_flat_rows(BlockLayout(*layout))
+
+
+# Constant for torch.compile, as in reference.py.
+_flat_rows._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_flat_rows(layout: BlockLayout) -> tuple[int, ...]:
+    return tuple(
+        number
+        for queries, keys in layout.rows
+        for number in (*queries, len(keys), *(edge for span in keys for edge in span))
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _rows(flat: tuple[int, ...]) -> tuple[Row, ...]:
+    rows, at = [], 0
+    while at < len(flat):
+        end = at + 3 + 2 * flat[at + 2]
+        rows.append(Row((flat[at], flat[at + 1]), _spans(flat[at + 3 : end])))
+        at = end
+    return tuple(rows)
+
+
+def _spans(flat: Sequence[int]) -> tuple[Span, ...]:
+    return tuple(zip(flat[::2], flat[1::2], strict=True))
+
+
+@torch.library.custom_op("sfkernels::attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_prefix: Tensor | None,
+    v_prefix: Tensor | None,
+    rows: Sequence[int],
+    prefix: Sequence[int],
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """o, and the logarithm of each query's sum of exponentials, which has no gradient."""
+    o, lse = kernel(impl, "attention_fwd")(
+        q, k, v, _rows(tuple(rows)), k_prefix, v_prefix, _spans(prefix), scale
+    )
+    return o, lse
+
+
+@_attention.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, queries, heads = q.shape[:3]
+    lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+@torch.library.custom_op("sfkernels::attention_bwd", mutates_args=())
+def _attention_bwd(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    k_prefix: Tensor | None,
+    v_prefix: Tensor | None,
+    rows: Sequence[int],
+    prefix: Sequence[int],
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    do = do if do.stride()[2:] == (do.shape[3], 1) else do.contiguous()
+    dq, dk, dv = kernel(impl, "attention_bwd")(
+        do, q, k, v, o, lse, _rows(tuple(rows)), k_prefix, v_prefix, _spans(prefix), scale
+    )
+    return dq, dk, dv
+
+
+@_attention_bwd.register_fake
+def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    q, k, v, k_prefix, v_prefix, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, k_prefix, v_prefix)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, do: Tensor | None, _: None) -> Any:
+    if do is None:
+        return (None,) * 9
+    grads = _attention_bwd(do, *ctx.saved_tensors, *ctx.options)
+    return *grads, *(None,) * 6
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("sfkernels::ring_attention", mutates_args=())
+def _ring_attention(
+    q: Tensor,
+    k_ring: Tensor,
+    v_ring: Tensor,
+    valid: Tensor,
+    k_table: Tensor | None,
+    scale: float,
+    impl: str,
+) -> Tensor:
+    if k_table is not None:
+        k_ring = kernel("triton", "rotate_ring")(k_ring, k_table, valid)
+    o: Tensor = kernel(impl, "ring_attention")(q, k_ring, v_ring, valid, scale)
+    return o
+
+
+@_ring_attention.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)

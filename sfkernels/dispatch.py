@@ -11,14 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IMPLS = ("auto", "triton", "cpp", "reference")
+IMPLS = ("auto", "triton", "gluon", "sdpa", "flash", "cpp", "reference")
 
 # What each device runs under "auto", best first; an op takes the first that has it.
 _BY_DEVICE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "reference")}
-# Implementations beside the reference: the module with their launchers, and the ops they have.
-_MODULES = {"triton": "sfkernels.gpu"}
-_OPS = {"triton": frozenset({"norm", "rope_table", "qk_norm_rope", "sampler"})}
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Where another one is better: to 512 keys of text PyTorch's own kernels do well. "gluon" is not
+# measured on a GPU yet, so that it runs only where it is asked for.
+_BEST = {("cuda", "cross_attention"): "sdpa"}
+# Implementations with kernels of ours: the module with their launchers.
+_MODULES = {"triton": "sfkernels.gpu", "gluon": "sfkernels.gpu.hopper"}
+_ATTENTION = frozenset({"block_causal_attention", "ring_attention", "cross_attention"})
+# The ops that implementations beside the reference have.
+_OPS = {
+    "triton": _ATTENTION | {"norm", "rope_table", "qk_norm_rope", "sampler"},
+    "gluon": _ATTENTION,
+    "sdpa": _ATTENTION,
+    "flash": _ATTENTION,
+}
+_ALWAYS_FLOAT32 = ("k_table",)
+_HALF = (torch.bfloat16, torch.float16)
+_DTYPES = {"triton": (torch.float32, *_HALF), "gluon": _HALF, "flash": _HALF}
 
 
 def choose(op: str, impl: str, device: torch.device, **tensors: Tensor | None) -> str:
@@ -26,18 +38,17 @@ def choose(op: str, impl: str, device: torch.device, **tensors: Tensor | None) -
     best one for the device.
 
     Raises ValueError for a name that does not exist, an implementation that lacks the op, and
-    tensors it cannot take: kernels want float32, bfloat16 or float16 on one device, with a
-    contiguous last dimension."""
+    tensors it cannot take: kernels want float32 (not all), bfloat16 or float16 on one device that
+    they run on, with a contiguous last dimension."""
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: must be one of {', '.join(IMPLS)}")
     having = [name for name, ops in _OPS.items() if op in ops] + ["reference"]
     if impl == "auto":
-        impl = next(
-            name for name in (*_BY_DEVICE.get(device.type, ()), "reference") if name in having
-        )
+        best = _BEST.get((device.type, op)), *_BY_DEVICE.get(device.type, ()), "reference"
+        impl = next(name for name in best if name in having)
     if impl not in having:
         raise ValueError(f"impl={impl!r}: {op} has {', '.join(having)} (or 'auto')")
-    if impl != "reference":
+    if impl in _DTYPES:
         _check_kernel_tensors(impl, device, tensors)
     return impl
 
@@ -50,19 +61,27 @@ def kernel(impl: str, launcher: str) -> Callable[..., Any]:
 def _check_kernel_tensors(
     impl: str, device: torch.device, tensors: dict[str, Tensor | None]
 ) -> None:
-    if impl == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cpu" and not interpreted:
         raise ValueError(
-            "impl='triton' takes CUDA tensors; CPU tensors only under Triton's interpreter, with "
-            "TRITON_INTERPRET=1 set before Python starts"
+            f"impl={impl!r} takes CUDA tensors; 'triton' takes CPU tensors under Triton's "
+            "interpreter, with TRITON_INTERPRET=1 set before Python starts"
         )
+    if impl == "gluon" and device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major != 9:
+            raise ValueError(
+                f"impl='gluon' runs on Hopper GPUs (compute capability 9.0); {device} has "
+                f"{major}.{minor}: use 'triton'"
+            )
     for name, t in tensors.items():
         if t is None:
             continue
         check_device(name, t, device)
-        if t.dtype not in _KERNEL_DTYPES:
+        if t.dtype not in _DTYPES[impl] and name not in _ALWAYS_FLOAT32:
+            taken = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[impl])
             raise ValueError(
-                f"{name} is {t.dtype}: impl={impl!r} takes float32, bfloat16 and float16 "
-                "(impl='reference' takes any)"
+                f"{name} is {t.dtype}: impl={impl!r} takes {taken} (impl='reference' takes any)"
             )
         if t.dim() and t.shape[-1] > 1 and t.stride(-1) != 1:
             raise ValueError(

@@ -79,6 +79,8 @@ _FEW_BYTES = "too few bytes to matter: latency of one launch"
 _AS_H200 = "won at this size on an H200, or came within 3% with less shared memory; measured there"
 _WIDE = "5120 channels: the fewest warps whose sums do not spill; measured on an H200"
 _UNMEASURED = "by analogy with the forms measured; not measured on a GPU yet"
+_LARGEST = "the largest tiles that do not spill; not measured on a GPU yet"
+_EXACT = Tile(32, 32, 8, 1, why="float32, which only tests use")
 # By kernel and by the number of channels a setting is for (the nearest is taken).
 _DEFAULTS: dict[str, dict[int, Setting]] = {
     "norm_fwd": {1536: Rows(1, 32, why=_AS_H200)},
@@ -95,12 +97,26 @@ _DEFAULTS: dict[str, dict[int, Setting]] = {
     "rope_table": {64: Rows(16, 8, why=_FEW_BYTES)},
     "sampler": {1: Flat(512, 4, why=_FEW_BYTES)},
     # Attention, by the bytes of a head's row.
-    "attention_fwd": {256: Tile(128, 64, 8, 2, why=_UNMEASURED)},
-    "attention_dkdv": {256: Tile(64, 64, 4, 2, why=_UNMEASURED)},
-    "attention_dq": {256: Tile(64, 64, 4, 2, why=_UNMEASURED)},
-    "hopper_fwd": {256: Tile(128, 128, 4, 2, why=_UNMEASURED)},
-    "hopper_dkdv": {256: Tile(128, 64, 4, 2, why=_UNMEASURED)},
-    "hopper_dq": {256: Tile(128, 64, 4, 3, why=_UNMEASURED)},
+    "attention_fwd": {256: Tile(128, 64, 8, 2, why=_LARGEST), 512: _EXACT},
+    "attention_dkdv": {
+        128: Tile(128, 64, 8, 2, why=_LARGEST),
+        256: Tile(64, 64, 8, 2, why=_LARGEST),
+        512: _EXACT,
+    },
+    "attention_dq": {
+        128: Tile(128, 64, 8, 2, why=_LARGEST),
+        256: Tile(128, 32, 8, 2, why=_LARGEST),
+        512: _EXACT,
+    },
+    "hopper_fwd": {
+        256: Tile(128, 128, 4, 2, why=_UNMEASURED),
+        128: Tile(128, 128, 4, 4, why=_UNMEASURED),
+    },
+    "hopper_dkdv": {
+        256: Tile(128, 64, 4, 4, why=_UNMEASURED),
+        128: Tile(128, 128, 4, 4, why=_UNMEASURED),
+    },
+    "hopper_dq": {256: Tile(128, 64, 4, 4, why=_UNMEASURED)},
 }
 # Where tuned/ has no file, nothing was measured on that architecture: the same reasoning holds on
 # all four, whose register files are equal. What does not fit one of them is found by
@@ -108,11 +124,16 @@ _DEFAULTS: dict[str, dict[int, Setting]] = {
 DEFAULTS: dict[int, dict[str, dict[int, Setting]]] = {
     arch: dict(_DEFAULTS) for arch in ARCHITECTURES
 }
+DEFAULTS[100]["attention_dq"] = _DEFAULTS["attention_dq"] | {128: Tile(128, 32, 8, 2, why=_LARGEST)}
+DEFAULTS[90]["attention_dkdv"] = _DEFAULTS["attention_dkdv"] | {
+    256: Tile(128, 32, 8, 3, why="P stays in registers with 16 keys a warp; " + _LARGEST)
+}
+DEFAULTS[90]["attention_dq"] = _DEFAULTS["attention_dq"] | {256: Tile(128, 64, 8, 2, why=_LARGEST)}
 
 # Settings that come before all others, by kernel: the tuner's candidates, a test's odd sizes.
 overrides: dict[str, Setting] = {}
 
-# Set by the ahead-of-time check: takes the launch instead of a GPU, for the architecture `target`.
+# Takes every launch instead of a GPU: the ahead-of-time check for the architecture `target`.
 recorder: Callable[..., None] | None = None
 target: int | None = None
 
@@ -122,7 +143,7 @@ def run(
 ) -> None:
     """Launches a Triton kernel on the device of its tensors."""
     if recorder is not None:
-        recorder(kernel, args, num_warps=num_warps, **meta)
+        recorder(kernel, grid, args, num_warps=num_warps, **meta)
         return
     with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
         kernel[tuple(grid)](*args, num_warps=num_warps, **meta)

@@ -139,8 +139,12 @@ def qk_norm_rope_append(
     v_ring_BSHD: Tensor,
     slot_F: Tensor,
     eps: float,
+    rotate_k: bool = True,
 ) -> Tensor:
     q_BLHD, k_BLHD, v_BLHD = qk_norm_rope(qkv_BLC, q_weight_C, k_weight_C, table_LP2, eps)
+    if not rotate_k:
+        k_BLHD = qkv_BLC.chunk(3, dim=-1)[1].unflatten(-1, q_BLHD.shape[2:])
+        k_BLHD = _norm_heads(k_BLHD, k_weight_C, eps)
     frames = len(slot_F)
     tokens = qkv_BLC.shape[1] // frames
     for ring_BSHD, new_BLHD in ((k_ring_BSHD, k_BLHD), (v_ring_BSHD, v_BLHD)):
@@ -158,10 +162,21 @@ def attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float) -> T
 
 
 def block_causal_attention(
-    q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, layout: BlockLayout, scale: float
+    q_BLHD: Tensor,
+    k_BLHD: Tensor,
+    v_BLHD: Tensor,
+    layout: BlockLayout,
+    scale: float,
+    k_prefix_BPHD: Tensor | None = None,
+    v_prefix_BPHD: Tensor | None = None,
+    prefix: Sequence[tuple[int, int]] = (),
 ) -> Tensor:
     batch = len(q_BLHD)
     out = []
+    past = []
+    if k_prefix_BPHD is not None and v_prefix_BPHD is not None:
+        for whole in (k_prefix_BPHD.detach(), v_prefix_BPHD.detach()):
+            past.append(torch.cat([whole[:, lo:hi] for lo, hi in prefix], 1))
     groups, restore_L = _rows_by_shape(
         q_BLHD.device,
         layout.chunks,
@@ -176,6 +191,12 @@ def block_causal_attention(
             t.index_select(1, index.flatten()).reshape(-1, index.shape[1], *t.shape[2:])
             for t, index in ((q_BLHD, query_RQ), (k_BLHD, key_RS), (v_BLHD, key_RS))
         )
+        if past:
+            repeat = len(query_RQ)
+            k, v = (
+                torch.cat([p.repeat_interleave(repeat, 0), t], 1)
+                for p, t in zip(past, (k, v), strict=True)
+            )
         out.append(attention(q, k, v, scale).reshape(batch, -1, *q_BLHD.shape[2:]))
     return torch.cat(out, 1).index_select(1, restore_L)
 

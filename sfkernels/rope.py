@@ -79,10 +79,12 @@ def qk_norm_rope_append(
     slot_F: Tensor,
     *,
     eps: float = 1e-6,
+    rotate_k: bool = True,
     impl: str = "auto",
 ) -> Tensor:
     """`qk_norm_rope` that writes keys and values straight into their slots of a ring, in place, and
-    returns q [B, L, H, D].
+    returns q [B, L, H, D]. rotate_k=False stores keys unrotated, for `ring_attention` to rotate by
+    a table of its own.
 
     k_ring, v_ring [B, S, H, D] with S a multiple of the tokens of a frame; slot_F, an int32 or
     int64 tensor [F] on the same device, names the frame slot of each frame of the chunk. Raises
@@ -110,13 +112,13 @@ def qk_norm_rope_append(
     args = qkv_BLC, q_weight_C, k_weight_C, table_LP2, k_ring_BSHD, v_ring_BSHD
     impl = _choose(impl, *args)
     if impl == "reference":
-        return reference.qk_norm_rope_append(*args, slot_F, eps)
+        return reference.qk_norm_rope_append(*args, slot_F, eps, rotate_k)
     for name, ring in (("k_ring", k_ring_BSHD), ("v_ring", v_ring_BSHD)):
         if ring.stride(2) != ring.shape[3]:
             raise ValueError(
                 f"{name} has strides {ring.stride()}: the heads of a slot must lie side by side"
             )
-    return _qk_norm_rope_append(*args, slot_F, eps, impl)
+    return _qk_norm_rope_append(*args, slot_F, eps, rotate_k, impl)
 
 
 @torch.library.custom_op("sfkernels::rope_table", mutates_args=())
@@ -200,10 +202,11 @@ def _qk_norm_rope_append(
     v_ring: Tensor,
     slot: Tensor,
     eps: float,
+    rotate_k: bool,
     impl: str,
 ) -> Tensor:
     q: Tensor = kernel(impl, "qk_norm_rope_fwd")(
-        qkv, q_weight, k_weight, table, k_ring, v_ring, slot, eps
+        qkv, q_weight, k_weight, table, k_ring, v_ring, slot, eps, rotate_k
     )[0]
     return q
 

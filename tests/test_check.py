@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import sfkernels.gpu
-from sfkernels.check import Compiled, cases, judge, read_sass, read_usage
+from sfkernels.cases import cases
+from sfkernels.check import Compiled, judge, read_sass, read_usage
 
 SASS = """
  Function _norm_fwd_kernel:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +12,16 @@ from torch import Tensor
 
 import sfkernels as sf
 from bench.parity import close_as_eager
+from sfkernels import reference
 from tests.oracle import DTYPES, check, rand
 from tests.test_dit import GRID, latents, make
 
 pytestmark = pytest.mark.gpu
+
+# Called with unpacked tensors, which mypy takes for arguments without end.
+Prefix: Any = sf.Prefix
+ring_attention: Any = sf.ring_attention
+block_causal_attention: Any = sf.block_causal_attention
 
 # Wan2.1-1.3B at 480×832: 12 heads of 128, 30×52 tokens a latent frame.
 WAN_HEADS, WAN_DIM, WAN_GRID = 12, 128, (30, 52)
@@ -62,6 +70,101 @@ def test_qk_norm_rope_at_real_shapes(frames: int, heads: int, dtype: torch.dtype
         results.append((sf.qk_norm_rope_append(*args, impl=impl), *rings))
     for name, got, eager, exact in zip("qkv", *results, strict=True):
         close_as_eager(name, got, eager, exact)
+
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+IMPLS = [
+    "triton",
+    pytest.param("gluon", marks=pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")),
+    "sdpa",
+]
+# (heads, head dim, dtype)
+HEADS = [
+    (WAN_HEADS, WAN_DIM, torch.bfloat16),
+    (WAN_HEADS, WAN_DIM, torch.float16),
+    (6, 64, torch.bfloat16),
+]
+
+
+@pytest.mark.usefixtures("fresh_seed")
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("heads", "head_dim", "dtype"), HEADS)
+@pytest.mark.parametrize("teacher_forcing", [False, True])
+def test_block_causal_attention_at_real_shapes(
+    teacher_forcing: bool, heads: int, head_dim: int, dtype: torch.dtype, impl: str
+) -> None:
+    layout = sf.BlockLayout.causal(
+        4, 2, WAN_TOKENS, window=3, sink=1, teacher_forcing=teacher_forcing
+    )
+
+    def op(*tensors: Tensor, impl: str) -> Tensor:
+        prefix = Prefix(*(t.detach() for t in tensors[3:]), ((0, 100), (777, 2000)))
+        out = block_causal_attention(*tensors[:3], layout, prefix=prefix, impl=impl)
+        return out + 0 * sum(t.sum() for t in tensors[3:])
+
+    own, past = rand(3, 1, layout.tokens, heads, head_dim), rand(2, 1, 2100, heads, head_dim)
+    check(op, [*own, *past], dtype, impl=impl)
+
+
+@pytest.mark.usefixtures("fresh_seed")
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("heads", "head_dim", "dtype"), HEADS)
+@pytest.mark.parametrize("frames", [1, 3])
+def test_ring_attention_at_real_shapes(
+    frames: int, heads: int, head_dim: int, dtype: torch.dtype, impl: str
+) -> None:
+    """A layer's part of a cache of 9 frames: full, one frame only, and odd lengths."""
+    queries = rand(1, frames * WAN_TOKENS, heads, head_dim)
+    rings = rand(2, 1, 2, 9 * WAN_TOKENS, heads, head_dim)
+    for tokens in (9 * WAN_TOKENS, frames * WAN_TOKENS, 4 * WAN_TOKENS + 77, 1):
+        valid = torch.tensor(tokens, dtype=torch.int32, device="cuda")
+
+        def op(q: Tensor, *rings: Tensor, impl: str, valid: Tensor = valid) -> Tensor:
+            return ring_attention(q, rings[0][:, 1], rings[1][:, 1], valid, impl=impl)
+
+        check(op, [queries, *rings], dtype, impl=impl, gradients=False)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ring_attention_replays_past_the_wrap(impl: str) -> None:
+    """The length and the slots are read when the graph runs; nothing waits for the host."""
+    frames, tokens, heads, head_dim = 3, 130, 2, 64
+    cache = sf.RingKVCache(
+        layers=1, batch=1, window=7, sink=1, frame_tokens=tokens, heads=heads, head_dim=head_dim,
+        dtype=torch.bfloat16, device="cuda",
+    )  # fmt: skip
+    weight = torch.ones(heads * head_dim, dtype=torch.bfloat16, device="cuda")
+    qkv = rand(1, frames * tokens, 3 * heads * head_dim, dtype=torch.bfloat16)
+
+    def step() -> Tensor:
+        at = cache.chunk(frames)
+        ring = cache.k[0], cache.v[0]
+        table = sf.rope_table(at.frame_F, (10, 13), head_dim)
+        q = sf.qk_norm_rope_append(qkv, weight, weight, table, *ring, at.slot_F)
+        return ring_attention(q, *ring, at.valid, impl=impl)
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+        cache.commit(frames)
+    for i in range(6):
+        qkv.normal_()
+        state = copy.deepcopy(cache.state_dict())
+        graph.replay()
+        replayed, cache_after = got.clone(), cache.k.clone()
+        cache.load_state_dict(state)
+        want = step()
+        cache.commit(frames)
+        assert int(cache.start) == frames * (i + 1)
+        torch.testing.assert_close(cache.k, cache_after, rtol=0, atol=0)
+        torch.testing.assert_close(replayed, want, rtol=0, atol=0)
+    table = sf.rope_table(cache.chunk(frames).frame_F - frames, (10, 13), head_dim)
+    q = sf.qk_norm_rope(qkv, weight, weight, table)[0]
+    ring = cache.k[0].double(), cache.v[0].double()
+    exact = reference.attention(q.double(), *ring, head_dim**-0.5)
+    torch.testing.assert_close(replayed.double(), exact, rtol=2e-2, atol=2e-2)
 
 
 def test_kernels_replay_in_a_graph() -> None:

@@ -49,7 +49,7 @@ def test_recorded_cases_pass(
 def test_recorded_cases_pass_on_the_kernels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--impl", "triton", "--attention-impl", "reference", "--device", DEVICE]
+    options = ["--impl", "triton", "--attention-impl", "triton", "--device", DEVICE]
     many = Rows(64, 8)  # the interpreter pays by the program
     kernels = ["rope_table", "norm_fwd", "adaln_fwd", "residual_norm_fwd", "qk_norm_rope_fwd"]
     with setting(**dict.fromkeys(kernels, many)):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import sfkernels as sf
-from sfkernels import norm, rope
+from sfkernels import attention, norm, rope
 from sfmodel.config import DiTConfig
 from sfmodel.dit import Block, Context, DiT
 from tests.oracle import DEVICE
@@ -36,7 +36,11 @@ def test_opcheck(grad: bool) -> None:
     weight, qkv = leaf(1, 1, C), leaf(B, TOKENS, 3 * C)
     q_weight, k_weight = leaf(C), leaf(C)
     x_args, rope_args = (x, scale, shift), (qkv, q_weight, k_weight, table())
+    heads, past = leaf(3, B, TOKENS, HEADS, D).unbind(), rand(2, B, 4, HEADS, D).unbind()
+    rows = (0, 8, 1, 0, 8, 8, TOKENS, 2, 0, 5, 8, TOKENS)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (attention._attention, (*heads, None, None, rows, (), 0.3, "triton")),
+        (attention._attention, (*heads, *past, rows, (0, 1, 2, 4), 0.3, "triton")),
         (norm._norm, (*x_args, 1e-6, True, True, "triton")),
         (norm._norm, (x, weight, None, 1e-6, False, False, "triton")),
         (norm._residual_norm, (x, y, scale, scale, shift, 1e-6, True, "triton")),
@@ -55,7 +59,16 @@ def test_opcheck(grad: bool) -> None:
             (norm._residual_norm_bwd, (x, y, x, y, scale, scale, shift, stats, True, "triton")),
             (norm._residual_norm_bwd, (x, y, x, None, None, scale, shift, stats, True, "triton")),
             (rope._qk_norm_rope_bwd, (dq, dk, dv, *rope_args, stats, "triton")),
-            (rope._qk_norm_rope_append, (*rope_args, *rings, slots, 1e-6, "triton")),
+            (rope._qk_norm_rope_append, (*rope_args, *rings, slots, 1e-6, True, "triton")),
+            (attention._ring_attention, (dq, *rings, slots[0], None, 0.3, "triton")),
+            (
+                attention._ring_attention,
+                (dq, *rings, slots[0], rand(2 * TOKENS, D // 2, 2), 0.3, "triton"),
+            ),
+            (
+                attention._attention_bwd,
+                (dq, *heads, dk, rand(B, HEADS, TOKENS), None, None, rows, (), 0.3, "triton"),
+            ),
         ]
     for op, args in calls:
         torch.library.opcheck(op, args)
@@ -64,7 +77,7 @@ def test_opcheck(grad: bool) -> None:
 def block_and_inputs(impl: str) -> tuple[Block, Callable[..., Context], list[Tensor]]:
     torch.manual_seed(0)
     config = DiTConfig(C, 4 * C, HEADS, 1, text_dim=8, text_len=5)
-    model = DiT(config, impl, "reference").to(DEVICE)
+    model = DiT(config, impl, impl).to(DEVICE)
     (block,) = model.blocks
     assert isinstance(block, Block)
     modulation = block.modulate(rand(1, F, 6, C))

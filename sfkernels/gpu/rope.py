@@ -113,6 +113,7 @@ def _qk_norm_rope_fwd_kernel(
     C: tl.constexpr,
     D: tl.constexpr,
     HAS_RING: tl.constexpr,
+    ROTATE_K: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
@@ -137,7 +138,9 @@ def _qk_norm_rope_fwd_kernel(
         q_rstd_R1 = tl.rsqrt(tl.sum(q_RC * q_RC, 1) / C + eps)[:, None]
         k_rstd_R1 = tl.rsqrt(tl.sum(k_RC * k_RC, 1) / C + eps)[:, None]
         q_RC = _rotate(q_RC * q_rstd_R1 * q_weight_1C, cos_RH, sin_RH)
-        k_RC = _rotate(k_RC * k_rstd_R1 * k_weight_1C, cos_RH, sin_RH)
+        k_RC *= k_rstd_R1 * k_weight_1C
+        if ROTATE_K:
+            k_RC = _rotate(k_RC, cos_RH, sin_RH)
 
         q_at = q_ptr + (batch * tokens + first) * C + (row_R1 * C + col_1C)
         tl.store(q_at, q_RC.to(q_ptr.dtype.element_ty), mask_RC)
@@ -153,6 +156,31 @@ def _qk_norm_rope_fwd_kernel(
         k_at = k_ptr + batch * stride_kb + to_R1 * stride_kl + col_1C
         tl.store(k_at, k_RC.to(k_ptr.dtype.element_ty), mask_RC)
         tl.store(v_ptr + batch * stride_vb + to_R1 * stride_vl + col_1C, v_RC, mask_RC)
+
+
+@triton.jit
+def _rotate_ring_kernel(
+    k_ptr,
+    table_ptr,
+    valid_ptr,
+    out_ptr,
+    slots,
+    stride_kb,
+    stride_kl,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """A tile of slots of a sample, as far as they are valid."""
+    first, batch = tl.program_id(0).to(tl.int64) * BLOCK_ROWS, tl.program_id(1).to(tl.int64)
+    row_R1, col_1C = tl.arange(0, BLOCK_ROWS)[:, None], tl.arange(0, BLOCK_C)[None, :]
+    mask_RC = (first + row_R1 < tl.load(valid_ptr)) & (col_1C < C)
+    k_at = k_ptr + batch * stride_kb + first * stride_kl + (row_R1 * stride_kl + col_1C)
+    k_RC = tl.load(k_at, mask_RC, 0.0).to(tl.float32)
+    cos_RH, sin_RH = _load_rotation(table_ptr, first, row_R1, col_1C, mask_RC, D)
+    out_at = out_ptr + (batch * slots + first) * C + (row_R1 * C + col_1C)
+    tl.store(out_at, _rotate(k_RC, cos_RH, sin_RH).to(out_ptr.dtype.element_ty), mask_RC)
 
 
 @triton.jit
@@ -301,6 +329,7 @@ def qk_norm_rope_fwd(
     v_ring_BSHD: Tensor | None,
     slot_F: Tensor | None,
     eps: float,
+    rotate_k: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """q [B, L, H, D]; k, v: new tensors like it, or the rings they were written into; and without
     a ring 1/σ of each row of q and k for the backward pass, [B, L, 2] float32."""
@@ -329,11 +358,34 @@ def qk_norm_rope_fwd(
         C=channels,
         D=head_dim,
         HAS_RING=slot_F is not None,
+        ROTATE_K=rotate_k,
         BLOCK_ROWS=setting.rows,
         BLOCK_C=block,
         STAGES=setting.stages,
     )
     return q_BLHD, k_BSHD, v_BSHD, rstd_BL2
+
+
+def rotate_ring(k_ring_BSHD: Tensor, table_SP2: Tensor, valid: Tensor) -> Tensor:
+    """The ring's first `valid` keys rotated, in a new tensor [B, S, H, D] whose other slots are not
+    written. All tiles of queries read a key; rotating it once costs its bytes twice, a twentieth of
+    the time that a chunk's attention over a full window takes at least."""
+    batch, slots, heads, head_dim = k_ring_BSHD.shape
+    out_BSHD = torch.empty_like(k_ring_BSHD, memory_format=torch.contiguous_format)
+    channels = heads * head_dim
+    setting = launch.rows("qk_norm_rope_fwd", k_ring_BSHD.device, channels)
+    block = triton.next_power_of_2(channels)
+    launch.run(
+        _rotate_ring_kernel,
+        (triton.cdiv(slots, setting.rows), batch),
+        (k_ring_BSHD, table_SP2, valid, out_BSHD, slots, *launch.outer_strides(k_ring_BSHD)),
+        num_warps=setting.warps(block),
+        C=channels,
+        D=head_dim,
+        BLOCK_ROWS=setting.rows,
+        BLOCK_C=block,
+    )
+    return out_BSHD
 
 
 def qk_norm_rope_bwd(

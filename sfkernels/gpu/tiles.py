@@ -1,5 +1,5 @@
-"""What the attention kernels are told about a pattern: small tables of tiles and spans, and into how
-many parts the keys of a stream are split.
+"""What the attention kernels are told about a pattern: small tables of tiles and spans; and into
+how many parts the keys of a stream are split.
 
 A pattern is a list of rows: a run of tokens to keep in place, and the spans of tokens that each of
 them visits. Tiles never cross from one row into the next, so that all tokens of a tile visit the
