@@ -141,6 +141,12 @@ def _check_heads(
 ) -> None:
     check_shape("q", q_BLHD, ("B", "L", "H", "D"))
     batch, _, heads, head_dim = q_BLHD.shape
+    check_shape(k_name, k_BSHD, ("B", "S", "H", "D"))
+    if k_BSHD.shape[2] != heads:
+        raise ValueError(
+            f"q has {heads} heads and {k_name} {k_BSHD.shape[2]}: grouped-query attention is not "
+            "offered; repeat the heads of keys and values"
+        )
     check_shape(k_name, k_BSHD, (batch, "S", heads, head_dim))
     check_shape(v_name, v_BSHD, tuple(k_BSHD.shape))
     check_same(k_name, k_BSHD, "q", q_BLHD)

@@ -356,7 +356,8 @@ ring: Any = functools.partial(ring_attention, impl="triton")
     ("call", "said"),
     [
         (lambda: block(X, X, X, BlockLayout((3,), 5)), r"q has shape \[1, 12, 2, 16\]: must be"),
-        (lambda: block(X, X[:, :, :1], X[:, :, :1], LAYOUT), r"k has shape .* must be \[1, S, 2"),
+        (lambda: block(X, X[:, :, :1], X[:, :, :1], LAYOUT), "grouped-query attention is not"),
+        (lambda: block(X, X[..., :8], X[..., :8], LAYOUT), r"k has shape .* must be \[1, S, 2, 16"),
         (lambda: block(X, X.half(), X, LAYOUT), "k has dtype torch.float16"),
         (lambda: block(X.double(), X.double(), X.double(), LAYOUT), "q is torch.float64"),
         (lambda: block(X, X, X.transpose(2, 3).contiguous().transpose(2, 3), LAYOUT), "v has str"),
