@@ -15,19 +15,28 @@ from typing import Any
 import torch
 
 from bench.machine import machine
+from bench.timing import reason
 from sfmodel.config import PRESETS, Preset
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
 from sfmodel.stream import stream_latents
 
+# Implementation of all ops but attention, and of attention.
+RUNS = (("auto", "triton"), ("auto", "gluon"), ("auto", "sdpa"), ("reference", "reference"))
+
 
 def run(
-    preset: Preset, device: torch.device, *, chunks: int = 12, impl: str = "auto"
+    preset: Preset,
+    device: torch.device,
+    *,
+    chunks: int = 12,
+    impl: str = "auto",
+    attention: str = "auto",
 ) -> dict[str, Any]:
     """Chunk times of an eager stream (no CUDA graph), in seconds; the median of those whose window
     is full, and the frames a second that makes."""
     with device:
-        model = DiT(preset.dit, impl).to(torch.bfloat16).eval()
+        model = DiT(preset.dit, impl, attention).to(torch.bfloat16).eval()
     text = torch.zeros(1, 1, preset.dit.text_dim, device=device)
     for _ in zip(range(2), stream_latents(model, text, preset), strict=False):
         pass  # compiles
@@ -56,10 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     device = torch.device("cuda")
     result: dict[str, Any] = {"machine": machine(device)}
-    for impl in ("auto", "reference"):
-        result[impl] = run(PRESETS["wan-1.3b"], device, impl=impl)
-        print(f"{impl}: {result[impl]['dit_fps_full_window']:.2f} frames a second", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic(folder / "stream.json") as part:
-        part.write_text(json.dumps(result, indent=1))
+    for impl, attention in RUNS:
+        name = f"{impl}, attention {attention}"
+        try:
+            row = run(PRESETS["wan-1.3b"], device, impl=impl, attention=attention)
+            print(f"{name}: {row['dit_fps_full_window']:.2f} frames a second", flush=True)
+        except (ValueError, RuntimeError) as error:  # not on this GPU; the others still run
+            row = {"failed": reason(error)}
+            print(f"{name}: {row['failed']}", flush=True)
+        result[name] = row
+        with atomic(folder / "stream.json") as part:
+            part.write_text(json.dumps(result, indent=1))
+        torch.cuda.empty_cache()
     return 0

@@ -288,7 +288,8 @@ def _holds_bounds(kernel: str, channels: int, arch: int, setting: Setting) -> bo
         nonlocal fine
         out = check.Compiled(check.kernel_name(jit), "", kernel, arch, warps=num_warps)
         try:
-            check.examine(jit.warmup(*args, grid=(1,), num_warps=num_warps, **options), out)
+            binary = jit.warmup(*args, grid=(1,), num_warps=num_warps, **options)
+            check.examine(jit, binary, out)
             fine = fine and not check.judge(out, narrow=sys.maxsize)
         except Exception:  # the compiler's
             fine = False

@@ -315,3 +315,13 @@ def _ring_attention(
 @_ring_attention.register_fake
 def _(q: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _no_gradient(ctx: Any, do: Tensor) -> Any:
+    raise RuntimeError(
+        "ring_attention has a gradient under impl='reference' and 'sdpa' only: to train, pass the "
+        "past as block_causal_attention(..., prefix=Prefix(k, v))"
+    )
+
+
+_ring_attention.register_autograd(_no_gradient)

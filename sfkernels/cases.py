@@ -1,4 +1,4 @@
-"""Every launcher of sfkernels.gpu at real shapes, on meta tensors: what `sfkernels.check` compiles."""
+"""Every launcher at real shapes, on meta tensors: what `sfkernels.check` compiles."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfkernels import launch
 from sfkernels.layout import BlockLayout
 
+FEW = (80, 90)  # where forms are compiled that add little
 TOKENS, FRAMES = 4680, 3  # one chunk of Wan2.1 at 480×832
 # The frame slots that a thread looks up in a kernel that writes into a ring.
 SLOTS = 4
@@ -22,7 +24,7 @@ SLOTS = 4
 STATS = 8
 # The bounds of tiles and spans, and of each row of a tile in the tensor cores' layout the logarithm
 # of its sum and what is subtracted from it.
-LSE = 64
+LSE = 80
 # The sigmas, seed, frame index or partial sums that a thread of the sampler's kernels loads.
 SCALARS = 6
 
@@ -30,14 +32,14 @@ SCALARS = 6
 @dataclass(frozen=True)
 class Case:
     """One call of a launcher. narrow: how many global loads, and how many stores, of less than 128
-    bits its kernels over activations may have in their code. everywhere: on all architectures, else
-    on two of them, for forms that add little. may_spill: registers may spill."""
+    bits its kernels over activations may have in their code. archs: where it is compiled.
+    may_spill: registers may spill."""
 
     launcher: str
     name: str
     call: Callable[[], Any]
     narrow: int = 0
-    everywhere: bool = True
+    archs: tuple[int, ...] = launch.ARCHITECTURES
     may_spill: bool = False
 
 
@@ -50,8 +52,9 @@ def cases() -> list[Case]:
     wide = [*_norms("1.3B", 1536, torch.float32), *_ropes("1.3B", 1536, 12, torch.float32)]
     for dtype, head_dim in ((torch.bfloat16, 128), (torch.float16, 64)):
         found += _attention(12, head_dim, dtype)
+        found += _attention(12, head_dim, dtype, hopper=True)
     wide += _attention(12, 128, torch.float32)
-    found += [dataclasses.replace(case, everywhere=False) for case in wide]
+    found += [dataclasses.replace(case, archs=FEW) for case in wide]
     found += _samplers(torch.float32)
     gpu = importlib.import_module("sfkernels.gpu")
     found.append(
@@ -95,7 +98,7 @@ def _norms(size: str, channels: int, dtype: torch.dtype) -> Iterator[Case]:
             name,
             functools.partial(gpu.norm_fwd, x, y, g, *affine, 1e-6, centred, plus_one),
             narrow=STATS,
-            everywhere=form in heaviest,
+            archs=launch.ARCHITECTURES if form in heaviest else FEW,
         )
         into = None if y is None else x
         kept = None if g is None else y
@@ -104,7 +107,7 @@ def _norms(size: str, channels: int, dtype: torch.dtype) -> Iterator[Case]:
             name,
             functools.partial(gpu.norm_bwd, into, x, x, kept, g, *affine, stats, centred, plus_one),
             narrow=STATS,
-            everywhere=form in heaviest,
+            archs=launch.ARCHITECTURES if form in heaviest else FEW,
         )
 
 
@@ -140,8 +143,11 @@ def _ropes(size: str, channels: int, heads: int, dtype: torch.dtype) -> Iterator
     )
 
 
-def _attention(heads: int, head_dim: int, dtype: torch.dtype) -> Iterator[Case]:
-    gpu = importlib.import_module("sfkernels.gpu")
+def _attention(
+    heads: int, head_dim: int, dtype: torch.dtype, hopper: bool = False
+) -> Iterator[Case]:
+    """hopper: the same in Gluon."""
+    gpu = importlib.import_module("sfkernels.gpu.hopper" if hopper else "sfkernels.gpu")
     layout = BlockLayout.causal(2 * FRAMES, FRAMES, TOKENS // FRAMES, teacher_forcing=True)
     rows, prefix = layout.rows, ((0, TOKENS),)
     q = _new(1, layout.tokens, heads, head_dim, dtype=dtype)
@@ -163,26 +169,25 @@ def _attention(heads: int, head_dim: int, dtype: torch.dtype) -> Iterator[Case]:
         "ring_attention": {
             name: lambda: gpu.ring_attention(chunk, ring, ring, valid, 0.1),
         },
-        "combine_parts": {
+    }
+    if not hopper:
+        calls["combine_parts"] = {
             name: lambda: gpu.combine_parts(
                 _new(2, *chunk.shape, dtype=torch.float32), lse.expand(2, -1, -1, -1), chunk
             ),
-        },
-        "row_delta": {name: lambda: gpu.row_delta(chunk, chunk)},
-        "rotate_ring": {
-            name: lambda: gpu.rotate_ring(
-                ring, _new(7 * TOKENS, head_dim // 2, 2, dtype=torch.float32), valid
-            ),
-        },
-    }
+        }
+        calls["row_delta"] = {name: lambda: gpu.row_delta(chunk, chunk)}
+        table = _new(7 * TOKENS, head_dim // 2, 2, dtype=torch.float32)
+        calls["rotate_ring"] = {name: lambda: gpu.rotate_ring(ring, table, valid)}
     for launcher, forms in calls.items():
         for form, call in forms.items():
+            archs = FEW if "prefix" in form else launch.ARCHITECTURES
             yield Case(
-                launcher,
+                f"hopper.{launcher}" if hopper else launcher,
                 form,
                 call,
                 narrow=LSE,
-                everywhere="prefix" not in form,
+                archs=(90,) if hopper else archs,
                 may_spill=dtype == torch.float32,  # which only tests use
             )
 

@@ -54,7 +54,8 @@ LIMITS = {
     100: Limits(227, 228, 2048),
 }
 
-FEW = (80, 90)  # where cases run that do not run everywhere
+# Kernels that are slow unless the softmax runs beside the products of matrices.
+OVERLAPPING = ("attention_fwd", "hopper_fwd", "hopper_dq", "hopper_dkdv")
 # Kernels over so few bytes that the width of their loads does not matter.
 SMALL = ("rope_table", "sum_partials", "dmd_sum", "normal", "row_delta")
 
@@ -62,7 +63,11 @@ SMALL = ("rope_table", "sum_partials", "dmd_sum", "normal", "row_delta")
 @dataclass
 class Compiled:
     """What the compiler made of one launch. loads, stores: instructions on global memory by bits.
-    local: loads and stores of local memory, and looped: those of them inside a loop."""
+    local: loads and stores of local memory, and looped: those of them inside a loop, which of
+    loops that multiply matrices must be an innermost one, where their time goes. beside:
+    exponentials that are computed while a product of matrices is under way on Hopper. For kernels
+    in Gluon, waits: how many waits leave so many products under way; warned: what ptxas says of
+    products that it serialises; sets_registers: whether warps take registers from each other."""
 
     kernel: str
     case: str
@@ -78,6 +83,11 @@ class Compiled:
     stores: dict[int, int] = dataclasses.field(default_factory=dict)
     tensor_core: int = 0
     fp64: int = 0
+    beside: int = 0
+    gluon: bool = False
+    waits: dict[int, int] = dataclasses.field(default_factory=dict)
+    warned: list[str] = dataclasses.field(default_factory=list)
+    sets_registers: bool = False
     broken: list[str] = dataclasses.field(default_factory=list)
 
     @property
@@ -109,8 +119,10 @@ def read_sass(sass: str, out: Compiled) -> None:
     """Fills in the counts of instructions from the text of `cuobjdump -sass`."""
     loops: list[tuple[int, int]] = []
     local: list[int] = []
+    products: list[int] = []
     loads: Counter[int] = Counter()
     stores: Counter[int] = Counter()
+    under_way = False
     for line in sass.splitlines():
         found = _INSTRUCTION.match(line)
         if not found:
@@ -126,13 +138,22 @@ def read_sass(sass: str, out: Compiled) -> None:
             loops.append((int(target[1], 16), at))  # backward ones; an end is a jump to itself
         elif "MMA" in name and not name.startswith("DMMA"):
             out.tensor_core += 1
+            products.append(at)
+            under_way = name == "HGMMA"
+        elif name == "WARPGROUP" and suffixes == ".DEPBAR.LE":
+            under_way = not operands.split(";")[0].rstrip().endswith(", 0x0")
+        elif name == "MUFU" and suffixes == ".EX2":
+            out.beside += under_way
         if re.fullmatch(r"D(ADD|MUL|FMA|SETP|MMA|MNMX)", name) or re.search(
             r"\.(F64|\w+64H)\b", suffixes
         ):
             out.fp64 += 1
     out.loads, out.stores = dict(loads), dict(stores)
     out.local = len(local)
-    out.looped = sum(any(lo <= at < hi for lo, hi in loops) for at in local)
+    loops = [(lo, hi) for lo, hi in loops if lo < hi]
+    if busy := [loop for loop in loops if any(loop[0] < at < loop[1] for at in products)]:
+        loops = [a for a in busy if not any(a != b and a[0] <= b[0] <= b[1] <= a[1] for b in busy)]
+    out.looped = sum(any(lo <= at <= hi for lo, hi in loops) for at in local)
 
 
 def _bits(suffixes: str) -> int:
@@ -158,7 +179,17 @@ def judge(out: Compiled, narrow: int, may_spill: bool = False) -> list[str]:
         broken.append(
             f"{out.registers} registers x {32 * out.warps} threads, at most {limits.registers} fit"
         )
-    if out.kernel not in SMALL:
+    if out.arch == 90 and out.kernel in OVERLAPPING and out.tensor_core and not out.beside:
+        broken.append("no exponential is computed while a product is under way")
+    if out.gluon:
+        if out.warned:
+            broken.append(f"ptxas warns: {'; '.join(out.warned)}")
+        if not any(out.waits):
+            broken.append("every wait is for all products, so that none overlap")
+        if not out.sets_registers:
+            broken.append("the loading warp keeps its registers")
+    # In Gluon loads go by TMA, and results leave in the tensor cores' layout, once a tile.
+    if out.kernel not in SMALL and not out.gluon:
         for what, widths in (("loads", out.loads), ("stores", out.stores)):
             count = sum(n for bits, n in widths.items() if bits < 128)
             if count > narrow:
@@ -175,14 +206,20 @@ def kernel_name(kernel: Any) -> str:
     return str(kernel.__name__).strip("_").removesuffix("_kernel")
 
 
-def examine(binary: Any, out: Compiled) -> None:
+def examine(kernel: Any, binary: Any, out: Compiled) -> None:
     """Fills in what a compiled kernel needs and is made of."""
+    out.gluon = getattr(kernel, "is_gluon", bool)()
     if binary.hash not in _said_of:
         _said_of[binary.hash] = _disassemble(binary.asm["cubin"])
     out.shared = binary.metadata.shared
     read_usage(_said_of[binary.hash], out)
     read_sass(_said_of[binary.hash], out)
-    out.fp64 = out.fp64 or len(re.findall(r"\.f64\b", binary.asm["ptx"]))
+    ptx = binary.asm["ptx"]
+    out.fp64 = out.fp64 or len(re.findall(r"\.f64\b", ptx))
+    if out.gluon:
+        out.warps = binary.metadata.num_warps  # of all partitions
+        read_ptx(ptx, out)
+        out.warned = _warnings(ptx, out.arch)
 
 
 def compile_case(index: int, arch: int) -> list[Compiled]:
@@ -197,7 +234,8 @@ def compile_case(index: int, arch: int) -> list[Compiled]:
         out = Compiled(kernel_name(kernel), case.name, case.launcher, arch, warps=num_warps)
         done.append(out)
         try:
-            examine(kernel.warmup(*args, grid=(1,), num_warps=num_warps, **meta), out)
+            binary = kernel.warmup(*args, grid=(1,), num_warps=num_warps, **meta)
+            examine(kernel, binary, out)
         except Exception as error:  # the compiler's; whatever it is, the other cases go on
             out.broken.append(f"does not compile: {_first_line(error)}")
         else:
@@ -209,18 +247,39 @@ def compile_case(index: int, arch: int) -> list[Compiled]:
     return done
 
 
+def read_ptx(ptx: str, out: Compiled) -> None:
+    """Fills in what the text of a kernel in Gluon says of waits and registers."""
+    waits = re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)
+    out.waits = dict(Counter(map(int, waits)))
+    out.sets_registers = "setmaxnreg.dec" in ptx and "setmaxnreg.inc" in ptx
+
+
+def _warnings(ptx: str, arch: int) -> list[str]:
+    """What ptxas says of products that it serialises (C75xx), which Triton does not pass on."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [str(_tool("ptxas")), "-v", f"--gpu-name=sm_{arch}a", file.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True)
+    return sorted(set(re.findall(r"\(C75\d\d\)[^\n]*", said.stdout + said.stderr)))
+
+
 _said_of: dict[str, str] = {}  # many cases share the kernel that adds up partial sums
 
 
 def _disassemble(cubin: bytes) -> str:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "-sass", "-res-usage", file.name]
+        command = [str(_tool("cuobjdump")), "-sass", "-res-usage", file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _tool(name: str) -> Path:
+    """One of NVIDIA's tools that come with Triton."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
 class _Driver:
@@ -284,7 +343,7 @@ def check(
         (i, arch)
         for i, case in enumerate(every)
         for arch in (archs or LIMITS)
-        if (not kernels or case.launcher in kernels) and (case.everywhere or arch in FEW)
+        if (not kernels or case.launcher in kernels) and arch in case.archs
     ]
     # Fresh processes: a forked one may inherit a lock that a thread of the parent held.
     context = multiprocessing.get_context("spawn")
@@ -301,18 +360,19 @@ def _said(widths: dict[int, int]) -> str:
 def table(results: Iterable[Compiled]) -> str:
     """Plain text: this package needs neither a terminal nor rich."""
     head = "kernel|case|sm|warps|regs|regs x threads|warps an SM|stack|local|shared"
-    rows = [(*head.split("|"), "loads", "stores", "mma", "fp64", "")]
+    rows = [(*head.split("|"), "loads", "stores", "mma", "beside", "fp64", "")]
     for r in results:
         numbers = (r.arch, r.warps, r.registers, r.registers * r.warps * 32)
         more = (r.resident if r.registers else 0, r.stack, r.local, r.shared)
         rows.append(
             (
                 *(r.kernel, r.case, *map(str, numbers + more), _said(r.loads), _said(r.stores)),
-                *(str(r.tensor_core), str(r.fp64), "BROKEN" if r.broken else "ok"),
+                *(str(r.tensor_core), str(r.beside), str(r.fp64)),
+                "BROKEN" if r.broken else "ok",
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    text = (0, 1, 10, 11, 14)
+    text = (0, 1, 10, 11, 15)
     return "\n".join(
         "  ".join(
             cell.ljust(width) if i in text else cell.rjust(width)

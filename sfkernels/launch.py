@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ARCHITECTURES = (80, 89, 90, 100)
+# Multiprocessors of a GPU of each architecture: A100, L40S, H100 and H200, B200.
+MULTIPROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148}
+ARCHITECTURES = tuple(MULTIPROCESSORS)
 TUNED = Path(__file__).parent / "tuned"
 LARGEST_ROW = 16384  # channels: 512 threads with 32 elements each
 
@@ -187,6 +189,8 @@ def strips(setting: Rows, device: torch.device, tiles: int, parts: int) -> int:
 def multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    if device.type == "meta":  # ahead of time
+        return MULTIPROCESSORS[target or 90]
     return 2  # under the interpreter: more than one, so that partial sums are summed
 
 

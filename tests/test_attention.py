@@ -219,6 +219,12 @@ def test_ring(valid: int, dtype: torch.dtype) -> None:
     check(op, tensors, dtype, gradients=False)
 
 
+def test_ring_says_how_to_train() -> None:
+    q = torch.zeros(1, 12, 2, 16, device=DEVICE, requires_grad=True)
+    with pytest.raises(RuntimeError, match="to train, pass the past as block_causal_attention"):
+        ring(q, X, X, ONE).sum().backward()
+
+
 @pytest.mark.parametrize("parts", [1, 2, 7])
 def test_ring_in_parts(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sfkernels.gpu.attention.key_splits", lambda *_: parts)

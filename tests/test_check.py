@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import sfkernels.gpu
+import sfkernels.gpu.hopper
 from sfkernels.cases import cases
-from sfkernels.check import Compiled, judge, read_sass, read_usage
+from sfkernels.check import Compiled, judge, read_ptx, read_sass, read_usage
 
 SASS = """
  Function _norm_fwd_kernel:
@@ -42,7 +42,8 @@ def run_check(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_launcher_has_a_case() -> None:
-    assert {case.launcher for case in cases()} == {*sfkernels.gpu.__all__}
+    hopper = {f"hopper.{name}" for name in sfkernels.gpu.hopper.__all__}
+    assert {case.launcher for case in cases()} == {*sfkernels.gpu.__all__} | hopper
     names = [(case.launcher, case.name) for case in cases()]
     assert len(names) == len(set(names))
 
@@ -57,6 +58,65 @@ def test_what_is_read_from_sass() -> None:
     assert out.resident == 48  # 12 programs of 4 warps x 32 threads x 40 registers
 
 
+HOPPER_SASS = """
+        /*0000*/                   UTMALDG.2D [UR8], [UR4], desc[UR16] ;    /* 0x00000a0000017a02 */
+        /*0010*/                   MUFU.EX2 R3, R3 ;                        /* 0x00000a0000017a02 */
+        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], !UPT, gsb0 ;  /* 0x0 */
+        /*0030*/                   MUFU.EX2 R4, R4 ;                        /* 0x00000a0000017a02 */
+        /*0040*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;          /* 0x00000a0000017a02 */
+        /*0050*/                   MUFU.EX2 R5, R5 ;                        /* 0x00000a0000017a02 */
+        /*0060*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;          /* 0x00000a0000017a02 */
+        /*0070*/                   MUFU.EX2 R6, R6 ;                        /* 0x00000a0000017a02 */
+"""
+HOPPER_PTX = """
+        setmaxnreg.dec.sync.aligned.u32 24;
+        setmaxnreg.inc.sync.aligned.u32 240;
+        wgmma.wait_group.sync.aligned 1;
+        wgmma.wait_group.sync.aligned 0;
+        wgmma.wait_group.sync.aligned 1;
+"""
+
+
+def test_what_is_read_of_a_kernel_in_gluon() -> None:
+    out = Compiled("hopper_fwd", "case", "hopper.attention_fwd", 90, warps=12, gluon=True)
+    read_sass(HOPPER_SASS, out)
+    read_ptx(HOPPER_PTX, out)
+    assert (out.tensor_core, out.beside) == (1, 2)
+    assert (out.waits, out.sets_registers) == ({0: 1, 1: 2}, True)
+    out.stores = {64: 4}
+    assert judge(out, narrow=0) == []  # TMA loads need no others
+    out.beside, out.waits, out.sets_registers = 0, {0: 3}, False
+    out.warned = ["wgmma pipeline crosses function boundary"]
+    said = "; ".join(judge(out, narrow=0))
+    for part in (
+        "no exponential is computed while a product is under way",
+        "ptxas warns: wgmma pipeline crosses",
+        "every wait is for all products",
+        "the loading warp keeps its registers",
+    ):
+        assert part in said
+
+
+def test_spills_count_where_the_time_goes() -> None:
+    """In the inner loop around the product, but not in the loop over tiles outside of it."""
+    loops = """
+        /*0000*/                   LDL R1, [R1] ;                           /* 0x0 */
+        /*0010*/                   LDL R1, [R1] ;                           /* 0x0 */
+        /*0020*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2] ;  /* 0x0 */
+        /*0030*/              @!P0 BRA 0x20 ;                               /* 0x0 */
+        /*0040*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8] ;  /* 0x0 */
+        /*0050*/               @P1 BRA 0x10 ;                               /* 0x0 */
+        /*0060*/                   STL [R1], R14 ;                          /* 0x0 */
+        /*0070*/               @P2 BRA 0x0 ;                                /* 0x0 */
+"""
+    out = Compiled("hopper_fwd", "case", "hopper.attention_fwd", 90)
+    read_sass(loops, out)
+    assert (out.local, out.looped) == (3, 1)
+    out = Compiled("norm_fwd", "case", "norm_fwd", 90)
+    read_sass(loops.replace("HGMMA", "FADD"), out)
+    assert (out.local, out.looped) == (3, 3)  # where nothing is multiplied every loop counts
+
+
 def test_each_bound_is_named() -> None:
     out = Compiled(
         "norm_fwd",
@@ -65,7 +125,7 @@ def test_each_bound_is_named() -> None:
         89,
         warps=16,
         registers=255,
-        local=5,
+        local=9,
         shared=100 * 1024,
         loads={16: 2},
         stores={128: 1},
@@ -73,7 +133,7 @@ def test_each_bound_is_named() -> None:
     )
     said = "; ".join(judge(out, narrow=1))
     for part in (
-        "spills: 5 loads and stores of local memory",
+        "spills: 9 loads and stores of local memory",
         "1 instructions in float64",
         "102400 bytes of shared memory, at most 99 KiB",
         "255 registers x 512 threads",
@@ -84,6 +144,9 @@ def test_each_bound_is_named() -> None:
     assert "stores of less" not in said
     out.local, out.looped = 2, 0  # parked outside of loops
     assert "spills" not in "; ".join(judge(out, narrow=1))
+    out.looped = 1
+    assert "1 of them in a loop" in "; ".join(judge(out, narrow=1))
+    assert "spills" not in "; ".join(judge(out, narrow=1, may_spill=True))
 
 
 @pytest.mark.aot
@@ -92,7 +155,7 @@ def test_shipped_kernels_hold_the_bounds_at_shipped_settings(tmp_path: Path) -> 
     done = run_check("--json", tmp_path / "check.json")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "check.json").read_text())
-    assert {row["launcher"] for row in rows} == {*sfkernels.gpu.__all__}
+    assert {row["launcher"] for row in rows} == {case.launcher for case in cases()}
     assert {row["arch"] for row in rows} == {80, 89, 90, 100}
 
 

@@ -215,7 +215,10 @@ SLOTS = torch.arange(FRAMES, dtype=torch.int32)
             "must be whole frames",
         ),
         (lambda: sf.block_causal_attention(Q[:, :5], Q, Q, LAYOUT), r"q has shape \[2, 5"),
-        (lambda: sf.block_causal_attention(Q, Q[:, :, :1], Q[:, :, :1], LAYOUT), "grouped-query attention is not offered"),
+        (
+            lambda: sf.block_causal_attention(Q, Q[:, :, :1], Q[:, :, :1], LAYOUT),
+            "grouped-query attention is not offered",
+        ),
         (lambda: sf.ring_attention(Q, Q, Q, torch.tensor(3.0)), "must be one int32 or int64"),
         (lambda: sf.sampler_step(Q, Q, W[:3]), r"sigma has shape \[3\]"),
         (lambda: sf.sampler_step(Q, Q, torch.tensor(1.0), torch.tensor(0.5)), "belong together"),

@@ -1,0 +1,398 @@
+"""The backward pass of attention for Hopper in Gluon, under a pattern of rows and spans (tiles.py).
+
+Shapes: B batch, H heads, D head dim, L queries, S keys, P keys of the prefix, M tokens that a
+consumer keeps (queries or keys), N tokens of a tile that it visits (keys or queries). Logarithms
+are of base 2: lse = log2 Σ exp2(scale·log2(e)·q·k).
+
+    P = exp2(scale·log2(e)·Q·Kᵀ - lse)    dP = dO·Vᵀ    dS = P ∘ (dP - delta), delta = Σ do·o
+    dV = Pᵀ·dO    dK = scale·dSᵀ·Q    dQ = scale·dS·K
+
+Two kernels, so that every sum has one owner: no atomics, and the same gradients in every run. One
+keeps keys and visits queries (dK and dV, four products), one keeps queries and visits keys (dQ,
+three products). Both are the scheme of forward.py: one warp loads by TMA, two warpgroups of 64
+kept tokens each compute, and a ring of mbarriers between them says which buffers are full and which
+are free again. Programs of a head run side by side, so that what they visit is read from L2.
+
+The kept tile is the left operand of S and dP, from shared memory, and P and dS that of the other
+products, from the registers in which they were computed. A left operand from shared memory is read
+again for every tile: with Q there the dQ kernel would read 80 KB and write 16 KB for every tile and
+consumer, all that shared memory moves (128 bytes a clock) in the 768 clocks of its three products.
+It keeps Q in registers, which leaves 80 of 96 KB; the other kernel moves 112 of 128 KB.
+
+    dK, dV: issue S = K·Qᵀ, dP = V·dOᵀ | P beside dP | issue dV += P·dO | dS beside dV | dK += dS·Q
+    dQ: issue S = Q·Kᵀ, dP = dO·Vᵀ, dQ += dS·K of the tile before | P beside both | dS beside dQ
+
+Only the last tile of a visited span is masked. Where queries are visited the loader does it: it
+gives queries past the end an lse of +inf, hence P = 0, and a delta of 0. It copies lse and delta
+with ordinary loads, since TMA needs starts that are multiples of 16 bytes and a span may start
+anywhere. Where keys are visited a branch that whole tiles do not take sets P to 0. In both, what
+lies past the end of a span must be finite, as all of a tensor is multiplied.
+
+Floating-point operations for each query and key that meet: 10·D·H are needed (five products) and
+14·D·H done, as both kernels compute S and dP. One layer of Wan2.1-1.3B (12 heads of 128) over a
+clip of 21 frames in chunks of 3 (32,760 tokens, 0.61 G pairs): 9.4 TFLOP needed, 13.2 done, 16.7 ms
+at the 790 TFLOP/s that an H200 multiplies matrices. Five products in one kernel would have every
+tile of keys add to every dQ tile in memory, in float32 and in a fixed order: 96 KB from and to L2
+for every 2,560 clocks of tensor cores, where the two kernels take 32 KB for 2,048 and 1,536. Not
+measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from sfkernels import launch
+from sfkernels.gpu.attention import LOG2E
+from sfkernels.gpu.attention_bwd import row_delta
+from sfkernels.gpu.hopper.forward import (
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    PRODUCER_REGISTERS,
+    REGISTERS,
+    M,
+    accumulator,
+    describe,
+    hopper_setting,
+    operand,
+    programs_of,
+    store_rows,
+    turn_of,
+)
+from sfkernels.gpu.tiles import Rows, Tiles, tile_table
+from sfkernels.layout import Row, Span, transpose
+
+Named = tuple[str, Tensor | None]
+
+
+@gluon.jit
+def _span(spans_ptr, i):
+    return gl.load(spans_ptr + 2 * i), gl.load(spans_ptr + 2 * i + 1)
+
+
+@gluon.jit
+def _load_span(x_desc, y_desc, x_row, y_row, col, lse_ptr, delta_ptr, lo, hi, t, ring, stats,
+               N: gl.constexpr, STAGES: gl.constexpr, HAS_STATS: gl.constexpr):  # fmt: skip
+    """Loads the tiles of the visited tokens lo..hi, the first of them number t of the program."""
+    x_s, y_s, full, empty = ring
+    lse_s, delta_s = stats
+    for start in range(lo, hi, N):
+        slot = t % STAGES
+        if HAS_STATS:  # sent for before the wait, stored after it
+            at_N = start + gl.arange(0, N, gl.BlockedLayout([1], [32], [1], [0]))
+            lse_N = gl.load(lse_ptr + at_N, at_N < hi, float("inf"))
+            delta_N = gl.load(delta_ptr + at_N, at_N < hi, 0.0)
+        mbarrier.wait(empty.index(slot), t // STAGES & 1 ^ 1)
+        mbarrier.expect(full.index(slot), x_desc.block_type.nbytes + y_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            x_desc, [x_row + start, col], full.index(slot), x_s.index(slot)
+        )
+        tma.async_copy_global_to_shared(
+            y_desc, [y_row + start, col], full.index(slot), y_s.index(slot)
+        )
+        if HAS_STATS:
+            lse_s.index(slot).store(lse_N)
+            delta_s.index(slot).store(delta_N)
+            mbarrier.arrive(full.index(slot), count=1)
+        t += 1
+    return t
+
+
+@gluon.jit
+def _load(a_desc, b_desc, x_desc, y_desc, x_prefix_desc, y_prefix_desc, lse_ptr, delta_ptr,
+          tiles_ptr, spans_ptr, tiles, prefix, visited, a_rows, b_rows, x_rows, y_rows,
+          x_prefix_rows, y_prefix_rows, kept, ring, stats, H: gl.constexpr, D: gl.constexpr,
+          N: gl.constexpr, STAGES: gl.constexpr, HAS_STATS: gl.constexpr, HAS_PREFIX: gl.constexpr
+          ):  # fmt: skip
+    """The loading warp. Kept are tiles of a and b, visited tiles of x and y: K, V and Q, dO, or
+    Q, dO and K, V. Tensors are seen as rows of tokens, and samples are *_rows of them apart."""
+    a_s, b_s, kept_full, kept_empty = kept
+    batch, col = gl.program_id(1) // H, gl.program_id(1) % H * D
+    lse_ptr += gl.program_id(1) * visited
+    delta_ptr += gl.program_id(1) * visited
+    t = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        at = tiles_ptr + 4 * tile
+        first = gl.load(at)
+        for c in gl.static_range(CONSUMERS):
+            bar, row = kept_full.index(c), first + c * M
+            mbarrier.wait(kept_empty.index(c), turn_of(tile) & 1 ^ 1)
+            mbarrier.expect(bar, a_desc.block_type.nbytes + b_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(a_desc, [batch * a_rows + row, col], bar, a_s.index(c))
+            tma.async_copy_global_to_shared(b_desc, [batch * b_rows + row, col], bar, b_s.index(c))
+        if HAS_PREFIX:
+            for i in range(prefix):
+                lo, hi = _span(spans_ptr, i)
+                t = _load_span(x_prefix_desc, y_prefix_desc, batch * x_prefix_rows,
+                               batch * y_prefix_rows, col, lse_ptr, delta_ptr, lo, hi, t, ring,
+                               stats, N, STAGES, HAS_STATS)  # fmt: skip
+        for i in range(gl.load(at + 2), gl.load(at + 3)):
+            lo, hi = _span(spans_ptr, i)
+            t = _load_span(x_desc, y_desc, batch * x_rows, batch * y_rows, col, lse_ptr, delta_ptr,
+                           lo, hi, t, ring, stats, N, STAGES, HAS_STATS)  # fmt: skip
+
+
+@gluon.jit
+def _consume_queries(c: gl.constexpr, dk_ptr, dv_ptr, tiles_ptr, spans_ptr, tiles, keys,
+                     scale, scale_log2, kept, ring, stats, H: gl.constexpr, D: gl.constexpr,
+                     N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """dK and dV of the c-th M keys of every tile."""
+    k_s, v_s, kept_full, kept_empty = kept
+    q_s, do_s, full, empty = ring
+    lse_s, delta_s = stats
+    SCORE: gl.constexpr = accumulator(N)
+    OUT: gl.constexpr = accumulator(D)
+    zero_MN = gl.zeros([M, N], gl.float32, SCORE)
+    done = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        at = tiles_ptr + 4 * tile
+        # Counted here: the loop over tiles has no registers left for one over spans around it.
+        count = 0
+        for i in range(gl.load(at + 2), gl.load(at + 3)):
+            lo, hi = _span(spans_ptr, i)
+            count += gl.cdiv(hi - lo, N)
+        dk_MD = gl.zeros([M, D], gl.float32, OUT)
+        dv_MD = gl.zeros([M, D], gl.float32, OUT)
+        mbarrier.wait(kept_full.index(c), turn_of(tile) & 1)
+        for t in range(done, done + count):
+            slot = t % STAGES
+            q_ND, do_ND = q_s.index(slot), do_s.index(slot)
+            q_DN, do_DN = q_ND.permute((1, 0)), do_ND.permute((1, 0))
+            mbarrier.wait(full.index(slot), t // STAGES & 1)
+            s_MN = warpgroup_mma(k_s.index(c), q_DN, zero_MN, use_acc=False, is_async=True)
+            dp_MN = warpgroup_mma(v_s.index(c), do_DN, zero_MN, use_acc=False, is_async=True)
+            s_MN = warpgroup_mma_wait(1, deps=[s_MN])
+            lse_N = lse_s.index(slot).load(gl.SliceLayout(0, SCORE))
+            p_MN = gl.exp2(s_MN * scale_log2 - lse_N[None, :])
+            dv_MD = warpgroup_mma(operand(p_MN, q_s.dtype, D), do_ND, dv_MD, is_async=True)
+            dp_MN = warpgroup_mma_wait(1, deps=[dp_MN])
+            delta_N = delta_s.index(slot).load(gl.SliceLayout(0, SCORE))
+            ds_MN = p_MN * (dp_MN - delta_N[None, :])
+            dk_MD = warpgroup_mma(operand(ds_MN, q_s.dtype, D), q_ND, dk_MD, is_async=True)
+            dk_MD, dv_MD = warpgroup_mma_wait(0, deps=[dk_MD, dv_MD])
+            mbarrier.arrive(empty.index(slot), count=1)
+        mbarrier.arrive(kept_empty.index(c), count=1)
+        done += count
+        at = tiles_ptr + 4 * tile
+        first, past = gl.load(at) + c * M, gl.load(at + 1)
+        sample, head = gl.program_id(1) // H, gl.program_id(1) % H
+        store_rows(dv_ptr, dv_MD, first, past, sample, keys, head, 16, H, D)
+        store_rows(dk_ptr, dk_MD * scale, first, past, sample, keys, head, 16, H, D)
+
+
+@gluon.jit
+def _consume_keys(c: gl.constexpr, dq_ptr, lse_ptr, delta_ptr, tiles_ptr, spans_ptr, tiles,
+                  prefix, queries, scale, scale_log2, kept, ring, H: gl.constexpr,
+                  D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """dQ of the c-th M queries of every tile."""
+    q_s, do_s, kept_full, kept_empty = kept
+    k_s, v_s, full, empty = ring
+    SCORE: gl.constexpr = accumulator(N)
+    OUT: gl.constexpr = accumulator(D)
+    zero_MN = gl.zeros([M, N], gl.float32, SCORE)
+    row_M = gl.arange(0, M, gl.SliceLayout(1, SCORE))
+    col_N = gl.arange(0, N, gl.SliceLayout(0, SCORE))
+    t = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        at = tiles_ptr + 4 * tile
+        first, past = gl.load(at) + c * M, gl.load(at + 1)
+        first_span, past_span = gl.load(at + 2), gl.load(at + 3)
+        at_M = gl.program_id(1) * queries + first + row_M
+        lse_M = gl.load(lse_ptr + at_M, first + row_M < past, 0.0)
+        delta_M = gl.load(delta_ptr + at_M, first + row_M < past, 0.0)
+        dq_MD = gl.zeros([M, D], gl.float32, OUT)
+        # There is no tile before the first: zeros, which multiply the first one's own keys.
+        ds_MN = operand(zero_MN, q_s.dtype, D)
+        began = t
+        mbarrier.wait(kept_full.index(c), turn_of(tile) & 1)
+        q_MD = q_s.index(c).load(gl.DotOperandLayout(0, SCORE, 2))
+        for i in range(first_span - prefix, past_span):
+            lo, hi = _span(spans_ptr, gl.where(i < first_span, i + prefix - first_span, i))
+            for start in range(lo, hi, N):
+                slot, before = t % STAGES, gl.maximum(t - 1, began) % STAGES
+                mbarrier.wait(full.index(slot), t // STAGES & 1)
+                k_DN, v_DN = k_s.index(slot).permute((1, 0)), v_s.index(slot).permute((1, 0))
+                s_MN = warpgroup_mma(q_MD, k_DN, zero_MN, use_acc=False, is_async=True)
+                dp_MN = warpgroup_mma(do_s.index(c), v_DN, zero_MN, use_acc=False, is_async=True)
+                dq_MD = warpgroup_mma(ds_MN, k_s.index(before), dq_MD, is_async=True)
+                s_MN = warpgroup_mma_wait(2, deps=[s_MN])
+                p_MN = gl.exp2(s_MN * scale_log2 - lse_M[:, None])
+                if start + N > hi:
+                    p_MN = gl.where((start + col_N < hi)[None, :], p_MN, 0.0)
+                # The waits for P and dS wait for nothing. They and the branch of the next wait,
+                # which passes at once, keep ptxas from moving the last wait up before dS.
+                p_MN = warpgroup_mma_wait(2, deps=[p_MN])
+                dp_MN = warpgroup_mma_wait(1, deps=[dp_MN])
+                ds_MN = operand(p_MN * (dp_MN - delta_M[:, None]), q_s.dtype, D)
+                ds_MN = warpgroup_mma_wait(1, deps=[ds_MN])
+                mbarrier.wait(full.index(slot), t // STAGES & 1)
+                dq_MD = warpgroup_mma_wait(0, deps=[dq_MD])
+                mbarrier.arrive(empty.index(before), count=1, pred=t > began)
+                t += 1
+        mbarrier.arrive(kept_empty.index(c), count=1)
+        if t > began:
+            last = (t - 1) % STAGES
+            dq_MD = warpgroup_mma(ds_MN, k_s.index(last), dq_MD, is_async=True)
+            dq_MD = warpgroup_mma_wait(0, deps=[dq_MD])
+            mbarrier.arrive(empty.index(last), count=1)
+        sample, head = gl.program_id(1) // H, gl.program_id(1) % H
+        store_rows(dq_ptr, dq_MD * scale, first, past, sample, queries, head, 16, H, D)
+
+
+@gluon.jit
+def _prepare(a_desc, x_desc, D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+             HAS_STATS: gl.constexpr):  # fmt: skip
+    """Shared memory: the kept tiles of both consumers, the ring of visited tiles, each with their
+    barriers, and the ring's lse and delta."""
+    dtype: gl.constexpr = a_desc.dtype
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    stats: gl.constexpr = STAGES if HAS_STATS else 1
+    a_s = gl.allocate_shared_memory(dtype, [CONSUMERS, M, D], a_desc.layout)
+    b_s = gl.allocate_shared_memory(dtype, [CONSUMERS, M, D], a_desc.layout)
+    x_s = gl.allocate_shared_memory(dtype, [STAGES, N, D], x_desc.layout)
+    y_s = gl.allocate_shared_memory(dtype, [STAGES, N, D], x_desc.layout)
+    lse_s = gl.allocate_shared_memory(gl.float32, [stats, N], flat)
+    delta_s = gl.allocate_shared_memory(gl.float32, [stats, N], flat)
+    kept_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bars)
+    kept_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bars)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    for c in gl.static_range(CONSUMERS):
+        mbarrier.init(kept_full.index(c), count=1)
+        mbarrier.init(kept_empty.index(c), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=2 if HAS_STATS else 1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    fence_async_shared()
+    return (a_s, b_s, kept_full, kept_empty), (x_s, y_s, full, empty), (lse_s, delta_s)
+
+
+@gluon.jit
+def _hopper_dkdv_kernel(q_desc, do_desc, k_desc, v_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+                        tiles_ptr, spans_ptr, tiles, queries, keys, scale, scale_log2,
+                        q_rows, do_rows, k_rows, v_rows, H: gl.constexpr, D: gl.constexpr,
+                        N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    kept, ring, stats = _prepare(k_desc, q_desc, D, N, STAGES, True)
+    gl.warp_specialize([
+        (_consume_queries, (0, dk_ptr, dv_ptr, tiles_ptr, spans_ptr, tiles, keys, scale,
+                            scale_log2, kept, ring, stats, H, D, N, STAGES)),
+        (_consume_queries, (1, dk_ptr, dv_ptr, tiles_ptr, spans_ptr, tiles, keys, scale,
+                            scale_log2, kept, ring, stats, H, D, N, STAGES)),
+        (_load, (k_desc, v_desc, q_desc, do_desc, q_desc, do_desc, lse_ptr, delta_ptr, tiles_ptr,
+                 spans_ptr, tiles, 0, queries, k_rows, v_rows, q_rows, do_rows, 0, 0,
+                 kept, ring, stats, H, D, N, STAGES, True, False)),
+    ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+
+
+@gluon.jit
+def _hopper_dq_kernel(q_desc, do_desc, k_desc, v_desc, k_prefix_desc, v_prefix_desc, lse_ptr,
+                      delta_ptr, dq_ptr, tiles_ptr, spans_ptr, tiles, prefix, queries, scale,
+                      scale_log2, q_rows, do_rows, k_rows, v_rows, k_prefix_rows, v_prefix_rows,
+                      H: gl.constexpr, D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+                      HAS_PREFIX: gl.constexpr):  # fmt: skip
+    kept, ring, stats = _prepare(q_desc, k_desc, D, N, STAGES, False)
+    gl.warp_specialize([
+        (_consume_keys, (0, dq_ptr, lse_ptr, delta_ptr, tiles_ptr, spans_ptr, tiles, prefix,
+                         queries, scale, scale_log2, kept, ring, H, D, N, STAGES)),
+        (_consume_keys, (1, dq_ptr, lse_ptr, delta_ptr, tiles_ptr, spans_ptr, tiles, prefix,
+                         queries, scale, scale_log2, kept, ring, H, D, N, STAGES)),
+        (_load, (q_desc, do_desc, k_desc, v_desc, k_prefix_desc, v_prefix_desc, lse_ptr, delta_ptr,
+                 tiles_ptr, spans_ptr, tiles, prefix, 0, q_rows, do_rows, k_rows, v_rows,
+                 k_prefix_rows, v_prefix_rows, kept, ring, stats, H, D, N, STAGES, False,
+                 HAS_PREFIX)),
+    ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+
+
+def attention_bwd(
+    do_BLHD: Tensor,
+    q_BLHD: Tensor,
+    k_BSHD: Tensor,
+    v_BSHD: Tensor,
+    o_BLHD: Tensor,
+    lse_BHL: Tensor,
+    rows: Rows,
+    k_prefix_BPHD: Tensor | None,
+    v_prefix_BPHD: Tensor | None,
+    prefix: tuple[Span, ...],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv. The prefix gets no gradient. Raises ValueError for tensors that TMA cannot read;
+    do, to which autograd may give any strides, is copied instead."""
+    queries, keys = q_BLHD.shape[1], k_BSHD.shape[1]
+    do_BLHD = _readable(do_BLHD)
+    delta_BHL = row_delta(do_BLHD, o_BLHD)
+    dq, dk, dv = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q_BLHD, k_BSHD, v_BSHD)
+    )
+    by_query: list[Named] = [("q", q_BLHD), ("do", do_BLHD)]
+    by_key: list[Named] = [("k", k_BSHD), ("v", v_BSHD)]
+
+    setting = hopper_setting("hopper_dkdv", q_BLHD)
+    columns = transpose([Row(*row) for row in rows], keys)
+    table = tile_table(columns, (), setting.keep, q_BLHD.device)
+    descs, apart = _describe(by_query, setting.visit, by_key, M.value)
+    args = (*descs, lse_BHL, delta_BHL, dk, dv, *table, len(table.tiles), queries, keys)
+    _run(_hopper_dkdv_kernel, setting, (*args, scale, scale * LOG2E, *apart), table, q_BLHD)
+
+    setting = hopper_setting("hopper_dq", q_BLHD)
+    table = tile_table(rows, prefix, setting.keep, q_BLHD.device)
+    by_key += [("prefix k", k_prefix_BPHD), ("prefix v", v_prefix_BPHD)]
+    descs, apart = _describe(by_query, M.value, by_key, setting.visit)
+    args = (*descs, lse_BHL, delta_BHL, dq, *table, len(table.tiles), len(prefix), queries)
+    _run(_hopper_dq_kernel, setting, (*args, scale, scale * LOG2E, *apart), table, q_BLHD,
+         HAS_PREFIX=len(prefix) > 0)  # fmt: skip
+    return dq, dk, dv
+
+
+def _readable(do_BLHD: Tensor) -> Tensor:
+    try:
+        describe("do", do_BLHD, M.value)
+    except ValueError:
+        return do_BLHD.contiguous()
+    return do_BLHD
+
+
+def _describe(
+    by_query: Sequence[Named], queries: int, by_key: Sequence[Named], keys: int
+) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """Descriptors, with boxes of so many queries and keys, and how many rows samples are apart."""
+    both = [*(describe(*t, queries) for t in by_query), *(describe(*t, keys) for t in by_key)]
+    descs, apart = zip(*both, strict=True)
+    return descs, apart
+
+
+def _run(
+    kernel: Any,
+    setting: launch.Tile,
+    args: tuple[Any, ...],
+    table: Tiles,
+    q_BLHD: Tensor,
+    **meta: Any,
+) -> None:
+    batch, _, heads, head_dim = q_BLHD.shape
+    programs = programs_of(setting, q_BLHD.device, len(table.tiles), batch * heads)
+    launch.run(
+        kernel,
+        (programs, batch * heads),
+        args,
+        num_warps=setting.warps,
+        maxnreg=REGISTERS,
+        H=heads,
+        D=head_dim,
+        N=setting.visit,
+        STAGES=setting.stages,
+        **meta,
+    )

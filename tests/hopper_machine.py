@@ -1,0 +1,259 @@
+"""The hardware of tests/hopper_emulator.py: partitions, mbarriers, shared memory, wgmma in flight,
+and the clocks by which races are seen."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class HopperError(Exception):
+    """A kernel broke a rule of the hardware."""
+
+
+class _Stopped(Exception):
+    """Another partition failed."""
+
+
+Clock = dict[object, int]  # of each partition or copy, up to where its past is known
+
+
+def _join(clock: Clock, other: Clock) -> None:
+    for actor, tick in other.items():
+        clock[actor] = max(clock.get(actor, 0), tick)
+
+
+class Partition:
+    """A thread. ready: whether it can go on. speed: how likely it is to. clock: what it knows to
+    have happened; its own entry counts its arrivals."""
+
+    def __init__(self, speed: float, known: Clock) -> None:
+        self.speed = speed
+        self.clock: Clock = {**known, self: 1}
+        self.ready: Callable[[], bool] = lambda: True
+        self.wake = threading.Semaphore(0)
+        self.groups: list[InFlight] = []  # wgmma not waited for, oldest first
+
+
+class Copy(NamedTuple):
+    """A TMA load on its way."""
+
+    speed: float
+    land: Callable[[], None]
+
+
+class Program:
+    """One program of a grid: its partitions, and what is on its way to shared memory. running: the
+    one that runs now."""
+
+    running: ClassVar[Program]
+
+    def __init__(self, place: Sequence[int], grid: Sequence[int], rng: random.Random) -> None:
+        self.place, self.grid, self.rng = place, grid, rng
+        self.current = Partition(self.speed(), {})
+        self.partitions = [self.current]
+        self.copies: list[Copy] = []
+        self.shared = 0
+        self.failure: Exception | None = None
+
+    def speed(self) -> float:
+        """Some are much slower than others, so that these run as far ahead as they are let."""
+        return self.rng.choice((0.01, 1.0))
+
+    def pause(self, ready: Callable[[], bool] = lambda: True) -> None:
+        """Where others may go on; returns when `ready()` holds and the draw falls on this one."""
+        me = self.current
+        me.ready = ready
+        self._go_on()
+        me.wake.acquire()
+        if self.failure:
+            raise _Stopped
+
+    def _go_on(self) -> None:
+        while not self.failure:
+            able: list[Partition | Copy] = [p for p in self.partitions if p.ready()]
+            able += self.copies
+            if not able:
+                self.fail(HopperError("deadlock: every partition waits"))
+                return
+            chosen = self.rng.choices(able, [a.speed for a in able])[0]
+            if isinstance(chosen, Partition):
+                self.current = chosen
+                chosen.wake.release()
+                return
+            self.copies.remove(chosen)
+            chosen.land()
+
+    def fail(self, error: Exception) -> None:
+        """Stops all partitions."""
+        if not self.failure:
+            self.failure = error
+        for partition in [*self.partitions]:
+            partition.wake.release()
+
+    def specialize(self, first: tuple[Any, ...], *others: tuple[Any, ...]) -> None:
+        """The caller becomes the first partition; returns when all have ended."""
+        running = [Partition(self.speed(), self.current.clock) for _ in others]
+        threads = [
+            threading.Thread(target=self._run, args=(partition, *work), daemon=True)
+            for partition, work in zip(running, others, strict=True)
+        ]
+        self.partitions += running
+        for thread in threads:
+            thread.start()
+        try:
+            first[0](*first[1])
+            self.pause(lambda: len(self.partitions) == 1)
+        except Exception as error:
+            self.fail(error)
+            raise
+        finally:
+            for thread in threads:
+                thread.join()
+        for partition in running:
+            _join(self.current.clock, partition.clock)
+
+    @torch.inference_mode()
+    def _run(self, me: Partition, function: Callable[..., None], args: Sequence[Any]) -> None:
+        me.wake.acquire()
+        try:
+            if not self.failure:
+                function(*args)
+                if me.groups:
+                    raise HopperError("a partition ends with a wgmma in flight")
+        except _Stopped:
+            pass
+        except Exception as error:
+            self.fail(error)
+        self.partitions.remove(me)
+        self._go_on()
+
+
+class Barrier:
+    """An mbarrier. `pending` arrivals and `bytes` are still to come in phase number `phase`. done:
+    what whoever waits for it then knows; coming: what this phase adds."""
+
+    count = pending = bytes = phase = 0
+
+    def __init__(self) -> None:
+        self.coming: Clock = {}
+        self.done: Clock = {}
+
+    def arrive(self, count: int = 1) -> None:
+        if not self.count:
+            raise HopperError("an mbarrier was not initialised")
+        me = Program.running.current
+        _join(self.coming, me.clock)
+        me.clock[me] += 1
+        self.pending -= count
+        if self.pending < 0:
+            raise HopperError("one arrival too many at an mbarrier")
+        self.settle()
+
+    def wait(self, parity: int) -> None:
+        Program.running.pause(lambda: self.phase % 2 != parity)
+        _join(Program.running.current.clock, self.done)
+
+    def settle(self) -> None:
+        if self.pending == 0 and self.bytes == 0:
+            self.phase, self.pending = self.phase + 1, self.count
+            _join(self.done, self.coming)
+
+
+class Access:
+    """A read or write of some elements lo..hi of an allocation; an unfinished one has no tick."""
+
+    def __init__(self, data: Tensor, actor: object, tick: float = math.inf) -> None:
+        self.lo = data.storage_offset()
+        self.hi = self.lo + 1 + sum((data.shape[d] - 1) * data.stride(d) for d in range(data.dim()))
+        self.actor, self.tick = actor, tick
+
+    def races(self, other: Access, clock: Clock) -> bool:
+        """Whether `other` meets the same elements and may not be over for one who knows `clock`."""
+        meet = self.lo < other.hi and other.lo < self.hi
+        return meet and other.tick > clock.get(other.actor, 0)
+
+
+class Shared:
+    """A piece of shared memory. reads, writes: what is known of those to the whole allocation."""
+
+    def __init__(self, data: Tensor, reads: list[Access], writes: list[Access]) -> None:
+        self.data, self.reads, self.writes = data, reads, writes
+        self.dtype, self.shape = data.dtype, [*data.shape]
+
+    def view(self, data: Tensor) -> Shared:
+        return Shared(data, self.reads, self.writes)
+
+    def read(self) -> Access:
+        """Begins a read by the partition that runs."""
+        me = Program.running.current
+        access = Access(self.data, me)
+        if any(access.races(write, me.clock) for write in self.writes):
+            raise HopperError("shared memory is read that nobody has waited for")
+        self.reads.append(access)
+        return access
+
+    def write(self, actor: object, tick: int) -> None:
+        access = Access(self.data, actor, tick)
+        if any(access.races(read, Program.running.current.clock) for read in self.reads):
+            raise HopperError("shared memory is overwritten while it may still be read")
+        for old in (self.reads, self.writes):
+            old[:] = [a for a in old if not (access.lo <= a.lo and a.hi <= access.hi)]
+        self.writes.append(access)
+
+    def index(self, i: Any) -> Shared:
+        if not 0 <= int(i) < len(self.data):
+            raise HopperError(f"buffer {int(i)} of {len(self.data)}")
+        return self.view(self.data[int(i)])
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return self.view(self.data.narrow(dim, start, length))
+
+    def permute(self, order: Sequence[int]) -> Shared:
+        return self.view(self.data.permute(*order))
+
+    def load(self, layout: Any = None) -> Tensor:
+        Program.running.pause()
+        self.read().tick = Program.running.current.clock[Program.running.current]
+        return self.data.clone()
+
+    def store(self, value: Tensor) -> None:
+        Program.running.pause()
+        self.write(Program.running.current, Program.running.current.clock[Program.running.current])
+        self.data.copy_(value)
+
+
+class InFlight:
+    """What wgmma promises: a result that nothing but a wait or another wgmma may take."""
+
+    def __init__(self, compute: Callable[[], Tensor], reads: list[Access]) -> None:
+        self.compute, self.reads = compute, reads
+        self.value: Tensor | None = None
+
+    def finish(self, clock: Clock) -> None:
+        self.value = self.compute()
+        for read in self.reads:
+            read.tick = clock[read.actor]
+
+    def __getattr__(self, name: str) -> Any:
+        raise HopperError(f"a wgmma in flight is used (.{name})")
+
+    def _used(self, *_: Any) -> Any:
+        raise HopperError("a wgmma in flight is used")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __getitem__ = _used
+
+
+class Barriers(list[Barrier]):
+    def index(self, i: Any) -> Barrier:  # type: ignore[override]
+        return self[int(i)]
+
+
+def poison(data: Tensor) -> None:
+    data.fill_(math.nan if data.is_floating_point() else torch.iinfo(data.dtype).max)

@@ -1,0 +1,294 @@
+"""The Gluon kernel of attention's forward pass in the emulator of Hopper: parity with float64, and
+that the emulator sees what is wrong with mutants of the kernel."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.parity import close_as_eager
+from sfkernels import BlockLayout, RingKVCache
+from sfkernels.gpu.hopper import forward as hopper
+from sfkernels.gpu.tiles import Rows, visits
+from sfkernels.launch import Tile
+from sfkernels.layout import Span
+from tests import hopper_emulator
+from tests.hopper_emulator import emulate
+from tests.hopper_machine import HopperError
+from tests.oracle import nan_filled, setting
+
+pytestmark = [
+    pytest.mark.usefixtures("fresh_seed"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="for CPU tensors"),
+]
+
+BF16, FP16 = torch.bfloat16, torch.float16
+LAYOUTS = {
+    "bidirectional": BlockLayout((3,), 75),
+    "diffusion forcing": BlockLayout.causal(6, 2, 47),
+    "teacher forcing": BlockLayout.causal(3, 1, 63, teacher_forcing=True),
+    "window": BlockLayout.causal(5, 1, 41, window=2),
+    "window and sink": BlockLayout.causal(6, 1, 37, window=3, sink=1),
+    "teacher forcing, window and sink": BlockLayout.causal(
+        5, 1, 33, window=3, sink=1, teacher_forcing=True
+    ),
+    "independent first frame": BlockLayout.causal(5, 2, 33, first=1),
+    "hidden first chunk": BlockLayout.causal(6, 2, 25, hide_first=True),
+    "smaller than a tile": BlockLayout.causal(2, 1, 5),
+}
+# Few keys a tile, so that short spans have several. A CPU counts as two multiprocessors.
+TILES = [
+    Tile(128, 32, 4, 2),
+    Tile(128, 64, 4, 3, per_sm=1),
+    Tile(128, 128, 4, 2, per_sm=2),
+]
+
+
+def rows_of(layout: BlockLayout) -> Rows:
+    return tuple((row.queries, row.keys) for row in layout.rows)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen_LS: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Eager attention in the tensors' dtype, and lse to base 2."""
+    s_BHLS = torch.einsum("blhd,bshd->bhls", q, k) * scale
+    s_BHLS = s_BHLS.masked_fill(~seen_LS, -torch.inf)
+    o_BLHD = torch.einsum("bhls,bshd->blhd", s_BHLS.softmax(-1), v)
+    return o_BLHD, s_BHLS.logsumexp(-1) / torch.tensor(2.0, dtype=torch.float64).log()
+
+
+def check_fwd(
+    tensors: tuple[Tensor, ...],
+    layout: BlockLayout,
+    prefix: tuple[Span, ...] = (),
+    module: ModuleType = hopper,
+    seed: int | None = None,
+) -> None:
+    """tensors: q, k, v and, with a prefix, its k and v."""
+    q, k, v, *past = tensors
+    scale = 0.7 * q.shape[-1] ** -0.5
+    seed = random.randrange(1000) if seed is None else seed
+    with nan_filled(), emulate(seed):
+        o, lse = module.attention_fwd(
+            q, k, v, rows_of(layout), *(past or (None, None)), prefix, scale
+        )
+    seen = layout.dense_mask()
+    if past:
+        k, v = torch.cat((past[0], k), 1), torch.cat((past[1], v), 1)
+        seen_prefix = torch.zeros(layout.tokens, past[0].shape[1], dtype=torch.bool)
+        for lo, hi in prefix:
+            seen_prefix[:, lo:hi] = True
+        seen = torch.cat((seen_prefix, seen), 1)
+    eager, _ = attend(q, k, v, seen, scale)
+    exact, exact_lse = attend(q.double(), k.double(), v.double(), seen, scale)
+    close_as_eager(f"o (emulator's seed {seed})", o, eager, exact)
+    assert (lse - exact_lse).abs().max() < 1e-5
+
+
+def new(
+    layout: BlockLayout, batch: int, heads: int, head_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(batch, layout.tokens, heads, head_dim).to(dtype) for _ in range(3))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_pattern(name: str) -> None:
+    sizes = [(1, 1, 128, BF16), (2, 1, 64, FP16), (1, 2, 64, BF16)]
+    random.shuffle(sizes)
+    for tile, size in zip(TILES, sizes, strict=True):
+        with setting(hopper_fwd=tile):
+            check_fwd(new(LAYOUTS[name], *size), LAYOUTS[name])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_default_settings(head_dim: int, dtype: torch.dtype) -> None:
+    layout = BlockLayout.causal(3, 1, 131)
+    check_fwd(new(layout, 1, 2, head_dim, dtype), layout)
+
+
+@pytest.mark.parametrize("spans", [((0, 90),), ((0, 31), (64, 65), (70, 90))], ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_prefix(tile: Tile, spans: tuple[Span, ...]) -> None:
+    layout = BlockLayout.causal(3, 1, 50)
+    past = tuple(torch.randn(2, 90, 2, 64).half() for _ in range(2))
+    with setting(hopper_fwd=tile):
+        check_fwd((*new(layout, 2, 2, 64, FP16), *past), layout, spans)
+
+
+def test_strided_tensors() -> None:
+    """q, k, v as thirds of a projection, k as a slice of a longer tensor, one head of several."""
+    layout = BlockLayout.causal(2, 1, 70)
+    with setting(hopper_fwd=TILES[0]):
+        q, k, v = torch.randn(2, layout.tokens, 3, 2, 64).to(BF16).unbind(2)
+        check_fwd((q, k, v), layout)
+        longer = torch.randn(2, 2 * layout.tokens, 2, 64).to(BF16)[:, layout.tokens :]
+        check_fwd((q, longer, v), layout)
+        check_fwd((q[:, :, 1:], k[:, :, 1:], v[:1, :, 1:].expand(2, -1, -1, -1)), layout)
+
+
+def check_ring(parts: int, valid: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, queries, heads, head_dim, slots = 2, 150, 1, 64, 250
+    q = torch.randn(batch, queries, heads, head_dim).to(dtype)
+    k, v = torch.randn(2, batch, slots, heads, head_dim).to(dtype).unbind()
+    k[:, valid:], v[:, valid:] = 1000.0, 1000.0  # finite, and never to be seen
+    length = torch.tensor(valid, dtype=random.choice([torch.int32, torch.int64]))
+    monkeypatch.setattr("sfkernels.gpu.attention.key_splits", lambda *_: parts)
+    launches: list[str] = []
+    seed = random.randrange(1000)
+    with nan_filled(), emulate(seed, launches):
+        o = hopper.ring_attention(q, k, v, length, 0.1)
+    assert len(launches) == (1 if parts == 1 else 2)
+    seen = (torch.arange(slots) < valid).expand(queries, slots)
+    eager, _ = attend(q, k, v, seen, 0.1)
+    exact, _ = attend(q.double(), k.double(), v.double(), seen, 0.1)
+    close_as_eager(f"o of {valid} in {parts} (emulator's seed {seed})", o, eager, exact)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_ring_of_any_length(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for valid in (1, 31, 32, 33, 64, 65, random.randint(66, 249), 250):
+        with setting(hopper_fwd=random.choice(TILES)):
+            check_ring(parts, valid, FP16, monkeypatch)
+
+
+def test_ring_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one part: the interpreter, which combines parts, does not round to bfloat16."""
+    with setting(hopper_fwd=TILES[0]):
+        check_ring(1, 77, BF16, monkeypatch)
+
+
+def test_streaming_equals_one_pass() -> None:
+    """Chunk by chunk through a ring with a sink, past the wrap; its length is read on the device,
+    and what its slots hold from chunk to chunk is another thing each time."""
+    chunk, tokens, window, sink = 2, 35, 5, 1
+    layout = BlockLayout.causal(10, chunk, tokens, window=window, sink=sink)
+    q, k, v = new(layout, 1, 1, 64, FP16)
+    cache = RingKVCache(layers=1, batch=1, window=window, sink=sink, frame_tokens=tokens, heads=1,
+                        head_dim=64, dtype=FP16)  # fmt: skip
+    eager, _ = attend(q, k, v, layout.dense_mask(), 0.1)
+    exact, _ = attend(q.double(), k.double(), v.double(), layout.dense_mask(), 0.1)
+    outs = []
+    for part in torch.arange(layout.tokens).split(chunk * tokens):
+        at = cache.chunk(chunk)
+        for ring, source in ((cache.k[0], k), (cache.v[0], v)):
+            by_frame = ring.unflatten(1, (window, tokens))
+            by_frame[:, at.slot_F.long()] = source[:, part].unflatten(1, (chunk, tokens))
+        with setting(hopper_fwd=TILES[0]), nan_filled(), emulate(random.randrange(1000)):
+            outs.append(hopper.ring_attention(q[:, part], cache.k[0], cache.v[0], at.valid, 0.1))
+        cache.commit(chunk)
+    close_as_eager("o of a stream", torch.cat(outs, 1), eager, exact)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_no_loads_of_tiles_that_see_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[object] = []
+    copy = hopper_emulator.Copy
+
+    def counting(*args: Any) -> Any:
+        loads.append(args)
+        return copy(*args)
+
+    monkeypatch.setattr(hopper_emulator, "Copy", counting)
+    layout = LAYOUTS[name]
+    with setting(hopper_fwd=TILES[1]):
+        check_fwd(new(layout, 1, 2, 64, FP16), layout)
+    tiles = sum(-(-(end - start) // 128) for (start, end), _ in layout.rows)
+    # Q in two boxes, and of each tile of keys K and V.
+    assert len(loads) == 2 * (2 * tiles + 2 * visits(rows_of(layout), (), 128, 64))
+
+
+def test_what_tma_cannot_read_is_named() -> None:
+    good = torch.zeros(2, 8, 2, 64, dtype=BF16)
+    bad: dict[str, Callable[[], Tensor]] = {
+        "heads apart": lambda: torch.zeros(2, 2, 8, 64, dtype=BF16).transpose(1, 2),
+        "columns apart": lambda: torch.zeros(2, 8, 2, 128, dtype=BF16)[..., ::2],
+        "start": lambda: torch.zeros(2 * 8 * 2 * 64 + 1, dtype=BF16)[1:].view(2, 8, 2, 64),
+        "tokens": lambda: torch.zeros(2, 8, 132, dtype=BF16)[..., :128].view(2, 8, 2, 64),
+        "samples": lambda: torch.zeros(3000, dtype=BF16).as_strided(
+            (2, 8, 2, 64), (8 * 128 + 8, 128, 64, 1)
+        ),
+    }
+    layout = BlockLayout.causal(2, 1, 4)
+    for name, make in bad.items():
+        with pytest.raises(ValueError, match=r"k has strides .* impl='gluon'"), emulate():
+            hopper.attention_fwd(good, make(), good, rows_of(layout), None, None, (), 0.1)
+            pytest.fail(name)
+    with pytest.raises(ValueError, match="float32: impl='gluon' takes"), emulate():
+        hopper.attention_fwd(good, good, good.float(), rows_of(layout), None, None, (), 0.1)
+
+
+# Mutants of the kernel: pieces of its text, and what replaces each.
+WAIT_S = "    s_MN = warpgroup_mma_wait(1, deps=[s_MN])\n"
+WAIT_O = "    acc_MD = warpgroup_mma_wait(0, deps=[acc_MD])\n"
+DONE_K = "    mbarrier.arrive(k_empty.index(at))\n"
+DONE_V = "    mbarrier.arrive(v_empty.index(before))\n"
+DONE_Q = "            mbarrier.arrive(q_empty.index(C))\n"
+NEXT_K = "    mbarrier.wait(k_full.index(after), ((n + 1) // STAGES) & 1, pred=n < last)\n"
+WAIT_V = "    mbarrier.wait(v_full.index(before), ((n - 1) // STAGES) & 1)\n"
+WAIT_Q = "            mbarrier.wait(q_full.index(C), turn_of(tile) & 1)\n"
+FREE_K = "            mbarrier.wait(k_empty.index(at), phase ^ 1)\n"
+FREE_V = "            mbarrier.wait(v_empty.index(at), phase ^ 1)\n"
+FREE_Q = "                mbarrier.wait(q_empty.index(c), (turn_of(tile) & 1) ^ 1)\n"
+INIT_V = "        mbarrier.init(v_empty.index(stage), count=CONSUMERS)\n"
+STEPS = "            skip = 1\n"
+MUTANTS = {
+    "K released early": {WAIT_S + DONE_K: DONE_K + WAIT_S},
+    "V released early": {WAIT_O + DONE_V: DONE_V + WAIT_O},
+    "Q released early": {DONE_Q: "", STEPS: DONE_Q + STEPS},
+    "K never released": {DONE_K: ""},
+    "K released twice": {DONE_K: DONE_K + DONE_K},
+    "another buffer released": {DONE_V: DONE_V.replace("before", "at")},
+    "wrong phase of K": {NEXT_K: NEXT_K.replace("n + 1", "n")},
+    "wrong phase of V": {WAIT_V: WAIT_V.replace("n - 1", "n")},
+    "wrong phase of Q": {WAIT_Q: WAIT_Q.replace("turn_of(tile) & 1", "0")},
+    "wrong phase of a free K": {FREE_K: FREE_K.replace("phase ^ 1", "phase")},
+    "no wait for K": {NEXT_K: ""},
+    "no wait for V": {WAIT_V: ""},
+    "no wait for Q": {WAIT_Q: ""},
+    "no wait for a free K": {FREE_K: ""},
+    "no wait for a free V": {FREE_V: ""},
+    "no wait for a free Q": {FREE_Q: ""},
+    "no wait for S": {WAIT_S: ""},
+    "too few waited for at S": {WAIT_S: WAIT_S.replace("1", "2")},
+    "too few waited for at O": {WAIT_O + DONE_V: WAIT_O.replace("0", "1") + DONE_V},
+    "more bytes expected than come": {"at), k_desc.block_type": "at), 2 * k_desc.block_type"},
+    "one consumer awaited": {INIT_V: INIT_V.replace("CONSUMERS", "1")},
+    "no mask": {"    if MASK:": "    if False:"},
+    "rows beyond the tile written": {"row_M1 < past": "row_M1 < tokens"},
+}  # fmt: skip
+
+
+def mutant(name: str, folder: Path) -> ModuleType:
+    """The kernel's module with some text replaced."""
+    text = Path(hopper.__file__).read_text()
+    for old, new in MUTANTS[name].items():
+        assert text.count(old) == 1, (text.count(old), old)
+        text = text.replace(old, new)
+    file = folder / "mutant.py"
+    file.write_text(text)
+    spec = importlib.util.spec_from_file_location("mutant", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_emulator_catches(name: str, tmp_path: Path) -> None:
+    module = mutant(name, tmp_path)
+    layout = BlockLayout.causal(3, 1, 150)
+    tensors = new(layout, 1, 2, 64, FP16)
+    with setting(hopper_fwd=Tile(128, 32, 4, 2, per_sm=1)):
+        with pytest.raises((HopperError, AssertionError)) as caught:
+            for seed in range(5):
+                check_fwd(tensors, layout, module=module, seed=seed)
+        print(f"{name}: {caught.type.__name__}: {caught.value}")
+        check_fwd(tensors, layout, seed=0)
