@@ -20,9 +20,8 @@ from sfkernels.gpu.hopper import forward as hopper
 from sfkernels.gpu.tiles import Rows, visits
 from sfkernels.launch import Tile
 from sfkernels.layout import Span
-from tests import hopper_emulator
 from tests.hopper_emulator import emulate
-from tests.hopper_machine import HopperError
+from tests.hopper_machine import Copy, HopperError
 from tests.oracle import nan_filled, setting
 
 pytestmark = [
@@ -190,13 +189,11 @@ def test_streaming_equals_one_pass() -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_no_loads_of_tiles_that_see_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[object] = []
-    copy = hopper_emulator.Copy
-
     def counting(*args: Any) -> Any:
         loads.append(args)
-        return copy(*args)
+        return Copy(*args)
 
-    monkeypatch.setattr(hopper_emulator, "Copy", counting)
+    monkeypatch.setattr("tests.hopper_emulator.Copy", counting)
     layout = LAYOUTS[name]
     with setting(hopper_fwd=TILES[1]):
         check_fwd(new(layout, 1, 2, 64, FP16), layout)
