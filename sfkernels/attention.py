@@ -176,9 +176,14 @@ def _check_prefix(prefix: Prefix | None, q_BLHD: Tensor) -> tuple[Span, ...]:
 
 
 def _choose(op: str, impl: str, q_BLHD: Tensor, **others: Tensor | None) -> str:
-    """As `choose`; raises ValueError for heads that our kernels do not take."""
-    impl = choose(op, impl, q_BLHD.device, q=q_BLHD, **others)
+    """As `choose`; raises ValueError for heads that our kernels do not take. What they are not made
+    for, longer heads and float32, which they multiply exactly and slowly, is for "sdpa" to take
+    under "auto" on a GPU."""
     head_dim = q_BLHD.shape[3]
+    made_for = head_dim <= 128 and q_BLHD.dtype in (torch.bfloat16, torch.float16)
+    if impl == "auto" and q_BLHD.device.type == "cuda" and not made_for:
+        impl = "sdpa"
+    impl = choose(op, impl, q_BLHD.device, q=q_BLHD, **others)
     if impl == "triton" and head_dim > 128:
         raise ValueError(f"heads of {head_dim}: impl='triton' takes at most 128; use 'sdpa'")
     if impl == "gluon" and head_dim not in (64, 128):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import sfkernels as sf
 from bench.parity import close_as_eager
@@ -396,18 +397,21 @@ def test_kernels_for_gpus_refuse_a_cpu(impl: str) -> None:
 
 
 def test_the_best_is_chosen_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, without one."""
     chosen: list[str] = []
 
     def choose(op: str, impl: str, *args: Any, **tensors: Any) -> str:
-        found = sf.dispatch.choose(op, impl, torch.device("cuda"))
-        chosen.append(found)
+        chosen.append(sf.dispatch.choose(op, impl, torch.device("cuda")))
         return "reference"
 
     monkeypatch.setattr("sfkernels.attention.choose", choose)
-    block_causal_attention(X, X, X, LAYOUT)
-    ring_attention(X, X, X, ONE)
-    sf.cross_attention(X, X, X)
-    assert chosen == ["triton", "triton", "sdpa"]
+    with FakeTensorMode():
+        for head_dim, dtype in ((128, torch.bfloat16), (128, torch.float32), (256, torch.float16)):
+            x = torch.empty(1, 12, 2, head_dim, dtype=dtype, device="cuda")
+            block_causal_attention(x, x, x, LAYOUT)
+            ring_attention(x, x, x, torch.empty((), dtype=torch.int32, device="cuda"))
+            sf.cross_attention(x, x, x)
+    assert chosen == ["triton", "triton", "sdpa", *["sdpa"] * 6]
 
 
 def test_lse_is_that_of_the_rows() -> None:

@@ -319,6 +319,6 @@ def test_flex_attention_comes_second(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_gpu_command_keeps_its_time() -> None:
-    assert sum(limit for _, _, limit in gpu.PARTS) <= gpu.TOTAL < 540
+    assert sum(limit for _, _, limit in gpu.PARTS[:-1]) + 40 <= gpu.TOTAL < 540
     assert "attention" in [name for name, _, _ in gpu.PARTS]
     assert {"attention", "gpu"} <= set(gpu.TESTS)

@@ -3,7 +3,6 @@ that the emulator sees what is wrong with mutants of the kernel."""
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,10 @@ from torch import Tensor
 from bench.parity import close_as_eager
 from sfkernels import BlockLayout, RingKVCache
 from sfkernels.gpu.hopper import forward as hopper
-from sfkernels.gpu.tiles import Rows, visits
+from sfkernels.gpu.tiles import visits
 from sfkernels.launch import Tile
 from sfkernels.layout import Span
+from tests.hopper_cases import BF16, FP16, LAYOUTS, TILES, attend, mutant, new, rows_of
 from tests.hopper_emulator import emulate
 from tests.hopper_machine import Copy, HopperError
 from tests.oracle import nan_filled, setting
@@ -28,39 +28,6 @@ pytestmark = [
     pytest.mark.usefixtures("fresh_seed"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="for CPU tensors"),
 ]
-
-BF16, FP16 = torch.bfloat16, torch.float16
-LAYOUTS = {
-    "bidirectional": BlockLayout((3,), 75),
-    "diffusion forcing": BlockLayout.causal(6, 2, 47),
-    "teacher forcing": BlockLayout.causal(3, 1, 63, teacher_forcing=True),
-    "window": BlockLayout.causal(5, 1, 41, window=2),
-    "window and sink": BlockLayout.causal(6, 1, 37, window=3, sink=1),
-    "teacher forcing, window and sink": BlockLayout.causal(
-        5, 1, 33, window=3, sink=1, teacher_forcing=True
-    ),
-    "independent first frame": BlockLayout.causal(5, 2, 33, first=1),
-    "hidden first chunk": BlockLayout.causal(6, 2, 25, hide_first=True),
-    "smaller than a tile": BlockLayout.causal(2, 1, 5),
-}
-# Few keys a tile, so that short spans have several. A CPU counts as two multiprocessors.
-TILES = [
-    Tile(128, 32, 4, 2),
-    Tile(128, 64, 4, 3, per_sm=1),
-    Tile(128, 128, 4, 2, per_sm=2),
-]
-
-
-def rows_of(layout: BlockLayout) -> Rows:
-    return tuple((row.queries, row.keys) for row in layout.rows)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, seen_LS: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Eager attention in the tensors' dtype, and lse to base 2."""
-    s_BHLS = torch.einsum("blhd,bshd->bhls", q, k) * scale
-    s_BHLS = s_BHLS.masked_fill(~seen_LS, -torch.inf)
-    o_BLHD = torch.einsum("bhls,bshd->blhd", s_BHLS.softmax(-1), v)
-    return o_BLHD, s_BHLS.logsumexp(-1) / torch.tensor(2.0, dtype=torch.float64).log()
 
 
 def check_fwd(
@@ -89,12 +56,6 @@ def check_fwd(
     exact, exact_lse = attend(q.double(), k.double(), v.double(), seen, scale)
     close_as_eager(f"o (emulator's seed {seed})", o, eager, exact)
     assert (lse - exact_lse).abs().max() < 1e-5
-
-
-def new(
-    layout: BlockLayout, batch: int, heads: int, head_dim: int, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    return tuple(torch.randn(batch, layout.tokens, heads, head_dim).to(dtype) for _ in range(3))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -189,6 +150,7 @@ def test_streaming_equals_one_pass() -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_no_loads_of_tiles_that_see_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[object] = []
+
     def counting(*args: Any) -> Any:
         loads.append(args)
         return Copy(*args)
@@ -263,24 +225,9 @@ MUTANTS = {
 }  # fmt: skip
 
 
-def mutant(name: str, folder: Path) -> ModuleType:
-    """The kernel's module with some text replaced."""
-    text = Path(hopper.__file__).read_text()
-    for old, new in MUTANTS[name].items():
-        assert text.count(old) == 1, (text.count(old), old)
-        text = text.replace(old, new)
-    file = folder / "mutant.py"
-    file.write_text(text)
-    spec = importlib.util.spec_from_file_location("mutant", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("name", MUTANTS)
 def test_emulator_catches(name: str, tmp_path: Path) -> None:
-    module = mutant(name, tmp_path)
+    module = mutant(hopper, MUTANTS[name], tmp_path)
     layout = BlockLayout.causal(3, 1, 150)
     tensors = new(layout, 1, 2, 64, FP16)
     with setting(hopper_fwd=Tile(128, 32, 4, 2, per_sm=1)):

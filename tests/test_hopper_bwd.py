@@ -3,7 +3,6 @@ with float64, and that the emulator sees what is wrong with mutants of the kerne
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from sfkernels.gpu.hopper import backward as hopper_bwd
 from sfkernels.gpu.tiles import Rows
 from sfkernels.launch import Tile
 from sfkernels.layout import Span
+from tests.hopper_cases import BF16, FP16, LAYOUTS, TILES, attend, mutant, new, rows_of
 from tests.hopper_emulator import emulate
 from tests.oracle import nan_filled, setting
 
@@ -27,46 +27,9 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="for CPU tensors"),
 ]
 
-BF16, FP16 = torch.bfloat16, torch.float16
-LAYOUTS = {
-    "bidirectional": BlockLayout((3,), 45),
-    "diffusion forcing": BlockLayout.causal(6, 2, 47),
-    "teacher forcing": BlockLayout.causal(3, 1, 43, teacher_forcing=True),
-    "window": BlockLayout.causal(5, 1, 41, window=2),
-    "window and sink": BlockLayout.causal(6, 1, 37, window=3, sink=1),
-    "teacher forcing, window and sink": BlockLayout.causal(
-        5, 1, 23, window=3, sink=1, teacher_forcing=True
-    ),
-    "independent first frame": BlockLayout.causal(5, 2, 33, first=1),
-    "hidden first chunk": BlockLayout.causal(6, 2, 25, hide_first=True),
-    "smaller than a tile": BlockLayout.causal(2, 1, 5),
-}
-# Few tokens a visited tile, so that short spans have several. A CPU counts as two multiprocessors.
-TILES = [
-    Tile(128, 32, 4, 2),
-    Tile(128, 64, 4, 3, per_sm=1),
-    Tile(128, 128, 4, 2, per_sm=2),
-]
-
 
 def settings(tile: Tile) -> dict[str, Tile]:
     return {"hopper_dkdv": tile, "hopper_dq": tile}
-
-
-def rows_of(layout: BlockLayout) -> Rows:
-    return tuple((row.queries, row.keys) for row in layout.rows)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, seen_LS: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Eager attention in the tensors' dtype, and lse to base 2. Queries that see nothing: NaN, and
-    no gradient."""
-    sees_L = seen_LS.any(1)
-    s_BHLS = torch.einsum("blhd,bshd->bhls", q[:, sees_L], k) * scale
-    s_BHLS = s_BHLS.masked_fill(~seen_LS[sees_L], -torch.inf)
-    o_BLHD, lse_BHL = torch.full_like(q, torch.nan), q.new_full(q.shape[:3], -torch.inf).mT
-    o_BLHD[:, sees_L] = torch.einsum("bhls,bshd->blhd", s_BHLS.softmax(-1), v)
-    lse_BHL[..., sees_L] = s_BHLS.detach().logsumexp(-1) / torch.tensor(2.0).double().log()
-    return o_BLHD, lse_BHL
 
 
 def check_bwd(
@@ -107,12 +70,6 @@ def check_bwd(
     for name, *three in zip(("dq", "dk", "dv"), got, eager, exact, strict=True):
         close_as_eager(f"{name} (emulator's seed {seed})", *three)
     return got
-
-
-def new(
-    layout: BlockLayout, batch: int, heads: int, head_dim: int, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    return tuple(torch.randn(batch, layout.tokens, heads, head_dim).to(dtype) for _ in range(3))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -269,24 +226,9 @@ MUTANTS = {
 # fmt: on
 
 
-def mutant(name: str, folder: Path) -> ModuleType:
-    """The kernels' module with some text replaced."""
-    text = Path(hopper_bwd.__file__).read_text()
-    for old, new in MUTANTS[name].items():
-        assert text.count(old) == 1, (text.count(old), old)
-        text = text.replace(old, new)
-    file = folder / "mutant.py"
-    file.write_text(text)
-    spec = importlib.util.spec_from_file_location("mutant", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("name", MUTANTS)
 def test_emulator_catches(name: str, tmp_path: Path) -> None:
-    module = mutant(name, tmp_path)
+    module = mutant(hopper_bwd, MUTANTS[name], tmp_path)
     layout = BlockLayout.causal(2, 1, 150)
     tensors = new(layout, 2, 1, 64, FP16)
     with setting(**settings(Tile(128, 32, 4, 2, per_sm=1))):
