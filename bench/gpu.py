@@ -178,8 +178,8 @@ def streaming(folder: Path, seconds: float) -> dict[str, Any]:
     return out
 
 
-# Name, function, and the most seconds it may take. The last takes what the others leave of TOTAL, at
-# least 40 s; its largest case takes about half a minute under torch.compile.
+# Name, function, and the most seconds it may take. The last takes what the others leave of TOTAL,
+# at least 40 s; its largest case takes about half a minute under torch.compile.
 PARTS: tuple[tuple[str, Part, float], ...] = (
     ("tests", tests, 230.0),
     ("check", check, 45.0),

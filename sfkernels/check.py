@@ -31,7 +31,7 @@ from sfkernels.cases import cases
 
 # A loop may park values outside it, where they cost nothing: ptxas does so to reach the next level
 # of occupancy. One instruction to store and one to load each.
-PARKED = 8
+PARKED = 16
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,10 @@ def _bits(suffixes: str) -> int:
     return widths[-1] if widths else 32
 
 
-def judge(out: Compiled, narrow: int, may_spill: bool = False) -> list[str]:
-    """One clause for every bound that is broken; `narrow` and `may_spill` as in Case."""
+def judge(
+    out: Compiled, narrow: int, may_spill: bool = False, may_serialise: bool = False
+) -> list[str]:
+    """One clause for every bound that is broken; the last three arguments as in Case."""
     limits = LIMITS[out.arch]
     broken = []
     if not may_spill and (out.looped or out.local > PARKED):
@@ -179,7 +181,8 @@ def judge(out: Compiled, narrow: int, may_spill: bool = False) -> list[str]:
         broken.append(
             f"{out.registers} registers x {32 * out.warps} threads, at most {limits.registers} fit"
         )
-    if out.arch == 90 and out.kernel in OVERLAPPING and out.tensor_core and not out.beside:
+    overlaps = out.arch == 90 and out.kernel in OVERLAPPING and out.tensor_core > 0
+    if overlaps and not (out.beside or may_serialise):
         broken.append("no exponential is computed while a product is under way")
     if out.gluon:
         if out.warned:
@@ -239,7 +242,7 @@ def compile_case(index: int, arch: int) -> list[Compiled]:
         except Exception as error:  # the compiler's; whatever it is, the other cases go on
             out.broken.append(f"does not compile: {_first_line(error)}")
         else:
-            out.broken += judge(out, case.narrow, case.may_spill)
+            out.broken += judge(out, case.narrow, case.may_spill, case.may_serialise)
 
     launch.recorder = record
     use_driver(arch)

@@ -130,7 +130,10 @@ DEFAULTS[100]["attention_dq"] = _DEFAULTS["attention_dq"] | {128: Tile(128, 32, 
 DEFAULTS[90]["attention_dkdv"] = _DEFAULTS["attention_dkdv"] | {
     256: Tile(128, 32, 8, 3, why="P stays in registers with 16 keys a warp; " + _LARGEST)
 }
-DEFAULTS[90]["attention_dq"] = _DEFAULTS["attention_dq"] | {256: Tile(128, 64, 8, 2, why=_LARGEST)}
+DEFAULTS[90]["attention_dq"] = _DEFAULTS["attention_dq"] | {
+    128: Tile(128, 128, 8, 2, why=_LARGEST),
+    256: Tile(128, 64, 8, 2, why=_LARGEST),
+}
 
 # Settings that come before all others, by kernel: the tuner's candidates, a test's odd sizes.
 overrides: dict[str, Setting] = {}

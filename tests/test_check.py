@@ -125,7 +125,7 @@ def test_each_bound_is_named() -> None:
         89,
         warps=16,
         registers=255,
-        local=9,
+        local=17,
         shared=100 * 1024,
         loads={16: 2},
         stores={128: 1},
@@ -133,7 +133,7 @@ def test_each_bound_is_named() -> None:
     )
     said = "; ".join(judge(out, narrow=1))
     for part in (
-        "spills: 9 loads and stores of local memory",
+        "spills: 17 loads and stores of local memory",
         "1 instructions in float64",
         "102400 bytes of shared memory, at most 99 KiB",
         "255 registers x 512 threads",

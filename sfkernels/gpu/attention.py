@@ -31,9 +31,11 @@ LOG2E = math.log2(math.e)
 @triton.jit
 def load_tile(ptr, row, past, stride, MASK: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
                BLOCK_D: tl.constexpr):  # fmt: skip
-    """Rows row, row + 1, … of one head [R, BLOCK_D]. MASK: those from `past` on are zeros."""
+    """Rows row, row + 1, … of one head [R, BLOCK_D]. MASK: those from `past` on are zeros. The
+    addresses are left to be computed row by row: with the multiples of `stride` kept in registers
+    instead, ptxas no longer moves exponentials in between the products of a pattern's loop."""
     row_R1, col_1D = tl.arange(0, R)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    at = ptr + row.to(tl.int64) * stride + (row_R1 * stride + col_1D)
+    at = ptr + (row.to(tl.int64) + row_R1) * stride + col_1D
     if MASK and D == BLOCK_D:
         return tl.load(at, row + row_R1 < past, 0.0)
     elif MASK:

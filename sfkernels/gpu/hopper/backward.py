@@ -56,7 +56,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sfkernels import launch
 from sfkernels.gpu.attention import LOG2E
-from sfkernels.gpu.attention_bwd import row_delta
+from sfkernels.gpu.attention_backward import row_delta
 from sfkernels.gpu.hopper.forward import (
     CONSUMER_REGISTERS,
     CONSUMERS,
