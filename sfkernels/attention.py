@@ -20,8 +20,8 @@ class Prefix(NamedTuple):
     """Past keys and values that all queries of a pass see beside their own, and that take no
     gradient: the cache of a self-forcing rollout (arXiv 2506.08009, section 3.3).
 
-    k, v [B, P, H, D]; spans: the tokens of them that are seen, half-open, None for all. They are
-    read again in the backward pass and must not change before it.
+    k, v [B, P, H, D]; spans: the tokens of them that are seen, half-open, None for all, () for
+    none. They are read again in the backward pass and must not change before it.
     """
 
     k_BPHD: Tensor
@@ -49,7 +49,7 @@ def block_causal_attention(
     check_shape("k", k_BLHD, tuple(q_BLHD.shape))
     spans = _check_prefix(prefix, q_BLHD)
     scale = _scale(scale, q_BLHD)
-    past_k, past_v = (None, None) if prefix is None else (prefix.k_BPHD, prefix.v_BPHD)
+    past_k, past_v = (prefix.k_BPHD, prefix.v_BPHD) if prefix and spans else (None, None)
     named = dict(k=k_BLHD, v=v_BLHD, prefix_k=past_k, prefix_v=past_v)
     impl = _choose("block_causal_attention", impl, q_BLHD, **named)
     if impl == "reference":

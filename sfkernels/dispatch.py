@@ -15,8 +15,8 @@ IMPLS = ("auto", "triton", "gluon", "sdpa", "flash", "cpp", "reference")
 
 # What each device runs under "auto", best first; an op takes the first that has it.
 _BY_DEVICE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "reference")}
-# Where another one is better: to 512 keys of text PyTorch's own kernels do well. "gluon" is not
-# measured on a GPU yet, so that it runs only where it is asked for.
+# Where another one comes first: to the few keys of text PyTorch's own kernels, until ours are
+# measured to be faster. "gluon" is not measured on a GPU yet and runs only where it is asked for.
 _BEST = {("cuda", "cross_attention"): "sdpa"}
 # Implementations with kernels of ours: the module with their launchers.
 _MODULES = {"triton": "sfkernels.gpu", "gluon": "sfkernels.gpu.hopper"}

@@ -111,6 +111,10 @@ def test_prefix(name: str, spans: tuple[Span, ...] | None) -> None:
 
     check(op, [*rand(3, 2, layout.tokens, 2, 16), *rand(2, 2, 38, 2, 16)], torch.float32)
     layout = BlockLayout((1,), 5)
+    q, k, v, *past = rand(5, 1, 5, 2, 16, dtype=torch.float32)
+    for impl in ("triton", "sdpa", "reference"):  # of which nothing is seen
+        none = attend(layout, q, k, v, impl=impl, prefix=Prefix(*past, ()))
+        torch.testing.assert_close(none, attend(layout, q, k, v, impl=impl), rtol=0, atol=0)
     leaves = rand(5, 1, 5, 2, 16, dtype=torch.float32).requires_grad_()
     out = attend(layout, *leaves[:3], impl="triton", prefix=Prefix(*leaves[3:]))
     (grad,) = torch.autograd.grad(out.sum(), leaves)

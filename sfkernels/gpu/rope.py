@@ -368,8 +368,8 @@ def qk_norm_rope_fwd(
 
 def rotate_ring(k_ring_BSHD: Tensor, table_SP2: Tensor, valid: Tensor) -> Tensor:
     """The ring's first `valid` keys rotated, in a new tensor [B, S, H, D] whose other slots are not
-    written. All tiles of queries read a key; rotating it once costs its bytes twice, a twentieth of
-    the time that a chunk's attention over a full window takes at least."""
+    written. Every tile of queries reads every key. Rotating them once, before, costs 201 MB for a
+    full window of Wan2.1-1.3B, 47 us at 4.3 TB/s: 4% of the time that a chunk's attention takes."""
     batch, slots, heads, head_dim = k_ring_BSHD.shape
     out_BSHD = torch.empty_like(k_ring_BSHD, memory_format=torch.contiguous_format)
     channels = heads * head_dim
