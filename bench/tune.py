@@ -233,17 +233,21 @@ def untuned(kernel: str, device: torch.device, channels: int) -> Setting:
     return settings[min(settings, key=lambda n: abs(math.log2(n / channels)))]
 
 
-def candidates(default: Setting, channels: int, sums: bool) -> list[Setting]:
+def candidates(
+    default: Setting, channels: int, sums: bool = False, specialised: bool = False
+) -> list[Setting]:
     """The default, then all others that make a program of their own. sums: the kernel keeps sums
-    over its tiles, so that every program must loop."""
+    over its tiles, so that every program must loop. specialised: warps are."""
     found: list[Setting] = [default]
     if isinstance(default, Flat):
         flats = [Flat(b, w) for b in (256, 512, 1024, 2048, 4096) for w in (1, 2, 4, 8)]
         return found + [f for f in flats if (f.block, f.warps) != (default.block, default.warps)]
     if isinstance(default, Tile):
         same = replace(default, why="")
-        # Warps are those of a consumer where they are specialised, and that is four.
-        tiles = itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4), (0, 1))
+        # Where warps are specialised, a consumer has four and there are two of 64 tokens.
+        fixed = (128,), (32, 64, 128), (4,), (2, 3, 4), (0, 1)
+        free = (64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4), (0,)
+        tiles = itertools.product(*(fixed if specialised else free))
         return found + [tile for t in tiles if (tile := Tile(*t)) != same]
     block = 2 ** math.ceil(math.log2(channels))
     seen = {replace(default, why="")}
@@ -321,7 +325,8 @@ def tune(
     """The entry for tuned/sm_XX.json, or None where no candidate was timed before `deadline` (of
     time.monotonic) or the default fails."""
     default = untuned(search.kernel, device, search.channels)
-    every = candidates(default, search.channels, search.kernel.endswith("_bwd"))
+    sums, specialised = search.kernel.endswith("_bwd"), search.kernel.startswith("hopper")
+    every = candidates(default, search.channels, sums, specialised)
     if device.type == "cuda" and search.channels > 1:
         every = within_bounds(search, every, launch.architecture(device))
     # Milliseconds of each candidate in each size; one that is wrong or fails drops out.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench import gpu, kernels, timing, tune
 from sfkernels import launch
-from sfkernels.launch import Flat, Rows
+from sfkernels.launch import Flat, Rows, Tile
 from tests.oracle import DEVICE
 
 CPU = torch.device("cpu")
@@ -137,6 +137,12 @@ def test_candidates_are_all_different_programs() -> None:
     assert all(s.rows * 2048 <= tune.LARGEST_TILE and s.per_sm for s in rows)
     assert any(s.per_sm == 0 for s in tune.candidates(default, 1536, sums=False))  # type: ignore[union-attr]
     assert all(isinstance(s, Flat) for s in tune.candidates(Flat(1024, 4), 1, sums=False))
+    tile = Tile(128, 64, 4, 2, why="measured")
+    for specialised in (False, True):
+        tiles = tune.candidates(tile, 256, specialised=specialised)
+        assert tiles[0] == tile and len(tiles) == len(set(tiles)) > 10
+        assert replace(tile, why="") not in tiles
+    assert all(isinstance(s, Tile) and s.keep == 128 and s.warps == 4 for s in tiles)
 
 
 def test_the_tuner_calls_launchers_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
