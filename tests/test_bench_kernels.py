@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bench import gpu, kernels, timing, tune
+from bench.works import Search, Work, searches
 from sfkernels import launch
 from sfkernels.launch import Flat, Rows, Tile
 from tests.oracle import DEVICE
@@ -148,12 +149,12 @@ def test_candidates_are_all_different_programs() -> None:
 def test_the_tuner_calls_launchers_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[str] = []
     monkeypatch.setattr(launch, "recorder", lambda kernel, *_, **__: launched.append(kernel))
-    for search in tune.searches(torch.device("meta")):
+    for search in searches(torch.device("meta")):
         for work in search.works:
             launched.clear()
             out = work.run(*work.make(torch.device("meta")))
             assert launched and tune._tensors(out)
-    assert {s.kernel for s in tune.searches(CPU)} == {*launch.DEFAULTS[90]} - {"rope_table"}
+    assert {s.kernel for s in searches(CPU)} == {*launch.DEFAULTS[90]} - {"rope_table"}
 
 
 def test_the_tuner_writes_what_launch_reads(
@@ -179,9 +180,9 @@ def test_the_tuner_writes_what_launch_reads(
     monkeypatch.setattr(timing, "measure", measure)
     monkeypatch.setattr(timing, "copy_bandwidth", lambda *_: 100.0)
     works = tuple(
-        tune.Work(f"{n} x 1536", 10**8, lambda d: [torch.ones(4, device=d)], run) for n in (1, 2)
+        Work(f"{n} x 1536", 10**8, lambda d: [torch.ones(4, device=d)], run) for n in (1, 2)
     )
-    monkeypatch.setattr(tune, "searches", lambda _: [tune.Search("norm_fwd", 1536, works)])
+    monkeypatch.setattr(tune, "searches", lambda _: [Search("norm_fwd", 1536, works)])
     arch = launch.architecture(CPU)
     tune.write(tmp_path, arch, {}, {"norm_fwd": [{"channels": 5120, "rows": 1, "per_thread": 32}]})
     found = tune.run(CPU, tmp_path, seconds=60)
