@@ -102,10 +102,9 @@ def ring_attention(
     if impl in ("reference", *dense.IMPLS):
         if k_table_SP2 is not None:
             k_ring_BSHD = reference.rope(k_ring_BSHD, k_table_SP2)
-        attend = reference.ring_attention
-        if impl != "reference":
-            attend = functools.partial(dense.ring_attention, impl=impl)
-        return attend(q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, scale)
+        if impl == "reference":
+            return reference.ring_attention(q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, scale)
+        return dense.ring_attention(q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, scale, impl)
     side_by_side = k_ring_BSHD.stride(2) == k_ring_BSHD.shape[3]
     if k_table_SP2 is not None and not (k_table_SP2.is_contiguous() and side_by_side):
         raise ValueError(

@@ -62,9 +62,9 @@ class Tile:
     of keys and values, keys) and visits the tiles of the other side one by one.
 
     keep, visit: tokens of such tiles. warps: of a program (of each consumer, where warps are
-    specialised). stages: visited tiles in shared memory at once. per_sm: programs per
-    multiprocessor, each of which loops over tiles to keep (0: one program a tile). why: reason or
-    measurement.
+    specialised). stages: visited tiles in shared memory at once. per_sm: of kernels
+    in Gluon, programs per multiprocessor, each of which loops over tiles to keep (0: one program a
+    tile). why: reason or measurement.
     """
 
     keep: int
@@ -125,6 +125,9 @@ _DEFAULTS: dict[str, dict[int, Setting]] = {
 # `python -m sfkernels.check`.
 DEFAULTS: dict[int, dict[str, dict[int, Setting]]] = {
     arch: dict(_DEFAULTS) for arch in ARCHITECTURES
+}
+DEFAULTS[100]["attention_fwd"] = _DEFAULTS["attention_fwd"] | {
+    256: Tile(128, 64, 8, 3, why=_LARGEST)
 }
 DEFAULTS[100]["attention_dq"] = _DEFAULTS["attention_dq"] | {128: Tile(128, 32, 8, 2, why=_LARGEST)}
 DEFAULTS[90]["attention_dkdv"] = _DEFAULTS["attention_dkdv"] | {
@@ -188,13 +191,17 @@ def strips(setting: Rows, device: torch.device, tiles: int, parts: int) -> int:
     return min(tiles, math.ceil(setting.per_sm * multiprocessors(device) / parts))
 
 
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return _multiprocessors(device)
     if device.type == "meta":  # ahead of time
         return MULTIPROCESSORS[target or 90]
     return 2  # under the interpreter: more than one, so that partial sums are summed
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def architecture(device: torch.device) -> int:

@@ -26,8 +26,8 @@ from sfkernels.gpu.attention import (
     store_tile,
     tile_setting,
 )
-from sfkernels.gpu.tiles import Rows, tile_table
-from sfkernels.layout import Row, Span, transpose
+from sfkernels.gpu.tiles import Rows, column_table, tile_table
+from sfkernels.layout import Span
 
 
 @triton.jit
@@ -264,8 +264,7 @@ def attention_bwd(
     )
     shape: dict[str, Any] = {"D": head_dim, "BLOCK_D": block_d(head_dim)}
     setting = tile_setting("attention_dkdv", q_BLHD)
-    columns = transpose([Row(*row) for row in rows], keys)
-    table = tile_table(columns, (), setting.keep, device)
+    table = column_table(rows, keys, setting.keep, device)
     launch.run(
         _attention_dkdv_kernel,
         (len(table.tiles), len(q_BLHD) * heads),

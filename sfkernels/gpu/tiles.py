@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sfkernels.layout import Span
+from sfkernels.layout import Row, Span, transpose
 
 Rows = tuple[tuple[Span, tuple[Span, ...]], ...]
 
@@ -43,6 +43,13 @@ def tile_table(rows: Rows, prefix: tuple[Span, ...], keep: int, device: torch.de
         torch.tensor(tiles, dtype=torch.int32, device=device),
         torch.tensor(spans or [(0, 0)], dtype=torch.int32, device=device),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def column_table(rows: Rows, keys: int, keep: int, device: torch.device) -> Tiles:
+    """The tables of the transposed pattern: tiles of `keep` of the `keys`, and the spans of queries
+    that see them. The prefix, which takes no gradient, has no part in it."""
+    return tile_table(transpose([Row(*row) for row in rows], keys), (), keep, device)
 
 
 def visits(rows: Rows, prefix: Sequence[Span], keep: int, visit: int) -> int:

@@ -61,18 +61,18 @@ from sfkernels.gpu.hopper.forward import (
     CONSUMER_REGISTERS,
     CONSUMERS,
     PRODUCER_REGISTERS,
-    REGISTERS,
     M,
     accumulator,
     describe,
     hopper_setting,
+    launch_specialised,
     operand,
     programs_of,
     store_rows,
     turn_of,
 )
-from sfkernels.gpu.tiles import Rows, Tiles, tile_table
-from sfkernels.layout import Row, Span, transpose
+from sfkernels.gpu.tiles import Rows, Tiles, column_table, tile_table
+from sfkernels.layout import Span
 
 Named = tuple[str, Tensor | None]
 
@@ -341,8 +341,7 @@ def attention_bwd(
     by_key: list[Named] = [("k", k_BSHD), ("v", v_BSHD)]
 
     setting = hopper_setting("hopper_dkdv", q_BLHD)
-    columns = transpose([Row(*row) for row in rows], keys)
-    table = tile_table(columns, (), setting.keep, q_BLHD.device)
+    table = column_table(rows, keys, setting.keep, q_BLHD.device)
     descs, apart = _describe(by_query, setting.visit, by_key, M.value)
     args = (*descs, lse_BHL, delta_BHL, dk, dv, *table, len(table.tiles), queries, keys)
     _run(_hopper_dkdv_kernel, setting, (*args, scale, scale * LOG2E, *apart), table, q_BLHD)
@@ -382,17 +381,6 @@ def _run(
     q_BLHD: Tensor,
     **meta: Any,
 ) -> None:
-    batch, _, heads, head_dim = q_BLHD.shape
-    programs = programs_of(setting, q_BLHD.device, len(table.tiles), batch * heads)
-    launch.run(
-        kernel,
-        (programs, batch * heads),
-        args,
-        num_warps=setting.warps,
-        maxnreg=REGISTERS,
-        H=heads,
-        D=head_dim,
-        N=setting.visit,
-        STAGES=setting.stages,
-        **meta,
-    )
+    others = len(q_BLHD) * q_BLHD.shape[2]
+    programs = programs_of(setting, q_BLHD.device, len(table.tiles), others)
+    launch_specialised(kernel, setting, (programs, others), args, q_BLHD, **meta)

@@ -30,6 +30,7 @@ A ring's keys are therefore split: into 2 parts for the chunk, 96% full, and 5 f
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -418,6 +419,29 @@ def programs_of(setting: launch.Tile, device: torch.device, tiles: int, others: 
     return min(tiles, -(-setting.per_sm * launch.multiprocessors(device) // others))
 
 
+def launch_specialised(
+    kernel: Any,
+    setting: launch.Tile,
+    grid: Sequence[int],
+    args: Sequence[Any],
+    q_BLHD: Tensor,
+    **meta: Any,
+) -> None:
+    """What the launches of all kernels here have in common."""
+    launch.run(
+        kernel,
+        grid,
+        args,
+        num_warps=setting.warps,
+        maxnreg=REGISTERS,
+        H=q_BLHD.shape[2],
+        D=q_BLHD.shape[3],
+        N=setting.visit,
+        STAGES=setting.stages,
+        **meta,
+    )
+
+
 def _run(
     setting: launch.Tile,
     q_BLHD: Tensor,
@@ -427,25 +451,22 @@ def _run(
     work: Work,
     scale: float,
 ) -> None:
-    batch, queries, heads, head_dim = q_BLHD.shape
+    batch, queries, heads, _ = q_BLHD.shape
     names = ("q", "k", "v", "prefix k", "prefix v")
     boxes = (M.value, *[setting.visit] * 4)
     described = [describe(*one) for one in zip(names, (q_BLHD, *sources), boxes, strict=True)]
     descriptors, apart = zip(*described, strict=True)
     others = work.parts * batch * heads
-    launch.run(
+    programs = programs_of(setting, q_BLHD.device, work.tiles, others)
+    launch_specialised(
         _hopper_fwd_kernel,
-        (programs_of(setting, q_BLHD.device, work.tiles, others), work.parts, batch * heads),
+        setting,
+        (programs, work.parts, batch * heads),
         (
             *(*descriptors, o, lse, *work.tables, work.valid),
             *(work.tiles, queries, work.prefix, *apart, scale * LOG2E),
         ),
-        num_warps=setting.warps,
-        maxnreg=REGISTERS,
-        H=heads,
-        D=head_dim,
-        N=setting.visit,
-        STAGES=setting.stages,
+        q_BLHD,
         HAS_TABLE=work.valid is None,
         HAS_PREFIX=work.prefix > 0,
         O_BITS=8 * o.element_size(),
