@@ -1,6 +1,6 @@
 # make demo    generate a short video and show what was measured; PROMPT="a small blue ball"
 # make test    every check: lint, format, types, tests
-# make bench   all benchmarks; with a GPU, .venv/bin/python -m bench gpu checks and times more
+# make bench   all that is timed, as an HTML page: at real size with a GPU, else at toy size
 #
 # Each sets up what it needs in .venv the first time. PYTHON=... names the interpreter to start
 # from; if it has a PyTorch with CUDA that works here, that PyTorch is used.
@@ -24,8 +24,7 @@ test: $(READY)
 	@$(RUN) pytest -q
 
 bench: $(READY)
-	@$(RUN) bench demo
-	@$(RUN) bench kernels
+	@$(RUN) bench
 
 format: $(READY)
 	@$(RUN) ruff check --fix .

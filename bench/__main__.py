@@ -1,32 +1,49 @@
-"""`python -m bench COMMAND`: what is measured here.
+"""`python -m bench COMMAND [--help]`: what is measured here.
 
-demo       a streamed toy video, and a ring cache beside the two ways of doing without one (default)
-kernels    every kernel beside eager PyTorch, torch.compile and PyTorch's own, in one run
-attention  attention beside SDPA, FlexAttention and flash-attn, in one run
-stream     chunks of the full-size model with random weights, on a GPU
-tune       searches launch settings on this GPU and writes sfkernels/tuned/sm_XX.json
-gpu        everything that needs a GPU, in one run: tests, checks, sanitizer, times
+--quick      all that is timed, at toy sizes: under two minutes on a CPU (default without a GPU)
+--gpu        all that is timed, at real size, in under eight minutes (default with a GPU)
+--full       the same with time for every row and peer, after --verify
+--verify     tests, ahead-of-time checks and compute-sanitizer on a GPU
+
+kernels      every op beside eager PyTorch, torch.compile, SDPA, FlexAttention and other libraries
+stream       frames a second and latency, with their breakdown, beside the paper's Table 1
+extrapolate  past the window: a ring beside the two ways of doing without one (Figure 3)
+train        seconds per training iteration (Figure 6)
+predict      what arithmetic says of all this, for any GPU, size and number of GPUs
+report       an HTML page and figures from a file of results
+compare      two files of results: what got faster or slower beyond noise
+readme       writes the newest results into README.md
+demo         a streamed toy video and what it cost
+tune         searches launch settings on this GPU and writes sfkernels/tuned/sm_XX.json
 """
 
 import importlib
 import sys
 
-# Commands that need neither tyro nor a video encoder: they also run where only PyTorch is.
-PLAIN = ("kernels", "attention", "stream", "tune", "gpu")
+import torch
 
-arguments = sys.argv[1:] or ["demo"]
+SUITES = ("quick", "gpu", "full", "verify")
+COMMANDS = ("kernels", "stream", "extrapolate", "train", "predict", "report", "compare", "readme",
+            "tune")  # fmt: skip
+
+arguments = sys.argv[1:] or ["gpu" if torch.cuda.is_available() else "quick"]
 command = arguments[0].removeprefix("--")
-if command in PLAIN:
-    sys.exit(importlib.import_module(f"bench.{command}").main(arguments[1:]))
-if command in ("help", "-h"):
+if command in ("help", "h", "-h"):
     print(__doc__)
     sys.exit(0)
-if command != "demo":
-    known = ", ".join(("demo", *PLAIN))
+if command in SUITES:
+    from bench import suite
+
+    sys.exit(suite.main([command, *arguments[1:]]))
+if command in COMMANDS:
+    module = importlib.import_module(f"bench.{command}")
+    sys.exit(module.main(arguments[1:]))
+if command == "demo":  # the one that needs tyro and a video encoder
+    from bench.demo import demo
+    from sfmodel.cli import run_command
+
+    run_command("python -m bench", {"demo": demo}, ["demo", *arguments[1:]])
+else:
+    known = ", ".join((*(f"--{name}" for name in SUITES), *COMMANDS, "demo"))
     print(f"python -m bench: no command {arguments[0]!r}, must be one of {known}", file=sys.stderr)
     sys.exit(2)
-
-from bench.demo import demo  # noqa: E402
-from sfmodel.cli import run_command  # noqa: E402
-
-run_command("python -m bench", {"demo": demo}, arguments)

@@ -1,5 +1,5 @@
-"""What `python -m bench attention` measures: attention of streaming and of training at the shapes
-of Wan2.1, the arithmetic that each case needs, and its exact result.
+"""What `python -m bench kernels` measures of attention, of streaming and of training, at the shapes
+of Wan2.1: the cases, for attention.py.
 
 Shapes: B batch (1 here), L queries, S keys, H heads, D head dim; tensors are [B, L or S, H, D].
 """
@@ -7,20 +7,18 @@ Shapes: B batch (1 here), L queries, S keys, H heads, D head dim; tensors are [B
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 import sfkernels as sf
-from sfkernels import reference
+from bench.attention import Case
+from bench.model import attention_bytes, attention_flops
 from sfkernels.layout import Row
 
 CHUNK = 3  # latent frames
-SLICE = 1024  # queries at once in float64
-
-Inputs = Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,39 +40,6 @@ class Sizes:
 
 FULL = Sizes(1560, 12, 40, 128, 512, (21, 9, 3, 1), (21, 9, 3), 9, 3, torch.bfloat16)
 TINY = Sizes(8, 1, 2, 16, 7, (6, 3, 1), (6, 3), 5, 1, torch.float32)
-
-
-@dataclass(frozen=True)
-class Case:
-    """make: new tensors on a device. ours: the op on them, as its user calls it. plain: the q, k
-    and v of the same attention for contestants that know no ring and no prefix: each row of `rows`
-    sees its spans of these keys, all of them where there is no `layout`. own: keys, the last ones,
-    that take a gradient. compiled: FlexAttention takes part."""
-
-    name: str
-    flops: int
-    nbytes: int
-    rows: tuple[Row, ...]
-    own: int
-    make: Callable[[torch.device], list[Tensor]]
-    ours: Callable[..., Tensor]
-    plain: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    layout: sf.BlockLayout | None = None
-    backward: bool = False
-    compiled: bool = False
-
-    @property
-    def label(self) -> str:
-        return self.name + ", backward" * self.backward
-
-
-def attention_flops(
-    pairs: int, heads: int, head_dim: int, backward: bool = False, no_gradient: int = 0
-) -> int:
-    """Floating-point operations needed for (query, key) pairs that meet: forward two products;
-    backward five, and three for the `no_gradient` pairs whose keys take none."""
-    products = 5 * pairs - 2 * no_gradient if backward else 2 * pairs
-    return 2 * head_dim * heads * products
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
@@ -106,8 +71,7 @@ def _rand(sizes: Sizes, tokens: int, device: torch.device) -> Tensor:
 
 
 def _bytes(sizes: Sizes, queries: int, keys: int) -> int:
-    """Of q, k, v and o."""
-    return 2 * (queries + keys) * sizes.heads * sizes.head_dim * sizes.dtype.itemsize
+    return attention_bytes(queries, keys, sizes.heads, sizes.head_dim, sizes.dtype.itemsize)
 
 
 def _ring(
@@ -224,34 +188,3 @@ def _self_forcing(sizes: Sizes, frames: int) -> Iterator[Case]:
             backward=backward,
             compiled=True,
         )
-
-
-def plainly(case: Case, impl: str, *tensors: Tensor) -> Tensor:
-    """The attention of a case on its plain q, k and v."""
-    q, k, v = case.plain(*tensors)
-    if case.layout is None:
-        return sf.cross_attention(q, k, v, impl=impl)
-    return sf.block_causal_attention(q, k, v, case.layout, impl=impl)
-
-
-def exact(case: Case, inputs: Inputs, upstream: Inputs, head: int) -> list[Tensor]:
-    """The same of one head, in float64, by slices of the queries: the pattern at full size in a
-    fraction of its memory."""
-    q, k, v = (t[:, :, head : head + 1].double() for t in case.plain(*inputs))
-    out, dk, dv = (torch.zeros_like(t) for t in (q, k, v))  # out: o or dq
-    for (start, end), spans in case.rows:
-        seen = torch.cat([torch.arange(lo, hi, device=q.device) for lo, hi in spans])
-        for lo in range(start, end, SLICE):
-            hi = min(lo + SLICE, end)
-            leaves = (q[:, lo:hi].detach(), k[:, seen], v[:, seen])
-            for leaf in leaves:
-                leaf.requires_grad_(case.backward)
-            o = reference.attention(*leaves, scale=q.shape[-1] ** -0.5)
-            if not case.backward:
-                out[:, lo:hi] = o
-                continue
-            do = upstream[0][:, lo:hi, head : head + 1].double()
-            out[:, lo:hi], dk_part, dv_part = torch.autograd.grad(o, leaves, do)
-            dk.index_add_(1, seen, dk_part)
-            dv.index_add_(1, seen, dv_part)
-    return [out, dk[:, -case.own :], dv[:, -case.own :]] if case.backward else [out]

@@ -15,9 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import stream as wan_stream
+from bench.extrapolate import compare
 from bench.machine import machine, said
-from bench.rolling import compare
 from sfmodel.cli import TOY_WEIGHTS, load_toy
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
@@ -68,9 +67,6 @@ def demo(
                     tick=lambda doing, b=batch: status.update(f"{b} streams at once: {doing}"),  # type: ignore[misc]
                 )
             )
-    if torch.cuda.is_available():
-        console.print("Wan2.1-1.3B at 480×832 with random weights, no VAE:")
-        result["wan_1_3b"] = wan_stream.run(PRESETS["wan-1.3b"], torch.device("cuda"))
     report(result, console)
     plot(result, output / "demo.png")
     with atomic(output / "demo.json") as temporary:
@@ -155,12 +151,6 @@ def report(result: dict[str, Any], console: Console) -> None:
         table.add_row(
             f"a chunk of 12 frames, around frame {n}",
             f"{1e3 * seconds:.1f} ms, {rss:.0f} MiB in the process",
-        )
-    if "wan_1_3b" in result:
-        wan = result["wan_1_3b"]
-        table.add_row(
-            "Wan2.1-1.3B, random weights, full window, no VAE",
-            f"{wan['dit_fps_full_window']:.2f} FPS",
         )
     console.print(table)
     for r in result["rolling"]:

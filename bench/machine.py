@@ -1,32 +1,100 @@
-"""What a figure was measured on."""
+"""What a figure was measured on, and the state that it was in."""
 
 from __future__ import annotations
 
+import datetime
+import os
 import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
+# What nvidia-smi is asked for, and the name it gets here.
+STATE = {
+    "clocks.sm": "sm_mhz",
+    "clocks.mem": "memory_mhz",
+    "temperature.gpu": "celsius",
+    "power.draw": "watts",
+}
+
 
 def machine(device: torch.device | str) -> dict[str, Any]:
-    """Device, versions and threads, to stand beside every measured figure."""
+    """Device, versions, date and threads, to stand beside every measured figure."""
     device = torch.device(device)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
+        more = {"driver": next(iter(_smi(device, "driver_version")), None)}
     else:
         threads = torch.get_num_threads()
         name = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
+        more = {}
     return {
         "device": name,
+        "kind": device.type,
+        **more,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": _version("triton"),
+        "sfkernels": _version("sfkernels"),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
 def said(machine: dict[str, Any]) -> str:
     """One line for a table or a figure."""
     return f"{machine['device']}, PyTorch {machine['torch']}, Triton {machine['triton']}"
+
+
+def state(device: torch.device) -> dict[str, float]:
+    """Before and after: clocks in MHz, °C and W of a GPU, the load of a CPU (processes that want
+    to run). What cannot be read is left out."""
+    if device.type != "cuda":
+        return {"load": os.getloadavg()[0]}
+    found = {}
+    for name, value in zip(STATE.values(), _smi(device, *STATE), strict=False):
+        try:
+            found[name] = float(value)
+        except ValueError:  # "[N/A]"
+            continue
+    return found
+
+
+def said_state(before: dict[str, float], after: dict[str, float]) -> str:
+    """One line of what changed while it was measured."""
+    units = {"sm_mhz": "SM MHz", "memory_mhz": "memory MHz", "celsius": "°C", "watts": "W",
+             "load": "load average"}  # fmt: skip
+    both = [name for name in units if name in before and name in after]
+    return ", ".join(f"{before[n]:.3g} → {after[n]:.3g} {units[n]}" for n in both)
+
+
+def _smi(device: torch.device, *queries: str) -> list[str]:
+    """nvidia-smi's answers; none where it is not installed or does not know this GPU."""
+    which = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    options = [f"--query-gpu={','.join(queries)}", "--format=csv,noheader,nounits", f"--id={which}"]
+    try:
+        out = subprocess.run(
+            ["nvidia-smi", *options], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [field.strip() for field in out.stdout.splitlines()[0].split(",")]
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file lies in, with a + where it was changed."""
+    here = ["git", "-C", str(Path(__file__).parent)]
+    describe = ["describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        out = subprocess.run(
+            [*here, *describe], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out.stdout.strip()
 
 
 def _cpu_name() -> str:
@@ -37,9 +105,8 @@ def _cpu_name() -> str:
     return platform.machine()
 
 
-def _triton_version() -> str | None:
+def _version(package: str) -> str | None:
     try:
-        import triton
-    except ImportError:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return None
-    return str(triton.__version__)

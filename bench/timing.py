@@ -2,7 +2,8 @@
 
 On CUDA each contestant becomes one CUDA graph that runs it over K sets of inputs, together larger
 than three L2 caches, so that each run finds its inputs in device memory. The graphs are replayed in
-turn, round by round, so that all meet the same clocks. On CPU the same in wall-clock time.
+turn, round by round, so that all meet the same clocks. What Python's launches add is timed apart.
+On CPU the same in wall-clock time. A profiler sees every contestant as an NVTX range.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 ROUNDS = 30
+LAUNCHED_ROUNDS = 5
 COLD_BYTES = 256 * 2**20  # more than three L2 caches of any GPU here
+MATMUL = 8192  # rows and columns of the product that is the ceiling
+LARGE_COPY = 2**31  # bytes read and written
+WRONG = "wrong, not timed"
 
 
 @dataclass
@@ -35,10 +40,24 @@ class Contestant:
 
 @dataclass
 class Timing:
-    """Milliseconds of one call. note: what was not as planned, else empty."""
+    """Milliseconds of one call. spread: interquartile range of the rounds / median. launched: the
+    median where Python launches each call, as p50 and p99 on CUDA are those of a graph. peak_mib:
+    of device memory, beside the inputs. note: what was not as planned, else empty."""
 
     p50: float
     p99: float
+    spread: float = 0.0
+    launched: float | None = None
+    peak_mib: float | None = None
+    note: str = ""
+
+
+class Ready(NamedTuple):
+    """A contestant over all sets of inputs. run: what is timed; launched: the same from Python,
+    where that is something else."""
+
+    run: Callable[[], None]
+    launched: Callable[[], None] | None = None
     note: str = ""
 
 
@@ -52,29 +71,71 @@ def measure(
     contestants: Sequence[Contestant], sets: Sequence[Sequence[Tensor]], rounds: int = ROUNDS
 ) -> dict[str, Timing | str]:
     """The times of all contestants, or for one that failed the reason why."""
+    device = sets[0][0].device
+    cuda = device.type == "cuda"
     out: dict[str, Timing | str] = {}
-    ready: dict[str, tuple[Callable[[], None], str]] = {}
-    cuda = sets[0][0].device.type == "cuda"
+    ready: dict[str, Ready] = {}
+    peaks: dict[str, float | None] = {}
+    around = {contestant.name: contestant.around for contestant in contestants}
     for contestant in contestants:
         try:
-            with contestant.around():
-                ready[contestant.name] = _prepare(contestant, sets, cuda)
+            with contestant.around(), peak_memory(device) as peak:
+                ready[contestant.name] = prepare(contestant, sets)
+            peaks[contestant.name] = peak[0]
         except Exception as error:  # one that fails is reported, the others are timed
             out[contestant.name] = reason(error)
-    around = {contestant.name: contestant.around for contestant in contestants}
-    times: dict[str, list[float]] = {name: [] for name in ready}
-    for i in range(rounds + 1):
-        for name, (run, _) in ready.items():
-            with around[name]():
-                elapsed = _once(run, cuda)
-            if i:  # the first round only warms up
-                times[name].append(elapsed / len(sets))
+            if cuda:
+                torch.cuda.empty_cache()
+
+    def all_rounds(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for i in range(rounds + 1):
+            for name, run in runs.items():
+                if name in out:
+                    continue
+                try:
+                    with around[name](), phase(name, device):
+                        elapsed = _once(run, cuda)
+                except Exception as error:
+                    out[name] = reason(error)
+                    continue
+                if i:  # the first round only warms up
+                    times[name].append(elapsed / len(sets))
+        return times
+
+    times = all_rounds({name: r.run for name, r in ready.items()}, rounds)
+    by_hand = {name: r.launched for name, r in ready.items() if r.launched}
+    launched = all_rounds(by_hand, min(rounds, LAUNCHED_ROUNDS))
     for name, values in times.items():
-        out[name] = Timing(statistics.median(values), quantile(values, 0.99), ready[name][1])
+        if name not in out:
+            timed = out[name] = summary(values)
+            timed.note, timed.peak_mib = ready[name].note, peaks[name]
+            if name in launched:
+                timed.launched = statistics.median(launched[name])
     return out
 
 
-def reason(error: Exception) -> str:
+def summary(values: Sequence[float]) -> Timing:
+    middle = statistics.median(values)
+    between = quantile(values, 0.75) - quantile(values, 0.25)
+    return Timing(middle, quantile(values, 0.99), between / middle if middle else 0.0)
+
+
+def entry(timed: Timing | str, **more: Any) -> dict[str, Any]:
+    """What a file of results says of a contestant; `more` of one that was timed."""
+    if isinstance(timed, str):
+        return {"failed": timed}
+    said: dict[str, Any] = {"ms": timed.p50, "p99_ms": timed.p99, "spread": timed.spread, **more}
+    if timed.launched is not None:
+        said["launched_ms"] = timed.launched
+    if timed.peak_mib is not None:
+        said["peak_mib"] = timed.peak_mib
+    if timed.note:
+        said["note"] = timed.note
+    return said
+
+
+def reason(error: BaseException) -> str:
     """One line for a table."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
@@ -84,6 +145,37 @@ def quantile(values: Sequence[float], q: float) -> float:
     """The smallest of `values` that at least a share q of them do not exceed."""
     ordered = sorted(values)
     return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
+
+
+@contextlib.contextmanager
+def phase(name: str, device: torch.device) -> Iterator[None]:
+    """An NVTX range, which a profiler shows under `name`."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.nvtx.range(name):
+        yield
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[list[float | None]]:
+    """`with peak_memory(device) as peak`: afterwards peak[0] is the most memory in MiB that the
+    body held beside what was there before; None on a CPU, where PyTorch does not count."""
+    peak: list[float | None] = [None]
+    if device.type != "cuda":
+        yield peak
+        return
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    yield peak
+    torch.cuda.synchronize(device)
+    peak[0] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _once(run: Callable[[], None], cuda: bool) -> float:
@@ -99,10 +191,9 @@ def _once(run: Callable[[], None], cuda: bool) -> float:
     return float(begin.elapsed_time(end))
 
 
-def _prepare(
-    contestant: Contestant, sets: Sequence[Sequence[Tensor]], cuda: bool
-) -> tuple[Callable[[], None], str]:
-    """What runs the contestant once over all sets, and a note."""
+def prepare(contestant: Contestant, sets: Sequence[Sequence[Tensor]]) -> Ready:
+    """What runs the contestant once over all sets."""
+    cuda = sets[0][0].device.type == "cuda"
     if contestant.upstream is None:
         return _forward_only(contestant.forward, sets, cuda)
     return _backward_only(contestant.forward, contestant.upstream, sets, cuda)
@@ -110,7 +201,7 @@ def _prepare(
 
 def _forward_only(
     forward: Callable[..., Any], sets: Sequence[Sequence[Tensor]], cuda: bool
-) -> tuple[Callable[[], None], str]:
+) -> Ready:
     def all_sets() -> None:
         # All outputs are kept until the end, so that none is written over one still in cache.
         with torch.no_grad():
@@ -118,15 +209,21 @@ def _forward_only(
 
     if not cuda:
         all_sets()
-        return all_sets, ""
-    _warm(all_sets)
+        return Ready(all_sets)
+    graph, note = captured(all_sets)
+    return Ready(graph or all_sets, all_sets if graph else None, note)
+
+
+def captured(run: Callable[[], None], pool: Any = None) -> tuple[Callable[[], None] | None, str]:
+    """The replay of `run` as a CUDA graph; or None and why there is none."""
+    _warm(run)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
-            all_sets()
+        with torch.cuda.graph(graph, pool=pool):
+            run()
     except RuntimeError as error:
         torch.cuda.synchronize()
-        return all_sets, f"no CUDA graph, launches included: {str(error).splitlines()[0]}"
+        return None, f"no CUDA graph, launches included: {str(error).splitlines()[0]}"
     return graph.replay, ""
 
 
@@ -135,7 +232,7 @@ def _backward_only(
     upstream: Sequence[Sequence[Tensor]],
     sets: Sequence[Sequence[Tensor]],
     cuda: bool,
-) -> tuple[Callable[[], None], str]:
+) -> Ready:
     """As torch.cuda.make_graphed_callables: forward and backward are captured one after the other
     in one memory pool, and the second graph is timed."""
     leaves = [[t.detach().requires_grad_(t.is_floating_point()) for t in inputs] for inputs in sets]
@@ -153,7 +250,7 @@ def _backward_only(
     if not cuda:
         outs = run_forward()
         run_backward(outs, True)
-        return lambda: void(run_backward(outs, True)), ""
+        return Ready(lambda: void(run_backward(outs, True)))
     _warm(lambda: void(run_backward(run_forward(), False)))
     try:
         first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -165,15 +262,13 @@ def _backward_only(
     except RuntimeError as error:
         torch.cuda.synchronize()
         outs = run_forward()
-        return (
-            lambda: void(run_backward(outs, True)),
-            f"no CUDA graph, launches included: {str(error).splitlines()[0]}",
-        )
+        note = f"no CUDA graph, launches included: {str(error).splitlines()[0]}"
+        return Ready(lambda: void(run_backward(outs, True)), None, note)
 
     def replay(_alive: object = (first, outs, grads)) -> None:
         second.replay()
 
-    return replay, ""
+    return Ready(replay)
 
 
 def void(_: object) -> None:
@@ -189,6 +284,32 @@ def _warm(run: Callable[[], None]) -> None:
             run()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, rounds: int = ROUNDS) -> dict[str, Any]:
+    """What the roofline is made of, measured here and now: TFLOP/s of a large square matrix
+    product by PyTorch, GB/s of a large copy."""
+    cuda = device.type == "cuda"
+    size, nbytes = (MATMUL, LARGE_COPY) if cuda else (512, 2**26)
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "matmul_tflops": matmul_tflops(device, size, dtype, rounds),
+        "copy_gbps": copy_bandwidth(device, nbytes, rounds),
+    }
+
+
+def floor_ms(flops: int, nbytes: int, ceilings: dict[str, Any]) -> float:
+    """Milliseconds that the roofline allows: the products or the bytes, whichever take longer."""
+    return max(flops / ceilings["matmul_tflops"] / 1e9, nbytes / ceilings["copy_gbps"] / 1e6)
+
+
+def matmul_tflops(device: torch.device, size: int, dtype: torch.dtype, rounds: int) -> float:
+    """Of a square matrix product by PyTorch, timed as any contestant."""
+    sets = [[torch.randn(size, size, device=device).to(dtype) for _ in range(2)] for _ in range(2)]
+    timed = measure([Contestant("matrix product", torch.matmul)], sets, rounds)["matrix product"]
+    if isinstance(timed, str):
+        raise RuntimeError(f"the matrix product could not be timed: {timed}")
+    return 2 * size**3 / timed.p50 / 1e9
 
 
 def copy_bandwidth(device: torch.device, nbytes: int, rounds: int = ROUNDS) -> float:

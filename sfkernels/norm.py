@@ -254,12 +254,11 @@ def _residual_norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _residual_norm_backward(
     ctx: Any, dresidual: Tensor | None, dout: Tensor | None, _: None
 ) -> Any:
-    residual, _, gate, *_ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: checkpointing recomputes what is asked for and drops it
+    residual, _, gate, *_ = saved
     dresidual = torch.zeros_like(residual) if dresidual is None else dresidual
     dout = torch.zeros_like(residual) if dout is None else dout
-    dx, dy, dgate, dscale, dshift = _residual_norm_bwd(
-        dresidual, dout, *ctx.saved_tensors, *ctx.rest
-    )
+    dx, dy, dgate, dscale, dshift = _residual_norm_bwd(dresidual, dout, *saved, *ctx.rest)
     if gate is None:
         dy, dgate = dx, None
     return dx, dy, dgate, dscale, dshift, None, None, None

@@ -184,9 +184,10 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> Any:
-    qkv, _, _, table, _ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: checkpointing recomputes what is asked for and drops it
+    qkv, _, _, table, _ = saved
     given = (_heads(qkv, table).zero_() if g is None else g for g in grads[:3])
-    return *_qk_norm_rope_bwd(*given, *ctx.saved_tensors, ctx.impl), None, None, None
+    return *_qk_norm_rope_bwd(*given, *saved, ctx.impl), None, None, None
 
 
 _qk_norm_rope.register_autograd(_backward, setup_context=_setup_context)

@@ -6,12 +6,14 @@ D model dim, T text rows, S slots of a ring.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import sfkernels as sf
 from sfkernels.dispatch import check_shape
@@ -146,12 +148,19 @@ class DiT(nn.Module):
 
     Parameters carry the official names, except that q, k, v (and k, v of the prompt) are one
     projection each; checkpoint.py maps both ways. impl: the implementation of the sfkernels ops;
-    attention_impl: that of the attention ops.
+    attention_impl: that of the attention ops. recompute: recompute each block's activations in the
+    backward pass instead of keeping them.
     """
 
-    def __init__(self, config: DiTConfig, impl: str = "auto", attention_impl: str = "auto") -> None:
+    def __init__(
+        self,
+        config: DiTConfig,
+        impl: str = "auto",
+        attention_impl: str = "auto",
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
-        self.config, self.impl = config, impl
+        self.config, self.impl, self.recompute = config, impl, recompute
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.channels, dim, config.patch, config.patch)
         self.text_embedding = nn.Sequential(
@@ -305,8 +314,12 @@ class DiT(nn.Module):
         following = [(m[0], m[1]) for m in tables[1:]] + [self.head.modulate(modulation.head)]
         shift, scale = tables[0][:2]
         h_BLD = sf.adaln(x_BLD, shift, scale, eps=self.config.eps, impl=self.impl)
+        # A cached pass writes the ring, which the backward pass must not do again.
+        recompute = self.recompute and torch.is_grad_enabled() and context.cache is None
+        options: Any = {"use_reentrant": False, "preserve_rng_state": False}
         for block, table, (shift, scale) in zip(blocks, tables, following, strict=True):
-            x_BLD, y_BLD = block(x_BLD, h_BLD, table, context)
+            run = functools.partial(checkpoint, block, **options) if recompute else block
+            x_BLD, y_BLD = run(x_BLD, h_BLD, table, context)
             x_BLD, h_BLD = sf.gated_adaln(
                 x_BLD, y_BLD, table[5], shift, scale, eps=self.config.eps, impl=self.impl
             )

@@ -41,10 +41,22 @@ def few_steps(
     """x0 after all steps: from the flow at (x, step i), x0; then fresh noise, `renoise(i + 1)`, up
     to the next of the falling `sigmas` [steps]."""
     x = noise
-    for i, sigma in enumerate(sigmas):
-        following = () if i + 1 == len(sigmas) else (sigmas[i + 1], renoise(i + 1))
-        x0, x = sampler_step(x, flow(x, i), sigma, *following, impl=impl)
+    for i in range(len(sigmas)):
+        x0, x = _step(x, flow(x, i), sigmas, i, renoise, impl)
     return x0
+
+
+def _step(
+    x: Tensor,
+    flow: Tensor,
+    sigmas: Tensor,
+    i: int,
+    renoise: Callable[[int], Tensor | Noise],
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """x0, and x at the σ of step i + 1; after the last step both are x0."""
+    following = () if i + 1 == len(sigmas) else (sigmas[i + 1], renoise(i + 1))
+    return sampler_step(x, flow, sigmas[i], *following, impl=impl)
 
 
 class FewStepSampler:
@@ -68,11 +80,18 @@ class FewStepSampler:
     def denoise(self, noise_BFCHW: Tensor, renoise: Callable[[int], Tensor | Noise]) -> Tensor:
         """x0 of the next chunk, float32, from its initial noise; `renoise(i)` gives the fresh noise
         before step i. The cache is left holding keys and values of the last noisy step."""
+        x = noise_BFCHW
+        for i in range(len(self.sigmas)):
+            x0, x = self.step(x, i, renoise)
+        return x0
 
-        def flow(x: Tensor, step: int) -> Tensor:
-            return self.model(x, self.modulations[step], None, cache=self.cache)
-
-        return few_steps(flow, self.sigmas, noise_BFCHW, renoise, self.model.impl)
+    def step(
+        self, x_BFCHW: Tensor, i: int, renoise: Callable[[int], Tensor | Noise]
+    ) -> tuple[Tensor, Tensor]:
+        """Step i of `denoise` alone: x0 as predicted from x, and x for step i + 1, which after the
+        last step is x0 too."""
+        flow = self.model(x_BFCHW, self.modulations[i], None, cache=self.cache)
+        return _step(x_BFCHW, flow, self.sigmas, i, renoise, self.model.impl)
 
     def append(self, x0_BFCHW: Tensor) -> None:
         """The cache-update pass: the chunk's clean keys and values become the past."""
@@ -90,7 +109,9 @@ def stream_latents(
     batch: int = 1,
     initial_BFCHW: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Endless clean latents, one chunk [batch, F, C, h, w] in float32 at a time.
+    """Endless clean latents, one chunk [batch, F, C, h, w] in float32 at a time, as soon as its
+    last step is done: its cache-update pass runs when the next chunk is asked for. That pass still
+    reads the latents, so they must not be changed in place.
 
     text: prompt embeddings [1 or batch, T, text_dim]. preset: sizes, chunks, window, sink, steps.
     initial: latents that come before the first one generated (image-to-video, continuation), whole
@@ -123,8 +144,8 @@ def stream_latents(
         shape = (batch, size, model.config.channels, preset.height, preset.width)
         noise = functools.partial(Noise, seed_B, cache.chunk(size).frame_F)
         x0 = sampler.denoise(normal(noise(0), shape, impl=model.impl), noise)
-        sampler.append(x0)
         yield x0
+        sampler.append(x0)
 
 
 @torch.no_grad()

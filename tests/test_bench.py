@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,9 +13,9 @@ from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import demo, rolling, stream
-from bench.flops import pass_flops, rolling_flops
+from bench import demo, extrapolate
 from bench.machine import machine
+from bench.model import pass_flops, rolling_flops
 from sfkernels import BlockLayout
 from sfmodel.cli import load_toy
 from sfmodel.config import PRESETS
@@ -57,32 +56,6 @@ def test_flops_of_the_paper_s_model() -> None:
     assert flops["recompute window"] == 4 * pass_flops(config, 21 * n, window.pairs)
 
 
-def test_the_three_ways_are_compared(model: DiT) -> None:
-    result = rolling.compare(model, SMALL, torch.zeros(1, 1, 32), batch=2, chunks=2)
-    assert result["relative_difference_in_first_window"] < 1e-5
-    assert [*result["ways"]] == ["recompute window", "recompute cache", "ring cache"]
-    for way in result["ways"].values():
-        assert len(way["all_seconds"]) == 2 and way["seconds_per_chunk"] > 0
-    assert result["ways"]["ring cache"]["times_the_ring"] == 1
-    with pytest.raises(ValueError, match="two or more chunks of 3"):
-        rolling.compare(model, replace(SMALL, window=7), torch.zeros(1, 1, 32))
-
-
-@pytest.mark.parametrize("way", [rolling.RecomputeWindow, rolling.RecomputeCache])
-def test_nothing_is_timed_when_they_differ(
-    model: DiT, way: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    right = way.next_chunk
-    monkeypatch.setattr(way, "next_chunk", lambda *a: 1.01 * right(*a))
-    with pytest.raises(RuntimeError, match="nothing is timed"):
-        rolling.compare(model, SMALL, torch.zeros(1, 1, 32), chunks=1)
-
-
-def test_full_size_timing_runs_at_a_small_size() -> None:
-    result = stream.run(SMALL, torch.device("cpu"), chunks=4)
-    assert len(result["all_seconds"]) == 4 and result["dit_fps_full_window"] > 0
-
-
 def test_report_and_figure(
     model: DiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,7 +65,7 @@ def test_report_and_figure(
     assert (tmp_path / "video.mp4").exists() and (tmp_path / "video.png").exists()
     assert streamed["cache_mib"] == pytest.approx(2 * 4 * 128 * 4 * (9 * 4 + 16) / 2**20)
     compared = [
-        rolling.compare(model, SMALL, torch.zeros(1, 1, 32), batch=b, chunks=1) for b in (1, 2)
+        extrapolate.compare(model, SMALL, torch.zeros(1, 1, 32), batch=b, chunks=1) for b in (1, 2)
     ]
     result = {"machine": machine("cpu"), "stream": streamed, "rolling": compared}
     json.dumps(result)

@@ -1,8 +1,9 @@
-"""`python -m bench attention`, as far as a CPU shows it."""
+"""Attention in `python -m bench kernels`, as far as a CPU shows it."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 from collections.abc import Callable
@@ -14,12 +15,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import attention, attention_cases, gpu, kernels, timing
-from bench.attention_cases import FULL, TINY, Case, attention_flops, cases, exact, plainly
+from bench import attention, contest, kernels, rows, timing
+from bench.attention import Case
+from bench.attention_cases import FULL, TINY, cases
+from bench.contest import run_case
+from bench.model import attention_flops
+from bench.part import Job, Result, plain_console, show
 from tests.oracle import DEVICE
 
 CPU = torch.device("cpu")
-TINY_CASES = {case.label: case for case in cases(TINY)}
+LABELS = [case.label for case in cases(TINY)]
+TINY_CASES = {case.label.removeprefix("attention, "): case for case in cases(TINY)}
+CEILINGS = {"matmul_tflops": 1000.0, "copy_gbps": 100.0}  # so low that bytes always decide
 # One of each kind: sliced ring, every pattern, prefix, text.
 KINDS = (
     "24 queries, ring of 6 frames, 3 valid",
@@ -35,12 +42,13 @@ KINDS = (
 @pytest.fixture
 def plain_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU, and no kernel in the interpreter, which takes seconds for all cases."""
-    monkeypatch.setattr(attention, "interpreted", lambda: False)
+    for module in (attention, rows, kernels):
+        monkeypatch.setattr(module, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def sdpa(case: Case) -> Callable[..., Any]:
-    return lambda *tensors: kernels.sequence(plainly, case, "sdpa", *tensors)  # type: ignore[arg-type]
+    return functools.partial(contest.sequence, functools.partial(case.plainly, "sdpa"))
 
 
 def test_flops_by_hand() -> None:
@@ -62,10 +70,10 @@ def test_flops_by_hand() -> None:
 
     full = {case.label: case for case in cases(FULL)}
     assert len(full) == len(list(cases(FULL)))  # labels are unique
-    ring = full["4680 queries, ring of 21 frames"]
+    ring = full["attention, 4680 queries, ring of 21 frames"]
     assert ring.flops == 4 * 128 * 12 * 4680 * 32760  # 0.94 TFLOP
     assert ring.nbytes == 2 * 1536 * 2 * (4680 + 32760)
-    forced = full["self forcing, 3 frames after 18, backward"]
+    forced = full["attention, self forcing, 3 frames after 18, backward"]
     assert forced.flops == 2 * 128 * 12 * 4680 * (3 * 28080 + 5 * 4680)
 
 
@@ -87,15 +95,14 @@ def test_cases_count_what_their_rows_see() -> None:
 @pytest.mark.parametrize("label", KINDS)
 def test_the_exact_result_of_a_head(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By slices, of one head: the reference's, in float64."""
-    monkeypatch.setattr(attention_cases, "SLICE", 7)
-    case = next(c for c in cases(replace(TINY, heads=2)) if c.label == label)
+    monkeypatch.setattr(attention, "SLICE", 7)
+    case = next(c for c in cases(replace(TINY, heads=2)) if c.label == f"attention, {label}")
     torch.manual_seed(0)
     inputs = [t.double() if t.is_floating_point() else t for t in case.make(CPU)]
     upstream = [torch.randn_like(inputs[0])] * case.backward
-    want = attention.results(
-        case, lambda *t: kernels.sequence(plainly, case, "reference", *t), inputs, upstream  # type: ignore[arg-type]
-    )  # fmt: skip
-    got = exact(case, inputs, upstream, head=1)
+    by_reference = functools.partial(case.plainly, "reference")
+    want = case.results(functools.partial(contest.sequence, by_reference), inputs, upstream)
+    got = case.exact(inputs, upstream, head=1)
     assert len(got) == (3 if case.backward else 1)
     for ours, whole in zip(got, want, strict=True):
         torch.testing.assert_close(ours, whole[:, :, 1:2], rtol=1e-12, atol=1e-12)
@@ -137,10 +144,10 @@ def test_contestants_that_are_wrong_or_fail(label: str, monkeypatch: pytest.Monk
         timing.Contestant("sdpa flash", lambda *t: [1.001 * o for o in right(*t)]),
         timing.Contestant("flex", cannot),
     ]
-    monkeypatch.setattr(attention, "contestants", lambda *_: found)
-    row = attention.run_case(case, CPU, rounds=2)
+    monkeypatch.setattr(Case, "contestants", lambda *_: found)
+    row = run_case(case, CPU, CEILINGS, rounds=2)
     entries = row["contestants"]
-    assert entries["triton"]["us"] > 0 and entries["sdpa cudnn"]["tflops"] > 0
+    assert entries["triton"]["ms"] > 0 and entries["sdpa cudnn"]["tflops"] > 0
     assert len(entered) > 2  # in the check and in timing
     wrong = entries["sdpa flash"]["failed"]
     assert wrong.startswith(
@@ -148,48 +155,55 @@ def test_contestants_that_are_wrong_or_fail(label: str, monkeypatch: pytest.Monk
     )
     assert entries["flex"]["failed"] == "RuntimeError: no available kernel"
     assert (row["best_ours"], row["best_peer"]) == ("triton", "sdpa cudnn")
+    assert row["floor_ms"] == pytest.approx(case.nbytes / 1e8)
 
 
 def test_contestants_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
-    monkeypatch.setattr(attention, "flex", lambda *_: None)
+    monkeypatch.setattr(Case, "flex", lambda *_: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "flash_attn" or None)
 
     def names(label: str, capability: tuple[int, int], compiled: bool) -> list[str]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-        return [c.name for c in attention.contestants(TINY_CASES[label], cuda, compiled)]
+        return [c.name for c in TINY_CASES[label].contestants(cuda, compiled)]
 
     forced = [*attention.SDPA]
     assert names(KINDS[0], (9, 0), False) == [
-        *("triton", "gluon", *forced, "sdpa varlen", "flash-attn")
+        *("triton", "gluon", *forced, "sdpa math", "sdpa varlen", "flash-attn")
     ]
     assert names(KINDS[2], (8, 0), True) == ["triton", *forced, "flash-attn", "flex"]
 
 
-def test_a_failing_case_is_reported(monkeypatch: pytest.MonkeyPatch, plain_cpu: None) -> None:
+@pytest.mark.usefixtures("plain_cpu")
+def test_a_failing_case_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(attention, "exact", broken)
-    result = attention.run(CPU, TINY, rounds=1, only="text")
+    monkeypatch.setattr(Case, "exact", broken)
+    result = kernels.run(Job(CPU, tiny=True, rounds=1, only="text"))
     assert result["rows"] == [
-        {"case": "24 queries, text of 7", "failed": "RuntimeError: out of memory"}
+        {"case": "attention, 24 queries, text of 7", "failed": "RuntimeError: out of memory"}
     ]
 
 
-def test_tflops_and_ratios() -> None:
-    flops = 4 * 128 * 12 * 4680 * 32760
-    made = attention.entry(flops, timing.Timing(1.2, 1.3))
-    assert made == {"us": 1200.0, "p99_us": 1300.0, "tflops": pytest.approx(784.98, abs=0.01)}
-    assert attention.entry(flops, "cannot") == {"failed": "cannot"}
-    assert attention.entry(flops, timing.Timing(1.2, 1.3, "no graph"))["note"] == "no graph"
+def test_rates_and_ratios() -> None:
+    case = next(cases(FULL))
+    made = contest.rates(case, timing.Timing(1.2, 1.3))
+    assert made["tflops"] == pytest.approx(784.98, abs=0.01)
+    assert made["gbps"] == pytest.approx(case.nbytes / 1.2e6)
+    assert contest.rates(case, "cannot") == {}
+    entry = timing.entry(timing.Timing(1.2, 1.3, 0.1, 1.5, 7.0, "no graph"), tflops=2.0)
+    assert entry == {
+        **{"ms": 1.2, "p99_ms": 1.3, "spread": 0.1, "tflops": 2.0},
+        **{"launched_ms": 1.5, "peak_mib": 7.0, "note": "no graph"},
+    }
+    assert timing.entry("cannot", tflops=2.0) == {"failed": "cannot"}
     times = {"triton": 4.0, "gluon": 2.0, "flex": 5.0, "sdpa cudnn": 3.0}
-    row = attention.best({n: {"us": us} for n, us in times.items()} | {"x": {"failed": ""}})
+    row = contest.best({n: {"ms": ms} for n, ms in times.items()} | {"x": {"failed": ""}})
     assert row == {"best_ours": "gluon", "best_peer": "sdpa cudnn", "peer_over_ours": 1.5}
-    assert attention.best({"reference": {"us": 2.0}, "sdpa": {"us": 1.0}})["peer_over_ours"] == 0.5
-    nobody = attention.best({"flex": {"us": 1.0}, "triton": {"failed": ""}})
+    assert contest.best({"eager": {"ms": 2.0}, "sdpa": {"ms": 1.0}})["peer_over_ours"] == 0.5
+    nobody = contest.best({"flex": {"ms": 1.0}, "triton": {"failed": ""}})
     assert nobody == {"best_ours": None, "best_peer": "flex"}
-    assert 0 < attention.matmul_tflops(CPU, 64, torch.float32, 2) < 10
 
 
 @pytest.mark.parametrize("label", ["diffusion forcing", "teacher forcing"])
@@ -204,121 +218,138 @@ def test_the_mask_of_flex_attention(label: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("label", [KINDS[0], KINDS[3], KINDS[5]])
-def test_flex_attention_is_right(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What would be compiled, eagerly."""
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+def test_flex_attention_is_right(label: str) -> None:
+    """Uncompiled, as it is on a CPU."""
     case = TINY_CASES[label]
     inputs = case.make(CPU)
-    got = kernels.sequence(attention.flex(case, CPU), *inputs)
+    got = contest.sequence(case.flex(CPU), *inputs)
     torch.testing.assert_close(got[0], sdpa(case)(*inputs)[0])
 
 
-def made_up() -> dict[str, Any]:
+def made_up() -> Result:
     """A result with every contestant, notes, failures and what had no time."""
-    rows: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     for i, case in enumerate(cases(FULL)):
         entries: dict[str, dict[str, Any]] = {}
-        for j, name in enumerate(attention.COLOURS):
-            milliseconds = case.flops / (200 + 60 * j + 3 * i) / 1e9
-            entries[name] = attention.entry(case.flops, timing.Timing(milliseconds, milliseconds))
+        for j, name in enumerate(kernels.COLOURS):
+            timed = timing.summary([case.flops / (200 + 60 * j + 3 * i) / 1e9])
+            entries[name] = timing.entry(timed, **contest.rates(case, timed))
         entries["flex"]["note"] = "no CUDA graph"
         entries["sdpa cudnn"] = {"failed": "RuntimeError: no available kernel"}
-        row = {"case": case.label, "flops": case.flops, "contestants": entries}
-        rows.append(row | attention.best(entries))
-    rows[-1] = {"case": rows[-1]["case"], "failed": "out of memory"}
+        row = {"case": case.label, "flops": case.flops, "bytes": case.nbytes}
+        found.append({**row, "contestants": entries} | contest.best(entries))
+    found[-1] = {"case": found[-1]["case"], "failed": "out of memory"}
     here = {"device": "made up", "torch": "0", "triton": "0"}
-    return {
-        "machine": here, "matmul_tflops": 790.0, "rows": rows, "no_time_for": ["a with Flex"]
-    }  # fmt: skip
+    ceilings = {"matmul_tflops": 790.0, "copy_gbps": 4300.0}
+    return {"machine": here, "ceilings": ceilings, "rows": found, "no_time_for": ["a with flex"]}
 
 
-def test_report_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_and_figures(capsys: pytest.CaptureFixture[str]) -> None:
     result = made_up()
-    attention.report(result, kernels.plain_console())
+    for table in kernels.tables(result):
+        show(table, plain_console())
     said = capsys.readouterr().out
     for text in ("790 TFLOP/s", "sdpa cudnn: Runt", "flex *", "* no CUDA graph", "failed: out of",
-                 "no time for: a with Flex", "peer / ours"):  # fmt: skip
+                 "no time for: a with flex", "time / ours"):  # fmt: skip
         assert text in said, text
-    assert set(attention.SDPA) | {*attention.OURS, "flex", "reference"} <= set(attention.COLOURS)
-    attention.plot(result, tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    attention.plot(result | {"rows": []}, tmp_path / "empty.png")
+    assert set(attention.SDPA) | {*contest.OURS, "flex", "eager"} <= set(kernels.COLOURS)
+    assert [name for name, _ in kernels.figures(result)] == ["attention", "roofline"]
+    assert not [*kernels.figures(result | {"rows": []})]
+    assert not kernels.tables(result | {"rows": []})
 
 
 @pytest.mark.usefixtures("plain_cpu")
 def test_the_command_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(timing, "ROUNDS", 2)
-    assert attention.main(["--out", str(tmp_path)]) == 0
-    assert str(tmp_path / "attention.png") in capsys.readouterr().out.replace("\n", "")
-    result = json.loads((tmp_path / "attention.json").read_text())
-    assert [row["case"] for row in result["rows"]] == [*TINY_CASES]
+    only = ["--only", "^attention", "--out", str(tmp_path)]
+    assert kernels.main(only) == 0
+    assert "attention.png, roofline.png" in capsys.readouterr().out.replace("\n", "")
+    result = json.loads((tmp_path / "kernels.json").read_text())
+    assert [row["case"] for row in result["rows"]] == LABELS
     for row in result["rows"]:
-        assert set(row["contestants"]) == {"reference", "sdpa"}
+        assert set(row["contestants"]) == {"eager", "sdpa"}
         assert all(e["tflops"] > 0 for e in row["contestants"].values())
-        assert (row["best_ours"], row["best_peer"]) == ("reference", "sdpa")
-    assert result["machine"]["torch"] == torch.__version__ and result["matmul_tflops"] > 0
-    assert (tmp_path / "attention.png").exists()
+        assert (row["best_ours"], row["best_peer"]) == ("eager", "sdpa")
+    assert result["machine"]["torch"] == torch.__version__
+    assert result["ceilings"]["matmul_tflops"] > 0 and result["ceilings"]["copy_gbps"] > 0
+    assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
 
-    assert attention.main(["--out", str(tmp_path), "--seconds", "-1"]) == 0
-    result = json.loads((tmp_path / "attention.json").read_text())
-    assert not result["rows"] and result["no_time_for"] == [*TINY_CASES]
+    assert kernels.main([*only, "--seconds", "-1"]) == 0
+    result = json.loads((tmp_path / "kernels.json").read_text())
+    assert not result["rows"] and result["no_time_for"] == LABELS
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert attention.main(["--out", str(tmp_path / "bare"), "--only", "text"]) == 0
-    assert "no figure, which needs matplotlib" in capsys.readouterr().out
-    assert [f.name for f in (tmp_path / "bare").iterdir()] == ["attention.json"]
+    assert kernels.main(["--out", str(tmp_path / "bare"), "--only", "text"]) == 0
+    assert "no figures, which need matplotlib" in capsys.readouterr().out
+    assert [f.name for f in (tmp_path / "bare").iterdir()] == ["kernels.json"]
 
 
 @pytest.mark.usefixtures("plain_cpu")
-def test_a_folder_that_cannot_be_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_arguments_and_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    assert attention.main(["--out", str(tmp_path / "file"), "--only", "text"]) == 2
+    assert kernels.main(["--out", str(tmp_path / "file"), "--only", "text"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("python -m bench attention: ") and said.count("\n") == 1
+    assert said.startswith("python -m bench kernels: ") and said.count("\n") == 1
+    assert kernels.main(["--out", str(tmp_path), "--only", "(text"]) == 2
+    assert "--only '(text'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("plain_cpu")
+def test_a_broken_op_gets_no_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command says which one, in the table and at the end, and fails."""
+    right = Case.plainly
+
+    def wrong(self: Case, impl: str, *tensors: Tensor) -> Tensor:
+        return right(self, impl, *tensors) * (1.01 if impl == "sdpa" else 1.0)
+
+    monkeypatch.setattr(Case, "plainly", wrong)
+    assert kernels.main(["--out", str(tmp_path), "--only", "text"]) == 1
+    said = capsys.readouterr()
+    assert "sdpa: wrong, not timed" in said.out
+    assert said.err.endswith("text of 7: sdpa is wrong and was not timed\n")
+    (row,) = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert "ms" in row["contestants"]["eager"] and "ms" not in row["contestants"]["sdpa"]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="kernels are interpreted where there is no GPU")
 @pytest.mark.parametrize("label", [KINDS[0], KINDS[6]])
 def test_kernels_take_part_in_the_interpreter(label: str) -> None:
-    entries = attention.run_case(TINY_CASES[label], CPU, rounds=1)["contestants"]
-    assert [*entries] == ["triton", "reference", "sdpa"], entries
-    assert all("us" in e for e in entries.values()), entries
+    entries = run_case(TINY_CASES[label], CPU, CEILINGS, rounds=1)["contestants"]
+    assert [*entries] == ["triton", "eager", "sdpa"], entries
+    assert all("ms" in e for e in entries.values()), entries
 
 
-def test_flex_attention_comes_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_compiles_comes_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patterns first, with what time is left, and its failure loses nothing."""
     order: list[tuple[str, bool]] = []
 
-    def run_case(case: Case, *_: Any) -> dict[str, Any]:
+    def fake(case: contest.Case, *_: Any) -> dict[str, Any]:
         order.append((case.label, _[-1]))
         if _[-1] and not case.backward:
             raise RuntimeError("cannot compile")
-        return {"case": case.label, "contestants": {"triton": {"us": 1.0}}}
+        return {"case": case.label, "contestants": {"triton": {"ms": 1.0}}}
 
-    monkeypatch.setattr(attention, "run_case", run_case)
-    monkeypatch.setattr(attention, "matmul_tflops", lambda *_: 790.0)
-    monkeypatch.setattr(attention, "machine", lambda _: {})
+    monkeypatch.setattr(kernels, "run_case", fake)
+    monkeypatch.setattr(Job, "begin", lambda *_: {"rows": [], "ceilings": {}, "no_time_for": []})
+    monkeypatch.setattr(Job, "end", lambda _, result: result)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda *_: 1.0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    result = attention.run(torch.device("cuda"), TINY, seconds=600)
-    count = len(TINY_CASES)
-    assert order[:count] == [(label, False) for label in TINY_CASES]
-    assert order[count] == ("diffusion forcing, 6 frames, backward", True)
-    assert [row["case"] for row in result["rows"]] == [*TINY_CASES]
-    rows = {row["case"]: row["contestants"] for row in result["rows"]}
-    assert rows["diffusion forcing, 6 frames"] == {
-        "triton": {"us": 1.0},
-        "flex": {"failed": "RuntimeError: cannot compile"},
-    }
-    short = attention.run(torch.device("cuda"), TINY, seconds=attention.COMPILING / 2)
-    assert len(short["no_time_for"]) == len(order) - 2 * count
-    assert all(label.endswith(" with FlexAttention") for label in short["no_time_for"])
-
-
-def test_the_gpu_command_keeps_its_time() -> None:
-    assert sum(limit for _, _, limit in gpu.PARTS[:-1]) + 40 <= gpu.TOTAL < 540
-    assert "attention" in [name for name, _, _ in gpu.PARTS]
-    assert {"attention", "gpu"} <= set(gpu.TESTS)
+    job = Job(torch.device("cuda"), tiny=True, seconds=600)
+    result = kernels.run(job)
+    labels = [case.label for case in kernels.cases(tiny=True)]
+    assert order[: len(labels)] == [(label, False) for label in labels]
+    assert order[len(labels)] == ("attention, diffusion forcing, 6 frames, backward", True)
+    assert [row["case"] for row in result["rows"]] == labels
+    found = {row["case"]: row["contestants"] for row in result["rows"]}
+    cut = {"attention, diffusion forcing, 6 frames": "flex", "adaln 48 x 96": "compile"}
+    for label, name in cut.items():
+        assert found[label] == {
+            "triton": {"ms": 1.0},
+            name: {"failed": "RuntimeError: cannot compile"},
+        }
+    short = kernels.run(Job(torch.device("cuda"), tiny=True, seconds=attention.COMPILE_SECONDS / 2))
+    flexes = [label for label in short["no_time_for"] if label.endswith(" with flex")]
+    assert len(flexes) == sum(case.compiled for case in TINY_CASES.values())

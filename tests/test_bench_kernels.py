@@ -1,11 +1,11 @@
-"""Timing, the table of kernels, the tuner and the GPU command, as far as a CPU shows them."""
+"""Timing, the rows of norms, RoPE and sampler, and the tuner, as far as a CPU shows them."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import subprocess
-import sys
 import time
+import types
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,33 +15,58 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import gpu, kernels, timing, tune
+from bench import kernels, machine, model, rows, timing, tune
+from bench.contest import run_case
+from bench.part import Job, plain_console, show
 from bench.works import Search, Work, searches
 from sfkernels import launch
 from sfkernels.launch import Flat, Rows, Tile
-from tests.oracle import DEVICE
 
 CPU = torch.device("cpu")
 
 
-def find(label: str) -> kernels.Case:
-    return next(case for case in kernels.cases(kernels.TINY) if case.label.startswith(label))
+CEILINGS = {"matmul_tflops": 1.0, "copy_gbps": 100.0}
+
+
+def find(label: str) -> rows.Case:
+    return next(case for case in rows.cases(rows.TINY) if case.label.startswith(label))
 
 
 def test_bytes_are_those_of_the_tensors() -> None:
     """Each activation once; what is left out is a thousandth at real sizes."""
-    assert kernels.norm_bytes(4680, 1536, 4, 2) == 57_507_840  # 13.4 us at 4.3 TB/s
-    full = {case.label: case for case in kernels.cases(kernels.FULL)}
+    assert model.norm_bytes(4680, 1536, 4, 2) == 57_507_840  # 13.4 us at 4.3 TB/s
+    full = {case.label: case for case in rows.cases(rows.FULL)}
     assert full["gated_adaln 4680 x 1536"].nbytes == 57_507_840
     assert full["gated_adaln backward 4680 x 1536"].nbytes == 86_261_760
     # The same from tensors: qkv in; q, k, v out; the table.
     qkv, _, _, table, *_ = find("qk_norm_rope_append").make(CPU)
     assert find("qk_norm_rope_append").nbytes == 2 * qkv.nbytes + table.nbytes
-    x, flow, noise, *_ = find("sampler_step, given").make(CPU)
-    assert (
-        find("sampler_step, given").nbytes == x.nbytes + flow.nbytes + noise.nbytes + 2 * x.nbytes
-    )
-    assert len(full) == len(list(kernels.cases(kernels.FULL)))  # labels are unique
+    x, flow, noise, *_ = find("sampler_step given").make(CPU)
+    assert find("sampler_step given").nbytes == x.nbytes + flow.nbytes + noise.nbytes + 2 * x.nbytes
+    assert len(full) == len(list(rows.cases(rows.FULL)))  # labels are unique
+    frames, widths = (1, 3, 9, 21), (1536, 5120)
+    assert {f"gated_adaln {n * 1560} x {d}" for n in frames for d in widths} <= {*full}
+
+
+def test_flops_of_rows_by_hand() -> None:
+    """Of one row of a norm: counted in a loop as the reference writes it."""
+    x, weight = [1.0, 2.0, 4.0], [2.0, 3.0, 5.0]
+    flops = 0
+    total = 0.0
+    for value in x:
+        total += value * value
+        flops += 2
+    scale = (total / len(x)) ** -0.5
+    out = []
+    for value, w in zip(x, weight, strict=True):
+        out.append(value * scale * w)
+        flops += 2
+    want = torch.nn.functional.rms_norm(torch.tensor(x), (3,), torch.tensor(weight), 0.0)
+    torch.testing.assert_close(torch.tensor(out), want)
+    assert flops == model.row_flops("rms_norm", 3)
+    # Of q and of k: the norm's four, and two products and a sum to rotate.
+    assert model.row_flops("qk_norm_rope", 1) == 2 * (4 + 3)
+    assert model.row_flops("adaln", 10, backward=True) == 2 * model.row_flops("adaln", 10) == 140
 
 
 def test_inputs_rotate_through_more_than_the_cache() -> None:
@@ -105,26 +130,93 @@ def test_a_contestant_that_is_wrong_is_not_timed() -> None:
         return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, 1e-6) * 1.01
 
     for label in ("rms_norm", "rms_norm backward"):
-        right = kernels.run_case(find(label), CPU, rounds=2)["contestants"]
-        assert right["native"]["us"] > 0 and right["eager"]["gbps"] > 0
-        wrong = kernels.run_case(replace(find(label), native=off), CPU, rounds=2)["contestants"]
+        right = run_case(find(label), CPU, CEILINGS, rounds=2)["contestants"]
+        assert right["native"]["ms"] > 0 and right["eager"]["gbps"] > 0
+        broken = replace(find(label), native=off)
+        wrong = run_case(broken, CPU, CEILINGS, rounds=2)["contestants"]
         assert wrong["native"]["failed"].startswith("wrong, not timed: AssertionError: result 0")
-        assert "us" in wrong["eager"]
+        assert "ms" in wrong["eager"]
 
 
-def test_the_whole_table_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_libraries_take_part_where_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called as they ask to be, and one that fails says so."""
+    called: list[tuple[float, dict[str, Any]]] = []
+
+    def quack_rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        called.append((eps, {}))
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+
+    def liger_rms_norm(X: Tensor, W: Tensor, eps: float, **more: Any) -> Tensor:
+        called.append((eps, more))
+        raise RuntimeError("no driver")
+
+    fakes = {
+        "quack": types.SimpleNamespace(rmsnorm=quack_rmsnorm),
+        rows.LIGER: types.SimpleNamespace(liger_rms_norm=liger_rms_norm),
+    }
+    monkeypatch.setattr(importlib, "import_module", lambda name: fakes[name])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(rows, "interpreted", lambda: False)
+    case = find("rms_norm")
+    names = [c.name for c in case.contestants(torch.device("cuda"), False)]
+    assert names == ["triton", "eager", "native", "liger", "quack"]
+    there = [c for c in case.contestants(torch.device("cuda"), False) if c.name != "triton"]
+    monkeypatch.setattr(rows.Case, "contestants", lambda *_: there)
+    entries = run_case(case, CPU, CEILINGS, rounds=1)["contestants"]
+    assert entries["quack"]["ms"] > 0
+    assert entries["liger"] == {"failed": "RuntimeError: no driver"}
+    assert (1e-6, {"in_place": False}) in called and (1e-6, {}) in called
+
+
+def test_all_rows_run_on_a_cpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (rows, kernels):
+        monkeypatch.setattr(module, "interpreted", lambda: False)
     seen: list[int] = []
-    result = kernels.run(
-        CPU, kernels.TINY, rounds=2, progress=lambda r: seen.append(len(r["rows"]))
-    )
-    assert seen == list(range(1, len(result["rows"]) + 1))
+    job = Job(CPU, tiny=True, rounds=2, only="^(?!attention)")
+    job.save = lambda r: seen.append(len(r["rows"]))
+    result = kernels.run(job)
+    assert seen == [*range(1, len(result["rows"]) + 1), len(result["rows"])]
     assert not [row for row in result["rows"] if "failed" in row]
     assert not [c for row in result["rows"] for c in row["contestants"].values() if "failed" in c]
     json.dumps(result)
-    kernels.report(result, kernels.plain_console())
+    for table in kernels.tables(result):
+        show(table, plain_console())
     assert "qk_norm_rope_append" in capsys.readouterr().out
-    none = kernels.run(CPU, kernels.TINY, seconds=-1, rounds=2)
-    assert not none["rows"] and len(none["no_time_for"]) == len(result["rows"])
+    assert "kernels" in [name for name, _ in kernels.figures(result)]
+
+
+def test_the_state_of_the_machine() -> None:
+    here = machine.machine("cpu")
+    assert here["kind"] == "cpu" and here["torch"] == torch.__version__ and here["date"]
+    state = machine.state(CPU)
+    assert state["load"] >= 0
+    said = machine.said_state({"celsius": 30.0, "load": 1.0}, {"celsius": 55.0})
+    assert said == "30 → 55 °C"
+
+
+def test_a_contestant_that_fails_while_timed_is_reported() -> None:
+    calls = []
+
+    def later(x: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) > 3:
+            raise RuntimeError("out of memory")
+        return x
+
+    both = [timing.Contestant("later", later), timing.Contestant("fine", lambda x: x)]
+    times = timing.measure(both, [[torch.zeros(2)]], rounds=5)
+    assert times["later"] == "RuntimeError: out of memory"
+    fine = times["fine"]
+    assert isinstance(fine, timing.Timing) and fine.spread >= 0 and fine.launched is None
+
+
+def test_spread_and_floor() -> None:
+    timed = timing.summary([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (timed.p50, timed.p99) == (3.0, 5.0) and timed.spread == pytest.approx(2 / 3)
+    assert timing.floor_ms(10**12, 10**9, {"matmul_tflops": 100.0, "copy_gbps": 50.0}) == 20.0
+    assert timing.floor_ms(10**13, 10**9, {"matmul_tflops": 100.0, "copy_gbps": 50.0}) == 100.0
 
 
 def test_candidates_are_all_different_programs() -> None:
@@ -202,54 +294,3 @@ def test_the_tuner_writes_what_launch_reads(
         launch._setting.cache_clear()
     written = json.loads((tmp_path / f"sm_{arch}.json").read_text())
     assert written["machine"]["torch"] == torch.__version__
-
-
-def test_the_plain_commands_need_neither_tyro_nor_av() -> None:
-    code = "import sys; sys.modules.update(tyro=None, av=None); import bench.gpu, bench.tune"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="is about a machine without a GPU")
-@pytest.mark.parametrize(("main", "name"), [(gpu.main, "gpu"), (tune.main, "tune")])
-def test_without_a_gpu_one_sentence(
-    main: Any, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["--out", str(tmp_path)]) == 2
-    said = capsys.readouterr().err
-    assert said == f"python -m bench {name}: needs a GPU that PyTorch can use\n"
-    assert not [*tmp_path.iterdir()]
-
-
-def test_parts_of_the_gpu_command_fail_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(folder: Path, seconds: float) -> dict[str, Any]:
-        raise OSError("no such thing")
-
-    def cut(folder: Path, seconds: float) -> dict[str, Any]:
-        code = "import time; print('begun', flush=True); time.sleep(60)"
-        return gpu.command([sys.executable, "-c", code], 2.0)
-
-    def later(folder: Path, seconds: float) -> dict[str, Any]:
-        assert set(json.loads((tmp_path / "gpu.json").read_text())["parts"]) == {"broken", "cut"}
-        return {"ok": True}
-
-    monkeypatch.setattr(gpu, "machine", lambda _: {"device": "none", "torch": "", "triton": ""})
-    parts = [("broken", broken, 60.0), ("cut", cut, 60.0), ("later", later, 60.0)]
-    result = gpu.run(tmp_path, [*parts, ("late", later, 1.0)])["parts"]
-    assert result["broken"]["end"] == "OSError: no such thing"
-    assert result["cut"]["end"] == "cut after 2 s" and "begun" in result["cut"]["tail"]
-    assert result["later"]["ok"] and result["late"]["skipped"] == "no time left"
-    assert gpu.verdict(result["cut"]) == "FAILED (cut after 2 s)"
-
-
-def test_junit_is_read(tmp_path: Path) -> None:
-    xml = tmp_path / "t.xml"
-    xml.write_text(
-        '<testsuites><testsuite><testcase classname="a" name="ok"/>'
-        '<testcase classname="a" name="no"><failure message="assert 1 == 2"/></testcase>'
-        '<testcase classname="a" name="not here"><skipped/></testcase></testsuite></testsuites>'
-    )
-    out = gpu.read_junit(xml)
-    assert out["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
-    assert out["failures"] == [{"test": "a::no", "said": "assert 1 == 2"}]

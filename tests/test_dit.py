@@ -123,6 +123,41 @@ def test_gradients_reach_every_parameter() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
+def test_recomputed_blocks_keep_less_and_change_nothing() -> None:
+    x, clean, text = latents(1, 4), latents(1, 4), torch.randn(1, 5, 8)
+    t = torch.rand(1, 4) * 1000
+    kept, grads = [], []
+    for recompute in (False, True):
+        model = make()
+        model.recompute = recompute
+        saved: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor, saved: dict[int, Tensor] = saved) -> Tensor:
+            return saved.setdefault(id(tensor), tensor)
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = model(x, t, text, layout=TF, clean_BFCHW=clean)
+        kept.append(sum(tensor.nbytes for tensor in saved.values()))
+        out.square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert kept[1] < 0.5 * kept[0]
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
+
+
+def test_a_cached_pass_is_not_recomputed() -> None:
+    """The backward pass would write the ring again, where other chunks may lie by then."""
+    model, x, text = make(), latents(1, 2), torch.randn(1, 5, 8)
+    model.recompute = True
+    cache = model.new_cache(1, 2, GRID)
+    with torch.no_grad():
+        model.set_text(cache, text)
+    flow = model(x, torch.tensor(500.0), None, cache=cache)
+    cache.k.detach_().zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        flow.sum().backward()
+    assert not cache.k.any()
+
+
 def test_size_of_the_public_model() -> None:
     with torch.device("meta"):
         model = DiT(PRESETS["wan-1.3b"].dit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import resource
 from dataclasses import replace
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfkernels import normal
+from sfkernels import Noise, normal
 from sfmodel.config import PRESETS, Preset
 from sfmodel.dit import DiT
+from sfmodel.schedule import FlowSchedule
 from sfmodel.stream import FewStepSampler, stream, stream_latents
 from sfmodel.toy_vae import ToyVAE
 
@@ -55,6 +57,41 @@ def test_exactly_the_frames_asked_for(model: DiT, frames: int) -> None:
         chunks = [*stream(model, ToyVAE(), TEXT[:1], preset, frames=frames)]
         assert torch.cat(chunks, 1).shape == (1, frames, 3, 64, 64)
         assert [c.shape[1] for c in chunks[:-1]] == [pixels, *[12] * 9][: len(chunks) - 1]
+
+
+def test_the_first_chunk_does_not_wait_for_the_cache(
+    model: DiT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk comes after its steps, its cache update when the next one is asked for; the latents
+    are those of a loop that updates at once, past the wrap of the ring."""
+    passes = 0
+    forward = DiT.forward
+
+    def counted(*arguments: Any, **named: Any) -> Tensor:
+        nonlocal passes
+        passes += 1
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(DiT, "forward", counted)
+    chunks = stream_latents(model, TEXT[:1], SMALL)
+    got = [next(chunks)]
+    assert passes == len(SMALL.steps)
+    got.append(next(chunks))
+    assert passes == 2 * len(SMALL.steps) + 1
+    got.extend(itertools.islice(chunks, 2))
+    passes = 0
+    assert len([*stream(model, ToyVAE(), TEXT[:1], SMALL, frames=9)]) == 1
+    assert passes == len(SMALL.steps)  # nothing is computed for a chunk that nobody takes
+
+    cache = model.new_cache(1, SMALL.window, SMALL.grid)
+    with torch.no_grad():
+        model.set_text(cache, TEXT[:1])
+        sampler = FewStepSampler(model, cache, FlowSchedule(SMALL.shift), SMALL.steps)
+        for latents in got:
+            noise = functools.partial(Noise, torch.tensor([0]), cache.chunk(3).frame_F)
+            x0 = sampler.denoise(normal(noise(0), latents.shape), noise)
+            sampler.append(x0)
+            assert torch.equal(latents, x0)
 
 
 def test_batches_are_streams_of_their_own(model: DiT) -> None:

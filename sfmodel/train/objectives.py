@@ -36,6 +36,30 @@ def teacher_forcing_loss(
     x = add_noise(clean_BFCHW if seen_BFCHW is None else seen_BFCHW, noise_BFCHW, sigma_BF)
     t = sigma_BF * TRAIN_STEPS
     flow = model(x, t, text_BTE, layout=layout, clean_BFCHW=context_BFCHW)
+    return _flow_error(flow, x, clean_BFCHW, sigma_BF, min_sigma)
+
+
+def diffusion_forcing_loss(
+    model: DiT,
+    clean_BFCHW: Tensor,
+    noise_BFCHW: Tensor,
+    sigma_BF: Tensor,
+    text_BTE: Tensor,
+    layout: BlockLayout,
+    min_sigma: float = 0.3,
+) -> Tensor:
+    """Flow matching where every chunk has a noise level of its own and sees the ones before it as
+    noisy as they are (arXiv 2506.08009, section 3.1); arguments and weight of
+    `teacher_forcing_loss`."""
+    x = add_noise(clean_BFCHW, noise_BFCHW, sigma_BF)
+    flow = model(x, sigma_BF * TRAIN_STEPS, text_BTE, layout=layout)
+    return _flow_error(flow, x, clean_BFCHW, sigma_BF, min_sigma)
+
+
+def _flow_error(
+    flow: Tensor, x: Tensor, clean_BFCHW: Tensor, sigma_BF: Tensor, min_sigma: float
+) -> Tensor:
+    """Mean of w(σ)·‖flow − (x − x0)/σ‖²."""
     level = sigma_BF[:, :, None, None, None]
     weight = (level / min_sigma).clamp(max=1)
     return (weight * (flow - (x - clean_BFCHW) / level)).square().mean()

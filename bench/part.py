@@ -1,0 +1,200 @@
+"""What the commands that measure have in common: their options, the file of results, progress,
+tables and figures.
+
+A part is a module with
+
+    run(job) -> result        measures; calls job.save after each row
+    tables(result)            what it found, as tables
+    figures(result)           the same as (name, figure) pairs; needs matplotlib
+
+Its result is a JSON object: {"part", "sizes", "machine", "before", "after", "ceilings", "seconds",
+"rows", "no_time_for"}, where a row is {"case": str, "contestants": {name: entry}, …} and an entry
+{"ms": p50, "p99_ms", "spread", …} or {"failed": why}. A row without a contestant in it says
+{"case", "failed"}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import rich.table
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from bench import timing
+from bench.machine import machine, state
+from sfmodel.files import atomic
+
+Result = dict[str, Any]
+
+
+class Table(NamedTuple):
+    """Cells are text; the first column names the row. notes: lines under the table."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+
+class Part(Protocol):
+    def run(self, job: Job) -> Result: ...
+    def tables(self, result: Result) -> list[Table]: ...
+    def figures(self, result: Result) -> Iterable[tuple[str, Any]]: ...
+
+
+def nothing(_: Any) -> None:
+    """Tells nobody."""
+
+
+@dataclass
+class Job:
+    """One run of a part. tiny: sizes that a CPU runs in seconds. seconds: nothing is begun after
+    them. only: a regular expression of which something in a row's name must match. save: called
+    with the result so far. tick: called with what goes on."""
+
+    device: torch.device
+    tiny: bool = False
+    seconds: float = math.inf
+    only: str = ""
+    rounds: int = timing.ROUNDS
+    save: Callable[[Result], None] = nothing
+    tick: Callable[[str], None] = nothing
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def left(self) -> float:
+        return self.seconds - (time.monotonic() - self.began)
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def wants(self, name: str) -> bool:
+        return re.search(self.only, name) is not None
+
+    def begin(self, part: str, dtype: torch.dtype) -> Result:
+        """A result without rows: the machine, its state and its ceilings in `dtype`."""
+        self.tick("ceilings")
+        return {
+            "part": part,
+            "sizes": "toy" if self.tiny else "Wan2.1 at 480×832",
+            "machine": machine(self.device),
+            "before": state(self.device),
+            "ceilings": timing.ceilings(self.device, dtype, self.rounds),
+            "rows": [],
+            "no_time_for": [],
+        }
+
+    def end(self, result: Result) -> Result:
+        result["after"] = state(self.device)
+        result["seconds"] = time.monotonic() - self.began
+        self.save(result)
+        return result
+
+
+def show(table: Table, console: Console) -> None:
+    """Texts are shown as they are: brackets are no markup."""
+    shown = rich.table.Table(title=Text(table.title))
+    for column in table.columns:
+        shown.add_column(Text(column))
+    for row in table.rows:
+        shown.add_row(*map(Text, row))
+    console.print(shown)
+    for note in table.notes:
+        console.print(note, markup=False, highlight=False)
+
+
+def plain_console() -> Console:
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    return console
+
+
+def write(file: Path, result: Result) -> None:
+    with atomic(file) as part:
+        part.write_text(json.dumps(result, indent=1))
+
+
+def draw(part: Part, result: Result, folder: Path) -> str:
+    """Saves a part's figures; says what became of them."""
+    if not importlib.util.find_spec("matplotlib"):
+        return "no figures, which need matplotlib"
+    names = []
+    for name, figure in part.figures(result):
+        with atomic(folder / f"{name}.png") as file:
+            figure.savefig(file, format="png", dpi=110)
+        names.append(f"{name}.png")
+    return f"figures: {', '.join(names)}" if names else "no figures: nothing was timed"
+
+
+def wrong(result: Result) -> list[str]:
+    """Contestants of ours whose result was not right."""
+    return [
+        f"{row['case']}: {name}"
+        for row in result["rows"]
+        for name, entry in row.get("contestants", {}).items()
+        if entry.get("failed", "").startswith(timing.WRONG)
+    ]
+
+
+def command(name: str, part: Part, arguments: Sequence[str] | None, doc: str | None) -> int:
+    """`python -m bench NAME`. Exit code 0; 1 where a contestant was wrong; 2 for a bad argument or
+    a file that cannot be written; 130 after Ctrl-C, which keeps what was measured."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench {name}", description=doc)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after this")
+    parser.add_argument("--only", default="", help="rows in whose name this regex is found")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, as on a CPU")
+    parser.add_argument("--out", type=Path, default=Path("out", name), help="results' folder")
+    chosen = parser.parse_args(arguments)
+    cuda = torch.cuda.is_available()
+    file = chosen.out / f"{name}.json"
+    console = plain_console()
+    job = Job(
+        torch.device("cuda" if cuda else "cpu"),
+        tiny=chosen.tiny or not cuda,
+        seconds=chosen.seconds,
+        only=chosen.only,
+        save=lambda result: write(file, result),
+    )
+    if not cuda:
+        torch.set_num_threads(1)  # toy tensors: a second thread waits longer than it computes
+    code = 0
+    try:
+        re.compile(chosen.only)
+        with console.status("") as status:
+            if console.is_terminal:
+                job.tick = lambda text: status.update(text)
+            else:
+                job.tick = lambda text: print(text, flush=True)
+            result = part.run(job)
+        for table in part.tables(result):
+            show(table, console)
+        drawn = draw(part, result, chosen.out)
+    except re.error as error:
+        print(f"python -m bench {name}: --only {chosen.only!r}: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"python -m bench {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        kept = f"what was measured is in {file}" if file.exists() else "nothing was measured yet"
+        print(f"\npython -m bench {name}: stopped; {kept}", file=sys.stderr)
+        return 130
+    for row in wrong(result):
+        print(f"python -m bench {name}: {row} is wrong and was not timed", file=sys.stderr)
+        code = 1
+    print(f"as JSON: {file}; {drawn}")
+    return code

@@ -1,0 +1,192 @@
+"""The other video models of the paper's Table 1, some of them as diffusers runs them: the sizes of
+the published checkpoints, random weights, nothing downloaded.
+
+What a step costs and what decoding costs does not depend on the weights. Two steps are timed after
+a warm-up of the whole pipeline, and extrapolated to the model's own number of steps; the embeddings
+of the prompt are given, so no text encoder runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench import timing
+
+
+class Baseline(NamedTuple):
+    """FPS and seconds to the first frame on one H100 as in the paper's Table 1 (arXiv 2506.08009).
+    how it is measured here: a case of `bench.stream`, "bidirectional", "diffusers", or not at
+    all."""
+
+    name: str
+    fps: float
+    latency_s: float
+    how: str = ""
+    note: str = ""
+
+
+BASELINES = (
+    Baseline("Self Forcing, chunk-wise", 17.0, 0.69, "chunk-wise"),
+    Baseline("Self Forcing, frame-wise", 8.9, 0.45, "frame-wise"),
+    Baseline("CausVid", 17.0, 0.69, "chunk-wise",
+             "the chunk-wise stream within its first window; past it CausVid recomputes its cache"),
+    Baseline("Wan2.1-1.3B", 0.78, 103, "bidirectional"),
+    Baseline("Wan2.1-1.3B, diffusers", 0.78, 103, "diffusers"),
+    Baseline("LTX-Video", 8.98, 13.5, "diffusers"),
+    Baseline("SkyReels-V2", 0.49, 112, "diffusers"),
+    Baseline("MAGI-1", 0.19, 282),
+    Baseline("NOVA", 0.88, 4.1),
+    Baseline("Pyramid Flow", 6.7, 2.5),
+)  # fmt: skip
+
+STEPS = 3  # of the timed call; the first one is not counted
+
+_WAN = dict(
+    patch_size=(1, 2, 2), num_attention_heads=12, attention_head_dim=128, in_channels=16,
+    out_channels=16, text_dim=4096, freq_dim=256, ffn_dim=8960, num_layers=30,
+    cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6, rope_max_seq_len=1024,
+)  # fmt: skip
+_TINY_WAN = dict(num_attention_heads=2, attention_head_dim=12, text_dim=16, freq_dim=32,
+                 ffn_dim=32, num_layers=1)  # fmt: skip
+_TINY_WAN_VAE = dict(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+_TINY_LTX = dict(in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8,
+                 cross_attention_dim=16, num_layers=1, caption_channels=16)  # fmt: skip
+_TINY_LTX_VAE = dict(latent_channels=8, block_out_channels=(8,) * 4,
+                     decoder_block_out_channels=(8,) * 4, layers_per_block=(1,) * 5,
+                     decoder_layers_per_block=(1,) * 5)  # fmt: skip
+_UNIPC = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A pipeline of diffusers. Names are those of its classes; what is not in `transformer`, `vae`
+    and `scheduler` is as published by their defaults. tiny, tiny_vae: other sizes, for a CPU.
+
+    steps, guidance: the model's own. text: rows and channels of the prompt's embeddings, `masked`
+    if the pipeline wants an attention mask with them. height, width, frames: pixels."""
+
+    pipeline: str
+    transformer_class: str
+    vae_class: str
+    scheduler_class: str
+    tiny: Mapping[str, Any]
+    tiny_vae: Mapping[str, Any]
+    guidance: float
+    frames: int
+    text: tuple[int, int]
+    transformer: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    vae_dtype: torch.dtype = torch.float32
+    masked: bool = False
+    steps: int = 50
+    height: int = 480
+    width: int = 832
+
+
+PEERS = {
+    "Wan2.1-1.3B": Peer(
+        "WanPipeline", "WanTransformer3DModel", "AutoencoderKLWan", "UniPCMultistepScheduler",
+        _TINY_WAN, _TINY_WAN_VAE, guidance=5.0, frames=81, text=(512, 4096), transformer=_WAN,
+        scheduler=_UNIPC | dict(flow_shift=5.0),
+    ),
+    # The 2B model of version 0.9. Its own resolution is 512×704; 121 frames as in the paper, whose
+    # FPS times its latency they are.
+    "LTX-Video": Peer(
+        "LTXPipeline", "LTXVideoTransformer3DModel", "AutoencoderKLLTXVideo",
+        "FlowMatchEulerDiscreteScheduler", _TINY_LTX, _TINY_LTX_VAE, guidance=3.0, frames=121,
+        text=(128, 4096), scheduler=dict(use_dynamic_shifting=True), vae_dtype=torch.bfloat16,
+        masked=True,
+    ),
+    # Skywork/SkyReels-V2-DF-1.3B-540P, all frames at once (synchronous mode).
+    "SkyReels-V2": Peer(
+        "SkyReelsV2DiffusionForcingPipeline", "SkyReelsV2Transformer3DModel", "AutoencoderKLWan",
+        "UniPCMultistepScheduler", _TINY_WAN, _TINY_WAN_VAE, guidance=6.0, frames=97,
+        text=(512, 4096), transformer=_WAN | dict(inject_sample_info=True),
+        scheduler=_UNIPC | dict(flow_shift=8.0), steps=30, height=544, width=960,
+    ),
+}  # fmt: skip
+
+
+def measure(name: str, device: torch.device, tiny: bool = False) -> dict[str, Any]:
+    """{"fps", "latency_s", "said"} of a pipeline of PEERS: a whole video, and as nothing is seen
+    before it, the time to its first frame; or {"said"}, why there is none. tiny: toy sizes."""
+    try:
+        return _measure(PEERS[name], device, tiny)
+    except ModuleNotFoundError as error:
+        return {"said": f"not run: {error.name} is not installed"}
+    except Exception as error:  # a version of diffusers with another interface, out of memory, …
+        return {"said": f"not run: {timing.reason(error)}"}
+
+
+def build(peer: Peer, device: torch.device, tiny: bool) -> Any:
+    """The pipeline with random weights: the transformer in bfloat16, the VAE as its makers run
+    it."""
+    library = importlib.import_module("diffusers")
+    torch.manual_seed(0)
+    with device:
+        transformer = getattr(library, peer.transformer_class)(
+            **{**peer.transformer, **(peer.tiny if tiny else {})}
+        )
+        vae = getattr(library, peer.vae_class)(**(peer.tiny_vae if tiny else {}))
+    pipeline = getattr(library, peer.pipeline)(
+        tokenizer=None,
+        text_encoder=None,
+        vae=_cast(vae.to(device), peer.vae_dtype).eval(),
+        scheduler=getattr(library, peer.scheduler_class)(**peer.scheduler),
+        transformer=_cast(transformer.to(device), torch.bfloat16).eval(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _cast(module: Any, dtype: torch.dtype) -> Any:
+    """As `from_pretrained(torch_dtype=dtype)`, which leaves some modules in float32."""
+    kept = {*(module._keep_in_fp32_modules or ())}
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if kept.isdisjoint(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+    return module
+
+
+def _measure(peer: Peer, device: torch.device, tiny: bool) -> dict[str, Any]:
+    pipeline = build(peer, device, tiny)
+    height, width, frames = (64, 64, 9) if tiny else (peer.height, peer.width, peer.frames)
+    rows, channels = (8, 16) if tiny else peer.text
+    arguments: dict[str, Any] = dict(
+        prompt=None, height=height, width=width, num_frames=frames, guidance_scale=peer.guidance
+    )
+    for which in ("prompt", "negative_prompt"):
+        arguments[f"{which}_embeds"] = torch.randn(
+            1, rows, channels, device=device, dtype=torch.bfloat16
+        )
+        if peer.masked:
+            arguments[f"{which}_attention_mask"] = torch.ones(1, rows, device=device)
+    ends: list[float] = []
+
+    def step_ended(_pipeline: Any, _step: int, _t: Any, tensors: dict[str, Tensor]) -> Any:
+        timing.wait(device)
+        ends.append(time.perf_counter())
+        return tensors
+
+    for steps in (1, STEPS):  # the first call warms up, decoding included
+        ends.clear()
+        pipeline(num_inference_steps=steps, callback_on_step_end=step_ended, **arguments)
+        timing.wait(device)
+    step_s = (ends[-1] - ends[0]) / (len(ends) - 1)
+    decode_s = time.perf_counter() - ends[-1]
+    seconds = peer.steps * step_s + decode_s
+    return {
+        "fps": frames / seconds,
+        "latency_s": seconds,
+        "said": f"diffusers, random weights, {height}×{width}, {frames} frames: {STEPS - 1} of "
+        f"{peer.steps} steps timed ({1e3 * step_s:.3g} ms each, guidance included), "
+        f"{decode_s:.3g} s of decoding, no text encoder",
+    }

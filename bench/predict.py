@@ -1,0 +1,221 @@
+"""`python -m bench predict`: the model of model.py for one GPU and one setting, as tables: what a
+chunk and a training iteration must cost, frames a second, latency, waves, several GPUs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.model import (
+    DECODERS,
+    GPUS,
+    TILE,
+    VAE_STRIDE,
+    Gpu,
+    best_split,
+    clip_chunks,
+    decode,
+    dit,
+    fps,
+    latency_ms,
+    linears,
+    memory_gib,
+    multi_gpu,
+    total,
+    training_flops,
+    waves,
+)
+from sfmodel.config import PRESETS, Preset
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MODELS = ("wan-1.3b", "wan-14b")
+PRECISIONS = ("bf16", "8-bit")
+LABEL = "predicted, not measured"
+
+
+def setting(
+    model: str, height: int, width: int, window: int = 21, chunk: int = 3, steps: int = 4
+) -> Preset:
+    """A preset at a size in pixels. Raises ValueError for one that does not exist."""
+    _among("model", model, MODELS)
+    for name, value in (("window", window), ("chunk", chunk)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
+    if not 1 <= steps <= 1000:
+        raise ValueError(f"steps={steps}: must be from 1 to 1000")
+    if chunk > window:
+        raise ValueError(f"window={window} is smaller than a chunk of {chunk} latent frames")
+    for name, value in (("height", height), ("width", width)):
+        if value < 1 or value % (2 * VAE_STRIDE):
+            raise ValueError(f"{name}={value}: must be a multiple of {2 * VAE_STRIDE} pixels")
+    return replace(
+        PRESETS[model],
+        height=height // VAE_STRIDE,
+        width=width // VAE_STRIDE,
+        window=window,
+        chunk=chunk,
+        steps=tuple(1000 * (steps - i) // steps for i in range(steps)),
+    )
+
+
+def _among(name: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} {value!r}: must be one of {', '.join(known)}")
+
+
+def prediction(
+    preset: Preset, gpu: Gpu, precision: str = "bf16", decoder: str = "wan", gpus: int = 1
+) -> dict[str, Any]:
+    """Everything above for one setting, as JSON holds it; batch 1. Raises ValueError for a
+    precision, decoder, rate or number of GPUs that does not exist."""
+    _among("precision", precision, PRECISIONS)
+    _among("decoder", decoder, DECODERS)
+    for name, number in (("gpus", gpus), ("matmul_tflops", gpu.matmul_tflops),
+                         ("copy_tbps", gpu.copy_tbps)):  # fmt: skip
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name}={number}: must be a positive number")
+    config, tokens = preset.dit, preset.chunk * math.prod(preset.grid)
+    components = dit(preset, gpu, preset.window, precision)
+    components["DiT"] = total(components.values())
+    components["decode"] = decode(preset, gpu, precision, decoder)
+
+    split = best_split(tokens, config.heads, gpu.multiprocessors)
+    tiled = [("self-attention", float(config.heads), s) for s in sorted({1, split})]
+    tiled += [(f"linear: {name}", b / TILE, 1) for name, _, _, b in linears(config)]
+    frames, short = sum(clip_chunks(preset)), max(preset.chunk, min(9, preset.window))
+    ends = range(preset.chunk, frames + 1, preset.chunk)
+    clip = [min(end, preset.window) for end in ends]
+    trained = training_flops(preset)
+    if config != (large := PRESETS["wan-14b"].dit):
+        name = "self forcing, generator"
+        trained[f"{name}, real score of 14B"] = training_flops(preset, large)[name]
+    memory = memory_gib(preset, precision=precision)
+    return {
+        "label": LABEL,
+        "gpu": asdict(gpu),
+        "setting": {
+            **asdict(preset),
+            "height_pixels": preset.height * VAE_STRIDE,
+            "width_pixels": preset.width * VAE_STRIDE,
+            "precision": precision,
+            "decoder": decoder,
+            "clip_frames": frames,
+        },
+        "components": components,
+        "fps": {
+            key: {"what": what, **fps(preset, gpu, seen, precision, decoder)}
+            for key, what, seen in (
+                ("full_window", f"full window of {preset.window} frames", [preset.window]),
+                ("clip", f"mean over a clip of {frames} frames", clip),
+                ("short_window", f"window of {short} frames", [short]),
+            )
+        },
+        "latency_ms": latency_ms(preset, gpu, precision, decoder),
+        "waves": [
+            {"what": what, "columns": columns, "split": split,
+             "share": waves(tokens, columns, gpu.multiprocessors, split=split)}
+            for what, columns, split in tiled
+        ],
+        "training": {
+            name: {"tflop": flops / 1e12, "floor_seconds": flops / gpu.matmul_tflops / 1e12}
+            for name, flops in trained.items()
+        },
+        "memory_gib": {**memory, "gpu": gpu.memory_gib, "fits": memory["total"] < gpu.memory_gib},
+        "multi_gpu": multi_gpu(preset, gpu, gpus, precision, decoder),
+    }  # fmt: skip
+
+
+def report(result: dict[str, Any], console: Console) -> None:
+    from rich.table import Table
+
+    def table(title: str, columns: str, rows: Iterable[Sequence[Any]]) -> None:
+        made = Table()
+        for i, column in enumerate(columns.split("|")):
+            made.add_column(column, justify="right" if i else "left")
+        for row in rows:
+            made.add_row(*(_said(cell) for cell in row))
+        console.print(f"{title} ({LABEL})", made, sep="\n")
+
+    s, gpu, memory = result["setting"], result["gpu"], result["memory_gib"]
+    console.print(
+        f"{s['dit']['layers']} layers of {s['dit']['dim']}, {s['height_pixels']}×"
+        f"{s['width_pixels']}, window {s['window']}, chunk {s['chunk']}, {len(s['steps'])} steps, "
+        f"{s['precision']}, decoder {s['decoder']}; {gpu['name']}: {gpu['matmul_tflops']:.0f} bf16 "
+        f"TFLOP/s, copy {gpu['copy_tbps']:.2f} TB/s ({gpu['source']})"
+    )
+    rows = [(name, *row.values()) for name, row in result["components"].items()]
+    table("A chunk at a full window", "component|TFLOP|GB|floor ms|ms in whole waves", rows)
+    rows = [(f"FPS, {row['what']}", row["floor"], row["whole_waves"])
+            for row in result["fps"].values()]  # fmt: skip
+    rows += [(f"{name.replace('_', ' ')}, ms", *row.values())
+             for name, row in result["latency_ms"].items()]  # fmt: skip
+    table("Frames a second and latency", "|floor|in whole waves", rows)
+    rows = [(w["what"], w["columns"], w["split"], f"{w['share']:.0%}") for w in result["waves"]]
+    table("Waves of tiles", "product|tiles across|split|filled", rows)
+    rows = [(name, *row.values()) for name, row in result["training"].items()]
+    table(f"Training, {s['clip_frames']} latent frames, batch 1", "pass|TFLOP|floor s", rows)
+    console.print(
+        f"Memory: weights {memory['weights']:.1f} GiB, cache {memory['cache']:.1f} GiB of "
+        f"{memory['gpu']:.0f}{'' if memory['fits'] else ', which is too much'} (activations, "
+        "decoder and text encoder left out)"
+    )
+    if len(result["multi_gpu"]) > 1:
+        rows = [
+            (r["gpus"], r["transformer_gpus"], "own" if r["own_decoder"] else "shared", r["dit_ms"],
+             r["exchange_ms"], r["fps"], r["reaction_ms"], r["memory_gib"])
+            for r in result["multi_gpu"]
+        ]  # fmt: skip
+        columns = "GPUs|transformer|decoder|DiT ms|of it exchange|FPS|reaction ms|GiB each"
+        table(f"Several GPUs at {gpu['link_gbps']:.0f} GB/s, full window, floors", columns, rows)
+
+
+def _said(cell: Any) -> str:
+    return f"{cell:.{1 if cell >= 10 else 2}f}" if isinstance(cell, float) else str(cell)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench predict", description=__doc__)
+    parser.add_argument("--gpu", default="h200", help=", ".join(GPUS))
+    parser.add_argument("--matmul-tflops", type=float, help="bf16, as measured on your GPU")
+    parser.add_argument("--copy-tbps", type=float, help="read and written, as measured there")
+    parser.add_argument("--model", default="wan-1.3b", help=", ".join(MODELS))
+    parser.add_argument("--height", type=int, default=480, help="pixels")
+    parser.add_argument("--width", type=int, default=832, help="pixels")
+    parser.add_argument("--window", type=int, default=21, help="latent frames")
+    parser.add_argument("--chunk", type=int, default=3, help="latent frames")
+    parser.add_argument("--steps", type=int, default=4, help="of denoising")
+    parser.add_argument("--precision", default="bf16", help=", ".join(PRECISIONS))
+    parser.add_argument("--decoder", default="wan", help=", ".join(DECODERS))
+    parser.add_argument("--gpus", type=int, default=1, help="at most, for the multi-GPU table")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    chosen = parser.parse_args(arguments)
+    try:
+        _among("gpu", chosen.gpu, GPUS)
+        gpu = GPUS[chosen.gpu]
+        for name in ("matmul_tflops", "copy_tbps"):
+            if (rate := getattr(chosen, name)) is not None:
+                given: dict[str, Any] = {name: rate, "source": "rates given"}
+                gpu = replace(gpu, **given)
+        preset = setting(chosen.model, chosen.height, chosen.width, chosen.window, chosen.chunk,
+                         chosen.steps)  # fmt: skip
+        result = prediction(preset, gpu, chosen.precision, chosen.decoder, chosen.gpus)
+        if chosen.json:
+            from sfmodel.files import atomic
+
+            with atomic(chosen.json) as part:
+                part.write_text(json.dumps(result, indent=1) + "\n")
+    except (ValueError, OSError) as error:
+        print(f"python -m bench predict: {error}", file=sys.stderr)
+        return 2
+    from rich.console import Console
+
+    report(result, Console(width=None if sys.stdout.isatty() else 140))
+    return 0

@@ -1,0 +1,274 @@
+"""`python -m bench report FILE`: a file of results as one HTML page, which needs no network, no
+server and no script, with its figures beside it; and as tables in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import importlib
+import io
+import re
+import sys
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench import compare, part, timing
+from bench.machine import said_state
+from bench.part import Result, Table
+from sfmodel.files import atomic
+
+# What shows the result of a part.
+MODULES = {
+    "kernels": "bench.kernels",
+    "attention": "bench.kernels",
+    "stream": "bench.stream",
+    "extrapolate": "bench.extrapolate",
+    "train": "bench.train",
+}
+NUMBER = re.compile(r"[-+−±]?\d[\d.,]*(e[-+]?\d+)?\s?[%×]?")  # is set to the right
+TAIL = 3000  # characters of what a failed command said last
+
+# Of each part: (name, PNG) of its figures, and why there are no more.
+Pictures = dict[str, tuple[list[tuple[str, bytes]], str]]
+
+STYLE = """
+:root { color-scheme: light dark }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid #8888 }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 13px }
+caption { text-align: left; font-weight: 600; padding: .3rem .6rem }
+th, td { border-bottom: 1px solid #8884; padding: .1rem .6rem; text-align: left }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+tr.new td { border-top: 1px solid #888 }
+figure { margin: 1rem 0; break-inside: avoid }
+img { max-width: 100%; background: #fff }
+figcaption, .note { font-size: 13px; opacity: .8 }
+.bad { color: #c0392b }
+pre { overflow-x: auto; font-size: 12px; border-left: 3px solid #c0392b; padding-left: .6rem }
+@media print { body { max-width: none; margin: 0 } .wide { overflow: visible } tr { break-inside: avoid } }
+"""  # noqa: E501
+
+
+def verdict(out: dict[str, Any]) -> str:
+    """One line for a part of a run."""
+    if "skipped" in out:
+        return f"skipped: {out['skipped']}"
+    words = ["ok" if out.get("ok", True) else f"FAILED ({out.get('end', 'no reason given')})"]
+    if out.get("counts"):
+        words.append(", ".join(f"{n} {what}" for what, n in out["counts"].items()))
+    words += [str(failure.get("test")) for failure in out.get("failures", ())[:10]]
+    words += map(str, out.get("broken", ())[:10])
+    if result := out.get("result"):
+        words += [f"{len(result['rows'])} rows", *failures(result)[:10]]
+        if missing := result.get("no_time_for"):
+            words.append(f"no time for {len(missing)} more")
+    for tool in ("memcheck", "racecheck"):
+        if tool in out:
+            words.append(f"{tool}: {out[tool].get('skipped') or out[tool].get('end')}")
+    return "; ".join(words)
+
+
+def failures(result: Result) -> list[str]:
+    """Rows and contestants that were not timed, and why."""
+    found = [f"{row['case']}: {row['failed']}" for row in result["rows"] if "failed" in row]
+    return found + [
+        f"{row['case']}: {name}: {entry['failed']}"
+        for row in result["rows"]
+        for name, entry in row.get("contestants", {}).items()
+        if "failed" in entry
+    ]
+
+
+def tables(result: Result) -> list[Table] | str:
+    """Or why there are none."""
+    try:
+        return list(_module(result).tables(result))
+    except Exception as error:  # the page shows the rest
+        return f"no tables: {timing.reason(error)}"
+
+
+def pictures(content: dict[str, Any]) -> Pictures:
+    """All figures, drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        none = "no figures, which need matplotlib"
+        return {name: ([], none) for name in compare.results(content)}
+    out: Pictures = {}
+    for name, result in compare.results(content).items():
+        drawn: list[tuple[str, bytes]] = []
+        why = ""
+        try:
+            for title, figure in _module(result).figures(result):
+                unique = title if title == name else f"{name}-{title}"
+                png = io.BytesIO()
+                figure.savefig(png, format="png", dpi=110)
+                drawn.append((unique, png.getvalue()))
+        except Exception as error:  # the page shows the rest
+            why = f"no {'more ' * bool(drawn)}figures: {timing.reason(error)}"
+        out[name] = drawn, why
+    return out
+
+
+def _module(result: Result) -> Any:
+    if result["part"] not in MODULES:
+        raise ValueError(f"part {result['part']!r} is none of {', '.join(MODULES)}")
+    return importlib.import_module(MODULES[result["part"]])
+
+
+def page(
+    content: dict[str, Any], against: dict[str, Any] | None = None, drawn: Pictures | None = None
+) -> str:
+    """A file of results, in the form that compare.read gives, as HTML. against: an older one.
+    drawn: its pictures, where they are there already."""
+    drawn = pictures(content) if drawn is None else drawn
+    machine, parts = content["machine"], compare.parts(content)
+    what = content.get("preset") or " ".join(parts)
+    heading = f"{what} on {machine.get('device')}"
+    sections = [("summary", _summary(content))]
+    if against is not None:
+        sections.append(("against an older file", _comparison(against, content)))
+    sections += [(name, _part(out, *drawn.get(name, ([], "")))) for name, out in parts.items()]
+    links, bodies = [], []
+    for i, (name, body) in enumerate(sections):
+        links.append(f'<li><a href="#s{i}">{escape(name)}</a></li>')
+        bodies.append(f'<section id="s{i}"><h2>{escape(name)}</h2>\n{body}\n</section>\n')
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{escape(heading)}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
+<body><h1>{escape(heading)}</h1><nav><ul>{"".join(links)}</ul></nav>
+{"".join(bodies)}
+</body></html>
+"""
+
+
+def _summary(content: dict[str, Any]) -> str:
+    facts = [[str(key), str(value)] for key, value in content["machine"].items()]
+    rows = [
+        [name, f"{out['seconds']:.0f}" if "seconds" in out else "", verdict(out)]
+        for name, out in compare.parts(content).items()
+    ]
+    if "preset" in content:
+        rows.append(["all", f"{content.get('seconds', 0):.0f}", f"preset {content['preset']}"])
+    tables = Table("machine", ("", ""), facts), Table("parts", ("part", "seconds", ""), rows)
+    return "\n".join(map(_html, tables))
+
+
+def _part(out: dict[str, Any], drawn: list[tuple[str, bytes]], why: str) -> str:
+    body = [_paragraph(verdict(out), "note" if out.get("ok", True) else "bad")]
+    result = out.get("result", {"rows": []})
+    if "result" in out:
+        body.append(_paragraph(_circumstances(result)))
+        found = tables(result)
+        for name, png in drawn:
+            data = base64.b64encode(png).decode()
+            body.append(f'<figure><img alt="{escape(name)}" src="data:image/png;base64,{data}">')
+            body.append(f"<figcaption>{escape(name)}</figcaption></figure>")
+        body += [_paragraph(why)] if why else []
+        body += [_paragraph(found)] if isinstance(found, str) else map(_html, found)
+        told = [note for table in found if isinstance(table, Table) for note in table.notes]
+        if result.get("no_time_for") and not any("no time for" in note for note in told):
+            body.append(_paragraph(f"no time for: {', '.join(map(str, result['no_time_for']))}"))
+    failed = [f"{f.get('test')}: {f.get('said')}" for f in out.get("failures", ())]
+    if failed := [*failed, *map(str, out.get("broken", ())), *failures(result)]:
+        items = "".join(f"<li>{escape(text)}</li>" for text in failed)
+        body.append(f'<p class="bad">failed, or was not timed:</p><ul class="bad">{items}</ul>')
+    if out.get("tail"):
+        body.append(f"<pre>{escape(str(out['tail'])[-TAIL:])}</pre>")
+    return "\n".join(body)
+
+
+def _circumstances(result: Result) -> str:
+    said = [str(result[key]) for key in ("sizes", "note") if key in result]
+    ceilings = dict(result.get("ceilings") or {})
+    dtype = ceilings.pop("dtype", "")
+    if ceilings:
+        values = ", ".join(f"{value:.4g} {key}" for key, value in ceilings.items())
+        said.append(f"ceilings measured: {values} {dtype}".strip())
+    if state := said_state(result.get("before", {}), result.get("after", {})):
+        said.append(f"before → after: {state}")
+    return "; ".join(said)
+
+
+def _comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
+    found, machine = compare.compare(old, new), old["machine"]
+    said = f"the older: {machine.get('commit') or 'no commit'}, {machine.get('date') or 'no date'}"
+    body = [_paragraph(line) for line in (said, *found.lines)]
+    return "\n".join([*body, *([_html(found.table)] if found.changes else [])])
+
+
+def _paragraph(text: str, kind: str = "note") -> str:
+    return f'<p class="{kind}">{escape(text)}</p>'
+
+
+def _html(table: Table) -> str:
+    rows = []
+    for row in table.rows:
+        cells = [*row]
+        while len(cells) > 1 and not cells[-1]:
+            cells.pop()
+        rest = len(table.columns) - len(cells)
+        if rest > 0 and not NUMBER.fullmatch(cells[-1]):  # such as why a contestant failed
+            last = f'<td colspan="{rest + 1}">{escape(cells.pop())}</td>'
+        else:
+            last = "<td></td>" * rest
+        kind = ' class="new"' if row[0] else ""
+        rows.append(f"<tr{kind}>{''.join(map(_cell, cells))}{last}</tr>\n")
+    head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
+    notes = "\n".join(map(_paragraph, table.notes))
+    return f"""<div class="wide"><table><caption>{escape(table.title)}</caption>
+<thead><tr>{head}</tr></thead><tbody>
+{"".join(rows)}</tbody></table></div>
+{notes}"""
+
+
+def _cell(text: str) -> str:
+    return f"<td{' class=number' * bool(NUMBER.fullmatch(text))}>{escape(text)}</td>"
+
+
+def write(
+    folder: Path,
+    content: dict[str, Any],
+    console: Console,
+    against: dict[str, Any] | None = None,
+) -> Path:
+    """Shows the tables, and writes report.html, which is returned, and its figures. Raises OSError
+    where a file cannot be written."""
+    for result in compare.results(content).values():
+        found = tables(result)
+        if isinstance(found, str):
+            console.print(f"{result['part']}: {found}", markup=False, highlight=False)
+            continue
+        for table in found:
+            part.show(table, console)
+    if against is not None:
+        compare.show(compare.compare(against, content), console)
+    drawn = pictures(content)
+    files = {"report.html": page(content, against, drawn).encode()}
+    files |= {f"{name}.png": png for figures, _ in drawn.values() for name, png in figures}
+    for name, data in files.items():
+        with atomic(folder / name) as file:
+            file.write_bytes(data)
+    return folder / "report.html"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__)
+    parser.add_argument("file", metavar="FILE", type=Path, help="of a part or of a whole run")
+    parser.add_argument("--against", metavar="OLDER", type=Path, help="a file to compare with")
+    parser.add_argument("--out", type=Path, default=Path("out/report"), help="folder of the page")
+    chosen = parser.parse_args(arguments)
+    try:
+        content = compare.read(chosen.file)
+        against = compare.read(chosen.against) if chosen.against else None
+        written = write(chosen.out, content, part.plain_console(), against)
+    except (ValueError, OSError) as error:
+        print(f"python -m bench report: {error}", file=sys.stderr)
+        return 2
+    print(f"to look at: {written}")
+    return 0

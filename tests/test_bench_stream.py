@@ -1,0 +1,377 @@
+"""`python -m bench stream`, as far as a CPU shows it."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import part, peers, phases, stream, timing
+from bench.part import Job, Result
+from bench.peers import PEERS
+from bench.phases import Contestant, Phases, Setting, Stream, Timed, without_each
+from sfmodel.config import PRESETS
+from sfmodel.dit import DiT
+from sfmodel.stream import stream as pixel_stream
+from sfmodel.stream import stream_latents
+from sfmodel.toy_vae import ToyVAE
+from tests.oracle import DEVICE
+
+CPU = torch.device("cpu")
+TOY = PRESETS["toy"]
+SMALL = replace(TOY, dit=replace(TOY.dit, dim=64, heads=1, ffn_dim=64, layers=2), window=6)
+TEXT = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def setting() -> Setting:
+    torch.manual_seed(0)
+    model = DiT(SMALL.dit)
+    torch.nn.init.normal_(model.head.head.weight, std=0.1)
+    return Setting(SMALL, model.eval(), TEXT, lambda: TEXT, ToyVAE())
+
+
+@pytest.fixture
+def small(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> Setting:
+    """What `run` measures at toy sizes."""
+    monkeypatch.setattr(phases, "toy", lambda: setting)
+    monkeypatch.setattr(stream, "CLIP", 7)
+    monkeypatch.setattr(peers, "measure", lambda *_: {"said": "not run: diffusers"})
+    return setting
+
+
+def job(**more: Any) -> Job:
+    return Job(CPU, tiny=True, rounds=2, **more)
+
+
+def pretend_capture(run: Callable[[], Any], pool: Any = None) -> tuple[Callable[[], Any], str]:
+    """As `timing.captured`, which runs three times to warm up."""
+    for _ in range(3):
+        run()
+    return run, ""
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("first", [None, 1])
+@pytest.mark.parametrize("graph", [False, True])
+@torch.no_grad()
+def test_phases_are_the_stream(
+    setting: Setting, chunk: int, first: int | None, graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, three times around the ring, whatever was run before to warm up."""
+    monkeypatch.setattr(timing, "captured", pretend_capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    preset = replace(SMALL, chunk=chunk, first=first)
+    mine = Stream(setting, preset, Contestant("x", "auto", "auto", graph), seed=5)
+    assert [*mine.prompt] == ["text encoding", "prompt keys and values"]
+    mine.first_frame()
+    chunks = stream_latents(setting.model, TEXT, preset, seed=5)
+    for want in itertools.islice(chunks, 18 // chunk + 1):
+        timed = mine.chunk()
+        assert torch.equal(mine.latents, want)
+    assert [*timed.phases] == phases.chunk_phases(4) and all(t > 0 for t in timed.phases.values())
+    assert sum(timed.phases.values()) <= timed.whole
+    again = mine.first_latents(2)
+    chunks = stream_latents(setting.model, TEXT, preset, seed=5)
+    assert torch.equal(again, torch.cat([*itertools.islice(chunks, 2)], 1))
+
+
+@torch.no_grad()
+def test_the_host_gets_the_pixels_as_bytes(setting: Setting) -> None:
+    mine = Stream(setting, replace(SMALL, first=None), Contestant("x", "auto", "auto"))
+    mine.prompt["prompt keys and values"]()
+    assert setting.codec is not None
+    want = pixel_stream(setting.model, setting.codec, TEXT, mine.preset)
+    for frames in (9, 12):
+        mine.chunk()
+        pixels = next(want)
+        assert pixels.shape[1] == frames
+        expected = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        assert torch.equal(mine.host_BTHWC, expected.permute(0, 1, 3, 4, 2))
+
+
+def test_all_share_one_set_of_weights(setting: Setting) -> None:
+    twin = phases.shared(setting.model, "reference", "sdpa")
+    for mine, theirs in zip(twin.parameters(), setting.model.parameters(), strict=True):
+        assert mine.data_ptr() == theirs.data_ptr()
+    assert twin.blocks[0].self_attn.attention_impl == "sdpa"  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def test_full_size_runs_at_a_small_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16, no codec, no text encoder: those phases are absent, the copy has its true size."""
+    preset = replace(SMALL, first=None, height=8, width=16)
+    monkeypatch.setitem(PRESETS, "wan-1.3b", preset)
+    setting = phases.full_size(CPU)
+    assert setting.model.dtype == torch.bfloat16 and setting.text_BTE.shape == (1, 16, 32)
+    row = stream.run_case(job(), setting, "chunk-wise", 1e9)
+    for entry in row["contestants"].values():
+        assert not {"decode", "text encoding"} & entry["phases"].keys()
+        assert "without decode" not in entry["latency_ms"]
+        assert "copy to host" in entry["phases"] and "without text" in entry["latency_ms"]
+    text = str(stream.breakdown(row))
+    assert "decode: no VAE in this version" in text and "stand-in" in text
+    assert "text encoding: no text encoder in this version" in text
+
+
+def test_with_and_without_by_hand() -> None:
+    ms = {"prompt keys and values": 1.0, "noise": 2.0, "step 1": 10.0, "step 2": 20.0,
+          "decode": 5.0, "copy to host": 3.0, "cache update": 9.0}  # fmt: skip
+    assert without_each(60.0, ms, ms) == {
+        "all": 60.0,
+        "without text": 59.0,
+        "without cache update": 51.0,
+        "without decode": 55.0,
+        "without copy to host": 57.0,
+        "denoising alone": 30.0,
+    }
+    del ms["decode"]
+    assert without_each(60.0, ms, ms).keys() == {
+        "all", "without text", "without cache update", "without copy to host", "denoising alone",
+    }  # fmt: skip
+    # What the stream has and this figure has not costs it nothing.
+    assert without_each(60.0, {"step 1": 1.0}, ["cache update"])["without cache update"] == 60.0
+
+
+def test_figures_by_hand(setting: Setting) -> None:
+    """A chunk of 3 latent frames is 12 frames; a clip of 1 + 2·3 is 25."""
+    mine = Stream(setting, SMALL, Contestant("x", "auto", "auto"))
+    chunk = dict.fromkeys(phases.chunk_phases(4), 10.0)
+    prompt = {"text encoding": 4.0, "prompt keys and values": 6.0}
+    first = {name: ms for name, ms in chunk.items() if name != "cache update"} | prompt
+    steady = [Timed(100.0, chunk), Timed(110.0, chunk | {"decode": 40.0}), Timed(90.0, chunk)]
+    entry = stream.entry(mine, [Timed(85.0, first)], [Timed(100.0, chunk)] * 3, 7, steady)
+    assert entry["ms"] == 100 and entry["phases_sum_ms"] == 80
+    assert entry["phases"]["decode"] == {"ms": 10.0, "p99_ms": 40.0}
+    assert entry["phases"]["text encoding"] == {"ms": 4.0, "p99_ms": 4.0}
+    assert entry["fps"]["full window"]["all"] == pytest.approx(120)
+    assert entry["fps"]["full window"]["denoising alone"] == pytest.approx(300)
+    assert entry["fps"]["clip"]["all"] == pytest.approx(25 / 0.310)
+    assert entry["fps"]["clip"]["without cache update"] == pytest.approx(25 / 0.280)
+    assert entry["latency_ms"]["without text"] == 75
+    assert entry["latency_ms"]["without cache update"] == 85
+
+
+def test_the_part(small: Setting) -> None:
+    saved: list[str] = []
+    result = stream.run(job(save=lambda r: saved.append(json.dumps(r))))
+    assert len(saved) == 2 + len(peers.BASELINES) + 1 and not result["no_time_for"]
+    wide, narrow = result["rows"]
+    assert (wide["case"], wide["chunk"], wide["frames"]) == ("chunk-wise", 3, 25)
+    assert (narrow["case"], narrow["chunk"], narrow["frames"]) == ("frame-wise", 1, 25)
+    for row, chunks in ((wide, 3), (narrow, 7)):
+        assert [*row["contestants"]] == ["reference", "sdpa"]
+        for entry in row["contestants"].values():
+            assert len(entry["clip_ms"]) == chunks and len(entry["steady_ms"]) == stream.FEWEST
+            assert "note" not in entry
+    lines = {line["name"]: line for line in result["baselines"]}
+    assert [*lines] == [line.name for line in peers.BASELINES]
+    fastest = max(e["fps"]["clip"]["all"] for e in wide["contestants"].values())
+    assert lines["Self Forcing, chunk-wise"]["fps"] == lines["CausVid"]["fps"] == fastest
+    assert "2 of 100 passes timed" in lines["Wan2.1-1.3B"]["said"]
+    assert lines["MAGI-1"] == {"name": "MAGI-1", "paper_fps": 0.19, "paper_latency_s": 282,
+                               "said": "published, not run"}  # fmt: skip
+
+    console = part.plain_console()
+    with console.capture() as capture:
+        for table in stream.tables(result):
+            part.show(table, console)
+    shown = capture.get()
+    for text in ("toy sizes", "103", "step 4", "sum of a chunk's phases", "denoising alone"):
+        assert text in shown
+
+
+def test_the_figures(small: Setting) -> None:
+    pytest.importorskip("matplotlib")
+    result = stream.run(job(only="chunk"))
+    assert [name for name, _ in stream.figures(result)] == ["timeline", "stream"]
+    result["baselines"] = []
+    (only,) = stream.figures(result)
+    texts = {text.get_text() for text in only[1].axes[0].texts}
+    entry = result["rows"][0]["contestants"]["sdpa"]
+    assert f"{sum(entry['phases'][n]['ms'] for n in phases.chunk_phases(4)):.4g} ms" in texts
+
+
+def test_only_what_is_wanted(small: Setting) -> None:
+    result = stream.run(job(only="frame"))
+    assert [row["case"] for row in result["rows"]] == ["frame-wise"]
+    said = {line["name"]: line["said"] for line in result["baselines"]}
+    assert said["Wan2.1-1.3B"] == said["CausVid"] == said["LTX-Video"] == "not run"
+
+
+def test_a_wrong_contestant_is_not_timed(small: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = Contestant("wrong", "auto", "auto")
+    absent = Contestant("absent", "auto", "triton2")
+    known = (phases.REFERENCE, wrong, absent)
+    monkeypatch.setattr(phases, "contestants", lambda _: known)
+    right = Stream.first_latents
+
+    def last_frame_off(self: Stream, chunks: int) -> Tensor:
+        latents = right(self, chunks)
+        if self.model.impl == "auto":
+            latents[:, -1] *= float("nan")
+        return latents
+
+    monkeypatch.setattr(Stream, "first_latents", last_frame_off)
+    result = stream.run(job(only="chunk"))
+    entries = result["rows"][0]["contestants"]
+    assert entries["wrong"]["failed"].startswith(timing.WRONG)
+    assert "triton2" in entries["absent"]["failed"]
+    assert "ms" in entries["reference"] and part.wrong(result) == ["chunk-wise: wrong"]
+    assert "wrong: wrong, not timed" in str(stream.tables(result))
+
+
+def test_one_that_fails_while_it_is_timed_leaves(
+    small: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, calls = Stream.chunk, itertools.count()
+
+    def fails(self: Stream) -> Timed:
+        if self.model.impl == "auto" and next(calls) > 4:
+            raise RuntimeError("out of memory\nand more")
+        return right(self)
+
+    monkeypatch.setattr(Stream, "chunk", fails)
+    row = stream.run(job(only="chunk"))["rows"][0]
+    assert row["contestants"]["sdpa"] == {"failed": "RuntimeError: out of memory"}
+    assert len(row["contestants"]["reference"]["steady_ms"]) == stream.FEWEST
+
+
+def test_without_time(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right, but nothing of its part of the time left: no clip, a full window at once."""
+    began = functools.partial(stream.run_case, job(), setting, "chunk-wise")
+    entries = began(1e-9)["contestants"]
+    assert entries["reference"]["failed"] == entries["sdpa"]["failed"] == "no time left"
+    monkeypatch.setattr(stream, "PREPARING", 1e9)
+    row = began(1e-6)
+    for entry in row["contestants"].values():
+        assert entry["note"] == "no time for a clip" and "clip" not in entry["fps"]
+        assert len(entry["steady_ms"]) == stream.FEWEST and entry["first_frame_ms"] > 0
+    assert stream.best(row) and "–" in str(stream.with_and_without(row))
+    big = Job(CPU, seconds=0.0)
+    result: Result = {"rows": [], "no_time_for": []}
+    said = {line["name"]: line["said"] for line in stream.baselines(big, result, None)}
+    assert said["Wan2.1-1.3B"] == said["LTX-Video"] == "no time left"
+    assert result["no_time_for"] == [
+        f"baselines: {line.name}" for line in peers.BASELINES if line.how[:1] in ("b", "d")
+    ]
+
+
+def test_a_model_that_cannot_be_loaded_is_said(
+    small: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> Setting:
+        raise ValueError("the toy model needs av, of the extra 'model'")
+
+    monkeypatch.setattr(phases, "toy", missing)
+    result = stream.run(job())
+    assert [row["failed"] for row in result["rows"]] == 2 * [
+        "ValueError: the toy model needs av, of the extra 'model'"
+    ]
+    assert len(stream.tables(result)) == 3 and not [*stream.figures(result)]
+
+
+def test_the_bidirectional_model_is_checked(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "CLIP", 5)
+    right = stream.bidirectional(setting)
+    assert right["fps"] == pytest.approx(17 / right["latency_s"])
+    shared = phases.shared
+
+    def wrong(model: DiT, impl: str, attention: str) -> DiT:
+        twin = shared(model, impl, attention)
+        if attention == "sdpa":
+            twin.head.head.weight = torch.nn.Parameter(1.1 * twin.head.head.weight)
+        return twin
+
+    monkeypatch.setattr(phases, "shared", wrong)
+    assert stream.bidirectional(setting)["said"].startswith(timing.WRONG)
+
+
+def test_phases_are_clocked_in_order() -> None:
+    done: list[str] = []
+    run: Phases = {name: functools.partial(done.append, name) for name in "ab"}
+    timed = phases.clocked(run, CPU)
+    assert done == ["a", "b"] == [*timed.phases] and sum(timed.phases.values()) <= timed.whole
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_graphs_go_on_rolling(setting: Setting) -> None:
+    """A replayed chunk is the next one of the stream, past the wrap of the ring."""
+    model = DiT(SMALL.dit).to(DEVICE).eval()
+    model.load_state_dict(setting.model.state_dict())
+    text = TEXT.to(DEVICE)
+    on_gpu = Setting(SMALL, model, text)
+    mine = Stream(on_gpu, SMALL, Contestant("x", "auto", "auto", graph=True))
+    phases.clocked(mine.prompt, torch.device(DEVICE))
+    assert not mine.notes
+    for want in itertools.islice(stream_latents(model, text, SMALL), 7):
+        mine.chunk()
+        torch.testing.assert_close(mine.latents, want)
+
+
+@pytest.mark.parametrize("name", [*PEERS])
+def test_pipelines_of_diffusers(name: str) -> None:
+    pytest.importorskip("diffusers")
+    found = peers.measure(name, CPU, tiny=True)
+    assert found["fps"] == pytest.approx(9 / found["latency_s"]), found
+    assert f"2 of {PEERS[name].steps} steps timed" in found["said"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ModuleNotFoundError("no", name="diffusers"), "not run: diffusers is not installed"),
+        (RuntimeError("CUDA out of memory\nmore"), "not run: RuntimeError: CUDA out of memory"),
+        (TypeError("unexpected keyword"), "not run: TypeError: unexpected keyword"),
+    ],
+)
+def test_why_a_pipeline_was_not_run(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(peers, "build", fails)
+    assert peers.measure("LTX-Video", CPU, tiny=True) == {"said": said}
+
+
+def test_a_pipeline_is_extrapolated_to_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that each step moves by 2 s (the first one by 9), and decoding by 3 s."""
+    now = 0.0
+    asked = []
+
+    class Pipeline:
+        def __call__(
+            self, num_inference_steps: int, callback_on_step_end: Any, **more: Any
+        ) -> None:
+            nonlocal now
+            asked.append(num_inference_steps)
+            for i in range(num_inference_steps):
+                now += 2.0 if i else 9.0
+                callback_on_step_end(self, i, None, {})
+            now += 3.0
+
+    monkeypatch.setattr(peers, "build", lambda *_: Pipeline())
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    found = peers.measure("Wan2.1-1.3B", CPU, tiny=True)
+    assert asked == [1, peers.STEPS] and found["latency_s"] == 50 * 2 + 3
+    assert found["fps"] == pytest.approx(9 / 103)
+
+
+def test_the_paper_s_figures_have_their_peers() -> None:
+    lines = {line.name.removesuffix(", diffusers"): line for line in peers.BASELINES}
+    assert PEERS.keys() == {n for n, line in lines.items() if line.how == "diffusers"}
+    assert {line.how for line in peers.BASELINES} - {"bidirectional", "diffusers", ""} == {
+        *stream.CASES
+    }

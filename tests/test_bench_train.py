@@ -1,0 +1,162 @@
+"""Training iterations: who is right is timed, who is not is said; the table beside Figure 6."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sfkernels as sf
+from bench import attention, part, timing, train
+from bench.model import training_flops
+from sfkernels import BlockLayout
+from sfmodel.config import PRESETS
+from sfmodel.dit import DiT
+from sfmodel.train.objectives import diffusion_forcing_loss
+
+TOY = PRESETS["toy"]
+SMALL = replace(TOY, dit=replace(TOY.dit, dim=64, heads=1, ffn_dim=64, layers=2))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "toy", SMALL)
+
+
+def training() -> train.Training:
+    return train.Training(SMALL, CPU, torch.float32)
+
+
+def test_diffusion_forcing_is_the_weighted_flow_error_of_noisy_chunks() -> None:
+    torch.manual_seed(0)
+    model = DiT(SMALL.dit).double()
+    torch.nn.init.normal_(model.head.head.weight, std=0.1)
+    clean, noise = torch.randn(2, 2, 4, 4, 8, 8, dtype=torch.float64)
+    sigma = torch.tensor([[0.1, 0.1, 0.9, 0.9], [0.3, 0.3, 1.0, 1.0]], dtype=torch.float64)
+    text = torch.randn(2, 3, 32, dtype=torch.float64)
+    layout = BlockLayout.causal(4, 2, 4)
+    loss = diffusion_forcing_loss(model, clean, noise, sigma, text, layout)
+    s = sigma[:, :, None, None, None]
+    x = (1 - s) * clean + s * noise
+    x0 = x - s * model(x, sigma * 1000, text, layout=layout)  # its error counts as 1 / max(σ, 0.3)²
+    want = ((x0 - clean) / s.clamp(min=0.3)).square().mean()
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-6)
+
+
+def test_an_iteration_moves_the_weights_and_leaves_no_gradient() -> None:
+    t = training()
+    before = [p.detach().clone() for p in t.model.parameters()]
+    assert [*t.iteration(t.layouts["TF"])] == [*train.PHASES]
+    moved = [not torch.equal(p, b) for p, b in zip(t.model.parameters(), before, strict=True)]
+    assert all(moved)  # recomputed blocks too
+    assert all(p.grad is None for p in t.model.parameters())
+    assert t.layouts["TF"].tokens == 2 * t.layouts["DF"].tokens == 2 * 21 * 4
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("row", [*train.ROWS])
+def test_flex_attention_sees_what_the_layout_shows(row: str) -> None:
+    """Forward only: PyTorch has no backward pass of it on a CPU."""
+    t = training()
+    layout = t.layouts[row]
+    with torch.no_grad():
+        want = t.loss(layout)
+        with train.attending(t.model, "flex", attention.flex_attention(layout, CPU)):
+            got = t.loss(layout)
+        whole = BlockLayout((layout.tokens,), 1)
+        with train.attending(t.model, "flex", attention.flex_attention(whole, CPU)):
+            other = t.loss(layout)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    assert abs(other - want) > 1e-4 * want
+    assert sf.block_causal_attention.__module__ == "sfkernels.attention"  # as it was
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+def test_our_kernels_agree_in_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 weights under autocast, blocks recomputed, all ops by Triton. In float16: the
+    interpreter's matrix products of bfloat16 are wrong."""
+    monkeypatch.setattr(train, "clip_chunks", lambda _: (1, 1))
+    one_layer = replace(SMALL, dit=replace(SMALL.dit, layers=1))
+    t = train.Training(one_layer, CPU, torch.float16)
+    layout = t.layouts["TF"]
+    with train.attending(t.model, "sdpa", None):
+        want = t.results(layout)
+    for module in t.model.modules():
+        if hasattr(module, "impl"):
+            module.impl = "triton"  # type: ignore[assignment]
+    with train.attending(t.model, "triton", None):
+        got = t.results(layout)
+    assert any(not torch.equal(got[name], want[name]) for name in want)  # other kernels
+    train.check(got, want, half=True)
+
+
+def test_a_wrong_contestant_is_said_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = sf.block_causal_attention
+
+    def unmasked(q: Any, k: Any, v: Any, layout: BlockLayout, *, impl: str) -> Any:
+        seen = BlockLayout((layout.tokens,), 1) if impl == "sdpa" else layout
+        return right(q, k, v, seen, impl=impl)
+
+    monkeypatch.setattr(sf, "block_causal_attention", unmasked)
+    result = train.run(part.Job(CPU, tiny=True, rounds=1, only="DF"))
+    entries = result["rows"][0]["contestants"]
+    assert entries["sdpa"]["failed"].startswith(timing.WRONG) and "ms" in entries["reference"]
+    assert part.wrong(result) == ["DF: sdpa"]
+    assert timing.WRONG in str(train.tables(result)[0].rows)
+
+
+def test_one_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also while it is timed, and the one that all are compared with."""
+    iteration = train.Training.iteration
+
+    def fails_second(self: train.Training, layout: BlockLayout) -> Any:
+        if self.model.blocks[0].self_attn.attention_impl == "sdpa":  # type: ignore[union-attr]
+            raise torch.OutOfMemoryError("no memory")
+        return iteration(self, layout)
+
+    monkeypatch.setattr(train.Training, "iteration", fails_second)
+    result = train.run(part.Job(CPU, tiny=True, rounds=2, only="TF"))
+    assert result["rows"][0]["contestants"]["sdpa"] == {"failed": "OutOfMemoryError: no memory"}
+    assert result["rows"][0]["contestants"]["reference"]["ms"] > 0
+
+    monkeypatch.setattr(train, "TINY_IMPLS", ("gluon", "sdpa"))
+    result = train.run(part.Job(CPU, tiny=True, rounds=1))
+    assert [row["failed"][:10] for row in result["rows"]] == ["ValueError"] * 2
+    assert len(train.tables(result)[0].rows) == 2
+    assert part.draw(train, result, tmp_path).startswith("no figures")
+
+
+def test_rows_tables_and_figure(tmp_path: Path) -> None:
+    saved: list[str] = []
+    job = part.Job(CPU, tiny=True, rounds=2, save=lambda r: saved.append(json.dumps(r)))
+    result = train.run(job)
+    assert saved[-1] == json.dumps(result) and len(saved) > 4  # after every round
+    flops = training_flops(SMALL)
+    for row, name in zip(result["rows"], ("teacher forcing", "diffusion forcing"), strict=True):
+        assert row["flops"] == flops[name] and row["rounds"] == 2
+        for entry in row["contestants"].values():
+            assert entry["tflops"] == pytest.approx(flops[name] / entry["ms"] / 1e9)
+            phases = [phase["ms"] for phase in entry["phases"].values()]
+            assert len(phases) == 3 and 0 < max(phases) < entry["p99_ms"]
+    ours, published = train.tables(result)
+    assert len(ours.rows) == 4
+    assert [row[0] for row in published.rows] == ["DF", "TF", "SF-1", "SF-2", "SF-3", "SF-4"]
+    assert sum("comes with the trainer" in row for row in published.rows) == 6
+    assert all(len(row) == len(t.columns) for t in (ours, published) for row in t.rows)
+    assert part.draw(train, result, tmp_path) == "figures: train.png"
+
+    late = train.run(part.Job(CPU, tiny=True, rounds=1, seconds=0))
+    assert not late["rows"] and late["no_time_for"] == ["TF", "DF"]
+    assert "not run" in str(train.tables(late)[1].rows)
+
+
+def test_flex_attention_is_not_begun_without_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "TINY_IMPLS", ("reference", "flex"))
+    result = train.run(part.Job(CPU, tiny=True, rounds=1, seconds=50, only="DF"))
+    assert result["no_time_for"] == ["DF with FlexAttention"]
+    assert [*result["rows"][0]["contestants"]] == ["reference"]
