@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench import attention, attention_cases, part, rows, timing
-from bench.contest import EAGER, OURS, Case, interpreted, run_case
+from bench.contest import EAGER, OURS, Case, best, interpreted, run_case
 from bench.machine import said
 from bench.part import Job, Result, Table
 
@@ -82,12 +82,15 @@ def tables(result: Result) -> list[Table]:
     rate = f"{scale * product:.3g} {unit}" if product else "not measured"
     both: tuple[list[list[str]], list[list[str]]] = ([], [])
     notes: set[str] = set()
+    kernels = False  # of ours, were any timed?
     for row in result["rows"]:
         if "failed" in row:
             both[is_attention(row)].append([row["case"], f"failed: {row['failed']}", *[""] * 7])
             continue
         memory = not is_attention(row)
-        ours = row["contestants"].get(row.get("best_ours") or "", {}).get("ms")
+        first = best(row["contestants"])["best_ours"]
+        ours = row["contestants"][first]["ms"] if first else None
+        kernels = kernels or first in OURS
         for i, (name, e) in enumerate(row["contestants"].items()):
             label = row["case"] if i == 0 else ""
             if "ms" not in e:
@@ -96,10 +99,10 @@ def tables(result: Result) -> list[Table]:
             if "note" in e:
                 notes.add(f"* {e['note']}")
             if memory:
-                shares = [f"{e['gbps']:.0f}", percent(e["gbps"], copy)]
+                shares = [number(e["gbps"]), percent(e["gbps"], copy)]
                 shares.append(percent(e["gbps"], row["copy_gbps"]))
             else:
-                shares = [f"{scale * e['tflops']:.3g}", percent(e["tflops"], product)]
+                shares = [number(scale * e["tflops"]), percent(e["tflops"], product)]
                 shares.append(f"{e['peak_mib']:.0f}" if "peak_mib" in e else "")
             both[not memory].append(
                 [
@@ -113,11 +116,12 @@ def tables(result: Result) -> list[Table]:
                 ]
             )
     common = ("case", "", "µs", "p99", "with launch")
+    last = "time / ours" if kernels else "time / eager"
     kinds = (
         (f"bytes decide; a large copy: {copy:.0f} GB/s",
-         (*common, "GB/s", "% of large copy", "% of same-size copy", "time / ours")),
+         (*common, "GB/s", "% of large copy", "% of same-size copy", last)),
         (f"arithmetic decides; a matrix product: {rate}",
-         (*common, unit, "% of product", "MiB", "time / ours")),
+         (*common, unit, "% of product", "MiB", last)),
     )  # fmt: skip
     lines = [*sorted(notes)]
     if result["no_time_for"]:
@@ -136,6 +140,11 @@ def product_unit(ceilings: dict[str, Any]) -> tuple[str, float]:
 
 def percent(of: float, ceiling: float | None) -> str:
     return f"{100 * of / ceiling:.0f}" if ceiling else ""
+
+
+def number(value: float) -> str:
+    """Three digits, and all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def microseconds(ms: float) -> str:

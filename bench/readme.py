@@ -1,17 +1,19 @@
 """`python -m bench readme`: writes what the newest files of bench/results/ say into README.md, and
-what arithmetic predicts where nothing is measured yet."""
+what arithmetic predicts where nothing is measured yet; and draws docs/kernels.png."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import compare, model, predict
+from bench import compare, kernels, model, predict
 from bench.machine import said
 from bench.part import Result
 from bench.peers import BASELINES
@@ -29,7 +31,8 @@ TELLING = (
     r"gated_adaln backward",
     r"sampler_step,? drawn",
 )
-MOST = 7  # rows of attention, and of streaming
+MOST = 4  # rows of attention, and of streaming
+DEMO = "demo-cpu.json"
 CALLED = {"compile": "torch.compile", "native": "PyTorch's own"}
 PREDICTED = ("h100", "h200")
 
@@ -50,8 +53,35 @@ def newest(folder: Path) -> list[tuple[str, Result]]:
 def block(folder: Path) -> str:
     """The lines from BEGIN to END, with both."""
     found = newest(folder)
-    sections = (_kernels(found), _attention(found), _streaming(found))
+    sections = (_demo(folder / DEMO), _kernels(found), _attention(found), _streaming(found))
     return "\n".join([BEGIN, "\n\n".join("\n".join(lines) for lines in sections), END])
+
+
+def _demo(file: Path) -> Iterator[str]:
+    """Of `bench demo`, whose file has a form of its own."""
+    if not file.exists():
+        yield "**The demo is not measured yet.**"
+        return
+    result = json.loads(file.read_text(encoding="utf-8"))
+    s, ways = result["stream"], {one["batch"]: one["ways"] for one in result["rolling"]}
+    window = result["rolling"][0]["window"]
+    early, late = (f"{1e3 * s[f'seconds_per_chunk_at_frame_{n}']:.1f}" for n in (100, 1000))
+    yield from _prose(
+        f"`make demo` on {said(result['machine'])} (`bench/results/{file.name}`), toy model: "
+        f"{s['fps']:.0f} decoded frames a second, the first after "
+        f"{1e3 * s['first_frame_seconds']:.0f} ms; a chunk of {4 * s['chunk']} takes {early} ms "
+        f"around frame 100 and {late} around frame 1000. On this shared machine only ratios of one "
+        f"run count. Past a window of {window}, where one stream waits for launches, and theory is "
+        f"arithmetic alone:"
+    )
+    yield ""
+    yield from _head("a chunk", *(f"{n} stream{'s' * (n > 1)}" for n in ways), "in theory")
+    for way in reversed(ways[1]):
+        each = [ways[n][way] for n in ways]
+        times = [f"{one['times_the_ring']:.2f} ×" for one in each]
+        if way == "ring cache":
+            times = [f"{1e3 * one['seconds_per_chunk']:.1f} ms" for one in each]
+        yield _line(way, *times, f"{each[0]['times_the_ring_in_theory']:.2f} ×")
 
 
 def _kernels(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
@@ -67,7 +97,10 @@ def _kernels(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
         return
     found_in = [*rows.values()]
     where = _on(found_in[0][1], *(name for name, _, _ in found_in))
-    yield f"Kernels, bfloat16 activations, in CUDA graphs over inputs larger than L2, {where}:\n"
+    yield from _prose(
+        f"Kernels, bfloat16 activations, in CUDA graphs over inputs larger than L2, {where}:"
+    )
+    yield ""
     yield from _head("", "µs", "% of a copy of as many bytes", "eager / ours", "best other / ours")
     for _, _, row in found_in:
         entries, shown = row.get("contestants", {}), _race(row)
@@ -79,7 +112,8 @@ def _kernels(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
 def _attention(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
     for name, result in found:
         if rows := [row for row in result["rows"] if row["case"].startswith("attention")][:MOST]:
-            yield f"Attention, {_on(result, name)}:\n"
+            yield from _prose(f"Attention, {_on(result, name)}:")
+            yield ""
             yield from _head("", "µs", "TFLOP/s", "by", "best other / ours")
             for row in rows:
                 best, µs, _, ratio = _race(row)
@@ -93,7 +127,10 @@ def _attention(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
 def _streaming(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
     for name, result in found:
         if lines := [line for line in result.get("baselines", ()) if "fps" in line][:MOST]:
-            yield f"Streams, random weights, beside the paper's on one H100, {_on(result, name)}:\n"
+            yield from _prose(
+                f"Streams, random weights, beside the paper's on one H100, {_on(result, name)}:"
+            )
+            yield ""
             yield from _head("", "FPS", "published", "first frame", "published", "")
             for line in lines:
                 figures = f"{line['fps']:.3g}", f"{line['paper_fps']:g}"
@@ -139,6 +176,21 @@ def _head(*columns: str) -> Iterator[str]:
     yield "|---" * len(columns) + "|"
 
 
+def picture(folder: Path, file: Path) -> None:
+    """The bars of the newest kernels. Needs matplotlib."""
+    for _, result in newest(folder):
+        drawn = dict(kernels.figures(result)) if result["part"] == "kernels" else {}
+        if "kernels" in drawn:
+            with atomic(file) as part:
+                drawn["kernels"].savefig(part, format="png", dpi=110)
+            return
+
+
+def _prose(text: str) -> Iterator[str]:
+    """A paragraph."""
+    yield from textwrap.wrap(text, 100, break_on_hyphens=False, break_long_words=False)
+
+
 def _line(*cells: str) -> str:
     safe = (cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells)
     return f"| {' | '.join(safe)} |"
@@ -155,9 +207,10 @@ def rewritten(text: str, made: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench readme", description=__doc__)
     parser.parse_args(arguments)
-    readme = ROOT / "README.md"
+    readme, results = ROOT / "README.md", ROOT / "bench" / "results"
     try:
-        text = rewritten(readme.read_text(encoding="utf-8"), block(ROOT / "bench" / "results"))
+        picture(results, ROOT / "docs" / "kernels.png")
+        text = rewritten(readme.read_text(encoding="utf-8"), block(results))
         with atomic(readme) as file:
             file.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:

@@ -29,7 +29,7 @@ MODULES = {
     "extrapolate": "bench.extrapolate",
     "train": "bench.train",
 }
-NUMBER = re.compile(r"[-+−±]?\d[\d.,]*(e[-+]?\d+)?\s?[%×]?")  # is set to the right
+NUMBER = re.compile(r"[-+−±]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?\s?[%×]?")  # is set to the right
 TAIL = 3000  # characters of what a failed command said last
 
 # Of each part: (name, PNG) of its figures, and why there are no more.
@@ -39,6 +39,7 @@ STYLE = """
 :root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid #8888 }
+nav ul { display: flex; flex-wrap: wrap; gap: 0 1.5rem; list-style: none; padding: 0 }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 13px }
 caption { text-align: left; font-weight: 600; padding: .3rem .6rem }

@@ -117,6 +117,8 @@ PRESETS = {
 def run(name: str, preset: Preset, folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # as its parts do
     result: dict[str, Any] = {"preset": name, "machine": machine(device), "parts": {}}
 
     def say(text: str) -> None:

@@ -375,11 +375,27 @@ def test_the_block_shows_the_newest_results(tmp_path: Path) -> None:
         return result
 
     empty = readme.block(tmp_path)
+    assert "**The demo is not measured yet.**" in empty
     for what in ("The kernels are", "Attention is", "Streaming is"):
         assert f"**{what} not measured on a GPU yet" in empty
     save("toy", "2031", 0.001, sizes="toy")
-    (tmp_path / "demo-cpu.json").write_text("{}")
     assert readme.block(tmp_path) == empty
+    ways = {
+        "recompute window": {"times_the_ring": 5.5, "times_the_ring_in_theory": 6.0},
+        "ring cache": {"times_the_ring": 1.0, "times_the_ring_in_theory": 1.0},
+    }
+    ways["ring cache"]["seconds_per_chunk"] = 0.02
+    streamed = {"fps": 200.4, "first_frame_seconds": 0.0214, "chunk": 3}
+    streamed |= {f"seconds_per_chunk_at_frame_{n}": n / 1e4 for n in (100, 1000)}
+    demo = {"machine": MACHINE, "stream": streamed}
+    demo["rolling"] = [{"batch": n, "window": 21, "ways": ways} for n in (1, 64)]
+    (tmp_path / "demo-cpu.json").write_text(json.dumps(demo))
+    shown = readme.block(tmp_path)
+    said = " ".join(shown.split())
+    assert "200 decoded frames a second, the first after 21 ms; a chunk of 12 takes 10.0 ms" in said
+    assert "around frame 100 and 100.0 around frame 1000" in said
+    assert "| recompute window | 5.50 × | 5.50 × | 6.00 × |" in shown
+    assert "| ring cache | 20.0 ms | 20.0 ms | 1.00 × |" in shown
     save("a", "2030-05-01", 0.01)
     save("b", "2030-04-01", 0.04)
     block = readme.block(tmp_path)
