@@ -38,12 +38,14 @@ Phases = dict[str, Callable[[], Any]]
 
 
 class Contestant(NamedTuple):
-    """impl: of all ops but attention. graph: a CUDA graph launches each phase."""
+    """impl: of all ops but attention. graph: a CUDA graph launches each phase. compiled: the model
+    is compiled as a whole by torch.compile, which takes minutes at full size."""
 
     name: str
     impl: str
     attention: str
     graph: bool = False
+    compiled: bool = False
 
 
 REFERENCE = Contestant("reference", "reference", "reference")
@@ -60,6 +62,7 @@ def contestants(device: torch.device) -> tuple[Contestant, ...]:
         REFERENCE,
         Contestant("gluon, graph", "auto", "gluon", graph=True),
         Contestant("sdpa", "auto", "sdpa"),
+        Contestant("compile, graph", "reference", "sdpa", graph=True, compiled=True),
     )
 
 
@@ -155,6 +158,10 @@ class Stream:
     ) -> None:
         self.preset, self.graph = preset, contestant.graph
         self.model = shared(setting.model, contestant.impl, contestant.attention)
+        if contestant.compiled:
+            self.model.forward = torch.compile(  # type: ignore[method-assign]
+                self.model.forward, mode="max-autotune-no-cudagraphs", dynamic=False
+            )
         self.device = self.model.device
         self.cache = self.model.new_cache(1, preset.window, preset.grid, preset.sink)
         schedule = FlowSchedule(preset.shift)

@@ -43,6 +43,7 @@ FIRST_FRAMES = 5  # measured times to the first frame
 FEWEST = 3  # chunks with a full window
 SHARE = 0.65  # of the time left that a case may take
 PREPARING = 0.5  # of a case's time, after which no further contestant is built
+COMPILING = 300.0  # seconds that torch.compile may take for all sizes of a chunk
 # What is not begun with less left; toy sizes need nothing.
 CASE_SECONDS, NEEDED = 20.0, {"bidirectional": 10.0, "diffusers": 60.0}
 
@@ -71,7 +72,8 @@ def run_case(job: Job, setting: Setting, name: str, seconds: float) -> Result:
     tolerance = 1e-3 if setting.model.dtype == torch.float32 else 5e-2
     # The reference first: what it computes, the others must.
     for contestant in sorted(known, key=lambda c: c is not REFERENCE):
-        if time.monotonic() - began > PREPARING * seconds:
+        left = seconds - (time.monotonic() - began)
+        if left < (COMPILING if contestant.compiled else (1 - PREPARING) * seconds):
             entries[contestant.name] = timing.entry("no time left")
             continue
         job.tick(f"{name}: is {contestant.name} right?")

@@ -42,7 +42,8 @@ class Contestant:
 class Timing:
     """Milliseconds of one call. spread: interquartile range of the rounds / median. launched: the
     median where Python launches each call, as p50 and p99 on CUDA are those of a graph. peak_mib:
-    of device memory, beside the inputs. note: what was not as planned, else empty."""
+    the most device memory that a call takes beside its inputs, for a backward pass its forward
+    pass included. note: what was not as planned, else empty."""
 
     p50: float
     p99: float
@@ -79,9 +80,9 @@ def measure(
     around = {contestant.name: contestant.around for contestant in contestants}
     for contestant in contestants:
         try:
-            with contestant.around(), peak_memory(device) as peak:
+            with contestant.around():
                 ready[contestant.name] = prepare(contestant, sets)
-            peaks[contestant.name] = peak[0]
+                peaks[contestant.name] = _peak_of_a_call(contestant, sets[0])
         except Exception as error:  # one that fails is reported, the others are timed
             out[contestant.name] = reason(error)
             if cuda:
@@ -269,6 +270,20 @@ def _backward_only(
         second.replay()
 
     return Ready(replay)
+
+
+def _peak_of_a_call(contestant: Contestant, inputs: Sequence[Tensor]) -> float | None:
+    """MiB of one forward call, or of a forward and a backward pass, once it is compiled."""
+    if inputs[0].device.type != "cuda":
+        return None
+    backward = contestant.upstream is not None
+    leaves = [t.detach().requires_grad_(backward and t.is_floating_point()) for t in inputs]
+    with peak_memory(inputs[0].device) as peak, torch.set_grad_enabled(backward):
+        outs = contestant.forward(*leaves)
+        if contestant.upstream is not None:
+            wanted = [t for t in leaves if t.requires_grad]
+            void(torch.autograd.grad(outs, wanted, contestant.upstream[0], allow_unused=True))
+    return peak[0]
 
 
 def void(_: object) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import model
 from sfkernels import launch
 from sfkernels.layout import BlockLayout
 
@@ -55,7 +56,7 @@ def _attention_works(head_bytes: int) -> dict[str, tuple[Work, ...]]:
     """A stream's chunk and frame over a full window, and a causal clip of 9 frames."""
     heads, head_dim, window = 12, head_bytes // 2, 21 * FRAME
     layout = BlockLayout.causal(9, 3, FRAME)
-    of_pair = 4 * heads * head_dim
+    size = 2  # bytes of an element
 
     def new(count: int, tokens: int, device: torch.device) -> list[Tensor]:
         made = torch.randn(count, 1, tokens, heads, head_dim, device=device)
@@ -86,19 +87,19 @@ def _attention_works(head_bytes: int) -> dict[str, tuple[Work, ...]]:
         works[f"{prefix}_fwd"] = tuple(
             Work(
                 f"{tokens} queries of {window} keys",
-                4 * window * heads * head_dim,
+                model.attention_bytes(tokens, window, heads, head_dim, size),
                 functools.partial(ring, tokens),
                 functools.partial(stream, module),
-                of_pair * tokens * window,
+                model.attention_flops(tokens * window, heads, head_dim),
             )
             for tokens in (3 * FRAME, FRAME)
         )
         both = Work(
             f"backward of {layout.tokens} tokens",
-            10 * layout.tokens * heads * head_dim,
+            model.norm_bytes(layout.tokens, heads * head_dim, 8, size),  # q, k, v, o and gradients
             clip,
             functools.partial(backward, module),
-            of_pair * layout.pairs * 5 // 2,
+            model.attention_flops(layout.pairs, heads, head_dim, backward=True),
         )
         works |= {f"{prefix}_dkdv": (both,), f"{prefix}_dq": (both,)}
     return works
@@ -168,7 +169,7 @@ def _row_works(channels: int, dtype: torch.dtype) -> dict[str, tuple[Work, ...]]
         return tuple(
             Work(
                 f"{frames * FRAME} x {channels}",
-                tensors * frames * FRAME * channels * dtype.itemsize,
+                model.norm_bytes(frames * FRAME, channels, tensors, dtype.itemsize),
                 functools.partial(make, frames),
                 run,
             )
@@ -200,7 +201,7 @@ def _sampler_work() -> Work:
     ) -> Any:
         return gpu.sampler_step(x, flow, None, sigma, after, None, seed, frame, 1, 1.0, False)
 
-    return Work("3 frames of latents", 4 * 4 * 3 * 16 * 60 * 104, make, run)
+    return Work("3 frames of latents", model.sampler_bytes(3 * 16 * 60 * 104, 4), make, run)
 
 
 def works(channels: int) -> dict[str, tuple[Work, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import time
@@ -294,3 +295,65 @@ def test_the_tuner_writes_what_launch_reads(
         launch._setting.cache_clear()
     written = json.loads((tmp_path / f"sm_{arch}.json").read_text())
     assert written["machine"]["torch"] == torch.__version__
+
+
+class FakeGraph:
+    """What a CUDA graph does to the timing: `replay` runs what was captured."""
+
+    captured: Any = None
+
+    def replay(self) -> None:
+        assert self.captured is not None
+        self.captured()
+
+    def pool(self) -> None:
+        return None
+
+
+def test_graphs_and_launches_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for CUDA: what is captured is replayed, what cannot be is launched."""
+    calls: list[str] = []
+    monkeypatch.setattr(timing, "_warm", lambda run: run())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+
+    class Capture:
+        def __init__(self, graph: FakeGraph, pool: Any = None) -> None:
+            graph.captured = lambda: calls.append("replayed")
+
+        def __enter__(self) -> None:
+            calls.clear()
+
+        def __exit__(self, *_: Any) -> None:
+            calls.clear()
+
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    sets = [[torch.zeros(2)]] * 3
+
+    def op(x: Tensor) -> Tensor:
+        calls.append("launched")
+        return x
+
+    ready = timing._forward_only(op, sets, cuda=True)
+    ready.run()
+    assert calls == ["replayed"] and not ready.note
+    assert ready.launched is not None
+    ready.launched()
+    assert calls == ["replayed", *["launched"] * 3]
+
+    def cannot(x: Tensor) -> Tensor:
+        calls.append("launched")
+        if len(calls) > 3:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return x
+
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    calls.clear()
+    ready = timing._forward_only(cannot, sets, cuda=True)
+    assert ready.launched is None
+    assert ready.note == (
+        "no CUDA graph, launches included: operation not permitted when stream is capturing"
+    )
+    calls.clear()
+    ready.run()
+    assert calls == ["launched"] * 3

@@ -375,3 +375,32 @@ def test_the_paper_s_figures_have_their_peers() -> None:
     assert {line.how for line in peers.BASELINES} - {"bidirectional", "diffusers", ""} == {
         *stream.CASES
     }
+
+
+@torch.no_grad()
+def test_a_compiled_model_streams_the_same(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced whole, the ring's writes included, and run as traced: no code is generated here."""
+    real, traced = torch.compile, []
+
+    def trace(function: Callable[..., Any], **_: Any) -> Any:
+        traced.append(function)
+        return real(function, backend="eager", fullgraph=True, dynamic=False)
+
+    monkeypatch.setattr(torch, "compile", trace)
+    plain = Contestant("plain", "reference", "sdpa")
+    want = Stream(setting, SMALL, plain).first_latents(4)
+    got = Stream(setting, SMALL, plain._replace(compiled=True)).first_latents(4)
+    assert len(traced) == 1
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_compiling_is_not_begun_without_time(
+    small: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = (phases.REFERENCE, Contestant("compile", "reference", "sdpa", compiled=True))
+    monkeypatch.setattr(phases, "contestants", lambda _: known)
+    row = stream.run_case(job(), small, "chunk-wise", stream.COMPILING / 2)
+    assert row["contestants"]["compile"] == {"failed": "no time left"}
+    assert "ms" in row["contestants"]["reference"]
