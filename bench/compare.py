@@ -4,7 +4,7 @@ another, beyond noise.
 The drift of the machine is the median of new over old time among contestants that are not ours:
 their code is the same in both. A contestant is slower or faster where its own ratio, divided by the
 drift, is off 1 by more than its noise: three standard errors of a ratio of medians, but at least
-3%, which is what clocks and neighbours do from run to run.
+5%: the same code was up to 4.4% apart in two runs on one H200.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bench.part import Result, Table
 OURS = ("triton", "gluon", "cpp")
 REFERENCE = ("eager", "reference")
 VERSIONS = ("device", "driver", "python", "torch", "triton", "sfkernels")
-LEAST = 0.03  # noise
+LEAST = 0.05  # noise
 DRIFT = 0.02  # is worth a line above this
 MEDIAN = 0.93  # standard error of a median of n normal values, times √n / interquartile range
 LISTED = 20

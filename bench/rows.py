@@ -288,8 +288,8 @@ def _sampler_cases(sizes: Sizes) -> Iterator[Case]:
     ) -> Case:
         elements = torch.Size(shape).numel()
         return Case(
-            op,
-            kind + "x".join(map(str, shape[1:])),
+            op + kind,
+            "x".join(map(str, shape[1:])),
             function,
             make,
             model.row_flops(op, elements),
@@ -297,9 +297,9 @@ def _sampler_cases(sizes: Sizes) -> Iterator[Case]:
             compiled=compiled,
         )
 
-    yield case("sampler_step", "given noise, ", chunk, given,
+    yield case("sampler_step", ", given noise", chunk, given,
                lambda d: [*latents(d, 3), *sigmas(d)], 5, compiled=True)  # fmt: skip
-    yield case("sampler_step", "drawn noise, ", chunk, drawn, make_drawn, 4)
+    yield case("sampler_step", ", drawn noise", chunk, drawn, make_drawn, 4)
     yield case(
         "dmd_gradient", "", clip, sf.dmd_gradient, lambda d: latents(d, 3, clip), 4, compiled=True
     )

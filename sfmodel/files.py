@@ -8,7 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
+try:
+    from safetensors import SafetensorError
+except ImportError:  # what writes only text, such as the benches, needs no more than PyTorch
+
+    class SafetensorError(Exception):  # type: ignore[no-redef]
+        pass
 
 
 @contextmanager

@@ -42,8 +42,10 @@ def test_bytes_are_those_of_the_tensors() -> None:
     # The same from tensors: qkv in; q, k, v out; the table.
     qkv, _, _, table, *_ = find("qk_norm_rope_append").make(CPU)
     assert find("qk_norm_rope_append").nbytes == 2 * qkv.nbytes + table.nbytes
-    x, flow, noise, *_ = find("sampler_step given").make(CPU)
-    assert find("sampler_step given").nbytes == x.nbytes + flow.nbytes + noise.nbytes + 2 * x.nbytes
+    x, flow, noise, *_ = find("sampler_step, given").make(CPU)
+    assert (
+        find("sampler_step, given").nbytes == x.nbytes + flow.nbytes + noise.nbytes + 2 * x.nbytes
+    )
     assert len(full) == len(list(rows.cases(rows.FULL)))  # labels are unique
     frames, widths = (1, 3, 9, 21), (1536, 5120)
     assert {f"gated_adaln {n * 1560} x {d}" for n in frames for d in widths} <= {*full}

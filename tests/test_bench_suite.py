@@ -19,13 +19,18 @@ from bench.suite import PRESETS, Preset, Step
 from tests.oracle import DEVICE
 
 
-def test_what_runs_on_a_gpu_needs_neither_tyro_nor_av_nor_matplotlib() -> None:
+def test_what_runs_on_a_gpu_needs_little_but_pytorch(tmp_path: Path) -> None:
+    """No package but torch, triton, numpy, rich and pytest; the whole of a part, JSON included."""
     modules = "suite, kernels, stream, extrapolate, train, predict, report, compare, tune, verify"
     code = (
-        "import sys; sys.modules.update(tyro=None, av=None, matplotlib=None, PIL=None)\n"
-        f"from bench import {modules}"
+        "import sys; others = 'tyro av matplotlib PIL safetensors diffusers transformers'\n"
+        "sys.modules.update(dict.fromkeys(others.split()))\n"
+        f"from bench import {modules}\n"
+        f"sys.exit(kernels.main(['--tiny', '--only', 'dmd', '--out', {str(tmp_path)!r}]))"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert (tmp_path / "kernels.json").exists() and not (tmp_path / "kernels.png").exists()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="is about a machine without a GPU")
@@ -109,7 +114,7 @@ def test_presets_keep_their_time() -> None:
     timed = {step.name for step in PRESETS["gpu"].steps}
     assert timed == {"attention", "kernels", "stream", "extrapolate", "train"}
     assert {"tests", "check", "sanitizer", *timed} == {step.name for step in PRESETS["full"].steps}
-    assert {"attention", "gpu"} <= set(verify.TESTS)
+    assert {"attention", "gpu", "bench_stream"} <= set(verify.TESTS)
 
 
 def test_junit_is_read(tmp_path: Path) -> None:
