@@ -182,7 +182,7 @@ def figures(result: Result) -> Iterator[tuple[str, Any]]:
             e = timed[name]
             value = 100 * e["gbps"] / row["copy_gbps"] if memory else scale * e["tflops"]
             text = f"{microseconds(e['ms'])} µs"
-            group.append((name, value, text if memory else f"{value:.3g}  ({text})"))
+            group.append((name, value, text if memory else f"{number(value)}  ({text})"))
         if group:
             bars[memory].append((row["case"], group))
     if bars[True]:
