@@ -1,10 +1,13 @@
 """`python -m bench compare OLD NEW`: what got faster, slower or broken from one file of results to
 another, beyond noise.
 
-The drift of the machine is the median of new over old time among contestants that are not ours:
-their code is the same in both. A contestant is slower or faster where its own ratio, divided by the
-drift, is off 1 by more than its noise: three standard errors of a ratio of medians, but at least
-5%: the same code was up to 4.4% apart in two runs on one H200.
+Contestants that are not ours tell what the machine did: their code is the same in both. Its drift
+is the median of their new over old times. A contestant is slower or faster where its own ratio,
+divided by the drift, is off 1 by more than its noise, the largest of three standard errors of a
+ratio of medians; three standard deviations of those others' ratios (from their median deviation);
+and 5%: the same code was 4.4% apart in two runs on one H200. Where the second is the largest, the
+machine was shared, and its moods last for a row: there a contestant must also be off the others of
+its row by that much, with which it was timed in turn.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ REFERENCE = ("eager", "reference")
 VERSIONS = ("device", "driver", "python", "torch", "triton", "sfkernels")
 LEAST = 0.05  # noise
 DRIFT = 0.02  # is worth a line above this
+DEVIATION = 1.48  # standard deviation / median absolute deviation, of a normal distribution
 MEDIAN = 0.93  # standard error of a median of n normal values, times √n / interquartile range
 LISTED = 20
 
@@ -140,21 +144,25 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
             changes.append(Change(key, ms, failed=found.get("failed", "not timed")))
     compared = len(pairs) + len(changes)
 
-    others = [b / a for key, (a, b) in pairs.items() if _steady(key)]
-    everyone = [b / a for a, b in pairs.values()]
-    drift = statistics.median(others or everyone or [1.0])
+    others = [math.log(b / a) for key, (a, b) in pairs.items() if _steady(key)]
+    others = others or [math.log(b / a) for a, b in pairs.values()] or [0.0]
+    drift = math.exp(middle := statistics.median(others))
+    moods = 3 * DEVIATION * statistics.median(abs(one - middle) for one in others)
     for key, (a, b) in pairs.items():
-        times, noise = b / a / drift, _noise(before[key], after[key])
-        if abs(times - 1) > noise:
+        times, noise = b / a / drift, max(LEAST, moods, _noise(before[key], after[key]))
+        beside = _beside(key, pairs) if moods > LEAST else None
+        if abs(times - 1) > noise and (beside is None or abs(b / a / beside - 1) > noise):
             changes.append(Change(key, a, b, times, noise))
     changes.sort(key=lambda change: -change.times)
 
     differ = _differences(old, new)
     lines = [f"not the same: {'; '.join(differ)}"] if differ else []
     if abs(drift - 1) > DRIFT:
-        way, by = "slower" if drift > 1 else "faster", "the others" if others else "all contestants"
-        said = f"the machine is {abs(drift - 1):.1%} {way} by the median of {by}"
+        way = "slower" if drift > 1 else "faster"
+        said = f"the machine is {abs(drift - 1):.1%} {way} by the median of what is not ours"
         lines.append(f"{said}, which the comparison leaves out")
+    if moods > LEAST:
+        lines.append(f"the machine had moods of ±{moods:.0%}, which hide what is smaller")
     if not compared:
         lines.append("nothing to compare: no contestant was timed in both")
     elif not changes:
@@ -181,6 +189,13 @@ def _entries(content: dict[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
                 yield Key(result["part"], row["case"], name), {"rounds": rounds, **entry}
 
 
+def _beside(key: Key, pairs: dict[Key, tuple[float, float]]) -> float | None:
+    """The median ratio of the others of a row: of those that are not ours, if there are any."""
+    row = {one: b / a for one, (a, b) in pairs.items() if one[:2] == key[:2] and one != key}
+    ratios = [ratio for one, ratio in row.items() if _steady(one)] or [*row.values()]
+    return statistics.median(ratios) if ratios else None
+
+
 def _noise(*entries: dict[str, Any]) -> float:
     """For an entry without a spread its 99th percentile's distance from the median stands in,
     which is more."""
@@ -188,7 +203,7 @@ def _noise(*entries: dict[str, Any]) -> float:
     for entry in entries:
         spread = entry.get("spread", entry.get("p99_ms", entry["ms"]) / entry["ms"] - 1)
         errors.append(MEDIAN * spread / math.sqrt(max(entry["rounds"], 1)))
-    return max(LEAST, 3 * math.hypot(*errors))
+    return 3 * math.hypot(*errors)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -288,6 +289,24 @@ def test_kernels_of_ours_do_not_count_as_drift() -> None:
             "reference": entry(20.0)}}]  # fmt: skip
     changes = compare.compare(old, new).changes
     assert [change.key.contestant for change in changes] == ["triton, graph", "sdpa"]
+
+
+def test_moods_of_a_shared_machine() -> None:
+    """Each row of the second run met another mood; one contestant was really slowed."""
+    old = compare.read(RESULTS / "quick-cpu.json")
+    new = copy.deepcopy(old)
+    moods = itertools.cycle((1.0, 1.3, 0.8, 1.1, 1.4, 0.7))
+    for out in new["parts"].values():
+        for row, mood in zip(out["result"]["rows"], moods, strict=False):
+            for one in row["contestants"].values():
+                one["ms"] *= mood
+    row = next(row for row in new["parts"]["kernels"]["result"]["rows"]
+               if row["case"].startswith("attention, 24 queries, text"))  # fmt: skip
+    row["contestants"]["sdpa"]["ms"] *= 9
+    found = compare.compare(old, new)
+    assert any(line.startswith("the machine had moods of ±") for line in found.lines)
+    (change,) = found.changes
+    assert change.key == ("kernels", row["case"], "sdpa")
 
 
 def test_noise_is_that_of_the_medians() -> None:
