@@ -22,6 +22,21 @@ from sfmodel.config import DiTConfig
 from sfmodel.schedule import TRAIN_STEPS
 
 
+class Past(NamedTuple):
+    """What a chunk of a training rollout sees of the frames before it, and where it lies itself.
+
+    k, v [layers, B, S, heads, head dim]: keys and values of a whole clip, token after token, which
+    take no gradient. spans: the half-open ranges of tokens that are seen. first: the latent frame
+    that the chunk begins with. keep: this pass leaves its own keys and values in k and v.
+    """
+
+    k: Tensor
+    v: Tensor
+    spans: tuple[tuple[int, int], ...]
+    first: int
+    keep: bool = False
+
+
 class Context(NamedTuple):
     """What every block of one forward pass shares."""
 
@@ -30,6 +45,7 @@ class Context(NamedTuple):
     layout: sf.BlockLayout | None
     cache: sf.RingKVCache | None
     chunk: RingChunk | None
+    past: Past | None = None
 
 
 class Modulation(NamedTuple):
@@ -64,7 +80,16 @@ class SelfAttention(nn.Module):
         else:
             assert context.layout is not None
             q, k, v = sf.qk_norm_rope(*norm, eps=self.eps, impl=self.impl)
-            out = sf.block_causal_attention(q, k, v, context.layout, impl=self.attention_impl)
+            past, prefix = context.past, None
+            if past is not None:
+                prefix = sf.Prefix(past.k[self.layer], past.v[self.layer], past.spans)
+                if past.keep:
+                    at = past.first * context.layout.frame_tokens
+                    past.k[self.layer, :, at : at + k.shape[1]] = k
+                    past.v[self.layer, :, at : at + v.shape[1]] = v
+            out = sf.block_causal_attention(
+                q, k, v, context.layout, prefix=prefix, impl=self.attention_impl
+            )
         return self.o(out.flatten(2))
 
 
@@ -201,6 +226,7 @@ class DiT(nn.Module):
         layout: sf.BlockLayout | None = None,
         clean_BFCHW: Tensor | None = None,
         cache: sf.RingKVCache | None = None,
+        past: Past | None = None,
     ) -> Tensor:
         """Predicts the flow ε − x0, [B, F, C, H, W] float32.
 
@@ -211,7 +237,8 @@ class DiT(nn.Module):
         Neither layout nor cache: bidirectional attention. layout: block-causal; one with
         teacher_forcing takes the clean latents, same shape as x, and returns the noisy half. cache:
         x is the next chunk of a stream; its keys and values are written in place, and the caller
-        commits them after the pass at t = 0 on the final latents.
+        commits them after the pass at t = 0 on the final latents. past: x is a chunk of a training
+        rollout, which sees itself and those keys and values.
 
         Raises ValueError for shapes or arguments that do not fit together.
         """
@@ -221,8 +248,10 @@ class DiT(nn.Module):
             raise ValueError("clean latents and a layout with teacher_forcing belong together")
         if (text_BTE is None) != (cache is not None):
             raise ValueError("text is None exactly when a cache is given: set_text puts it there")
-        if cache is not None and layout is not None:
-            raise ValueError("give a layout or a cache, not both")
+        if sum(one is not None for one in (layout, cache, past)) > 1:
+            raise ValueError("give one of layout, cache and past")
+        if past is not None and past.keep and torch.is_grad_enabled():
+            raise ValueError("past.keep: keys and values are kept without gradient only")
 
         chunk = None
         if cache is not None:
@@ -241,6 +270,8 @@ class DiT(nn.Module):
                     f"{layout.frames} of {layout.frame_tokens}"
                 )
             frame_F = torch.arange(frames, dtype=torch.int32, device=x_BFCHW.device)
+            if past is not None:
+                frame_F += past.first
 
         tokens_BLD = self._patchify(x_BFCHW)
         if clean_BFCHW is not None:  # the sequence is [clean ‖ noisy], the clean half at t = 0
@@ -258,6 +289,7 @@ class DiT(nn.Module):
             layout,
             cache,
             chunk,
+            past,
         )
         out_BLE = self._run(tokens_BLD, modulation, context)
         out = self._unpatchify(out_BLE[:, -frames * math.prod(grid) :].float(), grid)

@@ -42,8 +42,9 @@ def without_rollouts(cases: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_recorded_cases_pass(
     dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(copy(tmp_path, without_rollouts)), "--dtype", dtype]) == 0
-    assert "8 passed, 0 not passed" in capsys.readouterr().out
+    assert main([str(WAN), "--dtype", dtype]) == 0
+    out = capsys.readouterr().out
+    assert "9 passed, 0 not passed" in out and ", gradients " in out
 
 
 def test_recorded_cases_pass_on_the_kernels(
@@ -60,8 +61,7 @@ def test_recorded_cases_pass_on_the_kernels(
 def test_what_cannot_be_run_is_said_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(FOLDERS / name) for name in ("wan_d64", "vae_d8", "taehv_seed0")]) == 1
     out = capsys.readouterr().out
-    assert "not supported: training rollouts" in out and "not supported: VAE" in out
-    assert "8 passed" in out
+    assert "not supported: VAE" in out and "9 passed" in out
 
 
 def test_a_wrong_output_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,6 +72,16 @@ def test_a_wrong_output_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main([str(copy(tmp_path, off))]) == 1
     out = capsys.readouterr().out
     assert re.search(r"tf_chunk3 .*FAILED: over 1e-04", out) and "7 passed, 1 not" in out
+
+
+def test_a_wrong_gradient_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def off(cases: dict[str, Tensor]) -> dict[str, Tensor]:
+        cases["sf_chunk3_exit1.grad.blocks.0.self_attn.k.weight"] *= 1.01
+        return cases
+
+    assert main([str(copy(tmp_path, off))]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED: a gradient is off by 1e-02" in " ".join(out.split()) and "8 passed" in out
 
 
 def test_unknown_names_and_missing_files_fail(

@@ -34,9 +34,11 @@ from sfmodel.config import DiTConfig
 from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule
 from sfmodel.stream import FewStepSampler
+from sfmodel.train.rollout import Rollout
 
-# Allowed relative error of an output.
+# Allowed relative error of an output, and of a parameter's gradient.
 LIMITS = {"float32": 1e-4, "bfloat16": 3e-2}
+GRADIENTS = {"float32": 1e-3, "bfloat16": 1e-1}
 STEPS = (1000, 750, 500, 250)
 
 
@@ -55,7 +57,7 @@ class Case(NamedTuple):
         kind, *words = name.split("_")
         options: dict[str, int] = {}
         for word in words:
-            match = re.fullmatch(r"(first|chunk|local|window|sink)(\d+)|(i2v|extend)", word)
+            match = re.fullmatch(r"(first|chunk|local|window|sink|exit)(\d+)|(i2v|extend)", word)
             if match is None:
                 raise NotSupported(f"not supported: {word!r} in the name")
             options[match[1] or match[3]] = int(match[2] or 1)
@@ -66,8 +68,6 @@ def run_case(
     name: str, tensors: Mapping[str, Tensor], model: DiT, text: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What this project computes for a case, and what was recorded."""
-    if name.startswith("sf_"):
-        raise NotSupported("not supported: training rollouts")
     case = Case.parse(name)
     if case.kind in ("bidir", "df", "tf"):
         x = tensors["x"].transpose(1, 2)
@@ -82,6 +82,8 @@ def run_case(
         return flow.transpose(1, 2), tensors["flow"]
     if case.kind == "roll":
         return roll(case, tensors, model, text), tensors["video"]
+    if case.kind == "sf":
+        return self_force(case, tensors, model, text), tensors["video"]
     raise NotSupported(f"not supported: kind {case.kind!r}")
 
 
@@ -124,6 +126,36 @@ def roll(case: Case, tensors: Mapping[str, Tensor], model: DiT, text: Tensor) ->
     return torch.cat([*given, *video], 1)
 
 
+def self_force(case: Case, tensors: Mapping[str, Tensor], model: DiT, text: Tensor) -> Tensor:
+    """The video; leaves the gradients of sum(video · upstream) in the parameters."""
+    noise = tensors["noise"]
+    model.zero_grad()
+    rollout = Rollout(
+        model,
+        layout_of(case, noise, model),
+        FlowSchedule(),
+        STEPS,
+        case.options["exit"],
+        noise,
+        tensors["renoise"],
+        text[: len(noise)],
+        context_noise_BFCHW=tensors["context_noise"],
+    )
+    rollout.backward(tensors["upstream"])
+    return rollout.video
+
+
+def worst_gradient(tensors: Mapping[str, Tensor], model: DiT) -> float:
+    """The largest relative error of a recorded gradient; 0 where none is."""
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    ours, worst = checkpoint.to_official(grads), 0.0
+    for key, recorded in tensors.items():
+        if key.startswith("grad."):
+            error = ours[key.removeprefix("grad.")].double() - recorded
+            worst = max(worst, float(error.norm() / recorded.double().norm()))
+    return worst
+
+
 def run_folder(folder: Path, options: argparse.Namespace, table: Table) -> tuple[int, int]:
     """(passed, not passed) of every case of a folder."""
     dtype, device = options.dtype, options.device
@@ -150,6 +182,11 @@ def run_folder(folder: Path, options: argparse.Namespace, table: Table) -> tuple
             error = f"{relative:.2e}"
             if not relative < LIMITS[dtype]:
                 verdict = f"FAILED: over {LIMITS[dtype]:.0e}"
+            gradients = worst_gradient(tensors, model)
+            if not gradients < GRADIENTS[dtype]:
+                verdict = f"FAILED: a gradient is off by {gradients:.0e}"
+            if gradients:
+                error += f", gradients {gradients:.2e}"
         except NotSupported as reason:
             verdict = str(reason)
         except (ValueError, KeyError, RuntimeError) as problem:

@@ -1,0 +1,121 @@
+"""Self-rollout: a clip that a few-step model generates on its own context, and its gradient
+(arXiv 2506.08009, algorithm 1).
+
+No gradient flows from a chunk into an earlier one, so that given the gradient of the loss with
+respect to the video, each chunk has its backward pass alone: its exit step is run again, now with
+gradient, on the input and on the keys and values that it had. That is what checkpointing of the
+whole rollout would compute, with the activations of one step of one chunk in memory at a time,
+however many steps come before the exit and however many chunks there are.
+
+Shapes: B batch, F latent frames of the clip, C channels, H×W latents.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sfkernels import BlockLayout, sampler_step
+from sfmodel.dit import DiT, Past
+from sfmodel.schedule import FlowSchedule, add_noise
+
+
+class Rollout:
+    """A generated clip.
+
+    layout: chunks, window, sink and whether the last chunk sees the first; not teacher forcing.
+    steps: falling indices in 1..1000, warped by the schedule. exit_step: index of the step whose
+    prediction of x0 is each chunk's result and carries the gradient, the same for all of them.
+    noise [B, F, C, H, W]: the latents at the first step. renoise [B, F, len(steps) - 1, C, H, W]:
+    fresh noise before each further one. context_noise, as noise: lightly noises, at the schedule's
+    smallest σ, what later chunks see of each; None leaves it clean. text: prompt embeddings.
+    gradient_frames: backward passes only for chunks that begin in the last so many frames (None:
+    all); the others are context.
+
+    video: [B, F, C, H, W] in float32, without gradient. Raises ValueError for sizes that do not fit
+    together.
+    """
+
+    def __init__(
+        self,
+        model: DiT,
+        layout: BlockLayout,
+        schedule: FlowSchedule,
+        steps: Sequence[int],
+        exit_step: int,
+        noise_BFCHW: Tensor,
+        renoise_BFSCHW: Tensor,
+        text_BTE: Tensor,
+        *,
+        context_noise_BFCHW: Tensor | None = None,
+        gradient_frames: int | None = None,
+    ) -> None:
+        batch, frames = noise_BFCHW.shape[:2]
+        if layout.teacher_forcing or layout.frames != frames:
+            raise ValueError(
+                f"layout has {layout.frames} frames, teacher_forcing={layout.teacher_forcing}: a "
+                f"rollout of {frames} frames takes one of as many, without"
+            )
+        if not 0 <= exit_step < len(steps):
+            raise ValueError(f"exit_step={exit_step}: must be from 0 to {len(steps) - 1}")
+        want = (batch, frames, len(steps) - 1, *noise_BFCHW.shape[2:])
+        if tuple(renoise_BFSCHW.shape) != want:
+            raise ValueError(f"renoise has shape {[*renoise_BFSCHW.shape]}: must be {[*want]}")
+        self.model, self.layout, self.text = model, layout, text_BTE
+        self.t = schedule.warp(steps).to(model.device)
+        self.sigmas = schedule.sigma(self.t)
+        self.exit_step = exit_step
+        clean = torch.zeros((), device=model.device)
+        smallest = schedule.sigma(clean)
+
+        ends = [*itertools.accumulate(layout.chunks)]
+        self.chunks = [
+            slice(end - size, end) for end, size in zip(ends, layout.chunks, strict=True)
+        ]
+        keep_from = 0 if gradient_frames is None else frames - gradient_frames
+        self.with_gradient = [chunk.start >= keep_from for chunk in self.chunks]
+        config, device = model.config, model.device
+        half = torch.is_autocast_enabled(device.type)
+        size = config.layers, batch, layout.tokens, config.heads, config.head_dim
+        dtype = torch.get_autocast_dtype(device.type) if half else model.dtype
+        self.k, self.v = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
+
+        self.exit_inputs: list[Tensor] = []
+        video = []
+        with torch.no_grad():
+            for i, chunk in enumerate(self.chunks):
+                x, fresh = noise_BFCHW[:, chunk].float(), renoise_BFSCHW[:, chunk]
+                for step in range(exit_step):
+                    flow = self._flow(i, x, self.t[step])
+                    following = self.sigmas[step + 1], fresh[:, :, step].contiguous()
+                    _, x = sampler_step(x, flow, self.sigmas[step], *following, impl=model.impl)
+                self.exit_inputs.append(x)
+                x0 = self._x0(i)
+                video.append(x0)
+                if context_noise_BFCHW is not None:
+                    x0 = add_noise(x0, context_noise_BFCHW[:, chunk].float(), smallest)
+                self._flow(i, x0, clean, keep=True)
+        self.video = torch.cat(video, 1)
+
+    def backward(self, upstream_BFCHW: Tensor) -> None:
+        """Adds to the parameters' gradients those of a loss whose gradient with respect to `video`
+        is `upstream`. Its chunks may be passed any number of times."""
+        for i, chunk in enumerate(self.chunks):
+            if self.with_gradient[i]:
+                with torch.enable_grad():
+                    self._x0(i).backward(upstream_BFCHW[:, chunk])
+
+    def _flow(self, i: int, x_BFCHW: Tensor, t: Tensor, keep: bool = False) -> Tensor:
+        begin = self.chunks[i].start * self.layout.frame_tokens
+        spans = ((lo, min(hi, begin)) for lo, hi in self.layout.rows[i].keys if lo < begin)
+        past = Past(self.k, self.v, tuple(spans), self.chunks[i].start, keep)
+        return self.model(x_BFCHW, t, self.text, past=past)
+
+    def _x0(self, i: int) -> Tensor:
+        """Of the exit step."""
+        x, sigma = self.exit_inputs[i], self.sigmas[self.exit_step]
+        flow = self._flow(i, x, self.t[self.exit_step])
+        return sampler_step(x, flow, sigma, impl=self.model.impl)[0]
