@@ -1,15 +1,24 @@
-"""Training objectives as pure functions of a model and a batch.
+"""Training objectives as pure functions of models and a batch.
+
+Teacher and diffusion forcing learn from clips. DMD and SiD learn from what the generator makes:
+each is a scalar whose gradient with respect to the generated video is what `Rollout.backward`
+takes. Their scores are bidirectional: a real one that is frozen, a fake one that `critic_loss`
+keeps up with the generator.
 
 Shapes: B batch, F latent frames, C channels, H×W latents, T text rows, E text dim.
 """
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sfkernels import BlockLayout
+from sfkernels import BlockLayout, dmd_gradient
 from sfmodel.dit import DiT
-from sfmodel.schedule import TRAIN_STEPS, add_noise
+from sfmodel.schedule import TRAIN_STEPS, FlowSchedule, add_noise
+
+LOWEST, HIGHEST = 20, 980  # timesteps at which generated videos are scored
 
 
 def teacher_forcing_loss(
@@ -63,3 +72,114 @@ def _flow_error(
     level = sigma_BF[:, :, None, None, None]
     weight = (level / min_sigma).clamp(max=1)
     return (weight * (flow - (x - clean_BFCHW) / level)).square().mean()
+
+
+def score_timesteps(s_B: Tensor, schedule: FlowSchedule) -> Tensor:
+    """Where scores are compared: timesteps [B] from uniform s in [0, 1), shifted towards noise as
+    the schedule is and kept off both ends, as the public Self Forcing has it."""
+    return (schedule.shifted(s_B) * TRAIN_STEPS).clamp(LOWEST, HIGHEST)
+
+
+def ode_regression_loss(
+    model: DiT,
+    x_BFCHW: Tensor,
+    t_BF: Tensor,
+    clean_BFCHW: Tensor,
+    text_BTE: Tensor,
+    layout: BlockLayout,
+    schedule: FlowSchedule,
+) -> Tensor:
+    """Initialisation of a few-step causal model (CausVid, arXiv 2412.07772): the mean
+    squared error of x0. x: points of the teacher's deterministic trajectories that end in `clean`,
+    each chunk's at its own few-step timestep t."""
+    flow = model(x_BFCHW, t_BF, text_BTE, layout=layout)
+    return F.mse_loss(_x0(x_BFCHW, flow, schedule.sigma(t_BF)), clean_BFCHW.float())
+
+
+def critic_loss(
+    fake: DiT,
+    x_BFCHW: Tensor,
+    noise_BFCHW: Tensor,
+    t_B: Tensor,
+    text_BTE: Tensor,
+    schedule: FlowSchedule,
+) -> Tensor:
+    """Flow matching of generated videos x: the fake score of DMD and SiD, learned by the
+    flow ε − x."""
+    x_t = add_noise(x_BFCHW, noise_BFCHW, schedule.sigma(t_B))
+    return F.mse_loss(fake(x_t, t_B, text_BTE), noise_BFCHW - x_BFCHW)
+
+
+def dmd_loss(
+    x_BFCHW: Tensor,
+    noise_BFCHW: Tensor,
+    t_B: Tensor,
+    text_BTE: Tensor,
+    unprompted_BTE: Tensor,
+    real: DiT,
+    fake: DiT,
+    schedule: FlowSchedule,
+    guidance: float = 3.0,
+) -> Tensor:
+    """Distribution matching (DMD2, arXiv 2405.14867): ½·mean(x − stopgrad(x − g))² in float64,
+    whose gradient with respect to the generated videos x is g / x.numel(), where g is
+    `sfkernels.dmd_gradient` of what the real and the fake score make of x after noising. guidance:
+    the real score is x0 + guidance·(x0 − x0 of the unprompted)."""
+    with torch.no_grad():
+        real_x0, fake_x0 = _scores(
+            *(x_BFCHW, noise_BFCHW, t_B, text_BTE, unprompted_BTE),
+            *(real, fake, schedule, guidance),
+        )
+        target = x_BFCHW.double() - dmd_gradient(x_BFCHW, real_x0, fake_x0).double()
+    return 0.5 * F.mse_loss(x_BFCHW.double(), target)
+
+
+def sid_loss(
+    x_BFCHW: Tensor,
+    noise_BFCHW: Tensor,
+    t_B: Tensor,
+    text_BTE: Tensor,
+    unprompted_BTE: Tensor,
+    real: DiT,
+    fake: DiT,
+    schedule: FlowSchedule,
+    guidance: float = 3.0,
+    alpha: float = 1.0,
+) -> Tensor:
+    """Score identity distillation (SiD, arXiv 2404.04057): mean of (real − fake)·((real − x) −
+    α·(real − fake)) / mean|x − real|, the scores' x0 of x after noising, with the gradient through
+    both of them but not through the mean. Arguments as `dmd_loss`."""
+    real_x0, fake_x0 = _scores(
+        *(x_BFCHW, noise_BFCHW, t_B, text_BTE, unprompted_BTE),
+        *(real, fake, schedule, guidance),
+    )
+    apart = real_x0 - fake_x0
+    error = apart * ((real_x0 - x_BFCHW) - alpha * apart)
+    with torch.no_grad():
+        size = (x_BFCHW - real_x0).abs().mean((1, 2, 3, 4), keepdim=True)
+    return (error / size).nan_to_num().mean()
+
+
+def _scores(
+    x_BFCHW: Tensor,
+    noise_BFCHW: Tensor,
+    t_B: Tensor,
+    text_BTE: Tensor,
+    unprompted_BTE: Tensor,
+    real: DiT,
+    fake: DiT,
+    schedule: FlowSchedule,
+    guidance: float,
+) -> tuple[Tensor, Tensor]:
+    """x0 by the real score, with guidance, and by the fake one, of x noised to t."""
+    sigma = schedule.sigma(t_B)
+    x_t = add_noise(x_BFCHW, noise_BFCHW, sigma)
+    flow = real(x_t, t_B, text_BTE)
+    if guidance:
+        flow = flow + guidance * (flow - real(x_t, t_B, unprompted_BTE))
+    return _x0(x_t, flow, sigma), _x0(x_t, fake(x_t, t_B, text_BTE), sigma)
+
+
+def _x0(x_BFCHW: Tensor, flow_BFCHW: Tensor, sigma: Tensor) -> Tensor:
+    """sigma: [B] or [B, F]."""
+    return x_BFCHW - sigma.reshape(sigma.shape + (1,) * (5 - sigma.dim())) * flow_BFCHW
