@@ -79,12 +79,12 @@ VERIFY = (
 )
 PRESETS = {
     "quick": Preset(
-        110.0,
+        115.0,
         (
             step("kernels", 40.0, "--tiny", tail=3.0),
             step("stream", 30.0, "--tiny", tail=5.0),
             step("extrapolate", 30.0, "--tiny", tail=5.0),
-            step("train", 30.0, "--tiny", tail=5.0),
+            step("train", 45.0, "--tiny", tail=5.0),
         ),
         needs_gpu=False,
     ),

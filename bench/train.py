@@ -1,43 +1,38 @@
 """`python -m bench train`: seconds of a training iteration (arXiv 2506.08009, Figure 6) of
-Wan2.1-1.3B at 480×832, random weights and latents, by the implementation of masked self-attention.
+Wan2.1-1.3B at 480×832, random weights and latents, by the implementation of self-attention.
 
-Forward pass, flow-matching loss, backward pass and AdamW step on a clip of 21 latent frames in
-chunks of 3, batch 1: float32 weights, bfloat16 arithmetic, every block recomputed in the backward
-pass. Contestants share weights, optimiser and all that is not self-attention. Each is compared
-first: the loss, the norm of the gradient and the gradients of two layers.
+A clip of 21 latent frames in chunks of 3, batch 1: float32 weights, bfloat16 arithmetic, AdamW.
+TF: teacher forcing, [clean ‖ noisy], and DF: diffusion forcing, of the flow-matching loss, every
+block recomputed in the backward pass. SF-n: self forcing that exits at step n, with DMD by a real
+and a fake score of the generator's size; its critic: the same rollout and the flow-matching loss of
+the fake score.
 
-TF: teacher forcing, [clean ‖ noisy]. DF: diffusion forcing. SF-n: self forcing, n steps.
+Contestants share weights, optimisers and all that is not self-attention. Each is compared first:
+loss or video, the norm of the gradient and the gradients of two layers.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-import sfkernels as sf
 from bench import attention, part, timing
+from bench.iterations import Training, attending, check, exit_step_of
 from bench.machine import said
-from bench.model import clip_chunks, training_flops
+from bench.model import training_flops
 from sfmodel.config import PRESETS, Preset
-from sfmodel.dit import DiT, SelfAttention
-from sfmodel.schedule import FlowSchedule
-from sfmodel.train.objectives import diffusion_forcing_loss, teacher_forcing_loss
 
-ROWS = {"TF": "teacher forcing", "DF": "diffusion forcing"}
+IN_FULL = {"TF": "teacher forcing", "DF": "diffusion forcing"}
+GENERATORS = ("TF", "SF-4", "DF", "SF-1", "SF-2", "SF-3")  # the most telling first
+ROWS = (*GENERATORS, *(f"{name} critic" for name in ("SF-4", "SF-1", "SF-2", "SF-3")))
 # The first one is what the others are compared with. FlexAttention comes last: it compiles.
 IMPLS, TINY_IMPLS = ("sdpa", "triton", "gluon", "flex"), ("reference", "sdpa")
 COMPILING = 60.0  # seconds that FlexAttention may take for a pattern: not begun with less
-ROUNDS, TINY_ROUNDS = 3, 8
-PHASES = ("forward", "backward", "optimiser")
-QKV = "blocks.{}.self_attn.qkv.weight"
+ROUNDS, TINY_ROUNDS = 3, 3
 COLOURS = {
     "reference": "#cccccc",
     "sdpa": "#8aa86b",
@@ -45,6 +40,7 @@ COLOURS = {
     "gluon": "#1f3f66",
     "triton": "#3b6ea5",
 }
+SHADES = {"forward": 0.55, "rollout": 0.4, "score": 0.7, "backward": 1.0, "optimiser": 0.25}
 # Published seconds of an iteration on 64 H100: generator, critic.
 PAPER = {
     "DF": (14.17, 5.07),
@@ -56,107 +52,19 @@ PAPER = {
 }
 
 
-class Training:
-    """A model, its optimiser and one batch of a clip."""
-
-    def __init__(self, preset: Preset, device: torch.device, dtype: torch.dtype) -> None:
-        torch.manual_seed(0)
-        self.device, self.dtype = device, dtype
-        with device:
-            self.model = DiT(preset.dit, recompute=True)
-        # Else it is zero, and so are the gradients of all that comes before.
-        torch.nn.init.normal_(self.model.head.head.weight, std=preset.dit.dim**-0.5)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=2e-6, betas=(0.0, 0.999), weight_decay=0.01, fused=True
-        )
-        for parameter in self.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()  # makes room for the averages, which no iteration then pays for
-        self.optimizer.zero_grad()
-        chunks, tokens = clip_chunks(preset), math.prod(preset.grid)
-        self.layouts = {
-            name: sf.BlockLayout(chunks, tokens, teacher_forcing=name == "TF") for name in ROWS
-        }
-        size = 1, sum(chunks), preset.dit.channels, preset.height, preset.width
-        self.clean, self.noise = torch.randn(2, *size, device=device)
-        self.text = torch.randn(1, preset.dit.text_len, preset.dit.text_dim, device=device)
-        sigma = FlowSchedule(preset.shift).shifted(torch.rand(1, len(chunks)))
-        self.sigma = sigma.repeat_interleave(torch.tensor(chunks), 1).to(device)
-
-    def loss(self, layout: sf.BlockLayout) -> Tensor:
-        shared = self.noise, self.sigma, self.text, layout
-        half = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=half):
-            if layout.teacher_forcing:
-                return teacher_forcing_loss(self.model, self.clean, self.clean, *shared)
-            return diffusion_forcing_loss(self.model, self.clean, *shared)
-
-    def results(self, layout: sf.BlockLayout) -> dict[str, Tensor]:
-        """What two contestants are to agree in. Leaves no gradient behind."""
-        loss = self.loss(layout)
-        loss.backward()
-        grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        norm = torch.nn.utils.get_total_norm([*grads.values()])
-        self.optimizer.zero_grad()
-        last = len(self.model.blocks) - 1
-        weights = {f"gradient of {n}": grads[n] for n in (QKV.format(0), QKV.format(last))}
-        return {"loss": loss.detach(), "norm of the gradient": norm, **weights}
-
-    def iteration(self, layout: sf.BlockLayout) -> dict[str, float]:
-        """Milliseconds of each of PHASES."""
-        losses: list[Tensor] = []
-        runs: tuple[Callable[[], Any], ...] = (
-            lambda: losses.append(self.loss(layout)),
-            lambda: losses.pop().backward(),
-            self.optimizer.step,
-        )
-        times = {}
-        for name, run in zip(PHASES, runs, strict=True):
-            with timing.phase(name, self.device):
-                timing.wait(self.device)
-                began = time.perf_counter()
-                run()
-                timing.wait(self.device)
-                times[name] = 1e3 * (time.perf_counter() - began)
-        self.optimizer.zero_grad()
-        return times
-
-
-@contextlib.contextmanager
-def attending(model: DiT, impl: str, flex: Callable[..., Tensor] | None) -> Iterator[None]:
-    """Self-attention by `impl`, or by `flex` of q, k and v if given, as the public trainer has it:
-    until the backward pass is done, which recomputes the blocks."""
-    for module in model.modules():
-        if isinstance(module, SelfAttention):
-            module.attention_impl = impl
-    if flex is None:
-        yield
-        return
-    with mock.patch.object(sf, "block_causal_attention", lambda q, k, v, *_, **__: flex(q, k, v)):
-        yield
-
-
-def check(got: dict[str, Tensor], want: dict[str, Tensor], half: bool) -> None:
-    """Raises AssertionError unless loss and gradients agree to rounding. half: in bfloat16."""
-    for name, theirs in want.items():
-        error = float((got[name] - theirs).norm() / theirs.norm())
-        allowed = (1e-2 if name == "loss" else 5e-2) if half else 1e-4
-        assert error <= allowed, f"{name} is off by {error:.1e}, allowed {allowed:.0e}"  # NaN too
-
-
 def run(job: part.Job) -> part.Result:
     dtype = torch.float32 if job.tiny else torch.bfloat16
     result = job.begin("train", dtype)
     preset = PRESETS["toy" if job.tiny else "wan-1.3b"]
     job.tick("random weights")
-    training, flops = Training(preset, job.device, dtype), training_flops(preset)
-    for name, said_in_full in ROWS.items():
+    training = Training(preset, job.device, dtype)
+    for name in ROWS:
         if not job.wants(name):
             continue
         if job.left <= 0:
             result["no_time_for"].append(name)
             continue
-        row: dict[str, Any] = {"case": name, "flops": flops[said_in_full], "contestants": {}}
+        row: dict[str, Any] = {"case": name, "flops": flops(preset, name), "contestants": {}}
         result["rows"].append(row)
         try:
             measure(training, row, job, result)
@@ -166,20 +74,31 @@ def run(job: part.Job) -> part.Result:
     return job.end(result)
 
 
+def flops(preset: Preset, row: str) -> float:
+    if row in IN_FULL:
+        return training_flops(preset)[IN_FULL[row]]
+    which = "critic" if row.endswith("critic") else "generator"
+    return training_flops(preset, exit_step=exit_step_of(row))[f"self forcing, {which}"]
+
+
 def measure(training: Training, row: dict[str, Any], job: part.Job, result: part.Result) -> None:
     """Checks all contestants of a row, then times those that are right, in turn."""
-    name, entries, layout = row["case"], row["contestants"], training.layouts[row["case"]]
+    name, entries = row["case"], row["contestants"]
+    layout = training.layouts.get(name)
+    training.prepare(name)
     want: dict[str, Tensor] = {}
     right: dict[str, Callable[..., Tensor] | None] = {}
     for impl in TINY_IMPLS if job.tiny else IMPLS:
+        if impl == "flex" and layout is None:  # masked patterns are what it is for
+            continue
         if impl == "flex" and job.left < COMPILING:
             result["no_time_for"].append(f"{name} with FlexAttention")
             continue
         job.tick(f"{name}: is {impl} right?")
         try:
             flex = attention.flex_attention(layout, job.device) if impl == "flex" else None
-            with attending(training.model, impl, flex):
-                got = training.results(layout)
+            with attending(training, impl, flex):
+                got = training.results(name)
             want = want or got
             check(got, want, half=not job.tiny)
             right[impl] = flex
@@ -198,9 +117,9 @@ def measure(training: Training, row: dict[str, Any], job: part.Job, result: part
         for impl, flex in [*right.items()]:
             job.tick(f"{name}: round {i + 1} of {rounds}, {impl}")
             try:
-                around = timing.phase(impl, job.device), attending(training.model, impl, flex)
+                around = timing.phase(impl, job.device), attending(training, impl, flex)
                 with around[0], around[1], timing.peak_memory(job.device) as peak:
-                    times[impl].append(training.iteration(layout))
+                    times[impl].append(training.iteration(name))
             except Exception as error:
                 entries[impl] = {"failed": timing.reason(error)}
                 del right[impl]
@@ -212,7 +131,7 @@ def measure(training: Training, row: dict[str, Any], job: part.Job, result: part
                 timed,
                 flops=row["flops"],
                 tflops=row["flops"] / timed.p50 / 1e9,
-                phases={p: _phase([each[p] for each in times[impl]]) for p in PHASES},
+                phases={p: _phase([each[p] for each in times[impl]]) for p in times[impl][0]},
             )
         row["rounds"] = i + 1
         job.save(result)
@@ -224,7 +143,7 @@ def _phase(milliseconds: Sequence[float]) -> dict[str, float]:
 
 
 def _free(training: Training) -> None:
-    training.optimizer.zero_grad()
+    training.free()
     if training.device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -233,41 +152,54 @@ def _timed(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {impl: e for impl, e in row.get("contestants", {}).items() if "ms" in e}
 
 
+def _as_published(row: dict[str, Any]) -> tuple[bool, int]:
+    """In the order of Figure 6, the critics after the generators."""
+    name = row["case"].split()[0]
+    return row["case"] != name, [*PAPER].index(name)
+
+
 def tables(result: part.Result) -> list[part.Table]:
     ceiling, cells, fastest = result["ceilings"]["matmul_tflops"], [], {}
     for row in result["rows"]:
         if "failed" in row:
-            cells.append([row["case"], f"failed: {row['failed']}", *[""] * 8])
+            cells.append([row["case"], f"failed: {row['failed']}", *[""] * 6])
         for impl, e in row["contestants"].items():
             if "failed" in e:
-                cells.append([row["case"], impl, e["failed"], *[""] * 7])
+                cells.append([row["case"], impl, e["failed"], *[""] * 5])
                 continue
-            seconds = [e["ms"], e["p99_ms"], *(e["phases"][p]["ms"] for p in PHASES)]
+            split = ", ".join(f"{p} {x['ms'] / 1e3:.3g}" for p, x in e["phases"].items())
             peak = f"{e['peak_mib'] / 1024:.1f}" if "peak_mib" in e else ""
-            cells.append([row["case"], impl, *(f"{ms / 1e3:.3g}" for ms in seconds), peak,
-                          f"{e['tflops']:.3g}", f"{100 * e['tflops'] / ceiling:.0f}"])  # fmt: skip
+            seconds = (f"{e[key] / 1e3:.3g}" for key in ("ms", "p99_ms"))
+            cells.append([row["case"], impl, *seconds, split, peak, f"{e['tflops']:.3g}",
+                          f"{100 * e['tflops'] / ceiling:.0f}"])  # fmt: skip
         if timed := _timed(row):
             fastest[row["case"]] = min(timed.items(), key=lambda item: item[1]["ms"])
-    columns = ["", "self-attention", "s", "p99", *PHASES, "peak GiB", "TFLOP/s", "% of product"]
+    columns = ["", "self-attention", "s", "p99", "of which", "peak GiB", "TFLOP/s", "% of product"]
     title = f"training iteration: {result['sizes']}, batch 1, {said(result['machine'])}"
     notes = ["peak GiB: beside weights and AdamW's averages; TFLOP/s: of what the pattern needs, "
-             "forward pass, recomputed forward pass, backward pass"]  # fmt: skip
+             "what is recomputed included"]  # fmt: skip
 
     def ratio(seconds: float, of: float | None) -> str:
         return f"{seconds / of:.2f}" if of else ""
 
-    beside, later = [], "comes with the trainer"
+    beside = []
     own = {name: e["ms"] / 1e3 for name, (_, e) in fastest.items()}
     for name, (generator, critic) in PAPER.items():
-        ours = [later, ""] if name not in ROWS else ["not run", ""]
-        if name in own:
-            ours = [f"{own[name]:.3g} ({fastest[name][0]})", ratio(own[name], own.get("DF"))]
-        beside.append([name, f"{generator}", ratio(generator, PAPER["DF"][0]), *ours, f"{critic}",
-                       later])  # fmt: skip
-    columns_beside = ["", "generator: published", "/ DF", "fastest here", "/ DF",
-                      "critic: published", "here"]  # fmt: skip
-    why = ["published: 64 H100, a batch of 64 and a DMD loss with a teacher of 14B, where here it "
-           "is one device, one clip and the flow loss alone: at most ratios compare"]  # fmt: skip
+        cells_of = [name]
+        for row, published, first in (
+            (name, generator, "SF-1"), (f"{name} critic", critic, "SF-1 critic"),
+        ):  # fmt: skip
+            ours = ["not run" if row in ROWS else "no critic here", ""]
+            if row in own:
+                ours = [f"{own[row]:.3g} ({fastest[row][0]})", ratio(own[row], own.get(first))]
+            of = PAPER[first.split()[0]][row.endswith("critic")]
+            cells_of += [f"{published}", ratio(published, of), *ours]
+        beside.append(cells_of)
+    columns_beside = ["", "generator: published", "/ SF-1's", "fastest here", "/ SF-1's",
+                      "critic: published", "/ SF-1's", "fastest here", "/ SF-1's"]  # fmt: skip
+    why = ["published: 64 H100, a batch of 64, DMD with a real score of 14B in all rows; here one "
+           "device, one clip, a real score of the generator's size, and in DF and TF the flow loss "
+           "alone: at most ratios between SF rows compare"]  # fmt: skip
     return [
         part.Table(title, columns, cells, notes),
         part.Table("seconds of an iteration beside Figure 6", columns_beside, beside, why),
@@ -277,10 +209,11 @@ def tables(result: part.Result) -> list[part.Table]:
 def figures(result: part.Result) -> Iterator[tuple[str, Any]]:
     from matplotlib.figure import Figure
 
-    rows = [row for row in result["rows"] if _timed(row)]
+    rows = sorted((row for row in result["rows"] if _timed(row)), key=_as_published)
     if not rows:
         return
-    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    bars_in_all = sum(len(_timed(row)) for row in rows)
+    figure = Figure(figsize=(4 + 0.4 * bars_in_all, 4.6), layout="constrained")
     ax = figure.subplots()
     at, ticks, named = 0.0, [], set()
     for row in rows:
@@ -289,24 +222,24 @@ def figures(result: part.Result) -> Iterator[tuple[str, Any]]:
             if impl not in _timed(row):
                 continue
             e, bottom = row["contestants"][impl], 0.0
-            for phase, alpha in zip(PHASES, (0.55, 1.0, 0.3), strict=True):
-                seconds = e["phases"][phase]["ms"] / 1e3
+            for phase, timed in e["phases"].items():
+                seconds, alpha = timed["ms"] / 1e3, SHADES[phase]
                 label = impl if phase == "backward" and impl not in named else None
                 look: dict[str, Any] = {"color": COLOURS[impl], "alpha": alpha, "label": label}
                 bars = ax.bar(at, seconds, 0.85, bottom, **look)
                 bottom += seconds
-            ax.bar_label(bars, [f"{e['ms'] / 1e3:.3g} s\n{e['tflops']:.3g} TFLOP/s"], fontsize=7)
+            ax.bar_label(bars, [f"{e['ms'] / 1e3:.3g}"], fontsize=7)
             named.add(impl)
             at += 1
         floor = timing.floor_ms(row["flops"], 0, result["ceilings"]) / 1e3
         ax.hlines(floor, start - 0.5, at - 0.5, color="#888888", linestyle="--", linewidth=0.8)
-        ticks.append(((start + at - 1) / 2, ROWS[row["case"]]))
+        ticks.append(((start + at - 1) / 2, row["case"].replace(" ", "\n")))
         at += 0.8
     ax.set_xticks(*zip(*ticks, strict=True))
     ax.margins(y=0.15)
     ax.set_ylabel("seconds of an iteration")
     figure.legend(loc="outside lower center", ncols=len(COLOURS), fontsize=8)
-    parts = "from below: forward, backward, optimiser; dashed: at the rate of a matrix product"
+    parts = "from below: forward (in SF: rollout, scores), backward, optimiser; dashed: the floor"
     title = f"{result['sizes']}, batch 1, {said(result['machine'])}\n{parts}"
     figure.suptitle(title, fontsize=8)
     yield "train", figure

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import sfkernels as sf
-from bench import attention, part, timing, train
+from bench import attention, iterations, part, timing, train
+from bench.iterations import Training, attending, check
 from bench.model import training_flops
 from sfkernels import BlockLayout
 from sfmodel.config import PRESETS
-from sfmodel.dit import DiT
+from sfmodel.dit import DiT, SelfAttention
 from sfmodel.train.objectives import diffusion_forcing_loss
 
 TOY = PRESETS["toy"]
@@ -28,8 +29,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "toy", SMALL)
 
 
-def training() -> train.Training:
-    return train.Training(SMALL, CPU, torch.float32)
+def training() -> Training:
+    return Training(SMALL, CPU, torch.float32)
 
 
 def test_diffusion_forcing_is_the_weighted_flow_error_of_noisy_chunks() -> None:
@@ -51,7 +52,7 @@ def test_diffusion_forcing_is_the_weighted_flow_error_of_noisy_chunks() -> None:
 def test_an_iteration_moves_the_weights_and_leaves_no_gradient() -> None:
     t = training()
     before = [p.detach().clone() for p in t.model.parameters()]
-    assert [*t.iteration(t.layouts["TF"])] == [*train.PHASES]
+    assert [*t.iteration("TF")] == ["forward", "backward", "optimiser"]
     moved = [not torch.equal(p, b) for p, b in zip(t.model.parameters(), before, strict=True)]
     assert all(moved)  # recomputed blocks too
     assert all(p.grad is None for p in t.model.parameters())
@@ -59,18 +60,18 @@ def test_an_iteration_moves_the_weights_and_leaves_no_gradient() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("row", [*train.ROWS])
+@pytest.mark.parametrize("row", [*train.IN_FULL])
 def test_flex_attention_sees_what_the_layout_shows(row: str) -> None:
     """Forward only: PyTorch has no backward pass of it on a CPU."""
     t = training()
     layout = t.layouts[row]
     with torch.no_grad():
-        want = t.loss(layout)
-        with train.attending(t.model, "flex", attention.flex_attention(layout, CPU)):
-            got = t.loss(layout)
+        want = t.loss(row)
+        with attending(t, "flex", attention.flex_attention(layout, CPU)):
+            got = t.loss(row)
         whole = BlockLayout((layout.tokens,), 1)
-        with train.attending(t.model, "flex", attention.flex_attention(whole, CPU)):
-            other = t.loss(layout)
+        with attending(t, "flex", attention.flex_attention(whole, CPU)):
+            other = t.loss(row)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
     assert abs(other - want) > 1e-4 * want
     assert sf.block_causal_attention.__module__ == "sfkernels.attention"  # as it was
@@ -80,25 +81,24 @@ def test_flex_attention_sees_what_the_layout_shows(row: str) -> None:
 def test_our_kernels_agree_in_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 weights under autocast, blocks recomputed, all ops by Triton. In float16: the
     interpreter's matrix products of bfloat16 are wrong."""
-    monkeypatch.setattr(train, "clip_chunks", lambda _: (1, 1))
+    monkeypatch.setattr(iterations, "clip_chunks", lambda _: (1, 1))
     one_layer = replace(SMALL, dit=replace(SMALL.dit, layers=1))
-    t = train.Training(one_layer, CPU, torch.float16)
-    layout = t.layouts["TF"]
-    with train.attending(t.model, "sdpa", None):
-        want = t.results(layout)
+    t = Training(one_layer, CPU, torch.float16)
+    with attending(t, "sdpa"):
+        want = t.results("TF")
     for module in t.model.modules():
         if hasattr(module, "impl"):
             module.impl = "triton"  # type: ignore[assignment]
-    with train.attending(t.model, "triton", None):
-        got = t.results(layout)
+    with attending(t, "triton"):
+        got = t.results("TF")
     assert any(not torch.equal(got[name], want[name]) for name in want)  # other kernels
-    train.check(got, want, half=True)
+    check(got, want, half=True)
 
 
 def test_a_wrong_contestant_is_said_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = sf.block_causal_attention
 
-    def unmasked(q: Any, k: Any, v: Any, layout: BlockLayout, *, impl: str) -> Any:
+    def unmasked(q: Any, k: Any, v: Any, layout: BlockLayout, *, impl: str, **_: Any) -> Any:
         seen = BlockLayout((layout.tokens,), 1) if impl == "sdpa" else layout
         return right(q, k, v, seen, impl=impl)
 
@@ -112,22 +112,22 @@ def test_a_wrong_contestant_is_said_and_not_timed(monkeypatch: pytest.MonkeyPatc
 
 def test_one_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Also while it is timed, and the one that all are compared with."""
-    iteration = train.Training.iteration
+    iteration = Training.iteration
 
-    def fails_second(self: train.Training, layout: BlockLayout) -> Any:
+    def fails_second(self: Training, row: str) -> Any:
         if self.model.blocks[0].self_attn.attention_impl == "sdpa":  # type: ignore[union-attr]
             raise torch.OutOfMemoryError("no memory")
-        return iteration(self, layout)
+        return iteration(self, row)
 
-    monkeypatch.setattr(train.Training, "iteration", fails_second)
+    monkeypatch.setattr(Training, "iteration", fails_second)
     result = train.run(part.Job(CPU, tiny=True, rounds=2, only="TF"))
     assert result["rows"][0]["contestants"]["sdpa"] == {"failed": "OutOfMemoryError: no memory"}
     assert result["rows"][0]["contestants"]["reference"]["ms"] > 0
 
     monkeypatch.setattr(train, "TINY_IMPLS", ("gluon", "sdpa"))
-    result = train.run(part.Job(CPU, tiny=True, rounds=1))
-    assert [row["failed"][:10] for row in result["rows"]] == ["ValueError"] * 2
-    assert len(train.tables(result)[0].rows) == 2
+    result = train.run(part.Job(CPU, tiny=True, rounds=1, only="TF|SF-1"))
+    assert [row["failed"][:10] for row in result["rows"]] == ["ValueError"] * 3
+    assert len(train.tables(result)[0].rows) == 3
     assert part.draw(train, result, tmp_path).startswith("no figures")
 
 
@@ -137,21 +137,28 @@ def test_rows_tables_and_figure(tmp_path: Path) -> None:
     result = train.run(job)
     assert saved[-1] == json.dumps(result) and len(saved) > 4  # after every round
     flops = training_flops(SMALL)
-    for row, name in zip(result["rows"], ("teacher forcing", "diffusion forcing"), strict=True):
-        assert row["flops"] == flops[name] and row["rounds"] == 2
+    assert [row["case"] for row in result["rows"]] == [*train.ROWS]
+    for row in result["rows"]:
+        want = train.flops(SMALL, row["case"])
+        assert row["flops"] == want and row["rounds"] == 2
         for entry in row["contestants"].values():
-            assert entry["tflops"] == pytest.approx(flops[name] / entry["ms"] / 1e9)
+            assert entry["tflops"] == pytest.approx(want / entry["ms"] / 1e9)
             phases = [phase["ms"] for phase in entry["phases"].values()]
-            assert len(phases) == 3 and 0 < max(phases) < entry["p99_ms"]
+            assert len(phases) >= 3 and 0 < max(phases) < entry["p99_ms"]
+    assert train.flops(SMALL, "TF") == flops["teacher forcing"]
+    mean = sum(train.flops(SMALL, f"SF-{n}") for n in (1, 2, 3, 4)) / 4
+    assert mean == pytest.approx(flops["self forcing, generator"])  # of exit steps drawn at random
+    mean = sum(train.flops(SMALL, f"SF-{n} critic") for n in (1, 2, 3, 4)) / 4
+    assert mean == pytest.approx(flops["self forcing, critic"])
     ours, published = train.tables(result)
-    assert len(ours.rows) == 4
+    assert len(ours.rows) == 2 * len(train.ROWS)
     assert [row[0] for row in published.rows] == ["DF", "TF", "SF-1", "SF-2", "SF-3", "SF-4"]
-    assert sum("comes with the trainer" in row for row in published.rows) == 6
+    assert sum("no critic here" in row for row in published.rows) == 2
     assert all(len(row) == len(t.columns) for t in (ours, published) for row in t.rows)
     assert part.draw(train, result, tmp_path) == "figures: train.png"
 
     late = train.run(part.Job(CPU, tiny=True, rounds=1, seconds=0))
-    assert not late["rows"] and late["no_time_for"] == ["TF", "DF"]
+    assert not late["rows"] and late["no_time_for"] == [*train.ROWS]
     assert "not run" in str(train.tables(late)[1].rows)
 
 
@@ -160,3 +167,31 @@ def test_flex_attention_is_not_begun_without_time(monkeypatch: pytest.MonkeyPatc
     result = train.run(part.Job(CPU, tiny=True, rounds=1, seconds=50, only="DF"))
     assert result["no_time_for"] == ["DF with FlexAttention"]
     assert [*result["rows"][0]["contestants"]] == ["reference"]
+
+
+@pytest.mark.parametrize("row", ["SF-2", "SF-2 critic"])
+def test_self_forcing_trains_the_generator_or_the_critic(row: str) -> None:
+    """All weights of the one that learns move, none of the others."""
+    t = training()
+    t.prepare(row)
+    ((real, fake, _),) = t.scores
+    models = {"generator": t.model, "real": real, "fake": fake}
+    before = {name: [p.detach().clone() for p in m.parameters()] for name, m in models.items()}
+    times = t.iteration(row)
+    learner = "fake" if row.endswith("critic") else "generator"
+    assert [*times] == ["rollout", "forward" if learner == "fake" else "score", "backward",
+                        "optimiser"]  # fmt: skip
+    for name, model in models.items():
+        pairs = zip(model.parameters(), before[name], strict=True)
+        moved = {not torch.equal(now, then) for now, then in pairs}
+        assert moved == {name == learner}, name
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_every_model_attends_by_the_same_implementation() -> None:
+    t = training()
+    t.prepare("SF-1")
+    with attending(t, "reference"):
+        found = {m.attention_impl for model in t.models for m in model.modules()
+                 if isinstance(m, SelfAttention)}  # fmt: skip
+    assert len(t.models) == 3 and found == {"reference"}
