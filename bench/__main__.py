@@ -1,7 +1,7 @@
 """`python -m bench COMMAND [--help]`: what is measured here.
 
 --quick      all that is timed, at toy sizes: under two minutes on a CPU (default without a GPU)
---gpu        all that is timed, at real size, in under eight minutes (default with a GPU)
+--gpu        all that is timed, at real size, within eight minutes (default with a GPU)
 --full       the same with time for every row and peer, after --verify
 --verify     tests, ahead-of-time checks and compute-sanitizer on a GPU
 

@@ -7,7 +7,8 @@ ring cache:       what has been computed stays; a chunk costs its steps and one 
 
 While the first window fills, all three compute the same video; that is checked before anything is
 timed. Past it the two that recompute forget what the ring still carries from older frames. Beside
-them a model without a past, for which a longer video means all of its frames at once.
+them a model without a past, for which a longer video means all of its frames at once. Its full size
+is not measured on a GPU yet.
 """
 
 from __future__ import annotations

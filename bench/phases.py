@@ -4,7 +4,8 @@ A chunk is noise, the steps, decoding, the copy to pinned host memory as bytes, 
 pass, which comes last because the frames are out by then. Before the first chunk of a prompt come
 its encoding and its keys and values. Each phase works on tensors that stay where they are, so that
 it can be a CUDA graph: what changes from chunk to chunk, the place in the ring and with it the
-noise, is read on the device. Text encoding, decoding and the copy are never part of a graph.
+noise, is read on the device. Text encoding, decoding and the copy are never part of a graph. The
+graphs have not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bench import timing
+from bench import peers, timing
 from sfkernels import Noise, normal
 from sfmodel.config import PRESETS, Preset
 from sfmodel.dit import DiT
@@ -32,7 +33,7 @@ ENCODING, PROMPT_KV = "text encoding", "prompt keys and values"
 NOISE, STEP, DECODE, COPY, UPDATE = "noise", "step ", "decode", "copy to host", "cache update"
 # What a figure is also given without.
 PARTS = {"text": (ENCODING, PROMPT_KV), UPDATE: (UPDATE,), DECODE: (DECODE,), COPY: (COPY,)}
-ABSENT = {ENCODING: "no text encoder in this version", DECODE: "no VAE in this version"}
+ABSENT = {ENCODING: "no text encoder here", DECODE: "no VAE here"}
 
 Phases = dict[str, Callable[[], Any]]
 
@@ -69,16 +70,20 @@ def contestants(device: torch.device) -> tuple[Contestant, ...]:
 @dataclass(frozen=True)
 class Setting:
     """What all contestants share. model: its weights. text [1, T, text_dim]: the prompt's
-    embeddings, and `encode` what computes them. Without a codec, pixels are a stand-in."""
+    embeddings, and `encode` what computes them. Without a codec, pixels are a stand-in. notes:
+    whose these are, or why there are none."""
 
     preset: Preset
     model: DiT
     text_BTE: Tensor
     encode: Callable[[], Tensor] | None = None
     codec: VideoCodec | None = None
+    notes: tuple[str, ...] = ()
 
 
 def full_size(device: torch.device) -> Setting:
+    """Random weights. VAE and text encoder are not part of this version: those of diffusers and
+    transformers stand in where they are installed."""
     preset = PRESETS["wan-1.3b"]
     config = preset.dit
     torch.manual_seed(0)
@@ -87,7 +92,20 @@ def full_size(device: torch.device) -> Setting:
         text_BTE = torch.randn(1, config.text_len, config.text_dim)
     # Wan2.1 begins with a head of zeros; one whose flow has about unit variance shows errors.
     nn.init.normal_(model.head.head.weight, std=config.dim**-0.5)
-    return Setting(preset, model, text_BTE)
+    codec: VideoCodec | None = None
+    encode: Callable[[], Tensor] | None = None
+    notes = []
+    try:
+        codec = peers.wan_codec(device)
+        notes.append("decoded by diffusers' VAE")
+    except Exception as error:  # not installed, of another version, out of memory
+        notes.append(f"{ABSENT[DECODE]}: {timing.reason(error)}")
+    try:
+        encode = peers.text_encoder(device, config.text_len)
+        notes.append("text encoded by transformers' UMT5")
+    except Exception as error:
+        notes.append(f"{ABSENT[ENCODING]}: {timing.reason(error)}")
+    return Setting(preset, model, text_BTE, encode, codec, tuple(notes))
 
 
 def toy() -> Setting:

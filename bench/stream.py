@@ -2,8 +2,9 @@
 paper's Table 1 (arXiv 2506.08009).
 
 Chunks of Wan2.1-1.3B at 480×832 with random weights in bfloat16, 3 latent frames at a time
-(chunk-wise) and 1 (frame-wise), four steps; at toy sizes the toy model, with its own video decoder
-and text encoder. Contestants differ in the implementation of attention, and in who launches a
+(chunk-wise) and 1 (frame-wise), four steps, decoded and encoded by the VAE and text encoder of
+diffusers and transformers where they are installed: not measured on a GPU yet. At toy sizes the toy
+model, with its own video decoder and text encoder. Contestants differ in the implementation of attention, and in who launches a
 chunk's kernels: Python, or a CUDA graph for each phase. They share one set of weights, and the
 latents of each are compared with the reference's before it is timed; then they take turns, chunk by
 chunk. `bench/phases.py` says what the phases are.
@@ -136,6 +137,7 @@ def run_case(job: Job, setting: Setting, name: str, seconds: float) -> Result:
         "window": preset.window,
         "steps": len(preset.steps),
         "frames": pixel_frames(latent_frames),
+        "notes": [*setting.notes],
         "weights_mib": sum(p.nbytes for p in setting.model.parameters()) / 2**20,
         "contestants": {c.name: entries[c.name] for c in known},
     }
@@ -366,9 +368,9 @@ def breakdown(row: Result) -> Table:
     ]  # fmt: skip
     notes = [f"{n}: {e['failed']}" for n, e in entries.items() if "failed" in e]
     notes += [f"{n}: {e['note']}" for n, e in entries.items() if "note" in e]
-    notes.append(f"the weights: {row['weights_mib']:.0f} MiB, shared")
+    notes += [*row.get("notes", ()), f"the weights: {row['weights_mib']:.0f} MiB, shared"]
     if not any(DECODE in entry["phases"] for entry in timed):
-        notes.append(f"{phases.ABSENT[DECODE]}: a stand-in of its pixels is copied to the host")
+        notes.append("copied to the host: a stand-in of the pixels that a VAE would make")
     window = f"a full window of {row['window']} latent frames"
     title = f"{row['case']}: ms of a chunk's phases at {window}, p50 / p99"
     return Table(title, ("phase", *entries), lines, notes)

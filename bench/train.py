@@ -8,7 +8,7 @@ and a fake score of the generator's size; its critic: the same rollout and the f
 the fake score.
 
 Contestants share weights, optimisers and all that is not self-attention. Each is compared first:
-loss or video, the norm of the gradient and the gradients of two layers.
+loss or video, the norm of the gradient and the gradients of two layers. Not measured on a GPU yet.
 """
 
 from __future__ import annotations

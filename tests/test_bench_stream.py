@@ -105,11 +105,17 @@ def test_all_share_one_set_of_weights(setting: Setting) -> None:
     assert twin.blocks[0].self_attn.attention_impl == "sdpa"  # type: ignore[union-attr]
 
 
+def not_installed(*_: Any) -> Any:
+    raise ModuleNotFoundError("No module named 'diffusers'")
+
+
 @torch.no_grad()
 def test_full_size_runs_at_a_small_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16, no codec, no text encoder: those phases are absent, the copy has its true size."""
     preset = replace(SMALL, first=None, height=8, width=16)
     monkeypatch.setitem(PRESETS, "wan-1.3b", preset)
+    monkeypatch.setattr(peers, "wan_codec", not_installed)
+    monkeypatch.setattr(peers, "text_encoder", not_installed)
     setting = phases.full_size(CPU)
     assert setting.model.dtype == torch.bfloat16 and setting.text_BTE.shape == (1, 16, 32)
     row = stream.run_case(job(), setting, "chunk-wise", 1e9)
@@ -118,8 +124,24 @@ def test_full_size_runs_at_a_small_size(monkeypatch: pytest.MonkeyPatch) -> None
         assert "without decode" not in entry["latency_ms"]
         assert "copy to host" in entry["phases"] and "without text" in entry["latency_ms"]
     text = str(stream.breakdown(row))
-    assert "decode: no VAE in this version" in text and "stand-in" in text
-    assert "text encoding: no text encoder in this version" in text
+    assert "decode: no VAE here" in text and "stand-in" in text
+    assert "text encoding: no text encoder here" in text
+    assert "no VAE here: ModuleNotFoundError: No module named 'diffusers'" in text
+
+
+@torch.no_grad()
+def test_full_size_with_the_libraries_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are installed, decoding and encoding are phases like any other."""
+    preset = replace(SMALL, first=None)
+    monkeypatch.setitem(PRESETS, "wan-1.3b", preset)
+    monkeypatch.setattr(peers, "wan_codec", lambda _: ToyVAE())
+    monkeypatch.setattr(peers, "text_encoder", lambda _, rows: lambda: torch.ones(1, rows, 32))
+    row = stream.run_case(job(), phases.full_size(CPU), "chunk-wise", 1e9)
+    for entry in row["contestants"].values():
+        assert {"decode", "text encoding"} <= entry["phases"].keys()
+        assert "without decode" in entry["latency_ms"]
+    assert row["notes"] == ["decoded by diffusers' VAE", "text encoded by transformers' UMT5"]
+    assert "decoded by diffusers' VAE" in str(stream.breakdown(row))
 
 
 def test_with_and_without_by_hand() -> None:
@@ -404,3 +426,33 @@ def test_compiling_is_not_begun_without_time(
     row = stream.run_case(job(), small, "chunk-wise", stream.COMPILING / 2)
     assert row["contestants"]["compile"] == {"failed": "no time left"}
     assert "ms" in row["contestants"]["reference"]
+
+
+@torch.no_grad()
+def test_the_vae_of_diffusers_streams() -> None:
+    """Chunk by chunk, two streams in turn: the pixels of its own decode of the whole clip."""
+    pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    codec = peers.wan_codec(CPU, base_dim=8, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+    codec.vae.float()
+    codec.mean, codec.std = codec.mean.float(), codec.std.float()
+    clips = torch.randn(2, 1, 5, 16, 4, 6)
+    want = [
+        codec.vae.decode(clip.transpose(1, 2) * codec.std + codec.mean).sample.transpose(1, 2)
+        for clip in clips
+    ]
+    states, got = [None, None], [[], []]  # type: ignore[var-annotated]
+    for frames in (slice(0, 1), slice(1, 3), slice(3, 5)):
+        for i, clip in enumerate(clips):
+            pixels, states[i] = codec.decode_chunk(clip[:, frames], states[i])
+            got[i].append(pixels)
+    for mine, whole in zip(got, want, strict=True):
+        assert torch.cat(mine, 1).shape == (1, 17, 3, 32, 48)
+        torch.testing.assert_close(torch.cat(mine, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_the_text_encoder_of_transformers() -> None:
+    pytest.importorskip("transformers")
+    encode = peers.text_encoder(CPU, 7, vocab_size=50, d_model=16, d_kv=4, d_ff=8, num_layers=1,
+                                num_heads=2)  # fmt: skip
+    assert encode().shape == (1, 7, 16) and torch.get_default_dtype() == torch.float32
