@@ -4,10 +4,10 @@ paper's Table 1 (arXiv 2506.08009).
 Chunks of Wan2.1-1.3B at 480×832 with random weights in bfloat16, 3 latent frames at a time
 (chunk-wise) and 1 (frame-wise), four steps, decoded and encoded by the VAE and text encoder of
 diffusers and transformers where they are installed: not measured on a GPU yet. At toy sizes the toy
-model, with its own video decoder and text encoder. Contestants differ in the implementation of attention, and in who launches a
-chunk's kernels: Python, or a CUDA graph for each phase. They share one set of weights, and the
-latents of each are compared with the reference's before it is timed; then they take turns, chunk by
-chunk. `bench/phases.py` says what the phases are.
+model, with its own video decoder and text encoder. Contestants differ in the implementation of
+attention, and in who launches a chunk's kernels: Python, or a CUDA graph for each phase. They share
+one set of weights, and the latents of each are compared with the reference's before it is timed;
+then they take turns, chunk by chunk. `bench/phases.py` says what the phases are.
 
 Times: "whole" is wall-clock time from an idle device to an idle device. The phases of the same
 chunk are CUDA events between them, without waiting, so that a launch which comes too late counts

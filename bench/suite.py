@@ -6,8 +6,8 @@ full    the same with time for every row and every peer, after --verify: an hour
 verify  tests, ahead-of-time checks and compute-sanitizer on a GPU: within six minutes
 
 Only quick has run as it stands: the others are not measured on a GPU yet, and those times are where
-they are cut. Parts run one after the other in processes of their own, each with a time limit; one that fails or
-is cut is reported and the rest still runs. The JSON is written after every part.
+they are cut. Parts run one after the other in processes of their own, each with a time limit; one
+that fails or is cut is reported and the rest still runs. The JSON is written after every part.
 """
 
 from __future__ import annotations
