@@ -93,10 +93,10 @@ PRESETS = {
     "gpu": Preset(
         470.0,
         (
-            step("attention", 115.0, *ATTENTION, command="kernels"),
-            step("stream", 90.0),
-            step("train", 75.0),
-            step("extrapolate", 60.0),
+            step("attention", 110.0, *ATTENTION, command="kernels"),
+            step("stream", 85.0),
+            step("train", 90.0),
+            step("extrapolate", 50.0),
             step("kernels", 240.0, *OTHERS, tail=30.0),
         ),
     ),

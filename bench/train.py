@@ -58,16 +58,15 @@ def run(job: part.Job) -> part.Result:
     preset = PRESETS["toy" if job.tiny else "wan-1.3b"]
     job.tick("random weights")
     training = Training(preset, job.device, dtype)
-    for name in ROWS:
-        if not job.wants(name):
-            continue
+    chosen = [name for name in ROWS if job.wants(name)]
+    for i, name in enumerate(chosen):
         if job.left <= 0:
             result["no_time_for"].append(name)
             continue
         row: dict[str, Any] = {"case": name, "flops": flops(preset, name), "contestants": {}}
         result["rows"].append(row)
         try:
-            measure(training, row, job, result)
+            measure(training, row, job, result, job.left / (len(chosen) - i))
         except Exception as error:  # nothing to compare with; the other row still runs
             row["failed"] = timing.reason(error)
         job.save(result)
@@ -81,8 +80,12 @@ def flops(preset: Preset, row: str) -> float:
     return training_flops(preset, exit_step=exit_step_of(row))[f"self forcing, {which}"]
 
 
-def measure(training: Training, row: dict[str, Any], job: part.Job, result: part.Result) -> None:
-    """Checks all contestants of a row, then times those that are right, in turn."""
+def measure(
+    training: Training, row: dict[str, Any], job: part.Job, result: part.Result, seconds: float
+) -> None:
+    """Checks all contestants of a row, then times those that are right, in turn: once at least, and
+    again while the row has taken less than its share of `seconds`."""
+    until = job.left - seconds
     name, entries = row["case"], row["contestants"]
     layout = training.layouts.get(name)
     training.prepare(name)
@@ -112,7 +115,7 @@ def measure(training: Training, row: dict[str, Any], job: part.Job, result: part
     times: dict[str, list[dict[str, float]]] = {impl: [] for impl in right}
     rounds = min(job.rounds, TINY_ROUNDS if job.tiny else ROUNDS)
     for i in range(rounds):
-        if i and job.left <= 0:
+        if i and job.left <= until:
             break
         for impl, flex in [*right.items()]:
             job.tick(f"{name}: round {i + 1} of {rounds}, {impl}")

@@ -359,3 +359,24 @@ def test_graphs_and_launches_are_timed_apart(monkeypatch: pytest.MonkeyPatch) ->
     calls.clear()
     ready.run()
     assert calls == ["launched"] * 3
+
+
+def test_nvidia_smi_is_asked_for_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for it, which knows one GPU; what it cannot say is left out."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        "#!/bin/sh\n"
+        '[ "$3" = --id=GPU-abc ] || exit 6\n'
+        'case "$1" in *driver_version) echo 580.1;; *) echo "1980, 2619, 41, [N/A]";; esac\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    properties = types.SimpleNamespace(uuid="abc")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    cuda = torch.device("cuda")
+    assert machine.state(cuda) == {"sm_mhz": 1980.0, "memory_mhz": 2619.0, "celsius": 41.0}
+    here = machine.machine(cuda)
+    assert (here["device"], here["kind"], here["driver"]) == ("NVIDIA H200", "cuda", "580.1")
+    properties.uuid = "another"
+    assert machine.state(cuda) == {} and machine.machine(cuda)["driver"] is None

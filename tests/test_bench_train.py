@@ -195,3 +195,17 @@ def test_every_model_attends_by_the_same_implementation() -> None:
         found = {m.attention_impl for model in t.models for m in model.modules()
                  if isinstance(m, SelfAttention)}  # fmt: skip
     assert len(t.models) == 3 and found == {"reference"}
+
+
+def test_a_row_takes_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With little time each row is timed once, in place of one row that is timed well."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr(Training, "iteration", lambda *_: {"forward": 1.0, "backward": 1.0})
+    monkeypatch.setattr(part.Job, "left", property(lambda _: 100.0 - next(clock)))
+    result = train.run(part.Job(CPU, tiny=True, only="^(TF|DF|SF-1)$"))
+    assert [row["rounds"] for row in result["rows"]] == [3, 3, 3]
+    slow = iter(range(0, 10**6, 16))
+    monkeypatch.setattr(part.Job, "left", property(lambda _: 100.0 - next(slow)))
+    result = train.run(part.Job(CPU, tiny=True, only="^(TF|DF|SF-1)$"))
+    assert [row["rounds"] for row in result["rows"]] == [2, 1]
+    assert result["no_time_for"] == ["SF-1"]
