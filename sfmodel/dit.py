@@ -346,15 +346,22 @@ class DiT(nn.Module):
         following = [(m[0], m[1]) for m in tables[1:]] + [self.head.modulate(modulation.head)]
         shift, scale = tables[0][:2]
         h_BLD = sf.adaln(x_BLD, shift, scale, eps=self.config.eps, impl=self.impl)
+
+        def through(
+            block: Block, table: tuple[Tensor, ...], after: tuple[Tensor, Tensor],
+            x_BLD: Tensor, h_BLD: Tensor,
+        ) -> tuple[Tensor, Tensor]:  # fmt: skip
+            x_BLD, y_BLD = block(x_BLD, h_BLD, table, context)
+            options: Any = {"eps": self.config.eps, "impl": self.impl}
+            return sf.gated_adaln(x_BLD, y_BLD, table[5], *after, **options)
+
         # A cached pass writes the ring, which the backward pass must not do again.
-        recompute = self.recompute and torch.is_grad_enabled() and context.cache is None
-        options: Any = {"use_reentrant": False, "preserve_rng_state": False}
-        for block, table, (shift, scale) in zip(blocks, tables, following, strict=True):
-            run = functools.partial(checkpoint, block, **options) if recompute else block
-            x_BLD, y_BLD = run(x_BLD, h_BLD, table, context)
-            x_BLD, h_BLD = sf.gated_adaln(
-                x_BLD, y_BLD, table[5], shift, scale, eps=self.config.eps, impl=self.impl
-            )
+        run: Any = through
+        if self.recompute and torch.is_grad_enabled() and context.cache is None:
+            options: Any = {"use_reentrant": False, "preserve_rng_state": False}
+            run = functools.partial(checkpoint, through, **options)
+        for block, table, after in zip(blocks, tables, following, strict=True):
+            x_BLD, h_BLD = run(block, table, after, x_BLD, h_BLD)
         return self.head.head(h_BLD)
 
     def _embed_text(self, text_BTE: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ def test_recomputed_blocks_keep_less_and_change_nothing() -> None:
         kept.append(sum(tensor.nbytes for tensor in saved.values()))
         out.square().sum().backward()
         grads.append([p.grad for p in model.parameters()])
-    assert kept[1] < 0.5 * kept[0]
+    assert kept[1] < 0.15 * kept[0]
     torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
 
 
