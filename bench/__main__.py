@@ -20,13 +20,15 @@ tune         searches launch settings on this GPU and writes sfkernels/tuned/sm_
 import importlib
 import sys
 
-import torch
-
 SUITES = ("quick", "gpu", "full", "verify")
 COMMANDS = ("kernels", "stream", "extrapolate", "train", "predict", "report", "compare", "readme",
             "tune")  # fmt: skip
 
-arguments = sys.argv[1:] or ["gpu" if torch.cuda.is_available() else "quick"]
+arguments = sys.argv[1:]
+if not arguments:
+    import torch
+
+    arguments = ["gpu" if torch.cuda.is_available() else "quick"]
 command = arguments[0].removeprefix("--")
 if command in ("help", "h", "-h"):
     print(__doc__)

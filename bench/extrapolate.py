@@ -29,6 +29,7 @@ from torch import Tensor
 from bench import part, timing
 from bench.machine import said
 from bench.model import pass_flops, rolling_flops
+from bench.phases import random_model
 from sfkernels import BlockLayout, RingKVCache
 from sfmodel.config import PRESETS, Preset
 from sfmodel.dit import DiT
@@ -224,10 +225,8 @@ def run(job: part.Job) -> part.Result:
     preset = PRESETS["toy" if job.tiny else "wan-1.3b"]
     job.tick("random weights")
     torch.manual_seed(0)
-    with job.device:
-        model = DiT(preset.dit).to(dtype).eval()
-        text = torch.zeros(1, 1, preset.dit.text_dim)
-    torch.nn.init.normal_(model.head.head.weight, std=preset.dit.dim**-0.5)  # else it is zero
+    model = random_model(preset.dit, job.device).to(dtype).eval()
+    text = torch.zeros(1, 1, preset.dit.text_dim, device=job.device)
     windows = TINY_WINDOWS if job.tiny else WINDOWS
     rate = 0.0  # seconds per floating-point operation, as measured at the window before
     for window in windows:
@@ -327,17 +326,13 @@ def _at_once(model: DiT, preset: Preset, text: Tensor, job: part.Job, result: pa
         job.save(result)
 
 
-def _timed(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: e for name, e in row.get("contestants", {}).items() if "ms" in e}
-
-
 def exponents(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """For each way the power of the window that its time per chunk, and its floating-point
     operations, grow with: the least-squares slope between their logarithms. Empty unless two
     windows were timed."""
     found = {}
     for way in PAPER_GROWTH:
-        timed = [(row["window"], _timed(row)[way]) for row in rows if way in _timed(row)]
+        timed = [(row["window"], part.timed(row)[way]) for row in rows if way in part.timed(row)]
         if len(timed) < 2:
             continue
         x = [math.log(window) for window, _ in timed]
@@ -377,7 +372,7 @@ def tables(result: part.Result) -> list[part.Table]:
             ends = [reached.get(i * each // row["chunk"]) for i in lengths]
             along.append([way, *("not run" if s is None else f"{s:.3g}" for s in ends)])
         if row["case"] == AT_ONCE:
-            reached = {e["frames"]: e["ms"] / 1e3 for e in _timed(row).values()}
+            reached = {e["frames"]: e["ms"] / 1e3 for e in part.timed(row).values()}
             ends = [reached.get(i * each) for i in lengths]
             along.append([AT_ONCE, *("not run" if s is None else f"{s:.3g}" for s in ends)])
     columns = ["", "way", "ms a chunk", "p99", "FPS", "TFLOP/s", "% of product", "time / ring's",
@@ -401,7 +396,7 @@ def tables(result: part.Result) -> list[part.Table]:
 def figures(result: part.Result) -> Iterator[tuple[str, Any]]:
     from matplotlib.figure import Figure
 
-    rows = [row for row in result["rows"] if _timed(row)]
+    rows = [row for row in result["rows"] if part.timed(row)]
     windows = [row for row in rows if row["case"] != AT_ONCE]
     if not windows:
         return
@@ -413,7 +408,7 @@ def figures(result: part.Result) -> Iterator[tuple[str, Any]]:
             left.plot(at, seconds, "o-", markersize=3, color=COLOURS[way], label=way)
             left.axvline(row["window"], color="#bbbbbb", linewidth=0.8, zorder=0)
         if row["case"] == AT_ONCE:
-            e, *_ = timed = [*_timed(row).values()]
+            e, *_ = timed = [*part.timed(row).values()]
             grey: dict[str, Any] = {"color": COLOURS[AT_ONCE]}
             at, seconds = [e["frames"] for e in timed], [e["ms"] / 1e3 for e in timed]
             left.plot(at, seconds, "s", markersize=5, label=AT_ONCE, **grey)
@@ -427,7 +422,7 @@ def figures(result: part.Result) -> Iterator[tuple[str, Any]]:
     if left.has_data():  # else no video was followed
         left.legend(fontsize=7)
     for way in PAPER_GROWTH:
-        timed = [_timed(row)[way] | row for row in windows if way in _timed(row)]
+        timed = [part.timed(row)[way] | row for row in windows if way in part.timed(row)]
         timed.sort(key=lambda e: e["window"])
         at, power = [e["window"] for e in timed], result["exponents"].get(way)
         measured = f"{way}: power {power['measured']:.2f}" if power else way

@@ -8,10 +8,11 @@ with their gradient and steps; its critic rolls out the same and learns the flow
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 import sfkernels as sf
 from bench import timing
 from bench.model import clip_chunks
+from bench.phases import Phases, random_model
 from sfmodel.config import Preset
 from sfmodel.dit import DiT, SelfAttention
 from sfmodel.schedule import FlowSchedule
@@ -28,14 +30,20 @@ from sfmodel.train.objectives import (
     diffusion_forcing_loss,
     dmd_loss,
     score_timesteps,
+    scores,
     teacher_forcing_loss,
 )
 from sfmodel.train.rollout import Rollout
 
-STEPS = (1000, 750, 500, 250)
 QKV = "blocks.{}.self_attn.qkv.weight"
 
-Phases = dict[str, Callable[[], Any]]
+
+class Scores(NamedTuple):
+    """optimizer: of the fake one."""
+
+    real: DiT
+    fake: DiT
+    optimizer: torch.optim.Optimizer
 
 
 class Training:
@@ -45,7 +53,7 @@ class Training:
         torch.manual_seed(0)
         self.preset, self.device, self.dtype = preset, device, dtype
         self.model, self.optimizer = self._trained()
-        self.scores: list[tuple[DiT, DiT, torch.optim.Optimizer]] = []  # one or none
+        self.scores: Scores | None = None
         chunks, tokens = clip_chunks(preset), math.prod(preset.grid)
         self.layouts = {
             name: sf.BlockLayout(chunks, tokens, teacher_forcing=name == "TF")
@@ -53,7 +61,7 @@ class Training:
         }
         size = 1, sum(chunks), preset.dit.channels, preset.height, preset.width
         self.clean, self.noise, self.context = torch.randn(3, *size, device=device)
-        self.renoise = torch.randn(*size[:2], len(STEPS) - 1, *size[2:], device=device)
+        self.renoise = torch.randn(*size[:2], len(preset.steps) - 1, *size[2:], device=device)
         self.text = torch.randn(1, preset.dit.text_len, preset.dit.text_dim, device=device)
         self.schedule = FlowSchedule(preset.shift)
         sigma = self.schedule.shifted(torch.rand(1, len(chunks)))
@@ -62,7 +70,7 @@ class Training:
 
     def _trained(self) -> tuple[DiT, torch.optim.Optimizer]:
         """A model of random weights and its optimiser."""
-        model = self._random()
+        model = random_model(self.preset.dit, self.device)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=2e-6, betas=(0.0, 0.999), weight_decay=0.01, fused=True
         )
@@ -72,25 +80,18 @@ class Training:
         optimizer.zero_grad()
         return model, optimizer
 
-    def _random(self) -> DiT:
-        with self.device:
-            model = DiT(self.preset.dit)
-        # Else it is zero, and so are the gradients of all that comes before.
-        torch.nn.init.normal_(model.head.head.weight, std=self.preset.dit.dim**-0.5)
-        return model
-
     def prepare(self, row: str) -> None:
         """Makes what a row needs beside the generator: self forcing a real score, in the dtype of
         the arithmetic, and a fake one with its optimiser."""
-        if row not in self.layouts and not self.scores:
+        if row not in self.layouts and self.scores is None:
             fake, optimizer = self._trained()
             fake.recompute = True
-            real = self._random().to(self.dtype).requires_grad_(False)
-            self.scores.append((real, fake, optimizer))
+            real = random_model(self.preset.dit, self.device).to(self.dtype).requires_grad_(False)
+            self.scores = Scores(real, fake, optimizer)
 
     @property
     def models(self) -> list[DiT]:
-        return [self.model, *(model for made in self.scores for model in made[:2])]
+        return [self.model, *(self.scores[:2] if self.scores else ())]
 
     def phases(self, row: str) -> Phases:
         """One iteration of a row, once it is prepared."""
@@ -118,19 +119,23 @@ class Training:
     def rollout(self, exit_step: int) -> Rollout:
         self.model.recompute = False  # a rollout runs each exit step again as a whole
         return Rollout(
-            *(self.model, self.layouts["SF"], self.schedule, STEPS, exit_step),
+            *(self.model, self.layouts["SF"], self.schedule, self.preset.steps, exit_step),
             *(self.noise, self.renoise, self.text),
             context_noise_BFCHW=self.context,
         )
 
     def _generator(self, exit_step: int) -> Phases:
         made: list[Any] = []
-        ((real, fake, _),) = self.scores
+        assert self.scores is not None
+        real, fake, _ = self.scores
 
         def score() -> None:
             x = made[0].video.requires_grad_()
-            texts = self.text, torch.zeros_like(self.text)
-            loss = dmd_loss(x, self.noise, self.t, *texts, real, fake, self.schedule)
+            loss = dmd_loss(x, functools.partial(
+                scores, noise_BFCHW=self.noise, t_B=self.t, text_BTE=self.text,
+                unprompted_BTE=torch.zeros_like(self.text), real=real, fake=fake,
+                schedule=self.schedule,
+            ))  # fmt: skip
             made.append(torch.autograd.grad(loss, x)[0])
 
         def backward() -> None:
@@ -146,7 +151,8 @@ class Training:
 
     def _critic(self, exit_step: int) -> Phases:
         made: list[Tensor] = []
-        ((_, fake, optimizer),) = self.scores
+        assert self.scores is not None
+        _, fake, optimizer = self.scores
 
         def forward() -> None:
             x = made.pop()
@@ -186,7 +192,8 @@ class Training:
                 made = self.rollout(exit_step_of(row))
                 found["video"] = made.video
                 if row.endswith("critic"):
-                    ((_, learner, _),) = self.scores
+                    assert self.scores is not None
+                    learner = self.scores.fake
                     shared = self.noise, self.t, self.text, self.schedule
                     found["loss"] = loss = critic_loss(learner, self.clean, *shared)
                     loss.backward()

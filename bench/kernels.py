@@ -176,7 +176,7 @@ def figures(result: Result) -> Iterator[tuple[str, Any]]:
     bars: dict[bool, list[tuple[str, list[tuple[str, float, str]]]]] = {True: [], False: []}
     for row in result["rows"]:
         memory = not is_attention(row)
-        timed = {n: e for n, e in row.get("contestants", {}).items() if "ms" in e}
+        timed = part.timed(row)
         group = []
         for name in (n for n in COLOURS if n in timed):
             e = timed[name]

@@ -140,6 +140,11 @@ def draw(part: Part, result: Result, folder: Path) -> str:
     return f"figures: {', '.join(names)}" if names else "no figures: nothing was timed"
 
 
+def timed(row: Result) -> dict[str, dict[str, Any]]:
+    """The entries of a row that have a time."""
+    return {name: e for name, e in row.get("contestants", {}).items() if "ms" in e}
+
+
 def wrong(result: Result) -> list[str]:
     """Contestants of ours whose result was not right."""
     return [
@@ -157,6 +162,7 @@ def command(name: str, part: Part, arguments: Sequence[str] | None, doc: str | N
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after this")
     parser.add_argument("--only", default="", help="rows in whose name this regex is found")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, as on a CPU")
+    parser.add_argument("--json-only", action="store_true", help="no tables and no figures")
     parser.add_argument("--out", type=Path, default=Path("out", name), help="results' folder")
     chosen = parser.parse_args(arguments)
     cuda = torch.cuda.is_available()
@@ -180,9 +186,11 @@ def command(name: str, part: Part, arguments: Sequence[str] | None, doc: str | N
             else:
                 job.tick = lambda text: print(text, flush=True)
             result = part.run(job)
-        for table in part.tables(result):
-            show(table, console)
-        drawn = draw(part, result, chosen.out)
+        drawn = "no figures were asked for"
+        if not chosen.json_only:
+            for table in part.tables(result):
+                show(table, console)
+            drawn = draw(part, result, chosen.out)
     except re.error as error:
         print(f"python -m bench {name}: --only {chosen.only!r}: {error}", file=sys.stderr)
         return 2

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from bench import peers, timing
+from bench.model import PIXEL_FRAMES, VAE_STRIDE
 from sfkernels import Noise, normal
-from sfmodel.config import PRESETS, Preset
+from sfmodel.config import PRESETS, DiTConfig, Preset
 from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule
 from sfmodel.stream import FewStepSampler, VideoCodec
 
-SUBFRAMES, PIXELS = 4, 8  # of a latent frame, and of a latent's side, in Wan2.1's VAE and the toy's
 PROMPT = "a large red ball moves up slowly"
 ENCODING, PROMPT_KV = "text encoding", "prompt keys and values"
 NOISE, STEP, DECODE, COPY, UPDATE = "noise", "step ", "decode", "copy to host", "cache update"
@@ -81,17 +81,23 @@ class Setting:
     notes: tuple[str, ...] = ()
 
 
+def random_model(config: DiTConfig, device: torch.device) -> DiT:
+    """In float32. Wan2.1 begins with a head of zeros, whose output hides errors and whose gradient
+    stops there; this one's flow has about unit variance."""
+    with device:
+        model = DiT(config)
+    nn.init.normal_(model.head.head.weight, std=config.dim**-0.5)
+    return model
+
+
 def full_size(device: torch.device) -> Setting:
     """Random weights. VAE and text encoder are not part of this version: those of diffusers and
     transformers stand in where they are installed."""
     preset = PRESETS["wan-1.3b"]
     config = preset.dit
     torch.manual_seed(0)
-    with device:
-        model = DiT(config).to(torch.bfloat16).eval()
-        text_BTE = torch.randn(1, config.text_len, config.text_dim)
-    # Wan2.1 begins with a head of zeros; one whose flow has about unit variance shows errors.
-    nn.init.normal_(model.head.head.weight, std=config.dim**-0.5)
+    model = random_model(config, device).to(torch.bfloat16).eval()
+    text_BTE = torch.randn(1, config.text_len, config.text_dim, device=device)
     codec: VideoCodec | None = None
     encode: Callable[[], Tensor] | None = None
     notes = []
@@ -217,7 +223,7 @@ class Stream:
         height, width = preset.height, preset.width
         x_BFCHW = torch.zeros(1, frames, config.channels, height, width, device=self.device)
         self.x[frames] = x_BFCHW
-        count, size = SUBFRAMES * frames, (height * PIXELS, width * PIXELS)
+        count, size = PIXEL_FRAMES * frames, (height * VAE_STRIDE, width * VAE_STRIDE)
         host_BTHWC = torch.empty(
             1, count, *size, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda"
         )

@@ -24,7 +24,6 @@ from sfmodel.files import atomic
 # What shows the result of a part.
 MODULES = {
     "kernels": "bench.kernels",
-    "attention": "bench.kernels",
     "stream": "bench.stream",
     "extrapolate": "bench.extrapolate",
     "train": "bench.train",

@@ -33,12 +33,12 @@ from torch import Tensor
 
 from bench import model, part, peers, phases, timing
 from bench.machine import said, said_state
+from bench.model import CLIP, PIXEL_FRAMES
 from bench.part import Job, Result, Table
 from bench.phases import DECODE, REFERENCE, STEP, Setting, Stream, Timed, clocked
 from sfmodel.config import Preset
 
 CASES = {"chunk-wise": 3, "frame-wise": 1}  # latent frames of a chunk
-CLIP = 21  # latent frames: the 81 pixel frames of the paper
 PARITY_CHUNKS = 2
 FIRST_FRAMES = 5  # measured times to the first frame
 FEWEST = 3  # chunks with a full window
@@ -54,7 +54,7 @@ BLUES = ("#1f4e79", "#3b6ea5", "#6d9bc9", "#a3c4e3")
 
 
 def pixel_frames(latent_frames: int) -> int:
-    return 1 + phases.SUBFRAMES * (latent_frames - 1)
+    return 1 + PIXEL_FRAMES * (latent_frames - 1)
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ def entry(
         for name in names
         if (values := [t.phases[name] for t in timed])
     }
-    window = phases.SUBFRAMES * stream.preset.chunk
+    window = PIXEL_FRAMES * stream.preset.chunk
     fps = {"full window": per_second(window, phases.without_each(summary.p50, full, have))}
     first_ms = statistics.median(t.whole for t in firsts)
     more: dict[str, Any] = {}
@@ -204,9 +204,9 @@ def per_second(frames: int, ms: Mapping[str, float]) -> dict[str, float]:
     return {name: 1e3 * frames / value for name, value in ms.items()}
 
 
-def best(row: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+def best(row: Result) -> tuple[str, dict[str, Any]] | None:
     """The contestant with the most frames a second, over a clip if any was timed."""
-    timed = {n: e for n, e in row.get("contestants", {}).items() if "failed" not in e}
+    timed = part.timed(row)
     timed = {n: e for n, e in timed.items() if "clip" in e["fps"]} or timed
     return max(timed.items(), key=lambda item: speed(item[1]), default=None)
 
@@ -402,7 +402,7 @@ def beside_prediction(row: Result) -> Table:
     def passes_fps(entry: Result) -> str:
         ms = sum(entry["phases"][name]["ms"] for name in entry["phases"]
                  if name.startswith(STEP) or name == phases.UPDATE)  # fmt: skip
-        return f"{1e3 * phases.SUBFRAMES * row['chunk'] / ms:.4g}"
+        return f"{1e3 * PIXEL_FRAMES * row['chunk'] / ms:.4g}"
 
     fps, first = row["predicted"]["fps"], row["predicted"]["first_frame_ms"]
     measured = (
@@ -474,12 +474,11 @@ def bars(result: Result) -> Any:
     lines = [line for line in result["baselines"][::-1] if "fps" in line or not toy]
     figure = Figure(figsize=(10, 1.5 + 0.45 * len(lines)), layout="constrained")
     axis = figure.subplots()
-    series = (("paper, one H100 at 480×832", "paper_fps", "#bbbbbb", 0.2),
-              (f"here, sizes: {result['sizes']}", "fps", "#3b6ea5", -0.2))  # fmt: skip
+    series = [(f"here, sizes: {result['sizes']}", "fps", "#3b6ea5", 0.0 if toy else -0.2)]
+    if not toy:
+        series.insert(0, ("paper, one H100 at 480×832", "paper_fps", "#bbbbbb", 0.2))
     for label, key, colour, offset in series:
         at = [y + offset for y, line in enumerate(lines) if key in line]
-        if toy and key == "paper_fps":
-            continue
         lengths = [line[key] for line in lines if key in line]
         placed = axis.barh(at, lengths, 0.38, label=label, color=colour)
         axis.bar_label(placed, fmt="%.3g", fontsize=8, padding=2)

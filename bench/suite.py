@@ -61,7 +61,7 @@ def measured(
     console = part.plain_console()
     with console.status("") as status:
         show = status.update if console.is_terminal else part.nothing
-        begun = [sys.executable, "-m", "bench", name, *limit, *arguments]
+        begun = [sys.executable, "-m", "bench", name, "--json-only", *limit, *arguments]
         out = process.command(begun, seconds, show)
     if file.exists():
         out["result"] = json.loads(file.read_text())

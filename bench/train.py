@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import attention, part, timing
+from bench import attention, kernels, part, timing
+from bench.contest import EAGER
 from bench.iterations import Training, attending, check, exit_step_of
 from bench.machine import said
 from bench.model import training_flops
@@ -31,15 +32,9 @@ GENERATORS = ("TF", "SF-4", "DF", "SF-1", "SF-2", "SF-3")  # the most telling fi
 ROWS = (*GENERATORS, *(f"{name} critic" for name in ("SF-4", "SF-1", "SF-2", "SF-3")))
 # The first one is what the others are compared with. FlexAttention comes last: it compiles.
 IMPLS, TINY_IMPLS = ("sdpa", "triton", "gluon", "flex"), ("reference", "sdpa")
-COMPILING = 60.0  # seconds that FlexAttention may take for a pattern: not begun with less
-ROUNDS, TINY_ROUNDS = 3, 3
-COLOURS = {
-    "reference": "#cccccc",
-    "sdpa": "#8aa86b",
-    "flex": "#e08a3c",
-    "gluon": "#1f3f66",
-    "triton": "#3b6ea5",
-}
+ROUNDS = 3
+COLOURS = {"reference": kernels.COLOURS[EAGER]}
+COLOURS |= {name: kernels.COLOURS[name] for name in ("sdpa", "flex", "gluon", "triton")}
 SHADES = {"forward": 0.55, "rollout": 0.4, "score": 0.7, "backward": 1.0, "optimiser": 0.25}
 # Published seconds of an iteration on 64 H100: generator, critic.
 PAPER = {
@@ -94,7 +89,7 @@ def measure(
     for impl in TINY_IMPLS if job.tiny else IMPLS:
         if impl == "flex" and layout is None:  # masked patterns are what it is for
             continue
-        if impl == "flex" and job.left < COMPILING:
+        if impl == "flex" and job.left < attention.COMPILE_SECONDS:
             result["no_time_for"].append(f"{name} with FlexAttention")
             continue
         job.tick(f"{name}: is {impl} right?")
@@ -113,7 +108,7 @@ def measure(
         _free(training)
 
     times: dict[str, list[dict[str, float]]] = {impl: [] for impl in right}
-    rounds = min(job.rounds, TINY_ROUNDS if job.tiny else ROUNDS)
+    rounds = min(job.rounds, ROUNDS)
     for i in range(rounds):
         if i and job.left <= until:
             break
@@ -151,10 +146,6 @@ def _free(training: Training) -> None:
         torch.cuda.empty_cache()
 
 
-def _timed(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {impl: e for impl, e in row.get("contestants", {}).items() if "ms" in e}
-
-
 def _as_published(row: dict[str, Any]) -> tuple[bool, int]:
     """In the order of Figure 6, the critics after the generators."""
     name = row["case"].split()[0]
@@ -175,7 +166,7 @@ def tables(result: part.Result) -> list[part.Table]:
             seconds = (f"{e[key] / 1e3:.3g}" for key in ("ms", "p99_ms"))
             cells.append([row["case"], impl, *seconds, split, peak, f"{e['tflops']:.3g}",
                           f"{100 * e['tflops'] / ceiling:.0f}"])  # fmt: skip
-        if timed := _timed(row):
+        if timed := part.timed(row):
             fastest[row["case"]] = min(timed.items(), key=lambda item: item[1]["ms"])
     columns = ["", "self-attention", "s", "p99", "of which", "peak GiB", "TFLOP/s", "% of product"]
     title = f"training iteration: {result['sizes']}, batch 1, {said(result['machine'])}"
@@ -212,17 +203,17 @@ def tables(result: part.Result) -> list[part.Table]:
 def figures(result: part.Result) -> Iterator[tuple[str, Any]]:
     from matplotlib.figure import Figure
 
-    rows = sorted((row for row in result["rows"] if _timed(row)), key=_as_published)
+    rows = sorted((row for row in result["rows"] if part.timed(row)), key=_as_published)
     if not rows:
         return
-    bars_in_all = sum(len(_timed(row)) for row in rows)
+    bars_in_all = sum(len(part.timed(row)) for row in rows)
     figure = Figure(figsize=(4 + 0.4 * bars_in_all, 4.6), layout="constrained")
     ax = figure.subplots()
     at, ticks, named = 0.0, [], set()
     for row in rows:
         start = at
         for impl in COLOURS:
-            if impl not in _timed(row):
+            if impl not in part.timed(row):
                 continue
             e, bottom = row["contestants"][impl], 0.0
             for phase, timed in e["phases"].items():

@@ -42,11 +42,11 @@ def few_steps(
     to the next of the falling `sigmas` [steps]."""
     x = noise
     for i in range(len(sigmas)):
-        x0, x = _step(x, flow(x, i), sigmas, i, renoise, impl)
+        x0, x = few_step(x, flow(x, i), sigmas, i, renoise, impl)
     return x0
 
 
-def _step(
+def few_step(
     x: Tensor,
     flow: Tensor,
     sigmas: Tensor,
@@ -54,7 +54,8 @@ def _step(
     renoise: Callable[[int], Tensor | Noise],
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """x0, and x at the σ of step i + 1; after the last step both are x0."""
+    """From the flow at (x, step i): x0, and x at the σ of step i + 1; after the last step both are
+    x0."""
     following = () if i + 1 == len(sigmas) else (sigmas[i + 1], renoise(i + 1))
     return sampler_step(x, flow, sigmas[i], *following, impl=impl)
 
@@ -80,18 +81,18 @@ class FewStepSampler:
     def denoise(self, noise_BFCHW: Tensor, renoise: Callable[[int], Tensor | Noise]) -> Tensor:
         """x0 of the next chunk, float32, from its initial noise; `renoise(i)` gives the fresh noise
         before step i. The cache is left holding keys and values of the last noisy step."""
-        x = noise_BFCHW
-        for i in range(len(self.sigmas)):
-            x0, x = self.step(x, i, renoise)
-        return x0
+        return few_steps(self._flow, self.sigmas, noise_BFCHW, renoise, self.model.impl)
 
     def step(
         self, x_BFCHW: Tensor, i: int, renoise: Callable[[int], Tensor | Noise]
     ) -> tuple[Tensor, Tensor]:
         """Step i of `denoise` alone: x0 as predicted from x, and x for step i + 1, which after the
         last step is x0 too."""
-        flow = self.model(x_BFCHW, self.modulations[i], None, cache=self.cache)
-        return _step(x_BFCHW, flow, self.sigmas, i, renoise, self.model.impl)
+        flow = self._flow(x_BFCHW, i)
+        return few_step(x_BFCHW, flow, self.sigmas, i, renoise, self.model.impl)
+
+    def _flow(self, x_BFCHW: Tensor, i: int) -> Tensor:
+        return self.model(x_BFCHW, self.modulations[i], None, cache=self.cache)
 
     def append(self, x0_BFCHW: Tensor) -> None:
         """The cache-update pass: the chunk's clean keys and values become the past."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,17 +19,12 @@ from sfkernels import BlockLayout
 from sfmodel.cli import load_toy
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
-
-TOY = PRESETS["toy"]
-SMALL = replace(TOY, dit=replace(TOY.dit, dim=64, heads=1, ffn_dim=96, layers=2), window=6)
+from tests.test_bench_extrapolate import SMALL, small_model
 
 
 @pytest.fixture
 def model() -> DiT:
-    torch.manual_seed(0)
-    model = DiT(SMALL.dit).eval()
-    torch.nn.init.normal_(model.head.head.weight, std=0.1)
-    return model
+    return small_model()
 
 
 @torch.no_grad()

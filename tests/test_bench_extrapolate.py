@@ -22,12 +22,16 @@ WAYS = ["recompute window", "recompute cache", "ring cache"]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def model() -> DiT:
+def small_model() -> DiT:
     torch.manual_seed(0)
     model = DiT(SMALL.dit).eval()
     torch.nn.init.normal_(model.head.head.weight, std=0.1)
     return model
+
+
+@pytest.fixture
+def model() -> DiT:
+    return small_model()
 
 
 @pytest.fixture

@@ -174,7 +174,8 @@ def test_self_forcing_trains_the_generator_or_the_critic(row: str) -> None:
     """All weights of the one that learns move, none of the others."""
     t = training()
     t.prepare(row)
-    ((real, fake, _),) = t.scores
+    assert t.scores is not None
+    real, fake, _ = t.scores
     models = {"generator": t.model, "real": real, "fake": fake}
     before = {name: [p.detach().clone() for p in m.parameters()] for name, m in models.items()}
     times = t.iteration(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -43,6 +44,16 @@ def drawn() -> tuple[Tensor, ...]:
     return x, noise, objectives.score_timesteps(torch.rand(2), SCHEDULE), text, unprompted
 
 
+def score(
+    inputs: tuple[Tensor, ...], real: Score, fake: Score, guidance: float
+) -> objectives.Score:
+    _, noise, t, text, unprompted = inputs
+    return functools.partial(
+        objectives.scores, noise_BFCHW=noise, t_B=t, text_BTE=text, unprompted_BTE=unprompted,
+        real=real, fake=fake, schedule=SCHEDULE, guidance=guidance,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
 def by_hand(real: Score, fake: Score, guidance: float) -> Callable[..., tuple[Tensor, Tensor]]:
     """x0 of both scores, sample by sample and element by element."""
 
@@ -77,7 +88,7 @@ def test_dmd(guidance: float) -> None:
     inputs = drawn()
     real, fake = Score(0.7, 0.2), Score(0.4, -0.3)
     x = inputs[0].requires_grad_()
-    loss = objectives.dmd_loss(x, *inputs[1:], real, fake, SCHEDULE, guidance)  # type: ignore[arg-type, call-arg]
+    loss = objectives.dmd_loss(x, score(inputs, real, fake, guidance))
     (got,) = torch.autograd.grad(loss, x, retain_graph=True)
     with torch.no_grad():
         real_x0, fake_x0 = by_hand(real, fake, guidance)(*inputs)
@@ -103,7 +114,7 @@ def test_sid() -> None:
         return (apart * ((real_x0 - x) - 1.0 * apart) / size).mean(), size
 
     x = inputs[0].clone().requires_grad_()
-    loss = objectives.sid_loss(x, *inputs[1:], real, fake, SCHEDULE)  # type: ignore[arg-type, call-arg]
+    loss = objectives.sid_loss(x, score(inputs, real, fake, 3.0))
     with torch.no_grad():
         want, size = value(inputs[0])
         torch.testing.assert_close(loss.detach(), want, rtol=1e-5, atol=1e-9)

@@ -10,6 +10,8 @@ Shapes: B batch, F latent frames, C channels, H×W latents, T text rows, E text 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +19,9 @@ from torch import Tensor
 from sfkernels import BlockLayout, dmd_gradient
 from sfmodel.dit import DiT
 from sfmodel.schedule import TRAIN_STEPS, FlowSchedule, add_noise
+
+# x0 by the real and by the fake score of generated videos, as `scores` gives them.
+Score = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 LOWEST, HIGHEST = 20, 980  # timesteps at which generated videos are scored
 
@@ -110,49 +115,20 @@ def critic_loss(
     return F.mse_loss(fake(x_t, t_B, text_BTE), noise_BFCHW - x_BFCHW)
 
 
-def dmd_loss(
-    x_BFCHW: Tensor,
-    noise_BFCHW: Tensor,
-    t_B: Tensor,
-    text_BTE: Tensor,
-    unprompted_BTE: Tensor,
-    real: DiT,
-    fake: DiT,
-    schedule: FlowSchedule,
-    guidance: float = 3.0,
-) -> Tensor:
+def dmd_loss(x_BFCHW: Tensor, score: Score) -> Tensor:
     """Distribution matching (DMD2, arXiv 2405.14867): ½·mean(x − stopgrad(x − g))² in float64,
     whose gradient with respect to the generated videos x is g / x.numel(), where g is
-    `sfkernels.dmd_gradient` of what the real and the fake score make of x after noising. guidance:
-    the real score is x0 + guidance·(x0 − x0 of the unprompted)."""
+    `sfkernels.dmd_gradient` of what the real and the fake score make of x after noising."""
     with torch.no_grad():
-        real_x0, fake_x0 = _scores(
-            *(x_BFCHW, noise_BFCHW, t_B, text_BTE, unprompted_BTE),
-            *(real, fake, schedule, guidance),
-        )
-        target = x_BFCHW.double() - dmd_gradient(x_BFCHW, real_x0, fake_x0).double()
+        target = x_BFCHW.double() - dmd_gradient(x_BFCHW, *score(x_BFCHW)).double()
     return 0.5 * F.mse_loss(x_BFCHW.double(), target)
 
 
-def sid_loss(
-    x_BFCHW: Tensor,
-    noise_BFCHW: Tensor,
-    t_B: Tensor,
-    text_BTE: Tensor,
-    unprompted_BTE: Tensor,
-    real: DiT,
-    fake: DiT,
-    schedule: FlowSchedule,
-    guidance: float = 3.0,
-    alpha: float = 1.0,
-) -> Tensor:
+def sid_loss(x_BFCHW: Tensor, score: Score, alpha: float = 1.0) -> Tensor:
     """Score identity distillation (SiD, arXiv 2404.04057): mean of (real − fake)·((real − x) −
     α·(real − fake)) / mean|x − real|, the scores' x0 of x after noising, with the gradient through
-    both of them but not through the mean. Arguments as `dmd_loss`."""
-    real_x0, fake_x0 = _scores(
-        *(x_BFCHW, noise_BFCHW, t_B, text_BTE, unprompted_BTE),
-        *(real, fake, schedule, guidance),
-    )
+    both of them but not through the mean."""
+    real_x0, fake_x0 = score(x_BFCHW)
     apart = real_x0 - fake_x0
     error = apart * ((real_x0 - x_BFCHW) - alpha * apart)
     with torch.no_grad():
@@ -160,8 +136,9 @@ def sid_loss(
     return (error / size).nan_to_num().mean()
 
 
-def _scores(
+def scores(
     x_BFCHW: Tensor,
+    *,
     noise_BFCHW: Tensor,
     t_B: Tensor,
     text_BTE: Tensor,
@@ -169,9 +146,10 @@ def _scores(
     real: DiT,
     fake: DiT,
     schedule: FlowSchedule,
-    guidance: float,
+    guidance: float = 3.0,
 ) -> tuple[Tensor, Tensor]:
-    """x0 by the real score, with guidance, and by the fake one, of x noised to t."""
+    """x0 by the real score, and by the fake one, of generated videos x noised to t; with all but x
+    given, a `Score`. guidance: the real score is x0 + guidance·(x0 − x0 of the unprompted)."""
     sigma = schedule.sigma(t_B)
     x_t = add_noise(x_BFCHW, noise_BFCHW, sigma)
     flow = real(x_t, t_B, text_BTE)
