@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -37,11 +38,20 @@ class Past(NamedTuple):
     keep: bool = False
 
 
+class TextKeys(NamedTuple):
+    """A prompt's cross-attention keys and values [layers][B or 1, T, heads, head dim]. They depend
+    on the prompt alone: who runs many passes on one computes them once."""
+
+    k: Sequence[Tensor] | Tensor
+    v: Sequence[Tensor] | Tensor
+
+
 class Context(NamedTuple):
-    """What every block of one forward pass shares."""
+    """What every block of one forward pass shares. The prompt is either embedded, or its keys and
+    values are there."""
 
     rope_LP2: Tensor
-    text_BTD: Tensor | None  # None: the cache holds the prompt
+    text: Tensor | TextKeys
     layout: sf.BlockLayout | None
     cache: sf.RingKVCache | None
     chunk: RingChunk | None
@@ -114,11 +124,11 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
         q = sf.rms_norm(self.q(x_BLD), self.norm_q, eps=self.eps, impl=self.impl)
-        if context.text_BTD is None:
-            assert context.cache is not None
-            k, v = context.cache.text_k[self.layer], context.cache.text_v[self.layer]
+        if isinstance(context.text, TextKeys):
+            keys = context.text.k[self.layer], context.text.v[self.layer]
         else:
-            k, v = (t.expand(len(x_BLD), -1, -1, -1) for t in self.keys_values(context.text_BTD))
+            keys = self.keys_values(context.text)
+        k, v = (each.expand(len(x_BLD), -1, -1, -1) for each in keys)
         q = q.unflatten(-1, (self.heads, -1))
         out = sf.cross_attention(q, k, v, impl=self.attention_impl)
         return self.o(out.flatten(2))
@@ -221,7 +231,7 @@ class DiT(nn.Module):
         self,
         x_BFCHW: Tensor,
         t: Tensor | Modulation,
-        text_BTE: Tensor | None,
+        text_BTE: Tensor | TextKeys | None,
         *,
         layout: sf.BlockLayout | None = None,
         clean_BFCHW: Tensor | None = None,
@@ -232,7 +242,7 @@ class DiT(nn.Module):
 
         x: noisy latents [B, F, C, H, W]. t: timesteps in 0..1000, [], [B] or [B, F], or what
         `modulation` made of them. text: prompt embeddings [B or 1, T <= text_len, text_dim], or
-        None when `set_text` has put the prompt into the cache.
+        what `text_keys` made of them, or None when `set_text` has put the prompt into the cache.
 
         Neither layout nor cache: bidirectional attention. layout: block-causal; one with
         teacher_forcing takes the clean latents, same shape as x, and returns the noisy half. cache:
@@ -283,9 +293,14 @@ class DiT(nn.Module):
             tokens_BLD = torch.cat([self._patchify(clean_BFCHW), tokens_BLD], 1)
             frame_F = frame_F.repeat(2)
         modulation = t if isinstance(t, Modulation) else self.modulation(t)
+        if cache is not None:
+            text: Tensor | TextKeys = TextKeys(cache.text_k, cache.text_v)
+        else:
+            assert text_BTE is not None
+            text = text_BTE if isinstance(text_BTE, TextKeys) else self._embed_text(text_BTE)
         context = Context(
             sf.rope_table(frame_F, grid, self.config.head_dim, impl=self.impl),
-            None if text_BTE is None else self._embed_text(text_BTE),
+            text,
             layout,
             cache,
             chunk,
@@ -312,11 +327,15 @@ class DiT(nn.Module):
             blocks = _linear32(F.silu(head), self.time_projection[1])
         return Modulation(t_BF.float(), head, blocks.unflatten(-1, (6, -1)))
 
-    def set_text(self, cache: sf.RingKVCache, text_BTE: Tensor) -> None:
-        """Puts a prompt's cross-attention keys and values [B or 1, T, text_dim] into the cache."""
+    def text_keys(self, text_BTE: Tensor) -> TextKeys:
+        """Of prompt embeddings [B or 1, T <= text_len, text_dim]."""
         text_BTD = self._embed_text(text_BTE)
-        for i, block in enumerate(self.blocks):
-            k, v = cast(Block, block).cross_attn.keys_values(text_BTD)
+        keys = [cast(Block, block).cross_attn.keys_values(text_BTD) for block in self.blocks]
+        return TextKeys(*zip(*keys, strict=True))
+
+    def set_text(self, cache: sf.RingKVCache, text_BTE: Tensor) -> None:
+        """Puts the keys and values of prompt embeddings [B or 1, T, text_dim] into the cache."""
+        for i, (k, v) in enumerate(zip(*self.text_keys(text_BTE), strict=True)):
             cache.text_k[i].copy_(k)
             cache.text_v[i].copy_(v)
 

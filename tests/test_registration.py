@@ -12,7 +12,7 @@ from torch import Tensor
 import sfkernels as sf
 from sfkernels import attention, norm, rope
 from sfmodel.config import DiTConfig
-from sfmodel.dit import Block, Context, DiT
+from sfmodel.dit import Block, Context, DiT, TextKeys
 from tests.oracle import DEVICE
 
 B, F, GRID, HEADS, D = 2, 2, (2, 3), 2, 8
@@ -83,10 +83,11 @@ def block_and_inputs(impl: str) -> tuple[Block, Callable[..., Context], list[Ten
     modulation = block.modulate(rand(1, F, 6, C))
     cache = model.new_cache(B, F + 2, GRID)
     model.set_text(cache, rand(1, 5, 8))
+    keys = TextKeys(cache.text_k, cache.text_v)
 
     def context(cached: bool) -> Context:
         if cached:
-            return Context(table(), None, None, cache, cache.chunk(F))
+            return Context(table(), keys, None, cache, cache.chunk(F))
         return Context(table(), rand(B, 5, C), sf.BlockLayout((1, 1), TOKENS // F), None, None)
 
     return block, context, [rand(B, TOKENS, C), rand(B, TOKENS, C), *modulation]

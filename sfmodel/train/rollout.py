@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sfkernels import BlockLayout, sampler_step
-from sfmodel.dit import DiT, Past
+from sfmodel.dit import DiT, Past, TextKeys
 from sfmodel.schedule import FlowSchedule, add_noise
 
 
@@ -86,6 +86,7 @@ class Rollout:
         self.exit_inputs: list[Tensor] = []
         video = []
         with torch.no_grad():
+            self.keys = model.text_keys(text_BTE)
             for i, chunk in enumerate(self.chunks):
                 x, fresh = noise_BFCHW[:, chunk].float(), renoise_BFSCHW[:, chunk]
                 for step in range(exit_step):
@@ -103,16 +104,22 @@ class Rollout:
     def backward(self, upstream_BFCHW: Tensor) -> None:
         """Adds to the parameters' gradients those of a loss whose gradient with respect to `video`
         is `upstream`. Its chunks may be passed any number of times."""
-        for i, chunk in enumerate(self.chunks):
-            if self.with_gradient[i]:
-                with torch.enable_grad():
+        with torch.enable_grad():
+            # All chunks share the prompt's keys: their gradients meet there and go back once.
+            keys = self.model.text_keys(self.text)
+            learned = [each for pair in keys for each in pair if each.requires_grad]
+            cut = [[each.detach().requires_grad_(each.requires_grad) for each in k] for k in keys]
+            self.keys = TextKeys(*cut)
+            for i, chunk in enumerate(self.chunks):
+                if self.with_gradient[i]:
                     self._x0(i).backward(upstream_BFCHW[:, chunk])
+            torch.autograd.backward(learned, [e.grad for k in cut for e in k if e.requires_grad])
 
     def _flow(self, i: int, x_BFCHW: Tensor, t: Tensor, keep: bool = False) -> Tensor:
         begin = self.chunks[i].start * self.layout.frame_tokens
         spans = ((lo, min(hi, begin)) for lo, hi in self.layout.rows[i].keys if lo < begin)
         past = Past(self.k, self.v, tuple(spans), self.chunks[i].start, keep)
-        return self.model(x_BFCHW, t, self.text, past=past)
+        return self.model(x_BFCHW, t, self.keys, past=past)
 
     def _x0(self, i: int) -> Tensor:
         """Of the exit step."""
