@@ -13,6 +13,7 @@ predict      what arithmetic says of all this, for any GPU, size and number of G
 report       an HTML page and figures from a file of results
 compare      two files of results: what got faster or slower beyond noise
 readme       writes the newest results into README.md
+experiment   teacher, diffusion and self forcing trained and compared in the toy world
 demo         a streamed toy video and what it cost
 tune         searches launch settings on this GPU and writes sfkernels/tuned/sm_XX.json
 """
@@ -40,12 +41,12 @@ if command in SUITES:
 if command in COMMANDS:
     module = importlib.import_module(f"bench.{command}")
     sys.exit(module.main(arguments[1:]))
-if command == "demo":  # the one that needs tyro and a video encoder
-    from bench.demo import demo
+if command in ("demo", "experiment"):  # those that need tyro and a video encoder
     from sfmodel.cli import run_command
 
-    run_command("python -m bench", {"demo": demo}, ["demo", *arguments[1:]])
+    function = getattr(importlib.import_module(f"bench.{command}"), command)
+    run_command("python -m bench", {command: function}, [command, *arguments[1:]])
 else:
-    known = ", ".join((*(f"--{name}" for name in SUITES), *COMMANDS, "demo"))
+    known = ", ".join((*(f"--{name}" for name in SUITES), *COMMANDS, "demo", "experiment"))
     print(f"python -m bench: no command {arguments[0]!r}, must be one of {known}", file=sys.stderr)
     sys.exit(2)

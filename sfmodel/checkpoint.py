@@ -133,8 +133,17 @@ def read(path: str | Path, weights: str | None = None) -> tuple[dict[str, Tensor
 
 def load(model: nn.Module, path: str | Path, weights: str | None = None) -> dict[str, Any]:
     """Copies a checkpoint into a DiT, converting to its dtype and device, and returns the file's
-    metadata. Raises ValueError, changing nothing, where names or shapes differ, with the first of
-    each kind."""
+    metadata. Raises ValueError as `matching` does, changing nothing."""
+    state, metadata = matching(model, path, weights)
+    model.load_state_dict(state)
+    return metadata
+
+
+def matching(
+    model: nn.Module, path: str | Path, weights: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A checkpoint's tensors under this project's names, and the file's metadata. Raises ValueError
+    where names or shapes are not those of the DiT `model`, with the first of each kind."""
     official, metadata = read(path, weights)
     got, want = {clean_key(k): v for k, v in official.items()}, to_official(model.state_dict())
     missing, unexpected = want.keys() - got.keys(), got.keys() - want.keys()
@@ -147,8 +156,7 @@ def load(model: nn.Module, path: str | Path, weights: str | None = None) -> dict
         problems += [f"wrong shape {k} {[*got[k].shape]} (must be {[*want[k].shape]}){more}"]
     if problems:
         raise ValueError(f"{path}: not a checkpoint of this model: {'; '.join(problems)}")
-    model.load_state_dict(from_official(got))
-    return metadata
+    return from_official(got), metadata
 
 
 def _first(keys: Iterable[str], count: int = 3) -> str:
@@ -157,10 +165,13 @@ def _first(keys: Iterable[str], count: int = 3) -> str:
     return ", ".join(names[:count]) + more
 
 
-def save(model: nn.Module, path: str | Path, config: DiTConfig, **extra: Any) -> None:
+def save(
+    weights: nn.Module | Mapping[str, Tensor], path: str | Path, config: DiTConfig, **extra: Any
+) -> None:
     """Writes a DiT's weights under official names, as safetensors, with the configuration in the
     metadata. Atomic: the file is whole or absent."""
-    state = {k: v.detach().cpu().contiguous() for k, v in to_official(model.state_dict()).items()}
+    own = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    state = {k: v.detach().cpu().contiguous() for k, v in to_official(own).items()}
     metadata = {
         "config": json.dumps(asdict(config)),
         **{k: json.dumps(v) for k, v in extra.items()},

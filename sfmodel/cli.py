@@ -1,12 +1,14 @@
-"""The command line: `sfmodel generate`, `sfmodel train`."""
+"""The command line: `sfmodel generate`, `sfmodel train`, `sfmodel evaluate`."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,11 +20,16 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from sfmodel import checkpoint
 from sfmodel.config import PRESETS, Preset
 from sfmodel.dit import DiT
-from sfmodel.stream import VideoCodec, stream
+from sfmodel.evaluate import Sampling, draw, held_out, judge, seen_in, table
+from sfmodel.evaluate import evaluate as measure_model
+from sfmodel.files import atomic
+from sfmodel.stream import stream
 from sfmodel.terminal import TerminalPlayer
 from sfmodel.text import ToyTextEncoder
 from sfmodel.toy_vae import ToyVAE
-from sfmodel.train.loop import TrainConfig, train
+from sfmodel.train.config import RECIPES, TrainConfig, defaults
+from sfmodel.train.data import read_prompts
+from sfmodel.train.loop import train
 from sfmodel.video import ContactSheet, VideoWriter
 
 TOY_WEIGHTS = Path(__file__).parent / "weights" / "toy.safetensors"
@@ -117,16 +124,85 @@ def generate(
         raise KeyboardInterrupt
 
 
-def train_command(
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")], resume: bool = False
+def train_command(arguments: Sequence[str]) -> Callable[..., None]:
+    """`sfmodel train` with the defaults of the preset and the recipe that the arguments name."""
+
+    def named(option: str, known: Iterable[str], otherwise: str) -> str:
+        for i, word in enumerate(arguments):
+            name, equals, value = word.partition("=")
+            if name == f"--{option}":
+                value = value if equals else "".join(arguments[i + 1 : i + 2])
+                return value if value in known else otherwise  # an unknown one is refused later
+        return otherwise
+
+    default = defaults(named("preset", PRESETS, "toy"), named("recipe", RECIPES, "tf"))
+
+    def run(
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default, resume: bool = False
+    ) -> None:
+        """Train a model: progress, log.jsonl, curves.png, samples, checkpoints, weights. The
+        defaults are those of the preset and the recipe. Under torchrun, on all its ranks.
+
+        Args:
+            resume: Continue the run in the output folder, bit for bit as if it had not stopped.
+        """
+        weights = train(config, resume=resume)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"weights: {weights}; see them: sfmodel generate --checkpoint {weights}")
+
+    return run
+
+
+def evaluate(
+    checkpoint: Path | None = None,
+    chunk: int = 3,
+    window: int = 7,
+    sink: int = 0,
+    frames: int = 28,
+    trained: int = 7,
+    videos: int = 256,
+    euler: int = 0,
+    split: Literal["test", "validation"] = "test",
+    output: Path = Path("out/evaluation"),
 ) -> None:
-    """Train by teacher forcing on the toy world: progress, log.jsonl, loss.png, checkpoints.
+    """Measure a model of the toy world against real videos that it has never seen, by frame: a
+    table, evaluation.json and evaluation.png.
 
     Args:
-        resume: Continue the run in the output folder, bit for bit as if it had not stopped.
+        checkpoint: Weights; the shipped ones if not given.
+        chunk: Latent frames generated at a time.
+        window: Latent frames that the KV cache holds, the current chunk included.
+        sink: First latent frames that stay in the cache for good.
+        frames: Latent frames of a video.
+        trained: Latent frames of a training clip, within which the exposure gap is measured.
+        videos: To generate.
+        euler: Euler steps a chunk, for a model that is not distilled; 0 takes the few steps.
+        split: Real videos to measure against.
+        output: Folder for the files.
     """
-    weights = train(config, resume=resume)
-    print(f"weights: {weights}; see them: sfmodel generate --checkpoint {weights}")
+    for name, value in (("videos", videos), ("trained", trained), ("frames", frames)):
+        least = {"videos": 16, "trained": 2, "frames": trained}[name]
+        if value < least:
+            raise ValueError(f"{name}={value}: must be at least {least}")
+    settings = replace(find_preset("toy"), chunk=chunk, window=window, sink=sink)
+    model, codec, _ = load_toy(checkpoint)
+    held = held_out(codec, frames, videos, split)
+    floor = judge(seen_in(codec, held.latents_BFCHW), held.real_NFD)
+    console = Console(width=None if Console().is_terminal else 120)
+    with console.status("generating") as status:
+        result = measure_model(
+            model, Sampling(settings, euler), codec, held, trained, told=status.update
+        )
+    facts = {
+        "checkpoint": str(checkpoint or TOY_WEIGHTS),
+        "preset": asdict(settings),
+        "floor": floor,
+    }
+    with atomic(output / "evaluation.json") as part:
+        part.write_text(json.dumps({**facts, **result}, indent=1))
+    draw(result, floor, trained, output / "evaluation.png")
+    console.print(table(result, floor, trained))
+    print(f"{output}/evaluation.json, evaluation.png")
 
 
 def find_preset(name: str) -> Preset:
@@ -141,19 +217,7 @@ def find_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The non-empty lines of a text file. Raises ValueError for a file that is missing or empty."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise ValueError(f"prompt file {path}: {reason}") from None
-    if not any(lines):
-        raise ValueError(f"prompt file {path}: has no prompt, must have one a line")
-    return [line for line in lines if line]
-
-
-def load_toy(path: Path | None = None) -> tuple[DiT, VideoCodec, ToyTextEncoder]:
+def load_toy(path: Path | None = None) -> tuple[DiT, ToyVAE, ToyTextEncoder]:
     """The toy model with the given or the shipped weights, its codec and its text encoder."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = DiT(PRESETS["toy"].dit)
@@ -177,4 +241,10 @@ def run_command(
 
 def main() -> None:
     """Entry point of `sfmodel`."""
-    run_command("sfmodel", {"generate": generate, "train": train_command}, sys.argv[1:])
+    arguments = sys.argv[1:]
+    commands: dict[str, Callable[..., None]] = {
+        "generate": generate,
+        "train": train_command(arguments),
+        "evaluate": evaluate,
+    }
+    run_command("sfmodel", commands, arguments)

@@ -127,7 +127,8 @@ class CrossAttention(nn.Module):
         if isinstance(context.text, TextKeys):
             keys = context.text.k[self.layer], context.text.v[self.layer]
         else:
-            keys = self.keys_values(context.text)
+            # By the class: under FSDP the module's own gathers weights that are here already.
+            keys = CrossAttention.keys_values(self, context.text)
         k, v = (each.expand(len(x_BLD), -1, -1, -1) for each in keys)
         q = q.unflatten(-1, (self.heads, -1))
         out = sf.cross_attention(q, k, v, impl=self.attention_impl)
@@ -252,6 +253,43 @@ class DiT(nn.Module):
 
         Raises ValueError for shapes or arguments that do not fit together.
         """
+        grid, frames = self._check_latents(x_BFCHW), x_BFCHW.shape[1]
+        tokens_BLD, modulation, context = self._inputs(
+            x_BFCHW, t, text_BTE, layout, clean_BFCHW, cache, past
+        )
+        h_BLD, _ = self._run(tokens_BLD, modulation, context)
+        out_BLE = self.head.head(h_BLD)
+        out = self._unpatchify(out_BLE[:, -frames * math.prod(grid) :].float(), grid)
+        if self.config.prediction == "x0":
+            sigma = (modulation.t[:, -frames:] / TRAIN_STEPS).clamp(min=1 / TRAIN_STEPS)
+            out = (x_BFCHW.float() - out) / sigma[:, :, None, None, None]
+        return out
+
+    def features(
+        self,
+        x_BFCHW: Tensor,
+        t: Tensor | Modulation,
+        text_BTE: Tensor | TextKeys,
+        keep: Sequence[int],
+    ) -> list[Tensor]:
+        """The residual stream [B, L, D] after each block of `keep`, in its order, in a
+        bidirectional pass; arguments of `forward`. Blocks after the last of them are not run.
+        Raises ValueError for a block that does not exist."""
+        if not all(0 <= i < self.config.layers for i in keep):
+            raise ValueError(f"keep={[*keep]}: must be blocks in 0..{self.config.layers - 1}")
+        return self._run(*self._inputs(x_BFCHW, t, text_BTE), keep)[1]
+
+    def _inputs(
+        self,
+        x_BFCHW: Tensor,
+        t: Tensor | Modulation,
+        text_BTE: Tensor | TextKeys | None,
+        layout: sf.BlockLayout | None = None,
+        clean_BFCHW: Tensor | None = None,
+        cache: sf.RingKVCache | None = None,
+        past: Past | None = None,
+    ) -> tuple[Tensor, Modulation, Context]:
+        """What `forward` was given, as `_run` takes it: tokens, modulation and context."""
         grid = self._check_latents(x_BFCHW)
         batch, frames = x_BFCHW.shape[:2]
         if (clean_BFCHW is not None) != (layout is not None and layout.teacher_forcing):
@@ -306,12 +344,7 @@ class DiT(nn.Module):
             chunk,
             past,
         )
-        out_BLE = self._run(tokens_BLD, modulation, context)
-        out = self._unpatchify(out_BLE[:, -frames * math.prod(grid) :].float(), grid)
-        if self.config.prediction == "x0":
-            sigma = (modulation.t[:, -frames:] / TRAIN_STEPS).clamp(min=1 / TRAIN_STEPS)
-            out = (x_BFCHW.float() - out) / sigma[:, :, None, None, None]
-        return out
+        return tokens_BLD, modulation, context
 
     def modulation(self, t: Tensor) -> Modulation:
         """Time embedding of timesteps [], [B] or [B, F], in float32 whatever the model's dtype:
@@ -356,10 +389,14 @@ class DiT(nn.Module):
             device=self.device,
         )
 
-    def _run(self, x_BLD: Tensor, modulation: Modulation, context: Context) -> Tensor:
-        """All blocks and the head. Each norm is computed in one pass with the residual before it,
-        so that the first one stands before the loop and the last one is the head's."""
-        blocks = [cast(Block, block) for block in self.blocks]
+    def _run(
+        self, x_BLD: Tensor, modulation: Modulation, context: Context, keep: Sequence[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """All blocks, or those up to the last of `keep`: the head's norm of x, and x after each of
+        `keep`. Each norm is computed in one pass with the residual before it, so that the first one
+        stands before the loop and the last one is the head's."""
+        last = max(keep, default=self.config.layers - 1)
+        blocks = [cast(Block, block) for block in self.blocks][: last + 1]
         tables = [block.modulate(modulation.blocks) for block in blocks]
         # The (shift, scale) of the norm that follows each block.
         following = [(m[0], m[1]) for m in tables[1:]] + [self.head.modulate(modulation.head)]
@@ -379,9 +416,12 @@ class DiT(nn.Module):
         if self.recompute and torch.is_grad_enabled() and context.cache is None:
             options: Any = {"use_reentrant": False, "preserve_rng_state": False}
             run = functools.partial(checkpoint, through, **options)
-        for block, table, after in zip(blocks, tables, following, strict=True):
+        kept: dict[int, Tensor] = {}
+        for i, (block, table, after) in enumerate(zip(blocks, tables, following, strict=True)):
             x_BLD, h_BLD = run(block, table, after, x_BLD, h_BLD)
-        return self.head.head(h_BLD)
+            if i in keep:
+                kept[i] = x_BLD
+        return h_BLD, [kept[i] for i in keep]
 
     def _embed_text(self, text_BTE: Tensor) -> Tensor:
         """Pads with zeros to text_len rows, all of which are attended to, and projects."""

@@ -30,8 +30,14 @@ class FlowSchedule:
     def sigma(self, t: Tensor) -> Tensor:
         """σ of any t (any shape): the table's entry with the nearest t, so that t = 0 gives the
         smallest σ, not 0. For t of a chunk that is clean, use t = 0 and the latents as they are."""
-        distance = (self.timesteps.to(t.device) - t.float().unsqueeze(-1)).abs()
-        return self.sigmas.to(t.device)[distance.argmin(-1)]
+        return self.sigmas.to(t.device)[self._nearest(t)]
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Loss weight of the flow at any t (any shape): `flow_weights` of the nearest t."""
+        return self.flow_weights().to(t.device)[self._nearest(t)]
+
+    def _nearest(self, t: Tensor) -> Tensor:
+        return (self.timesteps.to(t.device) - t.float().unsqueeze(-1)).abs().argmin(-1)
 
     def warp(self, steps: Sequence[int]) -> Tensor:
         """t of few-step indices in 1..1000, such as [1000, 750, 500, 250] → [1000, 937.5, 833.3,

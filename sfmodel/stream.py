@@ -91,6 +91,14 @@ class FewStepSampler:
         flow = self._flow(x_BFCHW, i)
         return few_step(x_BFCHW, flow, self.sigmas, i, renoise, self.model.impl)
 
+    def integrate(self, noise_BFCHW: Tensor) -> Tensor:
+        """x0 of the next chunk by Euler steps of dx/dσ = flow, for models not distilled."""
+        x = noise_BFCHW
+        following = [*self.sigmas[1:], torch.zeros_like(self.sigmas[0])]
+        for i, (now, then) in enumerate(zip(self.sigmas, following, strict=True)):
+            x = x + (then - now) * self._flow(x, i)
+        return x
+
     def _flow(self, x_BFCHW: Tensor, i: int) -> Tensor:
         return self.model(x_BFCHW, self.modulations[i], None, cache=self.cache)
 

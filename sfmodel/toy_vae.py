@@ -176,14 +176,20 @@ class ToyVAE(nn.Module):
         empty: float = 0.0,
     ) -> LatentSample:
         """The latents [B, F, 4, 8, 8] of `world.sample` with the same arguments and seed, up to
-        rounding, without its pixels: the encoder is linear, so it sees the ball's outline alone."""
+        rounding, without its pixels."""
         generator = world.generator_of(seed)
         frames = 1 + self.temporal_factor * (latent_frames - 1)
         truth = world.draw(batch, frames, generator, self.mean_C11.device)
+        sentences = world.sentences(truth, generator, drop=drop, empty=empty)
+        return LatentSample(self.latents_of(truth), truth, sentences)
+
+    @torch.no_grad()
+    def latents_of(self, truth: world.Truth) -> Tensor:
+        """The latents [B, F, 4, 8, 8] of `world.render`, up to rounding, without its pixels: the
+        encoder is linear, so it sees the ball's outline alone."""
         cover_BTHW = F.avg_pool2d(world.coverage(truth), self.spatial_factor)
         pooled_BTCHW = cover_BTHW[:, :, None] * (2 * truth.rgb_B3)[:, None, :, None, None] - 1
-        sentences = world.sentences(truth, generator, drop=drop, empty=empty)
-        return LatentSample(self._latents_of(pooled_BTCHW, start=True), truth, sentences)
+        return self._latents_of(pooled_BTCHW, start=True)
 
 
 class _Residual(nn.Module):

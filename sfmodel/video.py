@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
@@ -284,6 +286,37 @@ def contact_sheet(
     _draw_sheet(
         list(zip(chosen, _to_images(frames[chosen]), strict=True)), Path(path), columns, title
     )
+
+
+def contact_sheet_of_rows(
+    videos: Tensor,
+    path: str | os.PathLike[str],
+    labels: Sequence[str],
+    title: str,
+    columns: int = 10,
+) -> None:
+    """Write a PNG with a row for each of several videos, the same frames of all.
+
+    videos: float [B, T, 3, H, W] in [-1, 1]; `columns` of their frames are shown, the first and
+    last included. labels: one for each. Raises OSError where the path cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    chosen = np.linspace(0, videos.shape[1] - 1, min(columns, videos.shape[1])).round().astype(int)
+    size = 1.1 * len(chosen) + 1.8, 1.2 * len(videos) + 0.3
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(videos), len(chosen), squeeze=False)
+    for row, video, label in zip(axes, videos, labels, strict=True):
+        for ax, image_HWC in zip(row, _to_images(video[chosen.tolist()]), strict=True):
+            ax.imshow(image_HWC)
+            ax.set(xticks=[], yticks=[])
+        words = textwrap.fill(label, 20)
+        row[0].set_ylabel(words, rotation=0, ha="right", va="center", fontsize=8)
+    for ax, frame in zip(axes[0], chosen, strict=True):
+        ax.set_title(f"{frame}", fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    with atomic(path) as part:
+        figure.savefig(part, format="png", dpi=120)
 
 
 TILE_MIN, TILE_MAX, GAP = 128, 320, 8  # px: short side at least, long side at most, distance

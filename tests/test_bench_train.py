@@ -41,7 +41,8 @@ def test_diffusion_forcing_is_the_weighted_flow_error_of_noisy_chunks() -> None:
     sigma = torch.tensor([[0.1, 0.1, 0.9, 0.9], [0.3, 0.3, 1.0, 1.0]], dtype=torch.float64)
     text = torch.randn(2, 3, 32, dtype=torch.float64)
     layout = BlockLayout.causal(4, 2, 4)
-    loss = diffusion_forcing_loss(model, clean, noise, sigma, text, layout)
+    weight = (sigma / 0.3).clamp(max=1).square()
+    loss = diffusion_forcing_loss(model, clean, noise, sigma, text, layout, weight)
     s = sigma[:, :, None, None, None]
     x = (1 - s) * clean + s * noise
     x0 = x - s * model(x, sigma * 1000, text, layout=layout)  # its error counts as 1 / max(σ, 0.3)²

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -159,3 +160,124 @@ def test_ode_regression_is_the_error_of_x0() -> None:
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
     loss.backward()
     assert all(p.grad is not None for p in model.blocks.parameters())
+
+
+class Logit(nn.Module):
+    """A logit that can be differentiated by hand: a·sum of x_t + b·sum of x_t²."""
+
+    def __init__(self, a: float, b: float) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.tensor([a, b], dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.weights
+        return a * x.sum((1, 2, 3, 4)) + b * x.square().sum((1, 2, 3, 4))
+
+
+def noisy(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Sample by sample."""
+    sigmas = [float(SCHEDULE.sigma(each)) for each in t]
+    return torch.stack([(1 - s) * x[i] + s * noise[i] for i, s in enumerate(sigmas)])
+
+
+def sums(x_t: Tensor) -> list[Tensor]:
+    """The derivative of each sample's `Logit` with respect to its weights."""
+    return [torch.stack([each.sum(), each.square().sum()]) for each in x_t]
+
+
+def test_the_relativistic_loss_of_pairs() -> None:
+    winner = torch.tensor([0.5, -2.0], dtype=torch.float64, requires_grad=True)
+    loser = torch.tensor([-1.0, 1.0], dtype=torch.float64, requires_grad=True)
+    loss = objectives.relativistic_loss(winner, loser)
+    assert loss.item() == pytest.approx((math.log1p(math.exp(-1.5)) + math.log1p(math.exp(3))) / 2)
+    loss.backward()
+    want = [-1 / (1 + math.exp(1.5)) / 2, -1 / (1 + math.exp(-3)) / 2]
+    assert winner.grad is not None and winner.grad.tolist() == pytest.approx(want)
+    assert loser.grad is not None and loser.grad.tolist() == pytest.approx([-w for w in want])
+    assert objectives.relativistic_loss(torch.tensor([-200.0]), torch.tensor([200.0])) == 400
+
+
+def test_the_penalty_is_the_squared_slope_in_a_direction() -> None:
+    logit = torch.tensor([1.0, 2.0], requires_grad=True)
+    perturbed = torch.tensor([1.1, 1.6], requires_grad=True)
+    penalty = objectives.finite_difference_penalty(logit, perturbed, 0.2)
+    assert penalty.item() == pytest.approx((0.5**2 + 2.0**2) / 2)
+    penalty.backward()
+    assert perturbed.grad is not None and perturbed.grad.tolist() == pytest.approx([2.5, -10.0])
+    assert logit.grad is not None and logit.grad.tolist() == pytest.approx([-2.5, 10.0])
+
+
+def test_the_penalty_is_on_average_the_squared_gradient() -> None:
+    x, logit = torch.randn(1, 1, 2, 1, 2, dtype=torch.float64), Logit(0.3, 0.2)
+    with torch.no_grad():
+        steps = torch.randn(100_000, 1, 2, 1, 2, dtype=torch.float64)
+        perturbed = logit(x + 1e-3 * steps)
+        got = objectives.finite_difference_penalty(logit(x), perturbed, 1e-3)
+        assert float(got) == pytest.approx(float((0.3 + 2 * 0.2 * x).square().sum()), rel=0.03)
+
+
+def test_the_generator_takes_the_gradient_of_the_generated_video_alone() -> None:
+    fake, noise, t, _, _ = drawn()
+    real, logit = torch.randn_like(fake).requires_grad_(), Logit(0.05, 0.02)
+    fake.requires_grad_()
+    loss = objectives.gan_generator_loss(logit, fake, real, noise, t, SCHEDULE)
+    loss.backward()
+    with torch.no_grad():
+        fake_t, real_t = noisy(fake, noise, t), noisy(real, noise, t)
+        a, b = logit.weights.tolist()
+        total, slope, want = 0.0, torch.empty_like(fake), torch.zeros(2, dtype=torch.float64)
+        of_fake, of_real = sums(fake_t), sums(real_t)
+        for i in range(len(fake)):
+            ahead = float((of_fake[i] - of_real[i]) @ logit.weights)
+            total += math.log1p(math.exp(-ahead)) / 2
+            d_logit = -1 / (1 + math.exp(ahead)) / 2
+            sigma = float(SCHEDULE.sigma(t[i]))
+            slope[i] = d_logit * (a + 2 * b * fake_t[i]) * (1 - sigma)
+            want += d_logit * of_fake[i]
+    assert loss.item() == pytest.approx(total, rel=1e-5)
+    torch.testing.assert_close(fake.grad, slope, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(logit.weights.grad, want, rtol=1e-5, atol=1e-9)
+    assert real.grad is None
+
+
+def test_the_discriminator_parts_pairs_with_small_slopes() -> None:
+    """Each weight apart from the other, so that neither penalty can stand for the other one."""
+    fake, noise, t, _, _ = drawn()
+    real, fake_step, real_step = torch.randn(3, *SHAPE, dtype=torch.float64)
+    fake.requires_grad_()
+    logit, sigma = Logit(0.05, 0.02), 0.1
+    fake_t, real_t = noisy(fake.detach(), noise, t), noisy(real, noise, t)
+    pairs = list(zip(sums(fake_t), sums(real_t), strict=True))
+    differences = []  # by weight: how the derivatives differ between perturbed and unperturbed
+    for x_t, step in ((real_t, real_step), (fake_t, fake_step)):
+        apart = zip(sums(x_t + sigma * step), sums(x_t), strict=True)
+        differences.append([(one - other) / sigma for one, other in apart])
+    for weights in ((0.0, 0.0), (7.0, 0.0), (0.0, 5.0), (30.0, 30.0)):
+        loss = objectives.discriminator_loss(
+            logit, fake, real, noise, t, SCHEDULE, fake_step, real_step,
+            r1=weights[0], r2=weights[1], penalty_sigma=sigma,
+        )  # fmt: skip
+        (got,) = torch.autograd.grad(loss, logit.weights, retain_graph=True)
+        total, want = 0.0, torch.zeros(2, dtype=torch.float64)
+        with torch.no_grad():
+            for of_fake, of_real in pairs:
+                ahead = float((of_real - of_fake) @ logit.weights)
+                total += math.log1p(math.exp(-ahead)) / 2
+                want -= (of_real - of_fake) / (1 + math.exp(ahead)) / 2
+            for weight, difference in zip(weights, differences, strict=True):
+                for each in difference:
+                    slope = float(each @ logit.weights)
+                    total += weight * slope**2 / 2
+                    want += weight * 2 * slope * each / 2
+        assert loss.item() == pytest.approx(total, rel=1e-5)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-9)
+        assert torch.autograd.grad(loss, fake, allow_unused=True)[0] is None
+
+
+def test_the_penalties_of_the_paper() -> None:
+    fake, noise, t, _, _ = drawn()
+    real, *steps = torch.randn(3, *SHAPE, dtype=torch.float64)
+    loss = functools.partial(
+        objectives.discriminator_loss, Logit(0.05, 0.02), fake, real, noise, t, SCHEDULE, *steps
+    )
+    torch.testing.assert_close(loss(), loss(r1=30, r2=30, penalty_sigma=0.05), rtol=0, atol=0)

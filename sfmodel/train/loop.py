@@ -1,19 +1,19 @@
-"""The training loop: data, optimiser, average of the weights, log, checkpoints, exact resume.
+"""The training loop: models, optimisers, the average of the weights, log, samples, checkpoints and
+exact resume, on one rank or on many.
 
-Everything random in step n comes from a generator seeded by (seed, n), so that a run that is
-stopped and resumed is bit for bit the run that was not.
+Everything random in update n follows from (seed, n), so that a run that is stopped and resumed is
+bit for bit the run that was not.
 """
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import json
 import math
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,237 +21,464 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
-from sfkernels import BlockLayout
 from sfmodel import checkpoint
-from sfmodel.config import PRESETS
+from sfmodel.config import PRESETS, DiTConfig
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
 from sfmodel.schedule import FlowSchedule
+from sfmodel.stream import stream
 from sfmodel.text import ToyTextEncoder
 from sfmodel.toy_vae import ToyVAE
-from sfmodel.train.objectives import teacher_forcing_loss
+from sfmodel.train import parallel
+from sfmodel.train.config import TrainConfig
+from sfmodel.train.data import Source, open_source, skipped_report
+from sfmodel.train.discriminator import Discriminator
+from sfmodel.train.parallel import Ranks
+from sfmodel.train.recipes import Draw, Models, Part, Setting, Update, seed_of
+from sfmodel.train.trajectories import Trajectories, guided, solve
+from sfmodel.video import contact_sheet_of_rows
+
+Record = dict[str, float]
+# Of the samples that a run of the toy world shows.
+PROMPTS = ("a large red ball moves up slowly", "a small bright blue ball moves right fast", "")
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """One teacher-forcing run on the toy world. Every step draws one of `frames`, of `chunks` and
-    of `windows`: one model streams at any of them, and short clips, which are many to a step, teach
-    the first frames, which have nothing but the prompt to follow."""
+class Learner:
+    """Weights that are learned, of one or several modules, and their optimisers."""
 
-    preset: str = "toy"  # sizes of the model
-    output: Path = Path("out/train-toy")  # folder of the run
-    steps: int = 800  # optimiser steps
-    batch: int = 512  # latent frames a step
-    frames: tuple[int, ...] = (1, 4, 16)  # latent frames of a clip
-    chunks: tuple[int, ...] = (1, 3)  # latent frames generated at a time
-    windows: tuple[int, ...] = (6, 9, 15)  # latent frames that a chunk sees, its own included
-    lr: float = 2e-3  # peak learning rate
-    warmup: int = 50  # steps of linear warm-up; the last 60% of all steps fall linearly to 2%
-    ema: float = 0.998  # decay of the averaged weights, which are what generates
-    clip: float = 1.0  # largest norm of the gradient
-    weight_decay: float = 0.01  # of the blocks' matrices
-    context_noise: float = 0.4  # largest noise on the clean context, in the latents' units
-    fade: float = 0.5  # largest share of the light that is missing where the model looks
-    drop_text: float = 0.1  # share of clips trained without a prompt
-    drop_word: float = 0.15  # share of a prompt's words left out
-    bf16: bool = False  # matrix products in bfloat16
-    seed: int = 0  # of weights, data and noise
-    threads: int = 0  # CPU threads; 0 is PyTorch's choice
-    log_every: int = 20  # steps
-    save_every: int = 200  # steps
+    def __init__(self, modules: dict[str, nn.Module], config: TrainConfig, rate: float) -> None:
+        self.modules, self.rate = modules, rate
+        self.config = config
+        whole = nn.ModuleDict(modules)
+        self.whole = whole
+        self.parameters = [p for p in whole.parameters() if p.requires_grad]
+        muon = config.optimizer == "muon"
+        matrices = [
+            p
+            for module in modules.values()
+            if muon and isinstance(module, DiT)
+            for p in module.blocks.parameters()
+            if p.dim() == 2
+        ]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in self.parameters if id(p) not in chosen]
+        flat = [p for p in others if p.dim() < 2 or muon]
+        deep = [p for p in others if not (p.dim() < 2 or muon)]
+        groups = [
+            {"params": deep, "weight_decay": config.weight_decay},
+            {"params": flat, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        adamw = torch.optim.AdamW(groups, lr=rate, betas=config.betas)
+        self.optimizers: list[torch.optim.Optimizer] = [adamw]
+        if matrices:
+            options: Any = {"weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+            self.optimizers.insert(0, torch.optim.Muon(matrices, lr=rate, **options))
 
-    def __post_init__(self) -> None:
-        if self.preset != "toy":
-            raise ValueError(f"preset={self.preset!r}: teacher forcing here trains 'toy'")
-        for name in ("steps", "batch", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.batch < max(self.frames):
-            raise ValueError(f"batch={self.batch}: must hold a clip of {max(self.frames)} frames")
-        first = PRESETS[self.preset].first
-        for frames, chunk, window in itertools.product(self.frames, self.chunks, self.windows):
-            BlockLayout.causal(frames, chunk, 1, first=first, window=window)
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def norm(self) -> float:
+        """Of the gradient, which is cut to config.clip."""
+        found = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        return float(found.full_tensor() if hasattr(found, "full_tensor") else found)
+
+    def step(self, share: float) -> None:
+        """One update at a share of the peak rate."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate * share
+            optimizer.step()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "weights": get_model_state_dict(self.whole),
+            "optimizers": get_optimizer_state_dict(self.whole, self.optimizers),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        set_model_state_dict(self.whole, state["weights"])
+        set_optimizer_state_dict(self.whole, self.optimizers, state["optimizers"])
 
 
 class Run:
-    """A run's model, optimiser and folder."""
+    """A run's models, optimisers and folder.
 
-    def __init__(self, config: TrainConfig, device: torch.device | str | None = None) -> None:
-        self.config = config
-        self.preset = PRESETS[config.preset]
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.manual_seed(config.seed)
-        self.model = DiT(self.preset.dit).to(self.device)
-        self.average = DiT(self.preset.dit).to(self.device).requires_grad_(False)
-        self.average.load_state_dict(self.model.state_dict())
-        self.optimizers = _optimizers(self.model, config)
-        self.schedule = FlowSchedule(self.preset.shift)
-        self.codec, self.text = ToyVAE().to(self.device), ToyTextEncoder()
-        black = torch.full((1, 1, 3, 8, 8), -1.0, device=self.device)
-        self.dark, _ = self.codec.encode_chunk(black)
-        self.step = 0
-        self.records: list[dict[str, float]] = []
+    Raises ValueError for settings, weights or data that do not fit together."""
 
-    def train_step(self) -> float:
-        """One optimiser step; returns the loss. Raises FloatingPointError if it is not finite."""
-        config = self.config
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.rand(shape, generator=generator)
-
-        def choose(options: tuple[int, ...]) -> int:
-            return options[int(draw(1) * len(options))]
-
-        frames, chunk, window = map(choose, (config.frames, config.chunks, config.windows))
-        clips = config.batch // frames
-        clean, _, sentences = self.codec.sample_latents(
-            clips, frames, generator, drop=config.drop_word, empty=config.drop_text
+    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
+        self.config, self.ranks, self.preset = config, ranks, config.model
+        kind = config.kind
+        if config.optimizer == "muon" and ranks.world > 1:
+            raise ValueError("optimizer='muon' runs on one rank: use 'adamw' on several")
+        for frames in config.frames:
+            self._rows(config.clips(frames))
+        toy = config.preset == "toy"
+        self.codec = ToyVAE.from_pretrained().to(ranks.device) if toy else None
+        self.text = ToyTextEncoder() if toy else None
+        self.source: Source = open_source(
+            config.data,
+            self.preset,
+            max(config.frames),
+            ToyVAE() if toy else None,
+            self.text,
+            config.drop_word,
+            config.drop_text,
         )
-        text = self.text(sentences, self.device)
-        layout = BlockLayout.causal(
-            frames,
-            chunk,
-            math.prod(self.preset.grid),
-            first=self.preset.first,
-            window=window,
-            teacher_forcing=True,
-        )
-        sizes = torch.tensor(layout.chunks)
-        sigma = self.schedule.shifted(draw(clips, len(sizes)).clamp(min=1e-3))
-        sigma = sigma.repeat_interleave(sizes, 1).to(self.device)
-        noise, smear = (
-            torch.randn(clean.shape, generator=generator).to(self.device) for _ in range(2)
-        )
-        level = config.context_noise * draw(clips, 1, 1, 1, 1).to(self.device)
-        # The x0 of a few large steps is a mean, which is darker than any sample. A model that has
-        # seen such pictures, in its context and under the noise, brings the light back.
-        faded_now, faded_past = (
-            clean + config.fade * draw(clips, 1, 1, 1, 1).to(self.device) * (self.dark - clean)
-            for _ in range(2)
-        )
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
-            loss = teacher_forcing_loss(
-                self.model,
-                clean,
-                faded_past + level * smear,
-                noise,
-                sigma,
-                text,
-                layout,
-                seen_BFCHW=faded_now,
+        if kind.needs_clips and not self.source.has_latents:
+            raise ValueError(
+                f"recipe={config.recipe!r} learns from clips: {config.data} holds prompts alone"
             )
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()} at step {self.step}")
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        rate = config.lr * _rate(self.step, config)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-        self.step += 1
-        decay = min(config.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for average, value in zip(
-                self.average.parameters(), self.model.parameters(), strict=True
-            ):
-                average.lerp_(value, 1 - decay)
-        return loss.item()
+        no_prompt = torch.zeros(1, 1, self.preset.dit.text_dim)
+        self.negative = no_prompt.to(ranks.device)
+        dark = None
+        if self.codec is not None:
+            black = torch.full((1, 1, 3, 8, 8), -1.0, device=ranks.device)
+            dark = self.codec.encode_chunk(black)[0][0, 0]
+        elif config.fade:
+            raise ValueError(f"fade={config.fade}: only the toy world has a light")
 
-    def save(self) -> None:
-        """Writes everything a resumed run needs, atomically, and the averaged weights."""
-        folder = self.config.output
-        state = {
-            "step": self.step,
-            "config": _plain(self.config),
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            "records": self.records,
+        generator = self._dit(self.preset.dit, config.init)
+        self.average = self._dit(self.preset.dit, None).requires_grad_(False)
+        with torch.no_grad():
+            for mine, theirs in self._averaged(generator):
+                mine.copy_(theirs)
+        self.learners = {"generator": Learner({"generator": generator}, config, config.lr)}
+        real = critic = head = None
+        if config.needs_teacher:
+            sizes = PRESETS[config.teacher_preset or config.preset].dit
+            real = self._dit(sizes, config.teacher, frozen=True)
+        if kind.distils:
+            critic = self._dit(self.preset.dit, config.critic or config.teacher)
+            learned: dict[str, nn.Module] = {"critic": critic}
+            if kind.objective == "gan":
+                head = self._place(Discriminator, self.preset.dit)
+                critic.head.requires_grad_(False)  # what is read are the blocks before it
+                learned["discriminator"] = head
+            self.learners["critic"] = Learner(learned, config, config.lr_critic)
+        self.models = Models(generator, real, critic, head)
+        for model in (generator, real, critic):
+            if model is not None:
+                # A rollout runs each exit step again as a whole.
+                model.recompute = config.recompute and not (
+                    model is generator and kind.context == "own"
+                )
+                if config.compile:
+                    for block in model.blocks:
+                        block.compile()
+        trajectories = Trajectories(config.output / "trajectories", config.pairs)
+        self.setting = Setting(
+            config, self.models, self.source, trajectories, self.negative, dark, ranks.device
+        )
+        self.step = 0
+        self.seconds = 0.0
+
+    def _dit(self, sizes: DiTConfig, weights: Path | None, frozen: bool = False) -> DiT:
+        """Of a file's weights, or drawn from the run's seed; the same on all ranks. frozen: in the
+        dtype of the arithmetic, without gradient."""
+        impls = self.config.impl, self.config.attention_impl
+        model = self._place(DiT, sizes, *impls, weights=weights, frozen=frozen)
+        return model.requires_grad_(not frozen).train(not frozen)
+
+    def _place(
+        self, make: Callable[..., Any], *arguments: Any, weights: Path | None = None,
+        frozen: bool = False,
+    ) -> Any:  # fmt: skip
+        state: dict[str, Tensor] = {}
+        with torch.device("meta"):
+            model = make(*arguments)
+        if frozen and self.config.bf16:
+            model = model.bfloat16()
+        if weights is not None:
+            # Every rank looks, so that all of them refuse a file that is not there.
+            state, _ = checkpoint.matching(model, weights)
+        elif self.ranks.first:
+            with torch.random.fork_rng([]):
+                torch.manual_seed(seed_of(self.config.seed, make.__name__))
+                state = make(*arguments).state_dict()
+        return parallel.place(model, state, self.ranks, bf16=self.config.bf16)
+
+    def _rows(self, clips: int) -> list[range]:
+        """This rank's micro-batches of a global batch."""
+        local, left = divmod(clips, self.ranks.world)
+        micro = min(self.config.micro_batch or local, local)
+        if left or not local or local % micro:
+            raise ValueError(
+                f"an update of {clips} clips: must divide into {self.ranks.world} ranks and "
+                f"micro_batch={micro}"
+            )
+        begin = self.ranks.rank * local
+        return [range(i, i + micro) for i in range(begin, begin + local, micro)]
+
+    def _averaged(self, generator: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        pairs = (parallel.local(model.parameters()) for model in (self.average, generator))
+        return zip(*pairs, strict=True)
+
+    def prepare(self, told: Callable[[int], None] = lambda done: None) -> None:
+        """What must be there before the first update: the teacher's trajectories."""
+        config, real = self.config, self.models.real
+        if config.kind.objective != "ode":
+            return
+        assert real is not None
+        (frames,) = config.frames
+
+        def solved(rows: range) -> tuple[Tensor, Tensor]:
+            seed = seed_of(config.seed, "trajectories")
+            prompts = self.source.draw(
+                seed, config.pairs, frames, slice(rows.start, rows.stop), latents=False
+            )
+            shape = frames, self.preset.dit.channels, self.preset.height, self.preset.width
+            noise = Draw(seed, rows, self.ranks.device).normal("noise", *shape)
+            text = prompts.text_BTE.to(self.ranks.device)
+            flow = guided(real, text, self.negative, config.guidance)
+            schedule = FlowSchedule(self.preset.shift)
+            with self.autocast():
+                return solve(flow, noise, schedule, self.preset.steps, config.teacher_steps), text
+
+        facts = {
+            name: config.plain()[name]
+            for name in ("preset", "teacher", "teacher_preset", "data", "frames", "pairs", "seed")
         }
-        with atomic(folder / "run.pt") as temporary:
-            torch.save(state, temporary)
-        checkpoint.save(self.average, folder / "model.safetensors", self.preset.dit, step=self.step)
-        with atomic(folder / "log.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+        facts |= {"teacher_steps": config.teacher_steps, "guidance": config.guidance}
+        self.setting.trajectories.make(solved, facts, self.ranks, told)
+
+    def train_step(self) -> Record:
+        """The critic's updates and one of the generator; returns means over the ranks. Raises
+        FloatingPointError, with the state before this update saved, where one is not finite."""
+        config = self.config
+        record: Record = {}
+        began = time.perf_counter()
+        if "critic" in self.learners:
+            count = config.critic_steps + (0 if self.step else config.critic_warmup)
+            for i in range(count):
+                record |= self._update("critic", f"critic {i}", 1.0)
+        record |= self._update("generator", "generator", _rate(self.step, config))
+        self.step += 1
+        after = self.step - config.ema_start
+        decay = min(config.ema, (1 + after) / (10 + after)) if after > 0 else 0.0
+        with torch.no_grad():
+            for average, value in self._averaged(self.models.generator):
+                average.lerp_(value, 1 - decay)
+        self.seconds += time.perf_counter() - began
+        return record
+
+    def _update(self, which: str, name: str, share: float) -> Record:
+        learner = self.learners[which]
+        update = Update(self.setting, self.step, name)
+        learner.zero_grad()
+        rows = self._rows(update.clips)
+        loss = 0.0
+        with self.autocast():
+            for each in rows:
+                part = Part(update, each)
+                learn = part.learn if which == "generator" else part.learn_critic
+                loss += learn(1 / len(rows)) / len(rows)
+        norm = learner.norm()
+        found = self.ranks.mean({"loss": loss, "norm": norm})
+        if not all(map(math.isfinite, found.values())):
+            learner.zero_grad()
+            where = self.save("failed-")
+            raise FloatingPointError(
+                f"{which}: loss is {found['loss']}, norm of the gradient {found['norm']} in update "
+                f"{self.step + 1}; the state before it is in {where}"
+            )
+        learner.step(share)
+        prefix = "" if which == "generator" else "critic_"
+        return {f"{prefix}{key}": value for key, value in found.items()}
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.bf16)
+
+    def state(self) -> dict[str, Any]:
+        state = {name: learner.state() for name, learner in self.learners.items()}
+        return {**state, "average": get_model_state_dict(self.average)}
+
+    def save(self, prefix: str = "") -> Path:
+        """A checkpoint of everything that a resumed run needs, and, unless it has a prefix, the
+        averaged weights."""
+        folder = self.config.output
+        facts = {"config": self.config.plain(), "seconds": self.seconds, "ranks": self.ranks.world}
+        path = parallel.save(
+            folder / "checkpoints", self.step, self.state(), facts, self.ranks, prefix
+        )
+        if not prefix:
+            weights = parallel.full_state(self.average, self.ranks)
+            if self.ranks.first:
+                extra = {"step": self.step, "recipe": self.config.recipe}
+                name = folder / "model.safetensors"
+                checkpoint.save(weights, name, self.preset.dit, **extra)
+        return path
 
     def resume(self) -> None:
-        """Continues from the run's folder. Raises ValueError where there is no whole checkpoint or
-        it belongs to a run of other settings."""
-        path = self.config.output / "run.pt"
-        if not path.is_file():
+        """Continues from the newest checkpoint of the run's folder. Raises ValueError where there
+        is none, or it is damaged or of a run of other settings."""
+        found = parallel.checkpoints(self.config.output / "checkpoints")
+        if not found:
             raise ValueError(f"{self.config.output}: holds no run to resume")
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{path}: not a whole checkpoint ({type(error).__name__})") from None
-        mine = _plain(self.config)
-        free = {"steps", "output", "threads", "log_every", "save_every"}
-        other = [k for k in mine if k not in free and state["config"].get(k) != mine[k]]
-        if other:
-            was = ", ".join(f"{k}={state['config'].get(k)!r}" for k in other)
-            raise ValueError(f"{path}: is of a run with {was}: resume with the same settings")
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step, self.records = state["step"], state["records"]
+        facts = parallel.facts(found[-1])
+        saved = facts["config"]
+        if other := self.config.differing(saved):
+            was = ", ".join(f"{name}={saved.get(name)!r}" for name in other)
+            raise ValueError(f"{found[-1]}: is of a run with {was}: resume with the same settings")
+        state = self.state()
+        parallel.load(found[-1], state, self.ranks)
+        for name, learner in self.learners.items():
+            learner.restore(state[name])
+        set_model_state_dict(self.average, state["average"])
+        self.step, self.seconds = facts["step"], facts["seconds"]
 
 
-def train(config: TrainConfig, *, resume: bool = False) -> Path:
+def train(
+    config: TrainConfig, *, resume: bool = False, device: torch.device | str | None = None
+) -> Path:
     """Runs to `config.steps` with progress, and returns the path of the averaged weights. Ctrl-C
-    ends the step and saves first. Raises ValueError where the folder holds another run and
+    ends the update and saves first. Raises ValueError where the folder holds another run and
     `resume` is not set."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    if not resume and (config.output / "run.pt").exists():
-        raise ValueError(f"{config.output}: holds a run already: resume it or name another folder")
-    config.output.mkdir(parents=True, exist_ok=True)
-    run = Run(config)
-    if resume:
-        run.resume()
-    console = Console()
-    columns = (TextColumn("training"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    more = (TextColumn("loss {task.fields[loss]:.4f}"), TimeRemainingColumn())
-    progress = Progress(*columns, *more, console=console, disable=not console.is_terminal)
-    with progress, _held_interrupts() as interrupts:
-        task = progress.add_task("", total=config.steps, completed=run.step, loss=math.nan)
-        began, losses = time.perf_counter(), []
-        while run.step < config.steps:
-            losses.append(run.train_step())
-            if run.step % config.log_every == 0 or run.step == config.steps:
-                seconds = (time.perf_counter() - began) / len(losses)
-                loss = sum(losses) / len(losses)
-                record = {"step": run.step, "loss": loss, "seconds_per_step": seconds}
-                run.records.append(record)
-                if console.is_terminal:
-                    progress.update(task, completed=run.step, loss=loss)
-                else:
-                    left = (config.steps - run.step) * seconds / 60
-                    print(
-                        f"step {run.step}/{config.steps}  loss {loss:.4f}  "
-                        f"{seconds:.2f} s/step  {left:.0f} min left",
-                        flush=True,
-                    )
-                began, losses = time.perf_counter(), []
-            if run.step % config.save_every == 0:
-                run.save()
-            if interrupts:
-                run.save()
-                console.print(f"stopped at step {run.step}; saved in {config.output}")
-                raise KeyboardInterrupt
-    run.save()
-    plot_loss(run.records, config.output / "loss.png")
-    return config.output / "model.safetensors"
+    folder = config.output
+    with parallel.started(config.shard, device) as ranks:
+        if not resume and parallel.checkpoints(folder / "checkpoints"):
+            raise ValueError(f"{folder}: holds a run already: resume it or name another folder")
+        ranks.wait()
+        run = Run(config, ranks)
+        if resume:
+            run.resume()
+        if ranks.first:
+            with atomic(folder / "config.json") as part:
+                part.write_text(json.dumps(config.plain(), indent=1) + "\n")
+        with _Report(run) as report, _held_interrupts() as interrupts:
+            run.prepare(report.preparing)
+            report.began = time.perf_counter()
+            while run.step < config.steps:
+                report.update(run.train_step())
+                last = run.step == config.steps
+                stop = ranks.any(bool(interrupts))
+                if last or stop or run.step % config.save_every == 0:
+                    run.save()
+                if stop and not last:
+                    report.say(f"stopped at update {run.step}; saved in {folder}")
+                    raise KeyboardInterrupt
+                if last or (config.sample_every and run.step % config.sample_every == 0):
+                    report.sample()
+    return folder / "model.safetensors"
 
 
-@contextmanager
+class _Report:
+    """What a run shows while it goes on, on its first rank: progress in a terminal, plain lines
+    elsewhere; log.jsonl with the means of every few updates; at the end curves.png."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.config = run, run.config
+        self.first = run.ranks.first
+        self.path = run.config.output / "log.jsonl"
+        self.console = Console(quiet=not self.first)
+        columns = (TextColumn("{task.description}"), BarColumn())
+        more = (TextColumn("{task.completed}/{task.total} {task.fields[said]}"),)
+        live = self.console.is_terminal and self.first
+        self.progress = Progress(
+            *columns, *more, TimeRemainingColumn(), console=self.console, disable=not live
+        )
+        self.live = live
+        self.records: list[Record] = []  # logged
+        self.recent: list[Record] = []  # since then
+        self.began, self.done = time.perf_counter(), 0  # of updates
+
+    def __enter__(self) -> _Report:
+        run = self.run
+        if self.first:
+            if run.step and self.path.exists():
+                lines = map(json.loads, self.path.read_text().splitlines())
+                self.records = [line for line in lines if line["step"] <= run.step]
+            # A resumed run writes again what it logged after its checkpoint.
+            with atomic(self.path) as part:
+                part.write_text("".join(json.dumps(each) + "\n" for each in self.records))
+            if report := skipped_report(run.source):
+                self.say(report)
+        self.progress.start()
+        name = self.config.recipe
+        self.task = self.progress.add_task(
+            name, total=self.config.steps, completed=run.step, said=""
+        )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.progress.stop()
+        if self.first and self.records:
+            # On a full disk, what failed first is what is said.
+            with contextlib.suppress(*([] if kind is None else [OSError])):
+                plot(self.records, self.config.output / "curves.png", self.config.recipe)
+
+    def say(self, text: str) -> None:
+        if self.first:
+            self.progress.print(text) if self.live else print(text, flush=True)
+
+    def preparing(self, done: int) -> None:
+        """So many of the teacher's trajectories are there."""
+        said = f"trajectory {done} of {self.config.pairs}"
+        if self.live:
+            self.progress.update(self.task, said=said)
+        else:
+            self.say(said)
+
+    def update(self, record: Record) -> None:
+        step, steps = self.run.step, self.config.steps
+        self.recent.append(record)
+        self.done += 1
+        if step % self.config.log_every and step != steps:
+            self.progress.update(self.task, completed=step)
+            return
+        means = {key: sum(r[key] for r in self.recent) / len(self.recent) for key in record}
+        rate = (time.perf_counter() - self.began) / self.done
+        line = {"step": step, **means, "seconds": self.run.seconds, "seconds_per_step": rate}
+        if self.run.ranks.device.type == "cuda":
+            line["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.recent = []
+        self.records.append(line)
+        if self.first:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        said = "  ".join(f"{key} {value:.4g}" for key, value in means.items())
+        self.progress.update(self.task, completed=step, said=said)
+        if not self.live:
+            left = (steps - step) * rate / 60
+            self.say(f"update {step}/{steps}  {said}  {rate:.2f} s each  {left:.0f} min left")
+
+    def sample(self) -> None:
+        """A contact sheet of what the averaged weights generate, where there is a decoder."""
+        run, config = self.run, self.config
+        if run.codec is None or run.text is None or config.kind.context == "whole":
+            return
+        # Under FSDP a model is whole only inside its own forward pass.
+        state = parallel.full_state(run.average, run.ranks)
+        if not self.first:
+            return
+        model = DiT(run.preset.dit, config.impl, config.attention_impl)
+        model.load_state_dict(state)
+        preset = replace(
+            run.preset, chunk=config.chunks[-1], window=max(config.windows), sink=config.sink
+        )
+        text = run.text(PROMPTS, run.ranks.device)
+        model = model.to(run.ranks.device).eval()
+        frames = 1 + run.codec.temporal_factor * (2 * max(config.frames) - 1)
+        options = {"frames": frames, "seed": config.seed, "batch": len(PROMPTS)}
+        videos = torch.cat([*stream(model, run.codec, text, preset, **options)], 1)
+        path = config.output / "samples" / f"update-{run.step:06d}.png"
+        labels = [prompt or "(no prompt)" for prompt in PROMPTS]
+        contact_sheet_of_rows(videos, path, labels, f"{config.recipe}, update {run.step}")
+
+
+@contextlib.contextmanager
 def _held_interrupts() -> Iterator[list[int]]:
-    """Ctrl-C in the body is only noted, so that it never falls between two halves of a step and
+    """Ctrl-C in the body is only noted, so that it never falls between two halves of an update and
     what is then saved is whole. A second one stops at once, with the last checkpoint as it is."""
     noted: list[int] = []
 
@@ -267,46 +494,34 @@ def _held_interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def plot_loss(records: list[dict[str, float]], path: Path) -> None:
-    """The loss curve of a run as a PNG."""
+def plot(records: list[Record], path: Path, title: str) -> None:
+    """The losses and the norms of the gradients of a run as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, ax = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
-    ax.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1.2)
-    ax.set_yscale("log")
-    ax.set_xlabel("step")
-    ax.set_ylabel("loss")
-    ax.set_title("teacher forcing: flow-matching loss")
-    ax.grid(alpha=0.3, which="both")
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for ax, what in zip(axes, ("loss", "norm"), strict=True):
+        for prefix, name in (("", "generator"), ("critic_", "critic")):
+            if prefix + what in records[-1]:
+                values = [(r["step"], r[prefix + what]) for r in records]
+                ax.plot(*zip(*values, strict=True), label=name, linewidth=1.2)
+        positive = all(r[key] > 0 for r in records for key in r if key.endswith(what))
+        ax.set_yscale("log" if positive else "linear")
+        ax.set_xlabel("update of the generator")
+        ax.set_ylabel(f"{what} of the gradient" if what == "norm" else what)
+        ax.grid(alpha=0.3, which="both")
+        ax.legend()
+    figure.suptitle(title)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     pyplot.close(figure)
 
 
-def _optimizers(model: DiT, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for everything else."""
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        torch.optim.Muon(
-            matrices,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-
-
 def _rate(step: int, config: TrainConfig) -> float:
-    """Share of the peak learning rate at a step."""
-    fall = min(1.0, (config.steps - step) / (0.6 * config.steps))
-    return min(1.0, (step + 1) / config.warmup) * (0.02 + 0.98 * fall)
-
-
-def _plain(config: TrainConfig) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(config), default=str))
+    """Share of the peak learning rate at an update."""
+    fall = 1.0
+    if config.fall:
+        fall = min(1.0, (config.steps - step) / (config.fall * config.steps))
+    return min(1.0, (step + 1) / max(config.warmup, 1)) * (0.02 + 0.98 * fall)

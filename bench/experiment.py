@@ -1,0 +1,380 @@
+"""`python -m bench experiment`: the comparison of the paper's Table 2 in the toy world. Teacher,
+diffusion and self forcing from one initialisation, with as many updates of the generator each, over
+several seeds, chunk by chunk and frame by frame; every model measured on videos up to four times as
+long as those it was trained on (`sfmodel.evaluate`).
+
+Jobs run in processes of their own, one to a CPU core or one after the other on a GPU. What is done
+is kept: an experiment that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bench.machine import machine, said
+from sfmodel import checkpoint
+from sfmodel.config import PRESETS
+from sfmodel.dit import DiT
+from sfmodel.evaluate import Sampling, bands, evaluate, held_out, judge, over, roll, seen_in
+from sfmodel.files import atomic
+from sfmodel.toy_vae import ToyVAE
+from sfmodel.train.config import TrainConfig, defaults
+from sfmodel.train.loop import train
+from sfmodel.train.parallel import checkpoints
+from sfmodel.video import contact_sheet_of_rows
+
+FRAMES = 7  # latent frames of a training clip, and of the window
+LONG = 4 * FRAMES
+EULER = 10  # steps of a model that is not distilled
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table. euler: of its sampler (`Sampling`). change: settings other than the
+    recipe's own, chosen on the validation split."""
+
+    recipe: str
+    euler: int = 0
+    change: tuple[tuple[str, Any], ...] = ()
+
+
+FLOW = (("optimizer", "adamw"), ("lr", 1e-4), ("betas", (0.0, 0.99)), ("ema", 0.98), ("warmup", 5),
+        ("fall", 1.0), ("drop_text", 0.0), ("fade", 0.0), ("context_noise", 0.0))  # fmt: skip
+ROWS = {
+    "TF": Row("tf", EULER, FLOW),
+    "DF": Row("df", EULER, FLOW),
+    "TF + DMD": Row("tf+dmd"),
+    "DF + DMD (CausVid)": Row("df+dmd"),
+    "SF + DMD": Row("sf+dmd"),
+    "SF + SiD": Row("sf+sid"),
+    "SF + GAN": Row("sf+gan"),
+    "SF + DMD, first hidden": Row("sf+dmd", change=(("hide_first", True),)),
+}
+WAYS = {"chunk-wise": 3, "frame-wise": 1}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of it. updates: of the generator. videos: that a model is measured by."""
+
+    updates: int = 50
+    batch: int = 24
+    seeds: int = 3
+    videos: int = 256
+
+
+ON_GPU = Scale(updates=200, batch=64, seeds=5, videos=1024)
+
+
+@dataclass(frozen=True)
+class Job:
+    row: str
+    way: str
+    seed: int
+    scale: Scale
+    folder: Path
+    split: str
+
+    @property
+    def name(self) -> str:
+        row = "".join(c if c.isalnum() else "-" for c in self.row.lower())
+        return f"{self.way}-{row}-{self.seed}"
+
+    def sampling(self) -> Sampling:
+        preset = replace(PRESETS["toy"], chunk=WAYS[self.way], window=FRAMES)
+        return Sampling(preset, ROWS[self.row].euler)
+
+    def config(self) -> TrainConfig:
+        row, scale = ROWS[self.row], self.scale
+        return replace(
+            defaults("toy", row.recipe),
+            init=defaults("toy", "sf+dmd").init,
+            output=self.folder / self.name,
+            frames=(FRAMES,),
+            chunks=(WAYS[self.way],),
+            windows=(FRAMES,),
+            steps=scale.updates,
+            batch=scale.batch,
+            seed=self.seed,
+            save_every=scale.updates,
+            log_every=max(1, scale.updates // 20),
+            **dict(row.change),
+        )
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Trains and measures one model, unless that is done."""
+    config = job.config()
+    path = config.output / f"{job.split}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    began = time.perf_counter()
+    if not _on_gpu():
+        torch.set_num_threads(1)
+    if not (config.output / "model.safetensors").exists():
+        resume = bool(checkpoints(config.output / "checkpoints"))
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            train(config, resume=resume)
+    trained = time.perf_counter()
+    held = _held(LONG, job.scale.videos, job.split)
+    result = evaluate(_load(config), job.sampling(), ToyVAE.from_pretrained(), held, FRAMES)
+    measured = time.perf_counter()
+    seconds = {"train": trained - began, "measure": measured - trained}
+    result |= {"row": job.row, "way": job.way, "seed": job.seed, "seconds": seconds}
+    with atomic(path) as part:
+        part.write_text(json.dumps(result))
+    return result
+
+
+def _on_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def _load(config: TrainConfig) -> DiT:
+    model = DiT(config.model.dit)
+    checkpoint.load(model, config.output / "model.safetensors")
+    return model.to("cuda" if _on_gpu() else "cpu").eval()
+
+
+_held = functools.cache(functools.partial(held_out, ToyVAE.from_pretrained()))
+
+
+def experiment(
+    output: Path = Path("out/experiment"),
+    rows: tuple[str, ...] = tuple(ROWS),
+    ways: tuple[str, ...] = tuple(WAYS),
+    updates: int | None = None,
+    batch: int | None = None,
+    seeds: int | None = None,
+    videos: int | None = None,
+    split: Literal["test", "validation"] = "test",
+    workers: int | None = None,
+) -> None:
+    """Compare teacher, diffusion and self forcing in the toy world: trains and measures every row
+    and writes results.json, a table, figures and contact sheets. About half an hour on two cores.
+
+    Args:
+        output: Folder of the experiment; jobs that are done there are not done again.
+        rows: Of the table.
+        ways: Chunk-wise, frame-wise.
+        updates: Of the generator, the same for all rows.
+        batch: Clips an update.
+        seeds: Runs of each row.
+        videos: That each model is measured by.
+        split: Real videos to measure against; settings are chosen on "validation".
+        workers: Jobs at a time; by default one a CPU core, or one on a GPU.
+    """
+    for name, chosen, known in (("rows", rows, ROWS), ("ways", ways, WAYS)):
+        for each in chosen:
+            if each not in known:
+                raise ValueError(f"{name}={each!r}: must be of {', '.join(map(repr, known))}")
+    given = {"updates": updates, "batch": batch, "seeds": seeds, "videos": videos}
+    scale = replace(
+        ON_GPU if _on_gpu() else Scale(), **{k: v for k, v in given.items() if v is not None}
+    )
+    if min(vars(scale).values()) < 1:
+        raise ValueError(f"{scale}: each must be at least 1")
+    jobs = [
+        Job(row, way, seed, scale, output, split)
+        for seed in range(scale.seeds)
+        for way in ways
+        for row in rows
+    ]
+    began = time.perf_counter()
+    results = _all(jobs, workers or (1 if _on_gpu() else len(os.sched_getaffinity(0))))
+    summary = {
+        "machine": machine("cuda" if _on_gpu() else "cpu"),
+        "scale": vars(scale),
+        "split": split,
+        "seconds": time.perf_counter() - began,
+        "floor": _floor(scale, split),
+        "results": results,
+    }
+    with atomic(output / "results.json") as part:
+        part.write_text(json.dumps(summary, indent=1))
+    draw(summary, output)
+    sheets(jobs, output)
+    for table in tables(summary):
+        Console(width=None if Console().is_terminal else 140).print(table)
+    print(f"{output}/results.json, distance.png, gap.png, sheet-*.png")
+
+
+def _all(jobs: Sequence[Job], workers: int) -> list[dict[str, Any]]:
+    """The results of all jobs, in their order, with progress."""
+    # Tensors of some MiB come and go: without this glibc returns each one to the kernel.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
+    console = Console()
+    columns = (TextColumn("{task.fields[said]}"), BarColumn(), MofNCompleteColumn())
+    progress = Progress(
+        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+    )
+    done: dict[Job, dict[str, Any]] = {}
+    context = multiprocessing.get_context("spawn")
+    with progress, ProcessPoolExecutor(workers, mp_context=context) as pool:
+        task = progress.add_task("", total=len(jobs), said="models")
+        waiting = {pool.submit(run, job): job for job in jobs}
+        try:
+            for future in as_completed(waiting):
+                job, result = waiting[future], future.result()
+                done[job] = result
+                line = f"{job.name}: {_said(result)}"
+                progress.update(task, advance=1, said=line)
+                if not console.is_terminal:
+                    print(f"{len(done)}/{len(jobs)}  {line}", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in [*(pool._processes or {}).values()]:
+                process.terminate()
+            raise
+    return [done[job] for job in jobs]
+
+
+def _said(result: dict[str, Any]) -> str:
+    parts = ", ".join(f"{over(result['distance'], band):.2f}" for band in bands(LONG, FRAMES))
+    took = sum(result["seconds"].values())
+    return f"distance {parts}, gap {result['gap']:.2f}, {took:.0f} s"
+
+
+def _floor(scale: Scale, split: str) -> dict[str, Any]:
+    codec, held = ToyVAE.from_pretrained(), _held(LONG, scale.videos, split)
+    return judge(seen_in(codec, held.latents_BFCHW), held.real_NFD)
+
+
+def _cells(results: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> str:
+    """Mean ± deviation over seeds."""
+    values = [value(each) for each in results]
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def _of(summary: dict[str, Any], way: str) -> dict[str, list[dict[str, Any]]]:
+    """Results by row, in the order of ROWS."""
+    found = {
+        row: [r for r in summary["results"] if (r["row"], r["way"]) == (row, way)] for row in ROWS
+    }
+    return {row: results for row, results in found.items() if results}
+
+
+def cells(summary: dict[str, Any], way: str) -> tuple[list[str], list[list[str]]]:
+    """The columns and rows of the table of one way."""
+    parts = bands(LONG, FRAMES)
+    late = parts[-1]
+    names = [f"distance {a}-{b - 1}" for a, b in parts]
+    columns = ["", *names, "exposure gap", f"radius drift, px, {late[0]}-{late[1] - 1}",
+               "other colour", "impossible moves"]  # fmt: skip
+    rows = []
+    floor = summary["floor"]
+    every = {"real, other videos": [{**floor, "gap": 0.0}], **_of(summary, way)}
+    for name, results in every.items():
+        values: list[Callable[[dict[str, Any]], float]] = [
+            *(lambda r, band=band: over(r["distance"], band) for band in parts),
+            lambda r: r["gap"],
+            lambda r: over(r["radius"], late),
+            *(lambda r, what=what: over(r[what], late) for what in ("colour", "impossible")),
+        ]
+        rows.append([name, *(_cells(results, value) for value in values)])
+    return columns, rows
+
+
+def tables(summary: dict[str, Any]) -> Iterator[Table]:
+    for way in WAYS:
+        if not _of(summary, way):
+            continue
+        columns, rows = cells(summary, way)
+        scale = summary["scale"]
+        table = Table(title=f"{way}, {scale['updates']} updates of {scale['batch']} clips, "
+                      f"{scale['seeds']} seeds, by latent frame (trained on {FRAMES})")  # fmt: skip
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*row)
+        yield table
+
+
+def draw(summary: dict[str, Any], output: Path) -> None:
+    """distance.png: over time, a line a row with the range of its seeds. gap.png: own and real
+    past, beside each other."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    ways = [way for way in WAYS if _of(summary, way)]
+    colours = dict(zip(ROWS, colormaps["tab10"](range(10)), strict=False))
+    size = 6 * len(ways), 4.2
+    where = f"{said(summary['machine'])}, {summary['scale']['seeds']} seeds"
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(ways), sharey=True, squeeze=False)
+    for ax, way in zip(axes[0], ways, strict=True):
+        for row, results in _of(summary, way).items():
+            lines = torch.tensor([r["distance"] for r in results])
+            at = range(1, lines.shape[1])
+            ax.plot(at, lines.mean(0)[1:], color=colours[row], label=row)
+            lowest, highest = lines.amin(0)[1:], lines.amax(0)[1:]
+            ax.fill_between(at, lowest, highest, color=colours[row], alpha=0.15)
+        floor = summary["floor"]["distance"]
+        ax.plot(range(1, len(floor)), floor[1:], color="#555555", linestyle="--", label="real")
+        ax.axvline(FRAMES - 0.5, color="#aaaaaa", linewidth=0.8)
+        ax.set(yscale="log", xlabel=f"latent frame (trained on the first {FRAMES})", title=way)
+        ax.grid(alpha=0.3, which="both")
+    axes[0][0].set_ylabel("Fréchet distance from real videos")
+    axes[0][-1].legend(fontsize=7)
+    figure.suptitle(where, fontsize=8)
+    _save(figure, output / "distance.png")
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(ways), sharey=True, squeeze=False)
+    for ax, way in zip(axes[0], ways, strict=True):
+        late = slice(FRAMES // 2, FRAMES)
+        for i, (row, results) in enumerate(_of(summary, way).items()):
+            for past, side, alpha in (("real", -0.2, 0.45), ("own", 0.2, 1.0)):
+                each = [statistics.mean(r[past][late]) for r in results]
+                label = f"on {'a real' if past == 'real' else 'its own'} past" if not i else None
+                ax.bar(i + side, statistics.mean(each), 0.38, color=colours[row], alpha=alpha,
+                       label=label)  # fmt: skip
+                ax.plot([i + side] * len(each), each, "k.", markersize=3)
+        ax.set_xticks(range(len(_of(summary, way))), [*_of(summary, way)], rotation=35, ha="right")
+        ax.set_title(way)
+        ax.grid(alpha=0.3, axis="y")
+    axes[0][0].set_ylabel(f"distance at frames {FRAMES // 2}-{FRAMES - 1}, frames alone")
+    axes[0][-1].legend(fontsize=7)
+    figure.suptitle(f"exposure gap: the difference of a pair; {where}", fontsize=8)
+    _save(figure, output / "gap.png")
+
+
+def sheets(jobs: Sequence[Job], output: Path) -> None:
+    """sheet-WAY.png: the video of one prompt by the first seed of every row, and a real one."""
+    codec = ToyVAE.from_pretrained()
+    for way in dict.fromkeys(job.way for job in jobs):
+        chosen = [job for job in jobs if job.way == way and job.seed == 0]
+        held = _held(LONG, chosen[0].scale.videos, chosen[0].split)
+        latents = {"real": held.latents_BFCHW[:1]}
+        for job in chosen:
+            model = _load(job.config())
+            text = held.text_BTE[:1].to(model.device)
+            latents[job.row] = roll(model, job.sampling(), text, LONG).cpu()
+        with torch.no_grad():
+            videos = codec.decode_chunk(torch.cat([*latents.values()]))[0]
+        title = f"{way}, trained on {codec.temporal_factor * (FRAMES - 1) + 1} frames: one prompt"
+        contact_sheet_of_rows(videos, output / f"sheet-{way}.png", [*latents], title)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with atomic(path) as part:
+        figure.savefig(part, format="png", dpi=120)

@@ -1,0 +1,254 @@
+"""The settings of a training run: one dataclass, saved with the run, and its defaults by model and
+recipe."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from sfkernels import BlockLayout
+from sfmodel.config import PRESETS, Preset
+
+Context = Literal["whole", "clean", "noisy", "either", "own"]
+Objective = Literal["flow", "ode", "dmd", "sid", "gan"]
+
+WEIGHTS = Path(__file__).parent.parent / "weights"
+
+
+class Recipe(NamedTuple):
+    """context: what a chunk sees of the others: the whole noisy clip, both ways ("whole"), real
+    clean ones before it (teacher forcing, "clean"), real ones as noisy as they are (diffusion
+    forcing, "noisy"), one of these two by turns ("either"), or what the model itself generated
+    (self forcing, "own"). objective: what is learned from the result."""
+
+    context: Context
+    objective: Objective
+
+    @property
+    def distils(self) -> bool:
+        """Whether a critic learns beside the generator."""
+        return self.objective in ("dmd", "sid", "gan")
+
+    @property
+    def needs_clips(self) -> bool:
+        """Whether prompts alone are not enough to learn from."""
+        return self.objective != "ode" and (self.context != "own" or self.objective == "gan")
+
+
+RECIPES: dict[str, Recipe] = {
+    "bidirectional": Recipe("whole", "flow"),
+    "tf": Recipe("clean", "flow"),
+    "df": Recipe("noisy", "flow"),
+    "ode": Recipe("either", "ode"),
+    "tf+dmd": Recipe("clean", "dmd"),
+    "tf+sid": Recipe("clean", "sid"),
+    "tf+gan": Recipe("clean", "gan"),
+    "df+dmd": Recipe("noisy", "dmd"),  # CausVid (arXiv 2412.07772)
+    "df+sid": Recipe("noisy", "sid"),
+    "df+gan": Recipe("noisy", "gan"),
+    "sf+dmd": Recipe("own", "dmd"),
+    "sf+sid": Recipe("own", "sid"),
+    "sf+gan": Recipe("own", "gan"),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. Every step draws one of `frames`, of `chunks` and of `windows`, the same for all
+    ranks, so that one model streams at any of them."""
+
+    recipe: str = "tf"  # what is learned, and what a chunk sees meanwhile: see RECIPES
+    preset: str = "toy"  # sizes of the generator
+    output: Path = Path("out/train")  # folder of the run
+    data: Path | None = None  # clips or prompts; None is the toy world
+    init: Path | None = None  # weights that the generator starts from; None draws them
+    teacher: Path | None = None  # weights of the real score, which also makes ODE trajectories
+    teacher_preset: str | None = None  # sizes of the real score, where other than the generator's
+    critic: Path | None = None  # weights that the critic starts from; None takes the teacher's
+
+    # clips
+    frames: tuple[int, ...] = (21,)  # latent frames of a clip
+    chunks: tuple[int, ...] = (3,)  # latent frames generated at a time
+    windows: tuple[int, ...] = (21,)  # latent frames that a chunk sees, its own included
+    sink: int = 0  # first latent frames that are always seen
+    hide_first: bool = False  # the last chunk does not see the first (paper, section 3.4)
+    drop_text: float = 0.1  # share of clips of the toy world without a prompt
+    drop_word: float = 0.15  # share of a prompt's words left out in the toy world
+
+    # optimisation
+    steps: int = 120  # updates of the generator
+    batch: int = 64  # clips an update, over all ranks; shorter ones of `frames` come in proportion
+    micro_batch: int = 0  # clips at a time on one rank; 0 is all of them at once
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks
+    lr: float = 2e-6  # peak learning rate of the generator
+    warmup: int = 0  # updates of linear warm-up
+    fall: float = 0.0  # share of all updates in which the rate falls linearly to 2%, at the end
+    betas: tuple[float, float] = (0.0, 0.999)  # of AdamW
+    weight_decay: float = 0.01  # of matrices
+    clip: float = 10.0  # largest norm of the gradient
+    ema: float = 0.99  # decay of the averaged weights, which are what generates
+    ema_start: int = 40  # updates before the average begins
+
+    # flow matching
+    min_sigma: float | None = None  # counts x0's error as 1/max(σ, this)²; None: Wan's bell
+    context_noise: float = 0.0  # TF: largest noise on the clean context, in the latents' units
+    fade: float = 0.0  # TF: largest share of the light that is missing where the model looks
+
+    # ODE regression
+    pairs: int = 3072  # trajectories of the teacher
+    teacher_steps: int = 20  # Euler steps of a trajectory
+
+    # distillation
+    critic_steps: int = 5  # updates of the critic before each one of the generator
+    critic_warmup: int = 0  # further ones before the first
+    lr_critic: float = 4e-7
+    guidance: float = 3.0  # of the real score: x0 + guidance · (x0 − x0 of the unprompted)
+    gradient_frames: int | None = None  # SF: only the last latent frames take a gradient; None: all
+    renoise_context: bool = True  # SF: clean context is noised at the schedule's smallest σ
+    gan_penalty: float = 30.0  # λ of R1 and R2
+    gan_sigma: float = 0.05  # size of the perturbation that they are measured by
+
+    # execution
+    bf16: bool = False  # matrix products in bfloat16, weights and their averages in float32
+    recompute: bool = False  # activations again in the backward pass, instead of keeping them
+    compile: bool = False  # torch.compile of the blocks
+    impl: str = "auto"  # of the sfkernels ops
+    attention_impl: str = "auto"  # of the attention ops
+    shard: int = 0  # ranks that share one copy of the weights; 0 is all of them
+    threads: int = 0  # CPU threads; 0 is PyTorch's choice
+    seed: int = 0  # of weights, data and noise
+
+    # output
+    log_every: int = 1  # updates
+    save_every: int = 20  # updates
+    sample_every: int = 0  # updates between contact sheets of generated videos; 0: at the end only
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe={self.recipe!r}: must be one of {', '.join(RECIPES)}")
+        for name in ("preset", "teacher_preset"):
+            value = getattr(self, name)
+            if value not in PRESETS and not (value is None and name == "teacher_preset"):
+                raise ValueError(f"{name}={value!r}: must be one of {', '.join(PRESETS)}")
+        for name in ("steps", "batch", "log_every", "save_every", "pairs", "teacher_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.needs_teacher and self.teacher is None:
+            raise ValueError(f"recipe={self.recipe!r} learns from a teacher: give its weights")
+        if (
+            self.kind.distils
+            and self.critic is None
+            and self.teacher_preset not in (None, self.preset)
+        ):
+            raise ValueError(
+                f"recipe={self.recipe!r}: a critic of {self.preset!r} cannot start from "
+                f"teacher={self.teacher} of {self.teacher_preset or self.preset!r}: give critic"
+            )
+        if self.kind.context == "whole" and self.hide_first:
+            raise ValueError("hide_first: a bidirectional model has no first chunk")
+        for frames, chunk, window in itertools.product(self.frames, self.chunks, self.windows):
+            self.layout(frames, chunk, window)
+
+    @property
+    def kind(self) -> Recipe:
+        return RECIPES[self.recipe]
+
+    @property
+    def model(self) -> Preset:
+        return PRESETS[self.preset]
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.kind.objective in ("ode", "dmd", "sid")
+
+    def layout(
+        self, frames: int, chunk: int, window: int, teacher_forcing: bool = False
+    ) -> BlockLayout:
+        """Who sees whom in a clip. Raises ValueError for sizes that do not fit together."""
+        tokens = math.prod(self.model.grid)
+        if self.kind.context == "whole":
+            return BlockLayout((frames,), tokens)
+        return BlockLayout.causal(
+            frames,
+            chunk,
+            tokens,
+            first=self.model.first,
+            window=window,
+            sink=self.sink,
+            teacher_forcing=teacher_forcing,
+            hide_first=self.hide_first and frames > (self.model.first or chunk),
+        )
+
+    def clips(self, frames: int) -> int:
+        """Of one update, if they have so many frames."""
+        return self.batch * max(self.frames) // frames
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
+    def differing(self, saved: Mapping[str, Any]) -> list[str]:
+        """The settings in which a saved run's decide otherwise what is computed."""
+        mine = self.plain()
+        free = {
+            "output",
+            "steps",
+            "threads",
+            "shard",
+            "micro_batch",
+            "log_every",
+            "save_every",
+            "sample_every",
+        }
+        return [name for name in mine if name not in free and saved.get(name) != mine[name]]
+
+
+# A clip of 7 latent frames is 25 pixel frames, in which a fast ball crosses most of the box.
+_SHORT = {"frames": (7,), "chunks": (1, 3), "windows": (7,)}
+_TEACHER, _INIT = WEIGHTS / "toy_teacher.safetensors", WEIGHTS / "toy_ode.safetensors"
+_TOY: dict[str, Any] = dict(
+    optimizer="muon", lr=2e-3, warmup=50, fall=0.6, betas=(0.9, 0.95), clip=1.0, ema=0.998,
+    ema_start=0, min_sigma=0.3, guidance=0.0, log_every=20, save_every=200,
+)  # fmt: skip
+_TOY_BY: dict[str, dict[str, Any]] = {
+    "bidirectional": dict(**_SHORT, steps=2400),
+    "flow": dict(
+        frames=(1, 4, 16), chunks=(1, 3), windows=(6, 9, 15), steps=800, batch=32,
+        context_noise=0.4, fade=0.5,
+    ),
+    "ode": dict(**_SHORT, steps=400, lr=1e-3, ema=0.995, init=_TEACHER, teacher=_TEACHER),
+    "distillation": dict(
+        **_SHORT, steps=60, batch=32, optimizer="adamw", lr=1e-4, lr_critic=3e-4, warmup=5,
+        fall=1.0, betas=(0.0, 0.99), weight_decay=0.0, ema=0.98, critic_warmup=40, drop_text=0.0,
+        init=_INIT, teacher=_TEACHER, log_every=5, save_every=10,
+    ),
+}  # fmt: skip
+_WAN: dict[str, Any] = dict(bf16=True, recompute=True, micro_batch=1, drop_text=0.0, drop_word=0.0)
+
+
+def defaults(preset: str = "toy", recipe: str = "tf") -> TrainConfig:
+    """The settings that a recipe has on a preset: those of the paper (and of the public
+    configuration where the paper is silent) for Wan2.1, those that were found to work for the toy.
+
+    The paper counts 600 updates of the critic, of which every fifth comes with one of the
+    generator: 120 here, and its average begins after 200 of them: 40 here.
+    """
+    kind = RECIPES.get(recipe, RECIPES["tf"])
+    if preset == "toy":
+        by = "distillation" if kind.distils else kind.objective
+        return TrainConfig(recipe, **{**_TOY, **_TOY_BY.get(recipe, _TOY_BY[by])})
+    folder = Path("wan_models/Wan2.1-T2V-1.3B")
+    official = folder / "diffusion_pytorch_model.safetensors"
+    return TrainConfig(
+        recipe,
+        preset,
+        init=Path("checkpoints/ode_init.pt") if kind.distils else official,
+        teacher=official if kind.objective != "flow" else None,
+        data=Path("data"),
+        **_WAN,
+    )

@@ -1,0 +1,455 @@
+"""Where training takes its clips and prompts from: the toy world, latents, videos, prompts alone.
+
+What one sample of a batch is does not depend on which others are asked for, so that the data are
+the same however a batch is split among ranks and micro-batches.
+
+Shapes: B clips, F latent frames, T pixel frames or rows of text, C channels, H × W latents or
+pixels, E text_dim. N clips or prompts of a file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple, Protocol
+
+import av
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from sfmodel import world
+from sfmodel.config import Preset
+from sfmodel.text import ToyTextEncoder
+from sfmodel.toy_vae import ToyVAE
+
+VIDEOS = (".mp4", ".mkv", ".webm", ".mov")
+
+# Sentences to embeddings [B, T, E]; short ones end in rows of zeros.
+TextEncoder = Callable[[Sequence[str]], Tensor]
+
+
+class VideoEncoder(Protocol):
+    """What reading videos needs of a video VAE, whose tensors are where its parameters are."""
+
+    spatial_factor: int
+    temporal_factor: int
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def encode_chunk(self, pixels_BTCHW: Tensor) -> tuple[Tensor, Any]:
+        """Pixels [B, 1 + 4k, 3, H, W] in [-1, 1] → latents [B, k + 1, C, h, w] and a state."""
+        ...
+
+
+class Clips(NamedTuple):
+    """latents [B, F, C, H, W], None where they were not asked for; text: embeddings [B, T, E], with
+    rows of zeros after the shorter ones; both float32 on the CPU. sentences: "" where a file has
+    none."""
+
+    latents_BFCHW: Tensor | None
+    text_BTE: Tensor
+    sentences: list[str]
+
+
+class Source(Protocol):
+    """has_latents: whether there are clips, not prompts alone. skipped: file name → why it, or a
+    clip of it, could not be used."""
+
+    has_latents: bool
+    skipped: dict[str, str]
+
+    def draw(
+        self, seed: int, batch: int, frames: int, rows: slice = slice(None), latents: bool = True
+    ) -> Clips:
+        """The `rows` of a batch of so many clips of `frames` latent frames. Equal arguments give
+        equal clips, and what one row is does not depend on `rows`. latents=False: prompts alone.
+
+        Raises ValueError where there are no clips of so many frames, and for no rows."""
+        ...
+
+
+class ToyWorld:
+    """The toy world, drawn on the fly. drop_word: the probability that an attribute goes unnamed;
+    drop_text: that nothing at all is said."""
+
+    has_latents = True
+
+    def __init__(
+        self, codec: ToyVAE, text: ToyTextEncoder, drop_word: float = 0.0, drop_text: float = 0.0
+    ) -> None:
+        self.codec, self.text = codec, text
+        self.drop_word, self.drop_text = drop_word, drop_text
+        self.skipped: dict[str, str] = {}
+
+    @torch.no_grad()
+    def draw(
+        self, seed: int, batch: int, frames: int, rows: slice = slice(None), latents: bool = True
+    ) -> Clips:
+        """As `Source.draw`. The whole batch is drawn, which is cheap; only its rows are rendered,
+        where the codec is."""
+        picked = _picked(batch, rows)
+        generator = world.generator_of(seed)
+        truth = world.draw(batch, 1 + self.codec.temporal_factor * (frames - 1), generator)
+        said = world.sentences(truth, generator, drop=self.drop_word, empty=self.drop_text)
+        sentences = [said[i] for i in picked]
+        clips = None
+        if latents:
+            device = self.codec.mean_C11.device
+            mine = world.Truth(*(value[picked].to(device) for value in vars(truth).values()))
+            clips = self.codec.latents_of(mine).cpu()
+        return Clips(clips, self.text(sentences), sentences)
+
+
+class _File(NamedTuple):
+    """A file of N clips or prompts, one sentence for each. embedded: it holds their embeddings."""
+
+    path: Path
+    sentences: list[str]
+    embedded: bool
+
+
+class _Files:
+    """What all sources of files share. Samples are drawn uniformly, each by a generator of its own;
+    where a clip cannot be used, that generator goes on. No clip is remembered as bad: what a sample
+    is would then depend on what was drawn before."""
+
+    has_latents = True
+
+    def __init__(
+        self,
+        path: Path,
+        paths: Iterable[Path],
+        preset: Preset,
+        frames: int,
+        text: TextEncoder | None,
+    ) -> None:
+        """Reads the headers of all `paths`. frames: the most that will be drawn.
+
+        Raises ValueError where no file can be used."""
+        self.path, self.preset, self.frames, self.text = path, preset, frames, text
+        self.skipped: dict[str, str] = {}
+        self.files: list[_File] = []
+        for each in paths:
+            try:
+                file = self._open(each)
+                self._check_sentences(file)
+                self.files.append(file)
+            except ValueError as error:
+                self.skipped[each.name] = str(error)
+        if not self.files:
+            name, reason = next(iter(self.skipped.items()))
+            if path.is_dir():
+                reason = f"has no file that can be used: {name} ({reason})"
+            raise ValueError(f"{path}: {reason}")
+        self._ends = [*itertools.accumulate(len(file.sentences) for file in self.files)]
+
+    @torch.no_grad()
+    def draw(
+        self, seed: int, batch: int, frames: int, rows: slice = slice(None), latents: bool = True
+    ) -> Clips:
+        """As `Source.draw`."""
+        if latents and not self.has_latents:
+            raise ValueError(
+                f"{self.path}: has prompts alone, this recipe needs clips: must be a folder of "
+                "videos or of latents as .safetensors"
+            )
+        if latents and not 1 <= frames <= self.frames:
+            raise ValueError(f"frames={frames}: must be 1 to {self.frames} here")
+        samples = [self._sample(seed, i, frames if latents else 0) for i in _picked(batch, rows)]
+        text_BTE = pad_sequence([text_TE for _, text_TE, _ in samples], batch_first=True)
+        clips = [latents_FCHW for latents_FCHW, _, _ in samples if latents_FCHW is not None]
+        sentences = [sentence for *_, sentence in samples]
+        return Clips(torch.stack(clips) if clips else None, text_BTE, sentences)
+
+    def _sample(self, seed: int, i: int, frames: int) -> tuple[Tensor | None, Tensor, str]:
+        """Latents (None for no frames), embeddings and sentence of row i of a batch."""
+        for item in _shuffled(self._ends[-1], Random(f"{seed}/{i}")):
+            index = bisect_right(self._ends, item)
+            file = self.files[index]
+            row = item - self._ends[index] + len(file.sentences)
+            try:
+                # One at a time: in a batch, what is rounded how depends on the other samples.
+                latents_FCHW = self._latents(file.path, row, frames) if frames else None
+                return latents_FCHW, self._embed(file, row), file.sentences[row]
+            except ValueError as error:
+                which = f"item {row}: " if len(file.sentences) > 1 else ""
+                self.skipped.setdefault(file.path.name, f"{which}{error}")
+        raise ValueError(f"{self.path}: nothing in it can be used: {skipped_report(self)}")
+
+    def _embed(self, file: _File, row: int) -> Tensor:
+        if file.embedded:
+            with _safetensors(file.path) as tensors:
+                return _finite("text", tensors.get_slice("text")[row])
+        assert self.text is not None  # or the file would have been skipped
+        return _finite("text", self.text([file.sentences[row]])[0])
+
+    def _check_sentences(self, file: _File) -> None:
+        if file.embedded:
+            return
+        if self.text is None:
+            raise ValueError(
+                "there is no text encoder for its prompts: must be a .safetensors file with their "
+                f"embeddings, text [N, T, {self.preset.dit.text_dim}]"
+            )
+        if isinstance(self.text, ToyTextEncoder):
+            for sentence in file.sentences:
+                self.text.words(sentence)
+
+    # What follows is of .safetensors files; sources of others replace it. A ValueError says why a
+    # file, or one of its clips, cannot be used.
+
+    def _open(self, path: Path) -> _File:
+        return _header(path, self.preset, self.frames)
+
+    def _latents(self, path: Path, row: int, frames: int) -> Tensor:
+        """Of one clip [F, C, H, W]."""
+        with _safetensors(path) as file:
+            return _finite("latents", file.get_slice("latents")[row, :frames])
+
+
+class LatentShards(_Files):
+    """Clips in a .safetensors file or a folder of such: `latents` [N, F, C, H, W], and `text`
+    [N, T, E] or the metadata entry `prompts`, a JSON list of N sentences. Memory-mapped; the first
+    frames of longer clips are taken, as latent frame 0 of a clip is a still."""
+
+    def __init__(self, path: Path, preset: Preset, frames: int, text: TextEncoder | None) -> None:
+        super().__init__(path, _within(path, (".safetensors",)), preset, frames, text)
+
+
+class VideoFiles(_Files):
+    """Videos in a folder, from their first frame on, scaled to cover the preset's size, cropped
+    around the centre and encoded each time. The prompt is the text file of the same name with
+    suffix .txt, "" where there is none."""
+
+    def __init__(
+        self, folder: Path, preset: Preset, frames: int, codec: VideoEncoder, text: TextEncoder
+    ) -> None:
+        self.codec = codec
+        super().__init__(folder, _within(folder, VIDEOS), preset, frames, text)
+
+    def _open(self, path: Path) -> _File:
+        with _video(path) as (_, stream):
+            _long_enough(stream.frames or math.inf, self._pixel_frames(self.frames))
+        prompt = path.with_suffix(".txt")
+        sentence = " ".join(read_prompts(prompt)) if prompt.exists() else ""
+        return _File(path, [sentence], False)
+
+    def _latents(self, path: Path, row: int, frames: int) -> Tensor:
+        scale = self.codec.spatial_factor
+        size = self.preset.height * scale, self.preset.width * scale
+        pixels_TCHW = _first_frames(path, self._pixel_frames(frames), *size)
+        pixels_TCHW = pixels_TCHW.to(next(self.codec.parameters()).device)
+        return _finite("latents", self.codec.encode_chunk(pixels_TCHW[None])[0][0])
+
+    def _pixel_frames(self, frames: int) -> int:
+        return 1 + self.codec.temporal_factor * (frames - 1)
+
+
+class Prompts(_Files):
+    """Prompts alone: a text file with one a line, or a .safetensors file with their embeddings,
+    `text` [N, T, E], and maybe the metadata entry `prompts`, a JSON list of N sentences."""
+
+    has_latents = False
+
+    def __init__(self, path: Path, preset: Preset, text: TextEncoder | None) -> None:
+        self.lines = None if path.suffix.lower() == ".safetensors" else read_prompts(path)
+        super().__init__(path, [path], preset, 0, text)
+
+    def _open(self, path: Path) -> _File:
+        return super()._open(path) if self.lines is None else _File(path, self.lines, False)
+
+
+def open_source(
+    path: Path | None,
+    preset: Preset,
+    frames: int,
+    codec: VideoEncoder | None,
+    text: TextEncoder | None,
+    drop_word: float = 0.0,
+    drop_text: float = 0.0,
+) -> Source:
+    """The source that `path` is: None, the toy world; a folder with .safetensors files, latents;
+    one with videos; a .safetensors file, latents, or prompts if it has none; a .txt file, prompts.
+
+    preset: sizes of latents and text. frames: the most latent frames that will be drawn. codec,
+    text: None where the model's are not available. drop_word, drop_text: as in `ToyWorld`, for it
+    alone. Raises ValueError with one sentence for everything else and where no file can be used."""
+    if path is None:
+        if isinstance(codec, ToyVAE) and isinstance(text, ToyTextEncoder):
+            return ToyWorld(codec, text, drop_word, drop_text)
+        raise ValueError(
+            "no data: the toy world is for the toy model alone, others need a folder of videos or "
+            "of latents as .safetensors, or prompts"
+        )
+    suffix = path.suffix.lower()
+    if path.is_dir() and _within(path, (".safetensors",)):
+        return LatentShards(path, preset, frames, text)
+    if path.is_dir() and _within(path, VIDEOS):
+        if codec is not None and text is not None:
+            return VideoFiles(path, preset, frames, codec, text)
+        needed = (("VAE", codec), ("text encoder", text))
+        missing = " and ".join(name for name, value in needed if value is None)
+        raise ValueError(
+            f"{path}: videos need the model's {missing}, not available here: must be latents and "
+            "embeddings as .safetensors"
+        )
+    if path.is_file() and suffix == ".safetensors":
+        has_latents = True
+        with suppress(ValueError), _safetensors(path) as file:  # if damaged, LatentShards says so
+            has_latents = "latents" in file.keys()  # noqa: SIM118
+        if has_latents:
+            return LatentShards(path, preset, frames, text)
+        return Prompts(path, preset, text)
+    if path.is_file() and suffix == ".txt":
+        return Prompts(path, preset, text)
+    raise ValueError(
+        f"{path}: {'nothing to train on' if path.exists() else 'no such file or folder'}: must be "
+        f"a folder of .safetensors files or of videos ({', '.join(VIDEOS)}), a .safetensors file "
+        "or a .txt file"
+    )
+
+
+def skipped_report(source: Source) -> str:
+    """One line that names up to five skipped files with the reasons, "" if there are none."""
+    named = [f"{name} ({reason})" for name, reason in source.skipped.items()]
+    if not named:
+        return ""
+    more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+    files = "file" if len(named) == 1 else "files"
+    return f"{len(named)} {files} skipped: {', '.join(named[:5])}{more}"
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The non-empty lines of a text file. Raises ValueError for a file that is missing or empty."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise ValueError(f"prompt file {path}: {reason}") from None
+    if not any(lines):
+        raise ValueError(f"prompt file {path}: has no prompt, must have one a line")
+    return [line for line in lines if line]
+
+
+def _picked(batch: int, rows: slice) -> list[int]:
+    picked = [*range(batch)[rows]]
+    if not picked:
+        raise ValueError(f"rows={rows} of batch={batch}: must be at least one")
+    return picked
+
+
+def _shuffled(count: int, random: Random) -> Iterator[int]:
+    """All of 0 .. count - 1 in random order, at a constant cost for each that is asked for."""
+    moved: dict[int, int] = {}
+    for i in range(count):
+        j = random.randrange(i, count)
+        item, moved[j] = moved.get(j, j), moved.get(i, i)
+        yield item
+
+
+def _within(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """A file itself, or the files of a folder that end so, by name."""
+    if not path.is_dir():
+        return [path]
+    return sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes and p.is_file())
+
+
+@contextmanager
+def _safetensors(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"not a whole safetensors file ({error})") from None
+
+
+def _header(path: Path, preset: Preset, frames: int) -> _File:
+    """Of a .safetensors file with clips of so many frames or more, or, if 0, with prompts alone."""
+    dit, count = preset.dit, 0
+    with _safetensors(path) as file:
+        embedded = not frames or "text" in file.keys()  # noqa: SIM118
+        if frames:
+            shape, size = _shape(file, "latents"), [dit.channels, preset.height, preset.width]
+            if len(shape) != 5 or not shape[0] or shape[1] < frames or shape[2:] != size:
+                want = f"[N, {frames} or more, {', '.join(map(str, size))}]"
+                raise ValueError(f"latents has shape {shape}: must be {want}")
+            count = shape[0]
+        if embedded:
+            shape = _shape(file, "text")
+            fits = len(shape) == 3 and 1 <= shape[1] <= dit.text_len and shape[2] == dit.text_dim
+            if not fits or not shape[0] or shape[0] != (count or shape[0]):
+                want = f"[{count or 'N'}, 1 to {dit.text_len}, {dit.text_dim}]"
+                raise ValueError(f"text has shape {shape}: must be {want}")
+            count = shape[0]
+        written = (file.metadata() or {}).get("prompts")
+    if embedded and written is None:
+        return _File(path, [""] * count, embedded)
+    with suppress(json.JSONDecodeError):
+        sentences = json.loads(written or "null")
+        if isinstance(sentences, list) and [type(s) for s in sentences] == [str] * count:
+            return _File(path, sentences, embedded)
+    raise ValueError(
+        f"must have {'' if embedded else 'text, or '}a JSON list of {count} sentences as prompts "
+        "in its metadata"
+    )
+
+
+def _shape(file: Any, name: str) -> list[int]:
+    if name not in file.keys():  # noqa: SIM118
+        raise ValueError(f"holds no tensor named {name}")
+    piece = file.get_slice(name)
+    if "F" not in piece.get_dtype():  # F32, BF16, F8_E4M3 …
+        raise ValueError(f"{name} is of type {piece.get_dtype()}: must be floating point")
+    return piece.get_shape()
+
+
+def _finite(name: str, x: Tensor) -> Tensor:
+    """In float32 on the CPU."""
+    x = x.float().cpu()
+    if not x.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinity")
+    return x
+
+
+@contextmanager
+def _video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError("holds no video")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            yield container, stream
+    except (av.FFmpegError, OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"damaged or no video: {reason}") from None
+
+
+def _long_enough(frames: float, needed: int) -> None:
+    if frames < needed:
+        raise ValueError(f"has {frames} frames: must be at least {needed}")
+
+
+def _first_frames(path: Path, count: int, height: int, width: int) -> Tensor:
+    """The first `count` frames of a video [T, 3, H, W] in [-1, 1], scaled to cover H × W and
+    cropped around the centre. Raises ValueError with the reason if that cannot be."""
+    images = []
+    with _video(path) as (container, stream):
+        for frame in itertools.islice(container.decode(stream), count):
+            scale = max(height / frame.height, width / frame.width)
+            H, W = round(scale * frame.height), round(scale * frame.width)
+            image_HWC = frame.to_ndarray(format="rgb24", height=H, width=W, interpolation="BICUBIC")
+            top, left = (H - height) // 2, (W - width) // 2
+            images.append(image_HWC[top : top + height, left : left + width])
+    _long_enough(len(images), count)
+    pixels_TCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return pixels_TCHW.float().div(127.5).sub(1)

@@ -1,0 +1,250 @@
+"""Training on many ranks, with PyTorch's own engines: `torchrun` starts them, `fully_shard` (FSDP2)
+cuts the models into them, torch.distributed.checkpoint writes what they hold.
+
+A checkpoint is a folder `step-N`. It is written under another name and renamed when it is whole, so
+that whatever carries that name can be resumed, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as read
+from torch.distributed.checkpoint.state_dict_saver import save as write
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from sfmodel.dit import DiT
+from sfmodel.files import cannot_write
+
+Model = TypeVar("Model", bound=nn.Module)
+FACTS = "run.json"  # of a checkpoint: its step and the settings of its run
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of how many processes this one is. mesh: what models are cut over; None alone."""
+
+    rank: int
+    world: int
+    device: torch.device
+    mesh: DeviceMesh | None = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Of each value, over all ranks."""
+        means = self._reduce([*values.values()], dist.ReduceOp.SUM, self.world)
+        return dict(zip(values, means, strict=True))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return bool(self._reduce([float(flag)], dist.ReduceOp.MAX)[0])
+
+    def _reduce(self, values: list[float], how: Any, divisor: int = 1) -> list[float]:
+        if self.world == 1:
+            return values
+        shared = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(shared, how)
+        return (shared / divisor).tolist()
+
+    def wait(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def started(shard: int = 0, device: torch.device | str | None = None) -> Iterator[Ranks]:
+    """The ranks that torchrun started; without it, one alone. shard: how many ranks share a copy of
+    the weights (0: all; fewer, such as those of a node: copies of it are kept equal)."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+    here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0)
+    here = torch.device(device or "cpu") if not cuda else here
+    if world == 1:
+        yield Ranks(0, 1, here)
+        return
+    size = shard or world
+    if world % size:
+        raise ValueError(f"shard={shard}: must divide the {world} ranks")
+    if cuda:
+        torch.cuda.set_device(here)
+    own = not dist.is_initialized()
+    if own:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    # Outputs that are views are read here, never written.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+    try:
+        shape, names = ((world,), ("shard",)) if size == world else (
+            (world // size, size), ("replicate", "shard"))  # fmt: skip
+        mesh = init_device_mesh(here.type, shape, mesh_dim_names=names)
+        yield Ranks(dist.get_rank(), world, here, mesh)
+        dist.barrier()  # a rank that leaves while another one still works would take it down
+    finally:
+        if own:
+            dist.destroy_process_group()
+
+
+def place(
+    model: Model,
+    state: Mapping[str, Tensor] | None,
+    ranks: Ranks,
+    *,
+    bf16: bool = False,
+) -> Model:
+    """A model that was made on the meta device, cut over the ranks and filled with `state`, which
+    only the first rank needs to have. bf16: what is gathered for the arithmetic is in bfloat16; the
+    ranks keep their own parts, and sum gradients, in the model's dtype."""
+    if ranks.mesh is not None:
+        whole: dict[str, Any] = {"mesh": ranks.mesh, "reshard_after_forward": True}
+        half = torch.bfloat16 if bf16 else None
+        # The inputs hold tables in float32 that must stay so; Linear casts its own under autocast.
+        policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
+        if isinstance(model, DiT):
+            # The modulation and the norms of blocks are used between them: they go with the root.
+            for block in model.blocks:
+                for part in (block.self_attn, block.cross_attn, block.ffn):
+                    fully_shard(part, mp_policy=policy, **whole)  # type: ignore[arg-type]
+                register_fsdp_forward_method(block.cross_attn, "keys_values")  # type: ignore[arg-type]
+        fully_shard(model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **whole)
+        for method in ("text_keys", "features"):
+            if hasattr(model, method):
+                register_fsdp_forward_method(model, method)
+    model.to_empty(device=ranks.device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks.world > 1)
+    set_model_state_dict(model, dict(state or {}), options=options)
+    return model
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's parts."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def full_state(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
+    """All of a model's weights, on the CPU of the first rank; empty on the others."""
+    if ranks.mesh is None:
+        return {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+
+
+def save(
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    facts: dict[str, Any],
+    ranks: Ranks,
+    prefix: str = "",
+    keep: int = 2,
+) -> Path:
+    """Writes `state` and JSON `facts` as the checkpoint of a step, and removes all but the newest
+    `keep`. Atomic; one that is there already is left as it is, for a run is the same every time.
+    prefix: for a name that `checkpoints` passes over. Raises OSError where it cannot be written."""
+    path = folder / f"{prefix}step-{step:06d}"
+    part = folder / f".{path.name}.part"
+    if ranks.any(path.exists()):
+        return path
+    if ranks.first:
+        for left in folder.glob(".*.part"):  # of a run that was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
+    ranks.wait()
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        with _alone():
+            write(state, checkpoint_id=part, no_dist=ranks.world == 1)
+        if ranks.first:
+            (part / FACTS).write_text(json.dumps({"step": step, **facts}))
+            for name in [*part.iterdir(), part]:
+                _sync(name)
+            os.replace(part, path)
+            _sync(folder)
+            for old in checkpoints(folder)[:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise cannot_write(path, _cause(error)) from error
+    ranks.wait()
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those that are there, the newest last."""
+    return sorted(folder.glob("step-*"))
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """What `save` was told of a checkpoint. Raises ValueError where that cannot be read."""
+    try:
+        return json.loads((path / FACTS).read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
+def load(path: Path, state: dict[str, Any], ranks: Ranks) -> None:
+    """Fills `state` in place. Raises ValueError for a checkpoint that is damaged or of something
+    else."""
+    if not (path / ".metadata").is_file():
+        raise _damaged(path, ValueError("it has no .metadata"))
+    try:
+        with _alone():
+            read(state, checkpoint_id=path, no_dist=ranks.world == 1)
+    except (Exception, CheckpointException) as error:
+        raise _damaged(path, _cause(error)) from None
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Without the remark that a single rank is one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    before = [p.name for p in checkpoints(path.parent) if p.name < path.name]
+    instead = f"; without it the run goes on from {before[-1]}" if before else ""
+    reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+    return ValueError(f"{path}: not a whole checkpoint ({reason}){instead}")
+
+
+def _cause(error: BaseException) -> Exception:
+    """What a rank reported inside the error of all of them."""
+    if isinstance(error, CheckpointException):
+        reported = (first for first, _ in error.failures.values())
+        return next((e for e in reported if isinstance(e, Exception)), OSError(str(error)))
+    assert isinstance(error, Exception)
+    return error
+
+
+def _sync(path: Path) -> None:
+    """Waits until the disk has a file's, or a folder's, contents."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,117 @@
+"""The teacher's deterministic trajectories from noise to clean latents, which a few-step causal
+model is initialised by (CausVid, arXiv 2412.07772).
+
+A trajectory is kept where the few-step model stands on it: at each of its steps and at the end.
+They lie in a folder of safetensors files; what is there is not made again.
+
+Shapes: N trajectories, S few steps, F latent frames, C channels, H×W latents, T text rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sfmodel.dit import DiT
+from sfmodel.files import atomic
+from sfmodel.schedule import TRAIN_STEPS, FlowSchedule
+from sfmodel.train.parallel import Ranks
+
+IN_FILE = 64  # trajectories
+
+
+@torch.no_grad()
+def solve(
+    flow: Callable[[Tensor, Tensor], Tensor],
+    noise_BFCHW: Tensor,
+    schedule: FlowSchedule,
+    steps: Sequence[int],
+    euler_steps: int,
+) -> Tensor:
+    """[B, S + 1, F, C, H, W]: x at each of `steps` and at last x0, by Euler steps of dx/dσ = flow
+    at levels equally spaced before the schedule's shift. Raises ValueError where these levels do
+    not contain the steps."""
+    at = [(TRAIN_STEPS - step) * euler_steps / TRAIN_STEPS for step in steps]
+    if any(a % 1 for a in at):
+        raise ValueError(
+            f"teacher_steps={euler_steps}: {TRAIN_STEPS} · k/{euler_steps} must hit the few-step "
+            f"list {[*steps]}"
+        )
+    sigmas = schedule.shifted(torch.linspace(1, 0, euler_steps + 1)).to(noise_BFCHW.device)
+    x, kept = noise_BFCHW.float(), []
+    for i in range(euler_steps):
+        if i in at:
+            kept.append(x)
+        x = x + (sigmas[i + 1] - sigmas[i]) * flow(x, TRAIN_STEPS * sigmas[i])
+    return torch.stack([*kept, x], 1)
+
+
+def guided(
+    model: DiT, text_BTE: Tensor, negative_1TE: Tensor, guidance: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Its flow at (x, t), pushed away from that of the negative prompt."""
+
+    def flow(x: Tensor, t: Tensor) -> Tensor:
+        prompted = model(x, t, text_BTE)
+        if not guidance:
+            return prompted
+        return prompted + guidance * (prompted - model(x, t, negative_1TE))
+
+    return flow
+
+
+class Trajectories:
+    """Those of a folder, in order."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder, self.count = folder, count
+
+    def files(self) -> Iterator[tuple[Path, range]]:
+        """All files that there are to be, and the trajectories of each."""
+        for begin in range(0, self.count, IN_FILE):
+            end = min(begin + IN_FILE, self.count)
+            yield self.folder / f"trajectories-{begin:06d}.safetensors", range(begin, end)
+
+    def make(self, solve: Callable[[range], tuple[Tensor, Tensor]], facts: dict[str, object],
+             ranks: Ranks, told: Callable[[int], None] = lambda done: None) -> None:  # fmt: skip
+        """Writes what is missing: `solve` gives points and text of some trajectories. facts: what
+        they depend on. Raises ValueError where the folder holds those of others."""
+        files = [*self.files()]
+        note = self.folder / "trajectories.json"
+        said = json.dumps(facts, sort_keys=True)
+        if note.exists() and note.read_text() != said:
+            raise ValueError(f"{self.folder}: holds trajectories of other settings: remove them")
+        ranks.wait()
+        if ranks.first:
+            with atomic(note) as part:
+                part.write_text(said)
+        # A sharded teacher runs on all ranks at once, each on a file of its own.
+        for begin in range(0, len(files), ranks.world):
+            path, rows = files[min(begin + ranks.rank, len(files) - 1)]
+            if not ranks.any(not path.exists()):
+                continue
+            points, text = solve(rows)
+            if begin + ranks.rank < len(files) and not path.exists():
+                with atomic(path) as part:
+                    save_file({"points": points.cpu().contiguous(), "text": text.cpu()}, part)
+            told(files[min(begin + ranks.world, len(files)) - 1][1].stop)
+        ranks.wait()
+
+    def draw(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """points [B, S + 1, F, C, H, W] and text [B, T, E] of these."""
+        points, texts = [], []
+        for index in indices:
+            name = f"trajectories-{index // IN_FILE * IN_FILE:06d}.safetensors"
+            with safe_open(self.folder / name, "pt") as file:
+                row = index % IN_FILE
+                points.append(file.get_slice("points")[row].float())
+                texts.append(file.get_slice("text")[row])
+        rows = max(map(len, texts))
+        padded = [torch.nn.functional.pad(t, (0, 0, 0, rows - len(t))) for t in texts]
+        return torch.stack(points), torch.stack(padded)

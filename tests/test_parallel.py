@@ -1,0 +1,139 @@
+"""Any split of a global batch, into ranks and micro-batches, learns the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from safetensors.torch import load_file
+
+from sfmodel import checkpoint
+from sfmodel.train.loop import train
+from tests.tiny_runs import apart, config, saved, tiny
+from tests.two_ranks import RECIPES, SHORT, trajectories
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _tiny() -> Iterator[None]:
+    with tiny():
+        yield
+
+
+class Done(NamedTuple):
+    """folder: of runs on one and on two ranks. out: what these printed. ranks: what each wrote."""
+
+    folder: Path
+    out: str
+    ranks: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    folder = tmp_path_factory.mktemp("ranks")
+    with tiny():
+        for recipe in RECIPES:
+            train(config(folder / f"one {recipe}", recipe, **SHORT), device="cpu")
+            part = shutil.copytree(folder / f"one {recipe}", folder / f"one then two {recipe}")
+            shutil.rmtree(part / "checkpoints" / "step-000002")
+        train(trajectories(folder / "one trajectories"), device="cpu")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*command, "2", "-m", "tests.two_ranks", str(folder)],
+        capture_output=True, text=True, env=environment, timeout=200,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    return Done(folder, ended.stdout, ranks)
+
+
+def assert_close(one: Path, other: Path, step: int = 2) -> None:
+    """Weights, their averages and the states of the optimisers, to the order of sums."""
+    a, b = (saved(folder / "checkpoints" / f"step-{step:06d}") for folder in (one, other))
+    learned = {name for name in a if "/optimizers/" not in name and "/critic/" not in name}
+    assert any("/average/" in name for name in learned) and len(learned) < len(a)
+    assert apart({k: a[k] for k in learned}, {k: b[k] for k in learned}) < 1e-4
+    assert apart(a, b) < 2e-3  # the GAN's penalties divide small differences
+    read = (checkpoint.read(folder / "model.safetensors")[0] for folder in (one, other))
+    assert apart(*read) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_ranks_learn_what_one_does(done: Done, recipe: str) -> None:
+    """From the start, and from a checkpoint of one rank."""
+    one = done.folder / f"one {recipe}"
+    assert_close(one, done.folder / f"two {recipe}")
+    assert_close(one, done.folder / f"one then two {recipe}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_rank_goes_on_from_two(done: Done, recipe: str) -> None:
+    part = done.folder / f"two then one {recipe}"
+    shutil.copytree(done.folder / f"two {recipe}", part)
+    shutil.rmtree(part / "checkpoints" / "step-000002")
+    train(config(part, recipe, **SHORT), resume=True, device="cpu")
+    assert_close(done.folder / f"one {recipe}", part)
+
+
+@pytest.mark.slow
+def test_ranks_with_copies_of_the_weights_learn_the_same(done: Done) -> None:
+    """In micro-batches, too."""
+    assert_close(done.folder / "one sf+dmd", done.folder / "copies")
+
+
+@pytest.mark.slow
+def test_ranks_share_the_making_of_trajectories(done: Done) -> None:
+    one, two = (done.folder / f"{count} trajectories" for count in ("one", "two"))
+    assert_close(one, two, 1)
+    files = sorted(path.name for path in (one / "trajectories").glob("*.safetensors"))
+    assert len(files) == 2 and (two / "samples" / "update-000001.png").is_file()
+    for name in files:
+        read = [load_file(folder / "trajectories" / name) for folder in (one, two)]
+        assert apart(*read) < 1e-4
+    assert "trajectory 66 of 66" in done.out
+
+
+@pytest.mark.slow
+def test_the_first_rank_alone_tells(done: Done) -> None:
+    """Once for each of the three recipes, two of which resume, and the copies."""
+    assert done.out.count("update 2/2") == 7 and done.out.count("update 1/2") == 4
+    lines = (done.folder / "two tf" / "log.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    alone = (done.folder / "one tf" / "log.jsonl").read_text().splitlines()
+    assert losses == pytest.approx([json.loads(line)["loss"] for line in alone], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_what_ranks_refuse(done: Done) -> None:
+    said = done.ranks[0]["said"]
+    assert said == done.ranks[1]["said"] and not (done.folder / "refused").exists()
+    assert said["muon"] == "optimizer='muon' runs on one rank: use 'adamw' on several"
+    assert said["batch"].startswith("an update of 3 clips: must divide into 2 ranks")
+    assert said["micro-batch"].endswith("must divide into 2 ranks and micro_batch=2")
+    assert said["shard"] == "shard=3: must divide the 2 ranks"
+
+
+@pytest.mark.slow
+def test_ranks_end_together(done: Done) -> None:
+    """One that left while another one still worked would take it down."""
+    first, second = done.ranks
+    assert second["begun"] < first["begun"] < second["ended"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_micro_batches_learn_what_a_whole_batch_does(recipe: str, tmp_path: Path) -> None:
+    for size in (0, 1):
+        settings = config(tmp_path / str(size), recipe, **SHORT, micro_batch=size)
+        train(settings, device="cpu")
+    assert_close(tmp_path / "0", tmp_path / "1", 2)

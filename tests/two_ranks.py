@@ -1,0 +1,63 @@
+"""What test_parallel has done on two ranks, by torchrun: `python -m tests.two_ranks FOLDER` trains,
+and each rank writes what was refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from sfmodel.train import loop, parallel
+from sfmodel.train.config import TrainConfig
+from sfmodel.train.loop import train
+from sfmodel.train.trajectories import IN_FILE
+from tests.tiny_runs import config, tiny
+
+CPU = "cpu"
+SAMPLE = loop._Report.sample
+RECIPES = "tf", "sf+dmd", "sf+gan"
+SHORT: dict[str, Any] = {"steps": 2, "save_every": 1, "chunks": (3,)}
+REFUSED: dict[str, dict[str, Any]] = {
+    "muon": {"optimizer": "muon"},
+    "batch": {"batch": 3},
+    "micro-batch": {"batch": 6, "micro_batch": 2},
+    "shard": {"shard": 3},
+}
+
+
+def trajectories(folder: Path) -> TrainConfig:
+    """A run whose trajectories lie in two files."""
+    return config(folder, "ode", steps=1, save_every=1, pairs=IN_FILE + 2, teacher_steps=20)
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    said: dict[str, str] = {}
+    with parallel.started(device=CPU) as ranks, tiny():
+        for recipe in RECIPES:
+            train(config(folder / f"two {recipe}", recipe, **SHORT), device=CPU)
+            resumed = config(folder / f"one then two {recipe}", recipe, **SHORT)
+            train(resumed, resume=True, device=CPU)
+        copies = config(folder / "copies", "sf+dmd", **SHORT, shard=1, micro_batch=1)
+        train(copies, device=CPU)
+        with mock.patch.object(loop._Report, "sample", SAMPLE):
+            train(trajectories(folder / "two trajectories"), device=CPU)
+        for name, change in REFUSED.items():
+            try:
+                train(config(folder / "refused", **change), device=CPU)
+            except ValueError as error:
+                said[name] = str(error)
+        if ranks.first:
+            time.sleep(1)
+        begun = time.time()
+    ended = {"begun": begun, "ended": time.time(), "said": said}
+    (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(ended))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
