@@ -31,12 +31,25 @@ from bench.machine import machine, said
 from sfmodel import checkpoint
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
-from sfmodel.evaluate import Sampling, bands, evaluate, held_out, judge, over, roll, seen_in
+from sfmodel.evaluate import (
+    BATCH,
+    Sampling,
+    bands,
+    evaluate,
+    held_out,
+    judge,
+    over,
+    roll,
+    seen_in,
+)
 from sfmodel.files import atomic
+from sfmodel.schedule import FlowSchedule
 from sfmodel.toy_vae import ToyVAE
 from sfmodel.train.config import TrainConfig, defaults
 from sfmodel.train.loop import train
 from sfmodel.train.parallel import checkpoints
+from sfmodel.train.recipes import Draw
+from sfmodel.train.trajectories import guided, solve
 from sfmodel.video import contact_sheet_of_rows
 
 FRAMES = 7  # latent frames of a training clip, and of the window
@@ -54,17 +67,18 @@ class Row:
     change: tuple[tuple[str, Any], ...] = ()
 
 
-FLOW = (("optimizer", "adamw"), ("lr", 1e-4), ("betas", (0.0, 0.99)), ("ema", 0.98), ("warmup", 5),
+# Learning rates are the best of a few on the validation split (docs/training.md).
+FLOW = (("optimizer", "adamw"), ("lr", 1e-3), ("betas", (0.0, 0.99)), ("ema", 0.98), ("warmup", 5),
         ("fall", 1.0), ("drop_text", 0.0), ("fade", 0.0), ("context_noise", 0.0))  # fmt: skip
 ROWS = {
     "TF": Row("tf", EULER, FLOW),
     "DF": Row("df", EULER, FLOW),
-    "TF + DMD": Row("tf+dmd"),
-    "DF + DMD (CausVid)": Row("df+dmd"),
-    "SF + DMD": Row("sf+dmd"),
-    "SF + SiD": Row("sf+sid"),
-    "SF + GAN": Row("sf+gan"),
-    "SF + DMD, first hidden": Row("sf+dmd", change=(("hide_first", True),)),
+    "TF + DMD": Row("tf+dmd", change=(("lr", 4e-4),)),
+    "DF + DMD (CausVid)": Row("df+dmd", change=(("lr", 2e-4),)),
+    "SF + DMD": Row("sf+dmd", change=(("lr", 1e-4),)),
+    "SF + SiD": Row("sf+sid", change=(("lr", 5e-5),)),
+    "SF + GAN": Row("sf+gan", change=(("lr", 5e-5),)),
+    "SF + DMD, first hidden": Row("sf+dmd", change=(("lr", 1e-4), ("hide_first", True))),
 }
 WAYS = {"chunk-wise": 3, "frame-wise": 1}
 
@@ -73,10 +87,10 @@ WAYS = {"chunk-wise": 3, "frame-wise": 1}
 class Scale:
     """How much of it. updates: of the generator. videos: that a model is measured by."""
 
-    updates: int = 50
-    batch: int = 24
+    updates: int = 36
+    batch: int = 20
     seeds: int = 3
-    videos: int = 256
+    videos: int = 192
 
 
 ON_GPU = Scale(updates=200, batch=64, seeds=5, videos=1024)
@@ -127,13 +141,14 @@ def run(job: Job) -> dict[str, Any]:
     began = time.perf_counter()
     if not _on_gpu():
         torch.set_num_threads(1)
-    if not (config.output / "model.safetensors").exists():
+    weights = config.output / "model.safetensors"
+    if not weights.exists():
         resume = bool(checkpoints(config.output / "checkpoints"))
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             train(config, resume=resume)
     trained = time.perf_counter()
     held = _held(LONG, job.scale.videos, job.split)
-    result = evaluate(_load(config), job.sampling(), ToyVAE.from_pretrained(), held, FRAMES)
+    result = evaluate(_load(weights), job.sampling(), ToyVAE.from_pretrained(), held, FRAMES)
     measured = time.perf_counter()
     seconds = {"train": trained - began, "measure": measured - trained}
     result |= {"row": job.row, "way": job.way, "seed": job.seed, "seconds": seconds}
@@ -146,9 +161,9 @@ def _on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _load(config: TrainConfig) -> DiT:
-    model = DiT(config.model.dit)
-    checkpoint.load(model, config.output / "model.safetensors")
+def _load(weights: Path) -> DiT:
+    model = DiT(PRESETS["toy"].dit)
+    checkpoint.load(model, weights)
     return model.to("cuda" if _on_gpu() else "cpu").eval()
 
 
@@ -196,6 +211,12 @@ def experiment(
         for way in ways
         for row in rows
     ]
+    settings = json.dumps({"scale": vars(scale), "rows": {n: str(row) for n, row in ROWS.items()}})
+    note = output / "settings.json"
+    if note.exists() and note.read_text() != settings:
+        raise ValueError(f"{output}: holds an experiment of other settings: name another folder")
+    with atomic(note) as part:
+        part.write_text(settings)
     began = time.perf_counter()
     results = _all(jobs, workers or (1 if _on_gpu() else len(os.sched_getaffinity(0))))
     summary = {
@@ -203,7 +224,7 @@ def experiment(
         "scale": vars(scale),
         "split": split,
         "seconds": time.perf_counter() - began,
-        "floor": _floor(scale, split),
+        "references": references(scale, split),
         "results": results,
     }
     with atomic(output / "results.json") as part:
@@ -252,9 +273,28 @@ def _said(result: dict[str, Any]) -> str:
     return f"distance {parts}, gap {result['gap']:.2f}, {took:.0f} s"
 
 
-def _floor(scale: Scale, split: str) -> dict[str, Any]:
+def references(scale: Scale, split: str) -> dict[str, dict[str, Any]]:
+    """`judge` of other real videos, the least that can be had, and of the teacher's, which sees a
+    whole training clip at once."""
     codec, held = ToyVAE.from_pretrained(), _held(LONG, scale.videos, split)
-    return judge(seen_in(codec, held.latents_BFCHW), held.real_NFD)
+    config = defaults("toy", "sf+dmd")
+    assert config.teacher is not None
+    teacher = _load(config.teacher)
+    schedule, made = FlowSchedule(config.model.shift), []
+    for begin in range(0, scale.videos, BATCH):
+        rows = range(begin, min(begin + BATCH, scale.videos))
+        noise = Draw(0, rows, teacher.device).normal(
+            "teacher", *held.latents_BFCHW[0, :FRAMES].shape
+        )
+        text = held.text_BTE[rows.start : rows.stop].to(teacher.device)
+        flow = guided(teacher, text, torch.zeros_like(text[:1]), guidance=0.0)
+        made.append(solve(flow, noise, schedule, (), config.teacher_steps)[:, -1].cpu())
+    return {
+        "real, other videos": judge(seen_in(codec, held.latents_BFCHW), held.real_NFD),
+        f"teacher, {config.teacher_steps} steps": judge(
+            seen_in(codec, torch.cat(made)), held.real_NFD
+        ),
+    }
 
 
 def _cells(results: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> str:
@@ -280,9 +320,11 @@ def cells(summary: dict[str, Any], way: str) -> tuple[list[str], list[list[str]]
     columns = ["", *names, "exposure gap", f"radius drift, px, {late[0]}-{late[1] - 1}",
                "other colour", "impossible moves"]  # fmt: skip
     rows = []
-    floor = summary["floor"]
-    every = {"real, other videos": [{**floor, "gap": 0.0}], **_of(summary, way)}
-    for name, results in every.items():
+    for name, found in summary["references"].items():
+        within = (band for band in parts if band[1] <= len(found["distance"]))
+        rows.append([name, *(f"{over(found['distance'], band):.2f}" for band in within)])
+        rows[-1] += [""] * (len(columns) - len(rows[-1]))
+    for name, results in _of(summary, way).items():
         values: list[Callable[[dict[str, Any]], float]] = [
             *(lambda r, band=band: over(r["distance"], band) for band in parts),
             lambda r: r["gap"],
@@ -328,8 +370,9 @@ def draw(summary: dict[str, Any], output: Path) -> None:
             ax.plot(at, lines.mean(0)[1:], color=colours[row], label=row)
             lowest, highest = lines.amin(0)[1:], lines.amax(0)[1:]
             ax.fill_between(at, lowest, highest, color=colours[row], alpha=0.15)
-        floor = summary["floor"]["distance"]
-        ax.plot(range(1, len(floor)), floor[1:], color="#555555", linestyle="--", label="real")
+        for (name, found), style in zip(summary["references"].items(), ("--", ":"), strict=True):
+            at = range(1, len(found["distance"]))
+            ax.plot(at, found["distance"][1:], style, color="#555555", label=name)
         ax.axvline(FRAMES - 0.5, color="#aaaaaa", linewidth=0.8)
         ax.set(yscale="log", xlabel=f"latent frame (trained on the first {FRAMES})", title=way)
         ax.grid(alpha=0.3, which="both")
@@ -366,7 +409,7 @@ def sheets(jobs: Sequence[Job], output: Path) -> None:
         held = _held(LONG, chosen[0].scale.videos, chosen[0].split)
         latents = {"real": held.latents_BFCHW[:1]}
         for job in chosen:
-            model = _load(job.config())
+            model = _load(job.config().output / "model.safetensors")
             text = held.text_BTE[:1].to(model.device)
             latents[job.row] = roll(model, job.sampling(), text, LONG).cpu()
         with torch.no_grad():

@@ -223,8 +223,8 @@ _TOY_BY: dict[str, dict[str, Any]] = {
     ),
     "ode": dict(**_SHORT, steps=400, lr=1e-3, ema=0.995, init=_TEACHER, teacher=_TEACHER),
     "distillation": dict(
-        **_SHORT, steps=60, batch=32, optimizer="adamw", lr=1e-4, lr_critic=3e-4, warmup=5,
-        fall=1.0, betas=(0.0, 0.99), weight_decay=0.0, ema=0.98, critic_warmup=40, drop_text=0.0,
+        **_SHORT, steps=40, batch=24, optimizer="adamw", lr=1e-4, lr_critic=3e-4, warmup=5,
+        fall=1.0, betas=(0.0, 0.99), weight_decay=0.0, ema=0.98, critic_warmup=20, drop_text=0.0,
         init=_INIT, teacher=_TEACHER, log_every=5, save_every=10,
     ),
 }  # fmt: skip
