@@ -1,6 +1,7 @@
 # make demo    generate a short video and show what was measured; PROMPT="a small blue ball"
 # make test    every check: lint, format, types, tests
 # make bench   all that is timed, as an HTML page: at real size with a GPU, else at toy size
+# make experiment   teacher, diffusion and self forcing, trained and compared in the toy world
 #
 # Each sets up what it needs in .venv the first time. PYTHON=... names the interpreter to start
 # from; if it has a PyTorch with CUDA that works here, that PyTorch is used.
@@ -11,7 +12,7 @@ RUN := $(VENV)/bin/python -m
 # One stamp for each interpreter named, so that another PYTHON=... is not ignored in silence.
 READY := $(VENV)/.ready-$(subst /,-,$(PYTHON))
 
-.PHONY: demo test bench format clean
+.PHONY: demo test bench experiment format clean
 
 demo: $(READY)
 	@$(RUN) bench demo $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -25,6 +26,9 @@ test: $(READY)
 
 bench: $(READY)
 	@$(RUN) bench
+
+experiment: $(READY)
+	@$(RUN) bench experiment
 
 format: $(READY)
 	@$(RUN) ruff check --fix .

@@ -87,7 +87,7 @@ WAYS = {"chunk-wise": 3, "frame-wise": 1}
 class Scale:
     """How much of it. updates: of the generator. videos: that a model is measured by."""
 
-    updates: int = 36
+    updates: int = 32
     batch: int = 20
     seeds: int = 3
     videos: int = 192
@@ -228,7 +228,7 @@ def experiment(
         "results": results,
     }
     with atomic(output / "results.json") as part:
-        part.write_text(json.dumps(summary, indent=1))
+        part.write_text(json.dumps(_rounded(summary)))
     draw(summary, output)
     sheets(jobs, output)
     for table in tables(summary):
@@ -265,6 +265,15 @@ def _all(jobs: Sequence[Job], workers: int) -> list[dict[str, Any]]:
                 process.terminate()
             raise
     return [done[job] for job in jobs]
+
+
+def _rounded(value: Any) -> Any:
+    """Of JSON: what no table or figure shows is left out."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return [*map(_rounded, value)] if isinstance(value, list) else value
 
 
 def _said(result: dict[str, Any]) -> str:

@@ -9,11 +9,11 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import compare, kernels, model, predict
+from bench import compare, experiment, kernels, model, predict
 from bench.machine import said
 from bench.part import Result
 from bench.peers import BASELINES
@@ -30,8 +30,10 @@ TELLING = (
     r"qk_norm_rope_append \d",
     r"gated_adaln backward",
 )
-MOST = 3  # rows of attention, and of streaming
-DEMO = "demo-cpu.json"
+MOST = 2  # rows of attention, and of streaming
+DEMO, EXPERIMENT = "demo-cpu.json", "experiment-cpu.json"
+SHOWN = 4  # columns of the experiment
+ASIDE = ("SF + DMD, first hidden",)  # rows of it that docs/training.md alone shows
 CHUNK = "4680 x 1536"  # what the picture shows
 CALLED = {"compile": "torch.compile", "native": "PyTorch's own"}
 PREDICTED = ("h100", "h200")
@@ -39,11 +41,11 @@ PREDICTED = ("h100", "h200")
 
 def newest(folder: Path) -> list[tuple[str, Result]]:
     """(file, result) of all at real sizes, the newest first; those without a date are last, by
-    name. Raises ValueError for a file that holds none, but for those of `bench demo`."""
+    name. Raises ValueError for a file that holds none, but for those with a form of their own."""
     found = [
         (path.name, result)
         for path in sorted(folder.glob("*.json"))
-        if not path.name.startswith("demo")
+        if not path.name.startswith(("demo", "experiment"))
         for result in compare.results(compare.read(path)).values()
         if result.get("sizes") != "toy"
     ]
@@ -53,7 +55,8 @@ def newest(folder: Path) -> list[tuple[str, Result]]:
 def block(folder: Path) -> str:
     """The lines from BEGIN to END, with both."""
     found = newest(folder)
-    sections = (_demo(folder / DEMO), _kernels(found), _attention(found), _streaming(found))
+    own = _demo(folder / DEMO), _experiment(folder / EXPERIMENT)
+    sections = (*own, _kernels(found), _attention(found), _streaming(found))
     return "\n".join([BEGIN, "\n\n".join("\n".join(lines) for lines in sections), END])
 
 
@@ -71,16 +74,53 @@ def _demo(file: Path) -> Iterator[str]:
         f"{s['fps']:.0f} decoded frames a second, the first after "
         f"{1e3 * s['first_frame_seconds']:.0f} ms; a chunk of {4 * s['chunk']} takes {early} ms "
         f"around frame 100 and {late} around frame 1000 (a shared machine: only ratios of one run "
-        f"count). Past a window of {window}, where one stream waits for launches:"
+        f"count). Past a window of {window}, with {_and(ways)} streams: {'; '.join(_ways(ways))}."
     )
-    yield ""
-    yield from _head("a chunk", *(f"{n} stream{'s' * (n > 1)}" for n in ways), "in theory")
+
+
+def _ways(ways: dict[int, dict[str, Any]]) -> Iterator[str]:
+    """The ring's time, and that of the other ways as multiples of it."""
     for way in reversed(ways[1]):
         each = [ways[n][way] for n in ways]
-        times = [f"{one['times_the_ring']:.2f} ×" for one in each]
         if way == "ring cache":
-            times = [f"{1e3 * one['seconds_per_chunk']:.1f} ms" for one in each]
-        yield _line(way, *times, f"{each[0]['times_the_ring_in_theory']:.2f} ×")
+            took = _and(f"{1e3 * one['seconds_per_chunk']:.1f}" for one in each)
+            yield f"{way} {took} ms a chunk"
+            continue
+        times = _and(f"{one['times_the_ring']:.2f} ×" for one in each)
+        yield f"{way} {times} (in theory {each[0]['times_the_ring_in_theory']:.2f} ×)"
+
+
+def _and(parts: Iterable[object]) -> str:
+    return " and ".join(map(str, parts))
+
+
+def _experiment(file: Path) -> Iterator[str]:
+    """Of `bench experiment`: distances and exposure gap of both ways, a line a row."""
+    if not file.exists():
+        yield "**The experiment is not measured yet.**"
+        return
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    scale, minutes = summary["scale"], summary["seconds"] / 60
+    tables = [experiment.cells(summary, way) for way in experiment.WAYS]
+    shown = slice(1, 1 + SHOWN)
+    names = [name.removeprefix("distance ") for name in tables[0][0][shown]]
+    found = summary["references"]
+    least = [row[1] for row in tables[0][1] if row[0] in found]
+    yield from _prose(
+        f"`make experiment` ({minutes:.0f} min) on {said(summary['machine'])} "
+        f"(`bench/results/{file.name}`): Fréchet distance from real videos by latent frame, of "
+        f"models trained on {experiment.FRAMES}; {scale['seeds']} seeds, {scale['updates']} "
+        f"updates. {_and(found)} have {_and(least)} at {names[0]}. Gap: what a model's own past "
+        "adds to its distance. `docs/training.md` says what follows."
+    )
+    yield ""
+    heads = (f"{way}: {name}" if not i else name for way in experiment.WAYS
+             for i, name in enumerate(names))  # fmt: skip
+    yield from _head("", *heads)
+    for rows in zip(*(rows for _, rows in tables), strict=True):
+        if rows[0][0] in (*found, *ASIDE):
+            continue
+        yield _line(rows[0][0], *(cell for row in rows for cell in row[shown]))
 
 
 def _kernels(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
@@ -97,7 +137,8 @@ def _kernels(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
     found_in = [*rows.values()]
     where = _on(found_in[0][1], *(name for name, _, _ in found_in))
     yield from _prose(
-        f"Kernels, bfloat16 activations, in CUDA graphs over inputs larger than L2, {where}:"
+        f"Kernels (drawn in `docs/kernels.png`), bfloat16 activations, in CUDA graphs over inputs "
+        f"larger than L2, {where}:"
     )
     yield ""
     yield from _head("", "µs", "% of a copy of as many bytes", "eager / ours", "best other / ours")
@@ -136,15 +177,20 @@ def _streaming(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
                 seconds = (f"{line[key]:.3g} s" for key in ("latency_s", "paper_latency_s"))
                 yield _line(line["name"], *figures, *seconds, line.get("said", ""))
             return
-    yield "**Streaming is not measured on a GPU yet.** At most, in bf16, with the VAE of Wan2.1:\n"
-    yield from _head("", "FPS, full window", "FPS, 81-frame clip", "first frame")
+    most, paper = [], BASELINES[0]
     for key in PREDICTED:
         predicted = predict.prediction(PRESETS["wan-1.3b"], model.GPUS[key])
-        fps = [f"{predicted['fps'][over]['floor']:.0f}" for over in ("full_window", "clip")]
+        full, clip = (f"{predicted['fps'][over]['floor']:.0f}" for over in ("full_window", "clip"))
         first = f"{predicted['latency_ms']['first_frame']['floor'] / 1e3:.2f} s"
-        yield _line(f"{predicted['gpu']['name']}, {predict.LABEL}", *fps, first)
-    paper = BASELINES[0]
-    yield _line(f"{paper.name}, as published, H100", "", f"{paper.fps:g}", f"{paper.latency_s:g} s")
+        name = predicted["gpu"]["name"]
+        most.append(
+            f"{name} {full} FPS at a full window, {clip} over 81 frames, {first} to the first"
+        )
+    yield from _prose(
+        f"**Streaming is not measured on a GPU yet.** At most, in bf16, with Wan2.1's VAE "
+        f"({predict.LABEL}): {'; '.join(most)}. Published: {paper.fps:g} FPS, "
+        f"{paper.latency_s:g} s."
+    )
 
 
 def _race(row: dict[str, Any]) -> tuple[str, str, str, str]:

@@ -107,6 +107,7 @@ class TrainConfig:
     critic_steps: int = 5  # updates of the critic before each one of the generator
     critic_warmup: int = 0  # further ones before the first
     lr_critic: float = 4e-7
+    negative: Path | None = None  # a prompt, which guidance leads away from; None: no words
     guidance: float = 3.0  # of the real score: x0 + guidance · (x0 − x0 of the unprompted)
     gradient_frames: int | None = None  # SF: only the last latent frames take a gradient; None: all
     renoise_context: bool = True  # SF: clean context is noised at the schedule's smallest σ
@@ -149,6 +150,8 @@ class TrainConfig:
                 f"recipe={self.recipe!r}: a critic of {self.preset!r} cannot start from "
                 f"teacher={self.teacher} of {self.teacher_preset or self.preset!r}: give critic"
             )
+        if self.kind.objective == "ode" and len(self.frames) > 1:
+            raise ValueError(f"frames={self.frames}: the teacher's trajectories have one length")
         if self.kind.context == "whole" and self.hide_first:
             raise ValueError("hide_first: a bidirectional model has no first chunk")
         for frames, chunk, window in itertools.product(self.frames, self.chunks, self.windows):

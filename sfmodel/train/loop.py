@@ -38,7 +38,7 @@ from sfmodel.text import ToyTextEncoder
 from sfmodel.toy_vae import ToyVAE
 from sfmodel.train import parallel
 from sfmodel.train.config import TrainConfig
-from sfmodel.train.data import Source, open_source, skipped_report
+from sfmodel.train.data import Prompts, Source, open_source, skipped_report
 from sfmodel.train.discriminator import Discriminator
 from sfmodel.train.parallel import Ranks
 from sfmodel.train.recipes import Draw, Models, Part, Setting, Update, seed_of
@@ -137,8 +137,11 @@ class Run:
             raise ValueError(
                 f"recipe={config.recipe!r} learns from clips: {config.data} holds prompts alone"
             )
-        no_prompt = torch.zeros(1, 1, self.preset.dit.text_dim)
-        self.negative = no_prompt.to(ranks.device)
+        negative = torch.zeros(1, 1, self.preset.dit.text_dim)
+        if config.negative is not None:
+            prompts = Prompts(config.negative, self.preset, self.text)
+            negative = prompts.draw(0, 1, 1, latents=False).text_BTE
+        self.negative = negative.to(ranks.device)
         dark = None
         if self.codec is not None:
             black = torch.full((1, 1, 3, 8, 8), -1.0, device=ranks.device)
@@ -245,9 +248,11 @@ class Run:
 
         facts = {
             name: config.plain()[name]
-            for name in ("preset", "teacher", "teacher_preset", "data", "frames", "pairs", "seed")
-        }
-        facts |= {"teacher_steps": config.teacher_steps, "guidance": config.guidance}
+                for name in (
+                "preset", "teacher", "teacher_preset", "teacher_steps", "guidance", "negative",
+                "data", "frames", "pairs", "drop_text", "drop_word", "seed",
+            )
+        }  # fmt: skip
         self.setting.trajectories.make(solved, facts, self.ranks, told)
 
     def train_step(self) -> Record:
@@ -258,8 +263,8 @@ class Run:
         began = time.perf_counter()
         if "critic" in self.learners:
             count = config.critic_steps + (0 if self.step else config.critic_warmup)
-            for i in range(count):
-                record |= self._update("critic", f"critic {i}", 1.0)
+            each = [self._update("critic", f"critic {i}", 1.0) for i in range(count)]
+            record = _means(each[-config.critic_steps :])
         record |= self._update("generator", "generator", _rate(self.step, config))
         self.step += 1
         after = self.step - config.ema_start
@@ -356,7 +361,13 @@ def train(
             with atomic(folder / "config.json") as part:
                 part.write_text(json.dumps(config.plain(), indent=1) + "\n")
         with _Report(run) as report, _held_interrupts() as interrupts:
-            run.prepare(report.preparing)
+
+            def told(done: int) -> None:
+                report.preparing(done)
+                if ranks.any(bool(interrupts)):
+                    raise KeyboardInterrupt  # what is made so far is kept
+
+            run.prepare(told)
             report.began = time.perf_counter()
             while run.step < config.steps:
                 report.update(run.train_step())
@@ -396,8 +407,10 @@ class _Report:
         run = self.run
         if self.first:
             if run.step and self.path.exists():
-                lines = map(json.loads, self.path.read_text().splitlines())
-                self.records = [line for line in lines if line["step"] <= run.step]
+                for text in self.path.read_text().splitlines():
+                    with contextlib.suppress(json.JSONDecodeError):  # a kill's unfinished line
+                        self.records.append(json.loads(text))
+                self.records = [line for line in self.records if line["step"] <= run.step]
             # A resumed run writes again what it logged after its checkpoint.
             with atomic(self.path) as part:
                 part.write_text("".join(json.dumps(each) + "\n" for each in self.records))
@@ -436,7 +449,7 @@ class _Report:
         if step % self.config.log_every and step != steps:
             self.progress.update(self.task, completed=step)
             return
-        means = {key: sum(r[key] for r in self.recent) / len(self.recent) for key in record}
+        means = _means(self.recent)
         rate = (time.perf_counter() - self.began) / self.done
         line = {"step": step, **means, "seconds": self.run.seconds, "seconds_per_step": rate}
         if self.run.ranks.device.type == "cuda":
@@ -496,12 +509,10 @@ def _held_interrupts() -> Iterator[list[int]]:
 
 def plot(records: list[Record], path: Path, title: str) -> None:
     """The losses and the norms of the gradients of a run as a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    axes = figure.subplots(1, 2)
     for ax, what in zip(axes, ("loss", "norm"), strict=True):
         for prefix, name in (("", "generator"), ("critic_", "critic")):
             if prefix + what in records[-1]:
@@ -516,7 +527,10 @@ def plot(records: list[Record], path: Path, title: str) -> None:
     figure.suptitle(title)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-    pyplot.close(figure)
+
+
+def _means(records: list[Record]) -> Record:
+    return {key: sum(each[key] for each in records) / len(records) for key in records[0]}
 
 
 def _rate(step: int, config: TrainConfig) -> float:

@@ -78,7 +78,7 @@ def seed_of(*what: object) -> int:
 
 
 class Update:
-    """One update's global batch, of which `part` computes a piece. name: "generator" or one of the
+    """One update's global batch, of which a `Part` is a piece. name: "generator" or one of the
     critic's; what all ranks share (sizes, the exit step) follows from (config.seed, step, name)."""
 
     def __init__(self, setting: Setting, step: int, name: str) -> None:
@@ -114,19 +114,15 @@ class Part:
             points, text = setting.trajectories.draw(chosen.long().tolist())
             self.points = points.to(setting.device)
         else:
-            clips, text = self._drawn(rows)
+            clips, text, _ = setting.source.draw(
+                seed_of(update.seed, "data"),
+                update.clips,
+                update.frames,
+                slice(rows.start, rows.stop),
+                latents=self.config.kind.needs_clips,
+            )
             self.real = None if clips is None else clips.to(setting.device)
         self.text = text.to(setting.device)
-
-    def _drawn(self, rows: range) -> tuple[Tensor | None, Tensor]:
-        clips, text, _ = self.setting.source.draw(
-            seed_of(self.update.seed, "data"),
-            self.update.clips,
-            self.update.frames,
-            slice(rows.start, rows.stop),
-            latents=self.config.kind.needs_clips,
-        )
-        return clips, text
 
     def learn(self, share: float) -> float:
         """Adds to the generator's gradients `share` of those of this part's loss; returns it."""
@@ -147,19 +143,19 @@ class Part:
             video = self._generated()[0]
         critic = self.models.critic
         assert critic is not None
-        if self.config.kind.objective == "gan":
-            t_B, config = self._score_t(), self.config
-            noise = self.draw.normal("score noise", *self.shape[1:])
+        t_B, config = self._score_t(), self.config
+        noise = self.draw.normal("score noise", *self.shape[1:])
+        if config.kind.objective == "gan":
             loss = objectives.discriminator_loss(
                 self._logits(t_B), video, self._real(), noise, t_B, self.schedule,
                 *self.draw.normal("perturbation", 2, *self.shape[1:]).unbind(1),
                 r1=config.gan_penalty, r2=config.gan_penalty, penalty_sigma=config.gan_sigma,
             )  # fmt: skip
         else:
-            t_B = self._score_t()
-            noise = self.draw.normal("score noise", *self.shape[1:])
+            # Wan2.1's weight is of flow matching on clips; the critic's flow counts alike at all t.
+            weight_B = None if config.min_sigma is None else self._weight(t_B)
             loss = objectives.critic_loss(
-                critic, video, noise, t_B, self.text, self.schedule, self._weight(t_B)
+                critic, video, noise, t_B, self.text, self.schedule, weight_B
             )
         (share * loss).backward()
         return loss.item()
