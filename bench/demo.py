@@ -49,7 +49,7 @@ def demo(
         console.width = 110
     model, codec, text = load_toy()
     here = machine(model.device)
-    console.print(f"streaming {prompt!r}: weights {TOY_WEIGHTS.name}, {said(here)}")
+    console.print(f"streaming {prompt!r}: weights {TOY_WEIGHTS.name}, teacher-forced; {said(here)}")
     embedding = text([prompt], model.device)
     result: dict[str, Any] = {"machine": here, "prompt": prompt, "seed": seed, "frames": frames}
     result["stream"] = run_stream(model, codec, embedding, prompt, frames, seed, output)

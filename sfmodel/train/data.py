@@ -427,7 +427,7 @@ def _video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoSt
             if not container.streams.video:
                 raise ValueError("holds no video")
             stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
+            stream.thread_type = "NONE"  # threads of frames pass over what is damaged
             yield container, stream
     except (av.FFmpegError, OSError, EOFError) as error:
         reason = getattr(error, "strerror", None) or error
