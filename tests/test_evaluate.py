@@ -18,7 +18,7 @@ from sfmodel.config import PRESETS, DiTConfig, Preset
 from sfmodel.dit import DiT
 from sfmodel.evaluate import Sampling, frechet, held_out, judge, look, roll, seen_in
 from sfmodel.schedule import FlowSchedule
-from sfmodel.stream import stream_latents
+from sfmodel.stream import FewStepSampler, stream_latents
 from sfmodel.toy_vae import ToyVAE
 
 FRAMES = 5
@@ -174,7 +174,7 @@ def test_on_a_real_past_only_that_is_seen(model: DiT) -> None:
 def test_euler_steps_follow_the_flow(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the flow x, dx/dσ = x from 1 to 0: the product of 1 − Δσ."""
     monkeypatch.setattr(DiT, "forward", lambda self, x, *_, **__: x)
-    monkeypatch.setattr(evaluate.FewStepSampler, "append", lambda self, x0: None)
+    monkeypatch.setattr(FewStepSampler, "append", lambda self, x0: None)
     sampling = Sampling(SMALL, euler=5)
     got = roll(model, sampling, torch.zeros(1, 1, 32), 1, seed=1)
     few = Sampling(replace(SMALL, steps=(1000,)))
@@ -184,7 +184,7 @@ def test_euler_steps_follow_the_flow(model: DiT, monkeypatch: pytest.MonkeyPatch
     factor = math.prod(1 + b - a for a, b in itertools.pairwise(sigmas))
     noise = torch.randn(1, 1, 4, 8, 8)
     cache = model.new_cache(1, 7, SMALL.grid)
-    sampler = evaluate.FewStepSampler(model, cache, FlowSchedule(6.0), sampling.steps)
+    sampler = FewStepSampler(model, cache, FlowSchedule(6.0), sampling.steps)
     torch.testing.assert_close(sampler.integrate(noise), factor * noise)
     assert got.std() == pytest.approx(abs(factor), rel=0.2)
 
