@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from sfmodel import checkpoint, cli
+from sfmodel.dit import DiT
 from sfmodel.train import loop, parallel, recipes
 from sfmodel.train.config import RECIPES, defaults
 from sfmodel.train.loop import train
@@ -535,3 +536,20 @@ def test_bad_settings_are_one_sentence(
 def test_a_tiny_model_is_meant() -> None:
     """What all of the above trains."""
     assert TINY.dit.layers == 1 and defaults().model is TINY
+
+
+@pytest.mark.parametrize(
+    ("recipe", "names"),
+    [("tf", {"generator"}), ("tf+dmd", {"generator", "real", "critic"}),
+     ("sf+dmd", {"real", "critic"})],
+)  # fmt: skip
+def test_what_sees_whole_clips_is_compiled(
+    recipe: str, names: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a generator that rolls out: each of its chunks would be a graph of its own."""
+    compiled: list[DiT] = []
+    monkeypatch.setattr(DiT, "compile", lambda self: compiled.append(self))
+    with tiny(), parallel.started(device="cpu") as ranks:
+        run = loop.Run(config(tmp_path / "run", recipe, compile=True), ranks)
+    models = run.models._asdict()
+    assert {id(model) for model in compiled} == {id(models[name]) for name in names}

@@ -117,7 +117,7 @@ class TrainConfig:
     # execution
     bf16: bool = False  # matrix products in bfloat16, weights and their averages in float32
     recompute: bool = False  # activations again in the backward pass, instead of keeping them
-    compile: bool = False  # torch.compile of the blocks
+    compile: bool = False  # torch.compile of the models that see whole clips
     impl: str = "auto"  # of the sfkernels ops
     attention_impl: str = "auto"  # of the attention ops
     shard: int = 0  # ranks that share one copy of the weights; 0 is all of them

@@ -170,13 +170,11 @@ class Run:
         self.models = Models(generator, real, critic, head)
         for model in (generator, real, critic):
             if model is not None:
-                # A rollout runs each exit step again as a whole.
-                model.recompute = config.recompute and not (
-                    model is generator and kind.context == "own"
-                )
-                if config.compile:
-                    for block in model.blocks:
-                        block.compile()
+                # A rollout runs each exit step again as a whole, and every chunk has other shapes.
+                rolls = model is generator and kind.context == "own"
+                model.recompute = config.recompute and not rolls
+                if config.compile and not rolls:
+                    model.compile()
         trajectories = Trajectories(config.output / "trajectories", config.pairs)
         self.setting = Setting(
             config, self.models, self.source, trajectories, self.negative, dark, ranks.device
