@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +145,73 @@ def test_the_critic_learns_the_flow_of_what_is_generated() -> None:
             want += 2 * error * torch.tensor([x_t, float(t[i]) / 1000], dtype=torch.float64)
     assert loss.item() == pytest.approx(total / count, rel=1e-5)
     torch.testing.assert_close(got, want / count, rtol=1e-5, atol=1e-9)
+
+
+class Causal(Score):
+    """The same with a timestep of each frame; a clean half adds its own latents to the flow."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, t: Tensor, text: Tensor, *, layout: BlockLayout,
+        clean_BFCHW: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        a, b = self.weights
+        assert layout.teacher_forcing == (clean_BFCHW is not None)
+        flow = a * x + b * t[:, :, None, None, None] / 1000
+        return flow if clean_BFCHW is None else flow + clean_BFCHW
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("context", ["none", "clean"])
+def test_flow_matching_of_clips(context: str, weighted: bool) -> None:
+    """Teacher and diffusion forcing: value and gradient, element by element."""
+    clean, past, noise, _ = torch.randn(4, *SHAPE, dtype=torch.float64)
+    sigma = torch.tensor([[0.2, 0.9, 0.9], [1.0, 0.4, 0.4]], dtype=torch.float64)
+    weight = torch.tensor([[0.5, 2.0, 2.0], [1.0, 3.0, 3.0]], dtype=torch.float64)
+    model: Any = Causal(0.4, -0.3)
+    text, shared = torch.zeros(2, 1, 3), (noise, sigma)
+    layout = BlockLayout((1, 2), 4, teacher_forcing=context == "clean")
+    given = weight if weighted else None
+    if context == "clean":
+        loss = objectives.teacher_forcing_loss(model, clean, past, *shared, text, layout, given)
+    else:
+        loss = objectives.diffusion_forcing_loss(model, clean, *shared, text, layout, given)
+    (got,) = torch.autograd.grad(loss, model.weights)
+    a, b = model.weights.tolist()
+    total, want, count = 0.0, torch.zeros(2, dtype=torch.float64), clean.numel()
+    for i in range(SHAPE[0]):
+        for f in range(SHAPE[1]):
+            s, w = float(sigma[i, f]), float(weight[i, f]) if weighted else 1.0
+            values = (x[i, f].flatten().tolist() for x in (clean, past, noise))
+            for x0, seen, eps in zip(*values, strict=True):
+                x = (1 - s) * x0 + s * eps
+                flow = a * x + b * s + (seen if context == "clean" else 0.0)
+                error = flow - (eps - x0)
+                total += w * error**2
+                want += 2 * w * error * torch.tensor([x, s], dtype=torch.float64)
+    assert loss.item() == pytest.approx(total / count, rel=1e-6)
+    torch.testing.assert_close(got, want / count, rtol=1e-6, atol=1e-9)
+
+
+def test_the_gradient_of_ode_regression() -> None:
+    """By hand: x0 = x − σ·flow, with the schedule's σ of the few steps."""
+    x, clean = torch.randn(2, *SHAPE, dtype=torch.float64)
+    model: Any = Causal(0.4, -0.3)
+    steps = SCHEDULE.warp([1000, 500])
+    t = steps[torch.tensor([[0, 1, 1], [1, 0, 0]])].double()
+    layout, text = BlockLayout((1, 2), 4), torch.zeros(2, 1, 3)
+    loss = objectives.ode_regression_loss(model, x, t, clean, text, layout, SCHEDULE)
+    (got,) = torch.autograd.grad(loss, model.weights)
+    a, b = model.weights.tolist()
+    want = torch.zeros(2, dtype=torch.float64)
+    for i in range(SHAPE[0]):
+        for f in range(SHAPE[1]):
+            level = float(t[i, f]) / 1000
+            for point, end in zip(
+                x[i, f].flatten().tolist(), clean[i, f].flatten().tolist(), strict=True
+            ):
+                error = point - level * (a * point + b * level) - end
+                want += 2 * error * torch.tensor([-level * point, -level * level])
+    torch.testing.assert_close(got, want / x.numel(), rtol=1e-5, atol=1e-8)
 
 
 def test_ode_regression_is_the_error_of_x0() -> None:
