@@ -287,7 +287,7 @@ def draw(result: Mapping[str, Any], floor: Mapping[str, Any], trained: int, path
     """Distance over frames, and on both pasts within what was trained, as a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.8), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
     ax = figure.subplots()
     ax.plot(result["distance"], label="generated")
     ax.plot(floor["distance"], "--", color="#555555", label="real, other videos")
@@ -297,6 +297,6 @@ def draw(result: Mapping[str, Any], floor: Mapping[str, Any], trained: int, path
     ax.axvline(trained - 0.5, color="#aaaaaa", linewidth=0.8)
     ax.set(yscale="log", xlabel="latent frame", ylabel="Fréchet distance from real videos")
     ax.grid(alpha=0.3, which="both")
-    ax.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     with atomic(path) as part:
         figure.savefig(part, format="png", dpi=120)

@@ -553,3 +553,16 @@ def test_what_sees_whole_clips_is_compiled(
         run = loop.Run(config(tmp_path / "run", recipe, compile=True), ranks)
     models = run.models._asdict()
     assert {id(model) for model in compiled} == {id(models[name]) for name in names}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["tf", "sf+dmd", "sf+gan"])
+def test_a_gpu_trains_as_the_cpu(recipe: str, tmp_path: Path) -> None:
+    """The losses of the first two updates, with the kernels, forward and backward."""
+    losses = {}
+    for device in ("cpu", "cuda"):
+        with tiny(), parallel.started(device=device) as ranks:
+            run = loop.Run(config(tmp_path / device, recipe), ranks)
+            losses[device] = [run.train_step() for _ in range(2)]
+    for cpu, cuda in zip(losses["cpu"], losses["cuda"], strict=True):
+        assert cuda == pytest.approx(cpu, rel=2e-2)
