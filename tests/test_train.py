@@ -438,6 +438,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_once(
         (dict(recipe="ode", teacher=None), "recipe='ode' learns from a teacher: give its weights"),
         (dict(recipe="tf+dmd", teacher=None), r"recipe='tf\+dmd' learns from a teacher"),
         (dict(recipe="sf+dmd", teacher_preset="wan-14b"), "of 'wan-14b': give critic"),
+        (dict(recipe="sf+gan", teacher=None), "teacher=None of 'toy': give critic"),
         (dict(recipe="bidirectional", hide_first=True), "a bidirectional model has no first chunk"),
     ],
 )
