@@ -54,33 +54,24 @@ class Learner:
     """Weights that are learned, of one or several modules, and their optimisers."""
 
     def __init__(self, modules: dict[str, nn.Module], config: TrainConfig, rate: float) -> None:
-        self.modules, self.rate = modules, rate
-        self.config = config
-        whole = nn.ModuleDict(modules)
-        self.whole = whole
-        self.parameters = [p for p in whole.parameters() if p.requires_grad]
-        muon = config.optimizer == "muon"
-        matrices = [
-            p
-            for module in modules.values()
-            if muon and isinstance(module, DiT)
-            for p in module.blocks.parameters()
-            if p.dim() == 2
-        ]
-        chosen = {id(p) for p in matrices}
-        others = [p for p in self.parameters if id(p) not in chosen]
-        flat = [p for p in others if p.dim() < 2 or muon]
-        deep = [p for p in others if not (p.dim() < 2 or muon)]
+        self.config, self.rate = config, rate
+        self.whole = nn.ModuleDict(modules)
+        self.parameters = [p for p in self.whole.parameters() if p.requires_grad]
+        muon, decay = config.optimizer == "muon", config.weight_decay
+        models = [module for module in modules.values() if isinstance(module, DiT)]
+        blocks = [p for model in models for p in model.blocks.parameters()]
+        matrices = {id(p): p for p in blocks if muon and p.dim() == 2}
+        others = [p for p in self.parameters if id(p) not in matrices]
         groups = [
-            {"params": deep, "weight_decay": config.weight_decay},
-            {"params": flat, "weight_decay": 0.0},
+            {"params": [p for p in others if p.dim() > 1], "weight_decay": 0.0 if muon else decay},
+            {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
         ]
-        groups = [group for group in groups if group["params"]]
-        adamw = torch.optim.AdamW(groups, lr=rate, betas=config.betas)
-        self.optimizers: list[torch.optim.Optimizer] = [adamw]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=rate, betas=config.betas)
+        ]
         if matrices:
-            options: Any = {"weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-            self.optimizers.insert(0, torch.optim.Muon(matrices, lr=rate, **options))
+            options: Any = {"weight_decay": decay, "adjust_lr_fn": "match_rms_adamw"}
+            self.optimizers.append(torch.optim.Muon([*matrices.values()], lr=rate, **options))
 
     def zero_grad(self) -> None:
         for parameter in self.parameters:
