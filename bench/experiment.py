@@ -142,11 +142,10 @@ def run(job: Job) -> dict[str, Any]:
     began = time.perf_counter()
     if not _on_gpu():
         torch.set_num_threads(1)
-    weights = config.output / "model.safetensors"
-    if not weights.exists():
-        resume = bool(checkpoints(config.output / "checkpoints"))
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            train(config, resume=resume)
+    # A run that is over goes on to nothing; an interrupted one has left weights, not its last.
+    resume = bool(checkpoints(config.output / "checkpoints"))
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        weights = train(config, resume=resume)
     trained = time.perf_counter()
     held = _held(LONG, job.scale.videos, job.split)
     result = evaluate(_load(weights), job.sampling(), ToyVAE.from_pretrained(), held, FRAMES)

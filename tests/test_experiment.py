@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from bench import experiment, readme
 from bench.experiment import FRAMES, LONG, ROWS, WAYS, Job, Scale
 from sfmodel.evaluate import bands
 from sfmodel.train.config import RECIPES
+from sfmodel.train.loop import Run
 
 TINY = Scale(updates=1, batch=2, seeds=1, videos=16)
 NAMES = ("distance", "radius", "brightness", "colour", "impossible", "unclean")
@@ -92,6 +95,28 @@ def test_a_job_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(experiment, "evaluate", lambda *_: {"distance": [1.0]})
     assert experiment.run(job)["distance"] == [1.0] and weights.stat().st_mtime_ns == before
     assert torch.get_num_threads() == 1
+
+
+def test_interrupted_training_is_not_taken_for_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Ctrl-C leaves are a checkpoint and weights of fewer updates."""
+    job = Job("TF", "frame-wise", 0, replace(TINY, updates=2), tmp_path, "test")
+    update, calls = Run.train_step, []
+
+    def interrupted(self: Run) -> dict[str, float]:
+        calls.append(self.step)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return update(self)
+
+    monkeypatch.setattr(Run, "train_step", interrupted)
+    monkeypatch.setattr(experiment, "evaluate", lambda *_: {"distance": [1.0]})
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run(job)
+    assert (tmp_path / job.name / "model.safetensors").exists()
+    experiment.run(job)
+    assert calls == [0, 1]
 
 
 def test_tables_are_means_and_deviations_over_seeds(summary: dict[str, Any]) -> None:

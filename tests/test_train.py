@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from sfmodel import checkpoint, cli
@@ -554,6 +555,21 @@ def test_what_sees_whole_clips_is_compiled(
         run = loop.Run(config(tmp_path / "run", recipe, compile=True), ranks)
     models = run.models._asdict()
     assert {id(model) for model in compiled} == {id(models[name]) for name in names}
+
+
+def test_a_clip_found_bad_while_training_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its file looks whole when it is opened."""
+    (tmp_path / "data").mkdir()
+    latents = torch.zeros(2, 4, 4, 8, 8)
+    latents[1] = math.nan
+    prompts = {"prompts": json.dumps(["", ""])}
+    save_file({"latents": latents}, tmp_path / "data" / "shard.safetensors", prompts)
+    with tiny():
+        train(config(tmp_path / "run", data=tmp_path / "data", steps=1), device="cpu")
+    said = capsys.readouterr().out.splitlines()
+    assert sum("1 file skipped: shard.safetensors (" in line for line in said) == 1
 
 
 @pytest.mark.gpu

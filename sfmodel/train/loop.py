@@ -403,8 +403,9 @@ class _Report:
             # A resumed run writes again what it logged after its checkpoint.
             with atomic(self.path) as part:
                 part.write_text("".join(json.dumps(each) + "\n" for each in self.records))
-            if report := skipped_report(run.source):
-                self.say(report)
+            self.skipped = skipped_report(run.source)
+            if self.skipped:
+                self.say(self.skipped)
         self.progress.start()
         name = self.config.recipe
         self.task = self.progress.add_task(
@@ -414,6 +415,9 @@ class _Report:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.progress.stop()
+        # Some files show that they are bad only when a clip of theirs is drawn.
+        if self.first and (report := skipped_report(self.run.source)) != self.skipped:
+            self.say(report)
         if self.first and self.records:
             # On a full disk, what failed first is what is said.
             with contextlib.suppress(*([] if kind is None else [OSError])):
