@@ -68,6 +68,37 @@ class DiTConfig:
 
 
 @dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of a Wan2.1 video VAE.
+
+    dim: channels at full resolution; multiples: of them at each level, from full resolution down,
+    with half the height and width from one to the next. blocks: residual blocks of a level of the
+    encoder; the decoder has one more. halves_time: where a level's end also halves the frames.
+    """
+
+    dim: int = 96
+    channels: int = 16
+    multiples: tuple[int, ...] = (1, 2, 4, 4)
+    blocks: int = 2
+    halves_time: tuple[bool, ...] = (False, True, True)
+
+    @classmethod
+    def from_wan(cls, config: Mapping[str, Any]) -> VAEConfig:
+        """From the names of the official constructor, or of diffusers' `config.json`. Raises
+        ValueError for a variant whose arithmetic differs (attention between levels, dropout)."""
+        for name in ("attn_scales", "dropout"):
+            if config.get(name):
+                raise ValueError(f"config.json has {name}={config[name]!r}: must be 0 or empty")
+        return cls(
+            dim=config["base_dim"] if "base_dim" in config else config["dim"],
+            channels=config["z_dim"],
+            multiples=tuple(config["dim_mult"]),
+            blocks=config["num_res_blocks"],
+            halves_time=tuple(config["temperal_downsample"]),
+        )
+
+
+@dataclass(frozen=True)
 class Preset:
     """A model with the settings it streams at.
 
