@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from bench import peers, timing
 from bench.model import PIXEL_FRAMES, VAE_STRIDE
 from sfkernels import Noise, normal
+from sfmodel.codec import VideoCodec
 from sfmodel.config import PRESETS, DiTConfig, Preset
 from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule
-from sfmodel.stream import FewStepSampler, VideoCodec
+from sfmodel.stream import FewStepSampler
 
 PROMPT = "a large red ball moves up slowly"
 ENCODING, PROMPT_KV = "text encoding", "prompt keys and values"

@@ -8,7 +8,7 @@ from sfkernels.attention import (
 )
 from sfkernels.kv_cache import RingKVCache
 from sfkernels.layout import BlockLayout, Visibility
-from sfkernels.norm import adaln, gated_adaln, gated_layer_norm, layer_norm, rms_norm
+from sfkernels.norm import adaln, gated_adaln, gated_layer_norm, layer_norm, rms_norm, rms_norm_silu
 from sfkernels.rope import qk_norm_rope, qk_norm_rope_append, rope_table
 from sfkernels.sampler import Noise, dmd_gradient, euler_step, normal, sampler_step
 
@@ -33,6 +33,7 @@ __all__ = [
     "qk_norm_rope_append",
     "ring_attention",
     "rms_norm",
+    "rms_norm_silu",
     "rope_table",
     "sampler_step",
 ]

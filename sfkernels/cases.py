@@ -57,6 +57,8 @@ def cases() -> list[Case]:
         found += _attention(12, head_dim, dtype, hopper=True)
     wide += _attention(12, 128, torch.float32)
     found += [dataclasses.replace(case, archs=FEW) for case in wide]
+    for channels in (96, 192, 384):
+        found += _silus(channels)
     found += _samplers(torch.float32)
     gpu = importlib.import_module("sfkernels.gpu")
     found.append(
@@ -111,6 +113,23 @@ def _norms(size: str, channels: int, dtype: torch.dtype) -> Iterator[Case]:
             narrow=STATS,
             archs=launch.ARCHITECTURES if form in heaviest else FEW,
         )
+
+
+def _silus(channels: int) -> Iterator[Case]:
+    """Of the decoder of Wan2.1's VAE: a chunk of four frames and the two before it."""
+    gpu = importlib.import_module("sfkernels.gpu")
+    x = _new(1, 4 * TOKENS, channels, dtype=torch.bfloat16)
+    before = _new(1, 2 * TOKENS, channels, dtype=torch.bfloat16)
+    weight = _new(1, 1, channels, dtype=torch.bfloat16)
+    stats = _new(1, 4 * TOKENS, 2, dtype=torch.float32)
+    rest = None, weight, None
+    for form, y in (("rms_norm_silu", None), ("rms_norm_silu, residual", x)):
+        name, options = f"{form} {channels}", {"silu": True, "before_BPC": before}
+        forward = functools.partial(gpu.norm_fwd, x, y, *rest, 1e-6, False, False, **options)
+        args = y, x, x, None, *rest, stats, False, False
+        backward = functools.partial(gpu.norm_bwd, *args, silu=True)
+        yield Case("norm_fwd", name, forward, narrow=STATS)
+        yield Case("norm_bwd", name, backward, narrow=STATS)
 
 
 def _ropes(size: str, channels: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:

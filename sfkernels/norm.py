@@ -1,7 +1,8 @@
-"""Normalisation and modulation of a DiT block. Shapes are named as in reference.py.
+"""Normalisation and modulation of a DiT block and of a VAE. Shapes are named as in reference.py.
 
-Every function here is one form of the same kernel, registered as `sfkernels::norm` and, with a
-residual connection before the norm, `sfkernels::residual_norm`.
+Every function here is one form of the same kernel, registered as `sfkernels::norm`, with a residual
+connection before the norm `sfkernels::residual_norm`, and with SiLU after it
+`sfkernels::rms_norm_silu`.
 """
 
 from __future__ import annotations
@@ -119,6 +120,35 @@ def gated_layer_norm(
     args = gate_BFC, weight_C[None, None], bias_C[None, None]
     residual_BLC, out_BLC, _ = _residual_norm(x_BLC, y_BLC, *args, eps, False, impl)
     return residual_BLC, out_BLC
+
+
+def rms_norm_silu(
+    x_BLC: Tensor,
+    weight_C: Tensor,
+    y_BLC: Tensor | None = None,
+    *,
+    before_BPC: Tensor | None = None,
+    eps: float = 1e-6,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """What precedes a causal convolution of a video VAE: returns `x' = x + y` (x itself without y)
+    and `[before ‖ silu(rms_norm(x', weight))]`, in x's dtype.
+
+    x, y [B, L, C], the tokens of the frames of a chunk; before [B, P, C], what this function gave
+    for the frames that the convolution looks back at; weight [C]. Returns [B, L, C] and
+    [B, P + L, C]. Raises ValueError for shapes that do not fit."""
+    _check_affine(x_BLC, weight=weight_C)
+    if y_BLC is not None:
+        _check_residual(x_BLC, y_BLC)
+    if before_BPC is not None:
+        check_shape("before", before_BPC, (x_BLC.shape[0], "P", x_BLC.shape[2]))
+        check_same("before", before_BPC, "x", x_BLC)
+    tensors = {"x": x_BLC, "y": y_BLC, "weight": weight_C, "before": before_BPC}
+    impl = choose("norm", impl, x_BLC.device, **tensors)
+    if impl == "reference":
+        return reference.rms_norm_silu(x_BLC, weight_C, y_BLC, before_BPC, eps)
+    residual_BLC, out_BLC, _ = _rms_norm_silu(x_BLC, weight_C, y_BLC, before_BPC, eps, impl)
+    return x_BLC if y_BLC is None else residual_BLC, out_BLC
 
 
 # The ops. `centred`: LayerNorm, else RMSNorm. `plus_one`: the factor is 1 + scale, else scale.
@@ -265,6 +295,65 @@ def _residual_norm_backward(
 
 
 _residual_norm.register_autograd(_residual_norm_backward, setup_context=_residual_norm_setup)
+
+
+@torch.library.custom_op("sfkernels::rms_norm_silu", mutates_args=())
+def _rms_norm_silu(
+    x: Tensor, weight: Tensor, y: Tensor | None, before: Tensor | None, eps: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first output is empty without y."""
+    scale = weight[None, None]
+    residual, out, stats = kernel(impl, "norm_fwd")(
+        x, y, None, scale, None, eps, False, False, silu=True, before_BPC=before
+    )
+    return x.new_empty(0) if residual is None else residual, out, stats
+
+
+@_rms_norm_silu.register_fake
+def _(x: Tensor, weight: Tensor, y: Tensor | None, before: Tensor | None, *_: Any) -> Any:
+    rows = x.shape[1] + (0 if before is None else before.shape[1])
+    return _or_empty(y, x), x.new_empty(x.shape[0], rows, x.shape[2]), _stats(x)
+
+
+@torch.library.custom_op("sfkernels::rms_norm_silu_bwd", mutates_args=())
+def _rms_norm_silu_bwd(
+    dresidual: Tensor | None, dout: Tensor, x: Tensor, weight: Tensor, stats: Tensor, impl: str
+) -> tuple[Tensor, Tensor]:
+    """dx, dweight. x: with y in it."""
+    dx, _, _, dscale, _ = kernel(impl, "norm_bwd")(
+        *(dresidual, _dense(dout), x, None, None, weight[None, None], None, stats, False, False),
+        silu=True,
+    )
+    return dx, dscale.view(weight.shape)
+
+
+@_rms_norm_silu_bwd.register_fake
+def _(dresidual: Tensor | None, dout: Tensor, x: Tensor, weight: Tensor, *_: Any) -> Any:
+    return contiguous_like(x), contiguous_like(weight)
+
+
+def _rms_norm_silu_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, y, before, _, ctx.impl = inputs
+    residual, _, stats = output
+    ctx.save_for_backward(x if y is None else residual, weight, stats)
+    ctx.residual, ctx.looks_back = y is not None, before is not None
+    ctx.rows = 0 if before is None else before.shape[1]
+    ctx.set_materialize_grads(False)
+
+
+def _rms_norm_silu_backward(
+    ctx: Any, dresidual: Tensor | None, dout: Tensor | None, _: None
+) -> Any:
+    x, weight, stats = ctx.saved_tensors
+    if dout is None:
+        dout = x.new_zeros(x.shape[0], ctx.rows + x.shape[1], x.shape[2])
+    dresidual = _dense(dresidual) if ctx.residual and dresidual is not None else None
+    dx, dweight = _rms_norm_silu_bwd(dresidual, dout[:, ctx.rows :], x, weight, stats, ctx.impl)
+    dbefore = dout[:, : ctx.rows] if ctx.looks_back else None
+    return dx, dweight, dx if ctx.residual else None, dbefore, None, None
+
+
+_rms_norm_silu.register_autograd(_rms_norm_silu_backward, setup_context=_rms_norm_silu_setup)
 
 
 def _stats(x: Tensor) -> Tensor:

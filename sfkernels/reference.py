@@ -79,6 +79,15 @@ def rms_norm(x_BLC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
     return F.rms_norm(_wide(x_BLC), x_BLC.shape[-1:], _wide(weight_C), eps).to(x_BLC.dtype)
 
 
+def rms_norm_silu(
+    x_BLC: Tensor, weight_C: Tensor, y_BLC: Tensor | None, before_BPC: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    x_BLC = x_BLC if y_BLC is None else x_BLC + y_BLC
+    normed_BLC = F.rms_norm(_wide(x_BLC), x_BLC.shape[-1:], _wide(weight_C), eps)
+    out_BLC = F.silu(normed_BLC).to(x_BLC.dtype)
+    return x_BLC, out_BLC if before_BPC is None else torch.cat([before_BPC, out_BLC], 1)
+
+
 def rope_table(frame_F: Tensor, grid: tuple[int, int], head_dim: int, theta: float) -> Tensor:
     height, width = grid
     pairs = head_dim // 2

@@ -6,29 +6,16 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from sfkernels import Noise, RingKVCache, normal, sampler_step
 from sfkernels.layout import check_window
+from sfmodel.codec import VideoCodec
 from sfmodel.config import Preset
 from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule
-
-
-class VideoCodec(Protocol):
-    """What streaming needs of a video VAE. The state is explicit; None starts a clip, whose first
-    latent frame is one pixel frame and every later one `temporal_factor`."""
-
-    latent_channels: int
-    spatial_factor: int
-    temporal_factor: int
-
-    def decode_chunk(self, latents_BFCHW: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """Latents [B, F, C, h, w] → pixels [B, T, 3, H, W] in [-1, 1] and the next state."""
-        ...
 
 
 def few_steps(

@@ -1,10 +1,7 @@
 """The codec of the toy world: a fixed causal encoder and a small learned causal decoder.
 
-`encode_chunk` and `decode_chunk` are the streaming interface of every codec of this project: a clip
-goes through in chunks of any size, the state goes along explicitly, and the result is that of the
-whole clip at once. `python -m sfmodel.toy_vae` trains the decoder and writes the shipped weights.
-
-Latent frame 0 is a still of pixel frame 0, latent frame i covers pixel frames 4i - 3 .. 4i.
+`encode_chunk` and `decode_chunk` are those of `sfmodel.codec.VideoCodec`.
+`python -m sfmodel.toy_vae` trains the decoder and writes the shipped weights.
 
 Shapes: B batch, T pixel frames, F latent frames, N = B·F, C channels, H × W the size of whichever
 is meant: pixels are 8 times as high and wide as latents. S = 4 sub-frames of a latent frame.
@@ -25,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfmodel import world
+from sfmodel.codec import check_before, check_latents, check_pixels
 from sfmodel.files import atomic
 
 WEIGHTS = Path(__file__).parent / "weights" / "toy_vae.safetensors"
@@ -101,20 +99,12 @@ class ToyVAE(nn.Module):
     def encode_chunk(
         self, pixels_BTCHW: Tensor, state: EncoderState | None = None
     ) -> tuple[Tensor, EncoderState]:
-        """Pixels [B, T, 3, H, W] in [-1, 1] to latents [B, F, 4, H / 8, W / 8].
-
-        state: None at the start of a clip, where T = 1 + 4k gives k + 1 latent frames; after that
-        what the previous call returned, and T = 4k gives k. Raises ValueError for other sizes."""
-        T, H, W = _check("pixels", pixels_BTCHW, 3)
-        group, scale = self.temporal_factor, self.spatial_factor
-        if H % scale or W % scale or not (H and W):
-            raise ValueError(f"pixels are {H}×{W}: height and width must be multiples of {scale}")
-        start = state is None
-        if not T or T % group != (1 if start else 0):
-            where, allowed = ("at the start", "1 + 4k") if start else ("within", "4k, k >= 1,")
-            raise ValueError(f"pixels have {T} frames: {where} of a clip must be {allowed} frames")
-        pooled = F.avg_pool2d(pixels_BTCHW.to(self.mean_C11.dtype).flatten(0, 1), scale)
-        latents = self._latents_of(pooled.unflatten(0, (-1, T)), start)
+        """As `VideoCodec`: pixels [B, T, 3, H, W] to latents [B, F, 4, H / 8, W / 8]."""
+        check_pixels(self, pixels_BTCHW, state is None)
+        T = pixels_BTCHW.shape[1]
+        pixels_NCHW = pixels_BTCHW.to(self.mean_C11.dtype).flatten(0, 1)
+        pooled = F.avg_pool2d(pixels_NCHW, self.spatial_factor)
+        latents = self._latents_of(pooled.unflatten(0, (-1, T)), state is None)
         return latents, EncoderState(T + (state.frames if state else 0))
 
     def _latents_of(self, pooled_BTCHW: Tensor, start: bool) -> Tensor:
@@ -130,20 +120,12 @@ class ToyVAE(nn.Module):
     def decode_chunk(
         self, latents_BFCHW: Tensor, state: DecoderState | None = None
     ) -> tuple[Tensor, DecoderState]:
-        """Latents [B, F, 4, H, W] to pixels [B, T, 3, 8H, 8W] about in [-1, 1].
-
-        state: None at the start of a clip, where F latent frames give T = 1 + 4 (F - 1) frames;
-        after that what the previous call returned, and T = 4 F. Raises ValueError for other
-        shapes."""
-        frames, H, W = _check("latents", latents_BFCHW, self.latent_channels)
-        if not frames or not (H and W):
-            raise ValueError(f"latents have {frames} frames of {H}×{W}: none may be 0")
+        """As `VideoCodec`: latents [B, F, 4, H, W] to pixels [B, T, 3, 8H, 8W]."""
+        check_latents(self, latents_BFCHW)
         latents = latents_BFCHW.to(self.mean_C11.dtype)
+        frames = latents.shape[1]
         before = torch.zeros_like(latents[:, 0]) if state is None else state.last_BCHW
-        if before.shape != latents[:, 0].shape:
-            raise ValueError(
-                f"latents have frames {[*latents[:, 0].shape]}: must be {[*before.shape]} as before"
-            )
+        check_before("latents", latents[:, 0].shape, before.shape)
         previous = torch.cat([before[:, None], latents[:, :-1]], dim=1)
         still = torch.zeros_like(latents[:, :, :1])
         if state is None:
@@ -204,12 +186,6 @@ class _Residual(nn.Module):
 def _up(inputs: int, outputs: int) -> nn.Sequential:
     """Twice the height and width."""
     return nn.Sequential(nn.Conv2d(inputs, 4 * outputs, 3, padding=1), nn.PixelShuffle(2))
-
-
-def _check(name: str, x: Tensor, channels: int) -> tuple[int, int, int]:
-    if x.ndim != 5 or x.shape[2] != channels:
-        raise ValueError(f"{name} have shape {[*x.shape]}: must be [B, frames, {channels}, H, W]")
-    return x.shape[1], x.shape[3], x.shape[4]
 
 
 def train(steps: int, seed: int = 0, clips: int = 4, peak_rate: float = 3e-3) -> ToyVAE:

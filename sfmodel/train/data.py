@@ -23,10 +23,11 @@ import av
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sfmodel import world
+from sfmodel.codec import VideoCodec
 from sfmodel.config import Preset
 from sfmodel.text import ToyTextEncoder
 from sfmodel.toy_vae import ToyVAE
@@ -35,19 +36,6 @@ VIDEOS = (".mp4", ".mkv", ".webm", ".mov")
 
 # Sentences to embeddings [B, T, E]; short ones end in rows of zeros.
 TextEncoder = Callable[[Sequence[str]], Tensor]
-
-
-class VideoEncoder(Protocol):
-    """What reading videos needs of a video VAE, whose tensors are where its parameters are."""
-
-    spatial_factor: int
-    temporal_factor: int
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def encode_chunk(self, pixels_BTCHW: Tensor) -> tuple[Tensor, Any]:
-        """Pixels [B, 1 + 4k, 3, H, W] in [-1, 1] → latents [B, k + 1, C, h, w] and a state."""
-        ...
 
 
 class Clips(NamedTuple):
@@ -231,7 +219,7 @@ class VideoFiles(_Files):
     suffix .txt, "" where there is none."""
 
     def __init__(
-        self, folder: Path, preset: Preset, frames: int, codec: VideoEncoder, text: TextEncoder
+        self, folder: Path, preset: Preset, frames: int, codec: VideoCodec, text: TextEncoder
     ) -> None:
         self.codec = codec
         super().__init__(folder, _within(folder, VIDEOS), preset, frames, text)
@@ -272,7 +260,7 @@ def open_source(
     path: Path | None,
     preset: Preset,
     frames: int,
-    codec: VideoEncoder | None,
+    codec: VideoCodec | None,
     text: TextEncoder | None,
     drop_word: float = 0.0,
     drop_text: float = 0.0,

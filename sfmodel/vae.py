@@ -1,0 +1,437 @@
+"""The video VAE of Wan2.1 as a stream: causal 3-D encoder and decoder, exact in chunks of any size.
+
+Parameters carry the official names (checkpoint.py maps diffusers'). A convolution over time looks
+back at the two frames before its own, so a chunk needs those frames of every convolution and
+nothing else: they are the state. All latent frames of a chunk are decoded together.
+
+Inside, a tensor is [B, T, H, W, C], which convolutions take as channels-last. What comes before a
+convolution is one pass over memory, `sfkernels.rms_norm_silu`: it adds the residual, normalises,
+applies SiLU and writes behind the frames kept from before, where the convolution reads both.
+
+Shapes: B batch, F latent frames, T pixel frames or those of a level, C channels, H × W the size of
+whichever is meant: pixels are 8 times as high and wide as latents.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sfkernels as sf
+from sfmodel.codec import check_latents, check_pixels
+from sfmodel.config import VAEConfig
+
+# Of the latents, by channel: diffusion models see (latents − mean) / std.
+MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+# The official norm divides by max(‖x‖, 1e-12): so zeros stay zeros, and nothing else changes.
+EPS = 1e-24
+
+
+class State(NamedTuple):
+    """What the next chunk of a clip needs of those before: the last frames [B, 1 or 2, H, W, C]
+    that each convolution over time has seen, in the order in which they run. Never changed."""
+
+    before: tuple[Tensor, ...]
+
+
+class Memory:
+    """Hands out the frames of a State, one convolution after the other, and collects the next."""
+
+    def __init__(self, state: State | None) -> None:
+        self.starts = state is None
+        self._before: Iterator[Tensor] = iter(() if state is None else state.before)
+        self._after: list[Tensor] = []
+
+    def before(self, x_BTHWC: Tensor) -> Tensor | None:
+        """The frames before x; zeros at the start of a clip. None if x is the first frame alone:
+        its convolutions leave out the taps that would see zeros."""
+        if not self.starts:
+            return next(self._before)
+        B, T, *size = x_BTHWC.shape
+        return None if T == 1 else x_BTHWC.new_zeros(B, 2, *size)
+
+    def keep(self, x_BTHWC: Tensor, count: int = 2) -> None:
+        """The last `count` frames of x, after zeros where it has fewer. A copy: a view would keep
+        the memory of the whole chunk."""
+        missing, last_BTHWC = count - x_BTHWC.shape[1], x_BTHWC[:, -count:]
+        padding = (0, 0, 0, 0, 0, 0, missing, 0)
+        self._after.append(F.pad(last_BTHWC, padding) if missing > 0 else last_BTHWC.clone())
+
+    def behind(self, x_BTHWC: Tensor) -> Tensor:
+        """x behind the frames before it, and its last frames kept: for what no norm precedes."""
+        before = self.before(x_BTHWC)
+        x_BTHWC = x_BTHWC if before is None else torch.cat([before, x_BTHWC], 1)
+        self.keep(x_BTHWC)
+        return x_BTHWC
+
+    def state(self) -> State:
+        return State(tuple(self._after))
+
+
+class Norm(nn.Module):
+    """The weight of an RMSNorm over channels, in one of the official shapes."""
+
+    def __init__(self, channels: int, trailing: int, impl: str) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *(1,) * trailing))
+        self.impl = impl
+
+    def forward(self, x_BTHWC: Tensor) -> Tensor:
+        x_BLC = x_BTHWC.flatten(1, 3)
+        out_BLC = sf.rms_norm(x_BLC, self.gamma.flatten(), eps=EPS, impl=self.impl)
+        return out_BLC.view(x_BTHWC.shape)
+
+    def silu(
+        self, x_BTHWC: Tensor, y_BTHWC: Tensor | None, memory: Memory
+    ) -> tuple[Tensor, Tensor]:
+        """x + y, and SiLU of its norm behind the frames before it, whose last ones are kept."""
+        size = x_BTHWC.shape[2:]
+        before = memory.before(x_BTHWC)
+        x_BLC, out_BLC = sf.rms_norm_silu(
+            x_BTHWC.flatten(1, 3),
+            self.gamma.flatten(),
+            None if y_BTHWC is None else y_BTHWC.flatten(1, 3),
+            before_BPC=None if before is None else before.flatten(1, 3),
+            eps=EPS,
+            impl=self.impl,
+        )
+        out_BTHWC = out_BLC.unflatten(1, (-1, *size[:2]))
+        memory.keep(out_BTHWC)
+        return x_BLC.view(x_BTHWC.shape), out_BTHWC
+
+
+class CausalConv3d(nn.Conv3d):
+    """Over frames that stand behind those before them; pads height and width alone. A single frame
+    begins a clip: only the last of the kernel's taps in time sees it."""
+
+    def __init__(
+        self, inputs: int, outputs: int, time: int = 3, space: int = 3, stride: int = 1
+    ) -> None:
+        padding = (0, space // 2, space // 2)
+        super().__init__(inputs, outputs, (time, space, space), (stride, 1, 1), padding)
+
+    def forward(self, x_BTHWC: Tensor) -> Tensor:
+        weight = self.weight[:, :, -x_BTHWC.shape[1] :]
+        out = F.conv3d(x_BTHWC.movedim(-1, 1), weight, self.bias, self.stride, self.padding)
+        return out.movedim(1, -1).contiguous()
+
+
+class ResidualBlock(nn.Module):
+    """Takes its input as a sum x + y that is still to be taken, and returns its output so: whoever
+    comes next adds in the same pass over memory."""
+
+    def __init__(self, inputs: int, outputs: int, impl: str) -> None:
+        super().__init__()
+        self.residual = nn.ModuleDict(
+            {
+                "0": Norm(inputs, 3, impl),
+                "2": CausalConv3d(inputs, outputs),
+                "3": Norm(outputs, 3, impl),
+                "6": CausalConv3d(outputs, outputs),
+            }
+        )
+        self.shortcut = CausalConv3d(inputs, outputs, 1, 1) if inputs != outputs else nn.Identity()
+
+    def forward(
+        self, x_BTHWC: Tensor, y_BTHWC: Tensor | None, memory: Memory
+    ) -> tuple[Tensor, Tensor]:
+        norm, conv, norm2, conv2 = self.residual.values()
+        x_BTHWC, h_BTHWC = cast(Norm, norm).silu(x_BTHWC, y_BTHWC, memory)
+        _, h_BTHWC = cast(Norm, norm2).silu(conv(h_BTHWC), None, memory)
+        return self.shortcut(x_BTHWC), conv2(h_BTHWC)
+
+
+class AttentionBlock(nn.Module):
+    """Of the pixels of each frame to each other, with one head."""
+
+    def __init__(self, channels: int, impl: str) -> None:
+        super().__init__()
+        self.norm = Norm(channels, 2, impl)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(
+        self, x_BTHWC: Tensor, y_BTHWC: Tensor | None, memory: Memory
+    ) -> tuple[Tensor, Tensor]:
+        x_BTHWC = _sum(x_BTHWC, y_BTHWC)
+        h_NLC = self.norm(x_BTHWC).flatten(0, 1).flatten(1, 2)
+        qkv = F.linear(h_NLC, self.to_qkv.weight.flatten(1), self.to_qkv.bias)
+        q, k, v = qkv[:, None].chunk(3, -1)
+        h_NLC = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        h_NLC = F.linear(h_NLC, self.proj.weight.flatten(1), self.proj.bias)
+        return x_BTHWC, h_NLC.view(x_BTHWC.shape)
+
+
+class Downsample(nn.Module):
+    """Half the height and width; with `time`, half the frames but the first."""
+
+    def __init__(self, channels: int, time: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, 3, 2)})
+        if time:
+            self.time_conv = CausalConv3d(channels, channels, 3, 1, stride=2)
+
+    def forward(
+        self, x_BTHWC: Tensor, y_BTHWC: Tensor | None, memory: Memory
+    ) -> tuple[Tensor, None]:
+        x_BTHWC = _sum(x_BTHWC, y_BTHWC)
+        B, T = x_BTHWC.shape[:2]
+        padded_NCHW = F.pad(x_BTHWC.flatten(0, 1).movedim(-1, 1), (0, 1, 0, 1))
+        out_NCHW = self.resample["1"](padded_NCHW)
+        x_BTHWC = out_NCHW.movedim(1, -1).contiguous().unflatten(0, (B, T))
+        if hasattr(self, "time_conv"):
+            before = memory.before(x_BTHWC)
+            memory.keep(x_BTHWC, 1)
+            if before is not None:
+                x_BTHWC = self.time_conv(torch.cat([before, x_BTHWC], 1))
+        return x_BTHWC, None
+
+
+class Upsample(nn.Module):
+    """Twice the height and width; with `time`, twice the frames but the first."""
+
+    def __init__(self, channels: int, time: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels // 2, 3)})
+        if time:
+            self.time_conv = CausalConv3d(channels, 2 * channels, 3, 1)
+
+    def forward(
+        self, x_BTHWC: Tensor, y_BTHWC: Tensor | None, memory: Memory
+    ) -> tuple[Tensor, None]:
+        x_BTHWC = _sum(x_BTHWC, y_BTHWC)
+        if hasattr(self, "time_conv"):
+            # The first frame of a clip stays one, and the others do not look back at it.
+            first = x_BTHWC[:, : int(memory.starts)]
+            later = x_BTHWC[:, int(memory.starts) :]
+            behind = memory.behind(later)
+            if later.shape[1]:
+                pairs_BTHW2C = self.time_conv(behind).unflatten(-1, (2, -1))
+                later = pairs_BTHW2C.movedim(-2, 2).flatten(1, 2)
+            x_BTHWC = torch.cat([first, later], 1)
+        conv = cast(nn.Conv2d, self.resample["1"])
+        return upsampled_conv2d(x_BTHWC, conv.weight, conv.bias), None
+
+
+def upsampled_conv2d(x_BTHWC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 3×3 convolution of x after nearest-neighbour upsampling to twice its height and width.
+
+    Each of the four pixels that one pixel becomes sees 2×2 pixels of x, some of them under several
+    taps. With these taps summed, one 2×2 convolution of x with four times the outputs computes them
+    all, in 4/9 of the arithmetic; its outputs are then put in their places."""
+    x_NCHW = x_BTHWC.flatten(0, 1).movedim(-1, 1)
+    N, _, H, W = x_NCHW.shape
+    kernel = _sums_of_taps(_sums_of_taps(weight.float(), -2), -1).flatten(0, 2).to(weight.dtype)
+    kernel = kernel.contiguous(memory_format=torch.channels_last)
+    sums = F.conv2d(x_NCHW, kernel, None if bias is None else bias.repeat(4), padding=1)
+    out_NHWC = x_NCHW.new_empty(N, 2 * H, 2 * W, len(weight))
+    places = itertools.product((0, 1), (0, 1))
+    for (right, below), phase in zip(places, sums.chunk(4, 1), strict=True):
+        here = phase[:, :, below : below + H, right : right + W]
+        out_NHWC[:, below::2, right::2] = here.movedim(1, -1)
+    return out_NHWC.unflatten(0, x_BTHWC.shape[:2])
+
+
+def _sums_of_taps(weight: Tensor, dim: int) -> Tensor:
+    """The two taps, along `dim`, of the first and of the second pixel of a pair; in front."""
+    a, b, c = weight.unbind(dim)
+    return torch.stack([torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)])
+
+
+def _sum(x: Tensor, y: Tensor | None) -> Tensor:
+    return x if y is None else x + y
+
+
+class Coder(nn.Module):
+    """What encoder and decoder share: the outer convolutions and the middle. The head is a norm,
+    SiLU and a convolution."""
+
+    def __init__(self, inputs: int, inner: int, middle: int, last: int, outputs: int, impl: str):
+        super().__init__()
+        self.conv1 = CausalConv3d(inputs, inner)
+        self.middle = nn.ModuleList(
+            [
+                ResidualBlock(middle, middle, impl),
+                AttentionBlock(middle, impl),
+                ResidualBlock(middle, middle, impl),
+            ]
+        )
+        self.head = nn.ModuleDict({"0": Norm(last, 3, impl), "2": CausalConv3d(last, outputs)})
+
+    def finish(self, x_BTHWC: Tensor, y_BTHWC: Tensor | None, memory: Memory) -> Tensor:
+        norm, conv = self.head.values()
+        return cast(Tensor, conv(cast(Norm, norm).silu(x_BTHWC, y_BTHWC, memory)[1]))
+
+
+Sum = tuple[Tensor, Tensor | None]
+
+
+def _run(layers: nn.ModuleList, x: Tensor, y: Tensor | None, memory: Memory) -> Sum:
+    for layer in layers:
+        x, y = layer(x, y, memory)
+    return x, y
+
+
+class Encoder(Coder):
+    def __init__(self, config: VAEConfig, impl: str) -> None:
+        widths = [config.dim * m for m in config.multiples]
+        layers: list[nn.Module] = []
+        width = widths[0]
+        for level, wide in enumerate(widths):
+            for _ in range(config.blocks):
+                layers.append(ResidualBlock(width, wide, impl))
+                width = wide
+            if level + 1 < len(widths):
+                layers.append(Downsample(wide, config.halves_time[level]))
+        super().__init__(3, widths[0], width, width, 2 * config.channels, impl)
+        self.downsamples = nn.ModuleList(layers)
+
+    def forward(self, x_BTHWC: Tensor, memory: Memory) -> Tensor:
+        x_BTHWC = self.conv1(memory.behind(x_BTHWC))
+        x, y = _run(self.downsamples, x_BTHWC, None, memory)
+        return self.finish(*_run(self.middle, x, y, memory), memory)
+
+
+class Decoder(Coder):
+    def __init__(self, config: VAEConfig, impl: str) -> None:
+        widths = [config.dim * m for m in config.multiples[::-1]]
+        layers: list[nn.Module] = []
+        width = widths[0]
+        for level, wide in enumerate(widths):
+            for _ in range(config.blocks + 1):
+                layers.append(ResidualBlock(width, wide, impl))
+                width = wide
+            if level + 1 < len(widths):
+                layers.append(Upsample(wide, config.halves_time[-1 - level]))
+                width = wide // 2
+        super().__init__(config.channels, widths[0], widths[0], width, 3, impl)
+        self.upsamples = nn.ModuleList(layers)
+        # Latents around a tile that its pixels depend on: each 3×3 convolution on the way reaches
+        # one pixel further at its level. The one after an upsampling lies at the larger size.
+        reach = 1
+        for level in range(len(widths)):
+            reach += 2 * (config.blocks + 1) + (level + 1 < len(widths))
+            reach = reach if level + 1 == len(widths) else -(-reach // 2)
+        self.reach = reach
+
+    def forward(self, z_BTHWC: Tensor, memory: Memory, tile: int | None) -> Tensor:
+        x, y = _run(self.middle, self.conv1(memory.behind(z_BTHWC)), None, memory)
+        H, W = z_BTHWC.shape[2:4]
+        if tile is None or tile >= max(H, W):
+            return self.finish(*_run(self.upsamples, x, y, memory), memory)
+        x = _sum(x, y)
+        bands = []
+        for rows in _tiles(H, tile, self.reach):
+            band = []
+            for columns in _tiles(W, tile, self.reach):
+                piece = x[:, :, rows.around, columns.around].contiguous()
+                pixels = self.finish(*_run(self.upsamples, piece, None, memory), memory)
+                scale = pixels.shape[2] // piece.shape[2]
+                band.append(pixels[:, :, rows.pixels(scale), columns.pixels(scale)])
+            bands.append(torch.cat(band, 3))
+        return torch.cat(bands, 2)
+
+
+class Tile(NamedTuple):
+    """Of latents along one side: start and end, and what is computed around them."""
+
+    start: int
+    end: int
+    around: slice
+
+    def pixels(self, scale: int) -> slice:
+        """Those of the tile in what was computed."""
+        first = self.around.start
+        return slice((self.start - first) * scale, (self.end - first) * scale)
+
+
+def _tiles(length: int, tile: int, reach: int) -> Iterator[Tile]:
+    for start in range(0, length, tile):
+        end = min(start + tile, length)
+        yield Tile(start, end, slice(max(0, start - reach), min(length, end + reach)))
+
+
+class WanVAE(nn.Module):
+    """Wan2.1's VAE. impl: of the sfkernels ops. tile: latents on a side of the tiles in which the
+    decoder works at its larger levels, None for whole frames. Tiles take less memory and more time:
+    each is computed with all that its pixels depend on, so the result is the same.
+
+    Pixels are not clamped. Everything is computed in the weights' dtype."""
+
+    spatial_factor = 8
+    temporal_factor = 4
+
+    def __init__(
+        self, config: VAEConfig | None = None, impl: str = "auto", tile: int | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config = VAEConfig() if config is None else config
+        if tile is not None and tile < 1:
+            raise ValueError(f"tile={tile}: must be at least 1 latent, or None for whole frames")
+        self.latent_channels, self.tile = config.channels, tile
+        self.encoder, self.decoder = Encoder(config, impl), Decoder(config, impl)
+        self.conv1 = CausalConv3d(2 * config.channels, 2 * config.channels, 1, 1)
+        self.conv2 = CausalConv3d(config.channels, config.channels, 1, 1)
+
+    def encode_chunk(
+        self, pixels_BTCHW: Tensor, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        """Pixels [B, T, 3, H, W] in [-1, 1] to normalised latents [B, F, 16, H / 8, W / 8], the
+        means of their distributions, in float32.
+
+        state: None at the start of a clip, where T = 1 + 4k gives k + 1 latent frames; after that
+        what the previous call returned, and T = 4k gives k. Raises ValueError for other sizes."""
+        check_pixels(self, pixels_BTCHW, state is None)
+        latents = []
+        # The first frame makes a latent frame, then four at a time do: that bounds the memory.
+        first = int(state is None)
+        for chunk in (*pixels_BTCHW[:, :first].split(1, 1), *pixels_BTCHW[:, first:].split(4, 1)):
+            if not chunk.shape[1]:
+                continue
+            memory = Memory(state)
+            x_BTHWC = chunk.to(self.conv1.weight.dtype).movedim(2, -1).contiguous()
+            z_BFHWC = self.conv1(self.encoder(x_BTHWC, memory))
+            latents.append(z_BFHWC[..., : self.latent_channels])
+            state = memory.state()
+        assert state is not None
+        z_BFHWC = torch.cat(latents, 1).float()
+        mean_C, std_C = _statistics(z_BFHWC.device, self.latent_channels)
+        return ((z_BFHWC - mean_C) / std_C).movedim(-1, 2).contiguous(), state
+
+    def decode_chunk(
+        self, latents_BFCHW: Tensor, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        """Normalised latents [B, F, 16, H, W] to pixels [B, T, 3, 8H, 8W] about in [-1, 1].
+
+        state: None at the start of a clip, where F latent frames give T = 1 + 4 (F - 1) frames;
+        after that what the previous call returned, and T = 4 F. Raises ValueError for other
+        shapes."""
+        check_latents(self, latents_BFCHW)
+        mean_C, std_C = _statistics(latents_BFCHW.device, self.latent_channels)
+        z_BFHWC = latents_BFCHW.float().movedim(2, -1) * std_C + mean_C
+        memory = Memory(state)
+        z_BFHWC = self.conv2(z_BFHWC.to(self.conv2.weight.dtype))
+        pixels_BTHWC = self.decoder(z_BFHWC, memory, self.tile)
+        return pixels_BTHWC.movedim(-1, 2), memory.state()
+
+
+@functools.cache
+def _statistics(device: torch.device, channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of latents [C]; once a device, so that a CUDA graph copies none
+    from the host."""
+    if channels != len(MEAN):
+        raise ValueError(f"{channels} channels of latents: their mean and variance are not known")
+    return torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
