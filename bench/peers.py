@@ -193,7 +193,7 @@ def _measure(peer: Peer, device: torch.device, tiny: bool) -> dict[str, Any]:
 
 
 class WanCodec:
-    """diffusers' Wan VAE as a streaming decoder (`sfmodel.codec.VideoCodec`), chunk by chunk to
+    """diffusers' Wan VAE as a streaming decoder (`sfmodel.codec.VideoDecoder`), chunk by chunk to
     the same pixels as its own `decode` of the whole clip. The state is its cache of features."""
 
     spatial_factor, temporal_factor = 8, 4

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bench import peers, timing
 from bench.model import PIXEL_FRAMES, VAE_STRIDE
 from sfkernels import Noise, normal
-from sfmodel.codec import VideoCodec
+from sfmodel.codec import VideoDecoder
 from sfmodel.config import PRESETS, DiTConfig, Preset
 from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule
@@ -78,7 +78,7 @@ class Setting:
     model: DiT
     text_BTE: Tensor
     encode: Callable[[], Tensor] | None = None
-    codec: VideoCodec | None = None
+    codec: VideoDecoder | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -99,7 +99,7 @@ def full_size(device: torch.device) -> Setting:
     torch.manual_seed(0)
     model = random_model(config, device).to(torch.bfloat16).eval()
     text_BTE = torch.randn(1, config.text_len, config.text_dim, device=device)
-    codec: VideoCodec | None = None
+    codec: VideoDecoder | None = None
     encode: Callable[[], Tensor] | None = None
     notes = []
     try:
@@ -219,7 +219,7 @@ class Stream:
             self.notes[note] = None
         return replay or run
 
-    def _chunk(self, frames: int, codec: VideoCodec | None) -> Phases:
+    def _chunk(self, frames: int, codec: VideoDecoder | None) -> Phases:
         config, preset = self.model.config, self.preset
         height, width = preset.height, preset.width
         x_BFCHW = torch.zeros(1, frames, config.channels, height, width, device=self.device)

@@ -12,13 +12,25 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 
-class VideoCodec(Protocol):
+class VideoDecoder(Protocol):
     """A clip goes through in chunks of any size, the state goes along explicitly, and the result is
     that of the whole clip at once. A state is never changed, so a clip can go on from it twice."""
 
     latent_channels: int
     spatial_factor: int
     temporal_factor: int
+
+    def decode_chunk(self, latents_BFCHW: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Latents [B, F, C, h, w] → pixels [B, T, 3, 8h, 8w] about in [-1, 1] and the next state.
+
+        state: None at the start of a clip, where F latent frames give T = 1 + 4 (F - 1) frames;
+        after that what the previous call returned, and T = 4 F. Raises ValueError for other
+        shapes."""
+        ...
+
+
+class VideoCodec(VideoDecoder, Protocol):
+    """The same with an encoder. Its tensors are where its parameters are."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
@@ -27,14 +39,6 @@ class VideoCodec(Protocol):
 
         state: None at the start of a clip, where T = 1 + 4k gives k + 1 latent frames; after that
         what the previous call returned, and T = 4k gives k. Raises ValueError for other sizes."""
-        ...
-
-    def decode_chunk(self, latents_BFCHW: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """Latents [B, F, C, h, w] → pixels [B, T, 3, 8h, 8w] about in [-1, 1] and the next state.
-
-        state: None at the start of a clip, where F latent frames give T = 1 + 4 (F - 1) frames;
-        after that what the previous call returned, and T = 4 F. Raises ValueError for other
-        shapes."""
         ...
 
 
@@ -49,7 +53,7 @@ def check_pixels(codec: VideoCodec, pixels_BTCHW: Tensor, starts: bool) -> None:
         raise ValueError(f"pixels have {T} frames: {where} of a clip must be {allowed} frames")
 
 
-def check_latents(codec: VideoCodec, latents_BFCHW: Tensor) -> None:
+def check_latents(codec: VideoDecoder, latents_BFCHW: Tensor) -> None:
     """Raises ValueError for latents that are no chunk of a clip."""
     _, frames, H, W = _check_shape("latents", latents_BFCHW, codec.latent_channels)
     if not frames or not (H and W):

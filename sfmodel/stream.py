@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sfkernels import Noise, RingKVCache, normal, sampler_step
 from sfkernels.layout import check_window
-from sfmodel.codec import VideoCodec
+from sfmodel.codec import VideoDecoder
 from sfmodel.config import Preset
 from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule
@@ -147,7 +147,7 @@ def stream_latents(
 @torch.no_grad()
 def stream(
     model: DiT,
-    codec: VideoCodec,
+    codec: VideoDecoder,
     text_BTE: Tensor,
     preset: Preset,
     *,

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sfkernels as sf
+from sfmodel import winograd
 from sfmodel.codec import check_latents, check_pixels
 from sfmodel.config import VAEConfig
 
@@ -124,7 +125,12 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(inputs, outputs, (time, space, space), (stride, 1, 1), padding)
 
     def forward(self, x_BTHWC: Tensor) -> Tensor:
+        if self.kernel_size == (1, 1, 1):
+            return F.linear(x_BTHWC, self.weight.flatten(1), self.bias)
         weight = self.weight[:, :, -x_BTHWC.shape[1] :]
+        assert self.bias is not None
+        if winograd.pays(x_BTHWC, weight):
+            return winograd.conv3d(x_BTHWC, weight, self.bias)
         out = F.conv3d(x_BTHWC.movedim(-1, 1), weight, self.bias, self.stride, self.padding)
         return out.movedim(1, -1).contiguous()
 

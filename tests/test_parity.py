@@ -16,19 +16,24 @@ from torch import Tensor
 
 from sfkernels.launch import Rows
 from sfmodel import checkpoint
-from sfmodel.config import DiTConfig
+from sfmodel.codec import VideoCodec
+from sfmodel.config import DiTConfig, VAEConfig
 from sfmodel.dit import DiT
+from sfmodel.tiny_vae import TinyVAE
+from sfmodel.vae import WanVAE
 from tests.oracle import DEVICE, setting
-from tests.parity.__main__ import main
+from tests.parity.__main__ import drawn_weights, main
 
 FOLDERS = Path(__file__).parent / "parity"
-WAN = FOLDERS / "wan_d64"
+WAN, VAE, TINY = FOLDERS / "wan_d64", FOLDERS / "vae_d8", FOLDERS / "taehv_seed0"
 
 
-def copy(tmp_path: Path, cases: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
-    """The recorded folder with other cases."""
+def copy(
+    tmp_path: Path, cases: Callable[[dict[str, Tensor]], dict[str, Tensor]], of: Path = WAN
+) -> Path:
+    """A recorded folder with other cases."""
     folder = tmp_path / "copy"
-    shutil.copytree(WAN, folder)
+    shutil.copytree(of, folder)
     changed = cases(load_file(folder / "cases.safetensors"))
     save_file({k: v.contiguous() for k, v in changed.items()}, folder / "cases.safetensors")
     return folder
@@ -42,9 +47,9 @@ def without_rollouts(cases: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_recorded_cases_pass(
     dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(WAN), "--dtype", dtype]) == 0
+    assert main([str(WAN), str(VAE), str(TINY), "--dtype", dtype]) == 0
     out = capsys.readouterr().out
-    assert "9 passed, 0 not passed" in out and ", gradients " in out
+    assert "12 passed, 0 not passed" in out and ", gradients " in out
 
 
 def test_recorded_cases_pass_on_the_kernels(
@@ -58,10 +63,95 @@ def test_recorded_cases_pass_on_the_kernels(
     assert "8 passed, 0 not passed" in capsys.readouterr().out
 
 
-def test_what_cannot_be_run_is_said_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(FOLDERS / name) for name in ("wan_d64", "vae_d8", "taehv_seed0")]) == 1
+def test_what_cannot_be_run_is_said_and_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def odd(cases: dict[str, Tensor]) -> dict[str, Tensor]:
+        return cases | {
+            f"{name}.x": torch.ones(1) for name in ("dream", "decode_chunk2", "encode_up")
+        }
+
+    folder = copy(tmp_path, odd, TINY)
+    assert main([str(folder)]) == 1
     out = capsys.readouterr().out
-    assert "not supported: VAE" in out and "9 passed" in out
+    assert "not supported: 'dream' of a VAE" in out and "2 passed, 3 not passed" in out
+    assert "with options ['chunk']" in out and "not supported: 'up' in the name" in out
+    (folder / "config.json").write_text('{"kind": "super"}')
+    assert main([str(folder), str(TINY)]) == 1
+    out = capsys.readouterr().out
+    assert "not supported: the model of config.json" in out and "2 passed, 1 not passed" in out
+
+
+@pytest.fixture(params=["vae", "taehv"])
+def other_sizes(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, type[VideoCodec]]:
+    """A folder of batch 2, other sizes, other weights and every case of a VAE, and what runs it.
+    Recordings are whole clips through the codec, which the recorded folder has proven."""
+    torch.manual_seed(0)
+    z, clip = torch.randn(2, 6, 16, 3, 2), 2 * torch.rand(2, 9, 3, 16, 24) - 1
+    codec: WanVAE | TinyVAE
+    if request.param == "vae":
+        config = json.loads((VAE / "config.json").read_text()) | {"dim": 4}
+        codec, folder = WanVAE(VAEConfig.from_wan(config)), tmp_path / "vae"
+        folder.mkdir()
+        save_file(codec.state_dict(), folder / "weights.safetensors")
+    else:
+        config = json.loads((TINY / "config.json").read_text()) | {"seed": 3}
+        codec, folder = TinyVAE(), tmp_path / "taehv"
+        codec.load_state_dict(drawn_weights(config))
+        folder.mkdir()
+        clip = torch.cat([clip[:, :6], clip[:, 5:6], clip[:, 5:6]], 1)
+    with torch.no_grad():
+        pixels, encoded = codec.decode_chunk(z)[0], codec.encode_chunk(clip)[0]
+    if request.param == "vae":
+        z, pixels, clip, encoded = (x.transpose(1, 2) for x in (z, pixels, clip, encoded))
+    else:
+        pixels, clip = (pixels + 1) / 2, (clip[:, :6] + 1) / 2
+    cases = {"encode.pixels": clip, "encode.z": encoded}
+    for name in ("decode", "stream", "stream_chunk2", "stream_first1_chunk3"):
+        cases |= {f"{name}.z": z, f"{name}.pixels": pixels}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({k: v.clone().contiguous() for k, v in cases.items()}, folder / "cases.safetensors")
+    return folder, type(codec)
+
+
+def test_vaes_of_other_sizes_run_in_several_calls(
+    other_sizes: tuple[Path, type[VideoCodec]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, codec = other_sizes
+    sizes: list[list[int]] = []
+    decode_chunk = codec.decode_chunk
+
+    def counted(self: VideoCodec, z: Tensor, state: object = None) -> tuple[Tensor, object]:
+        if state is None:
+            sizes.append([])
+        sizes[-1].append(z.shape[1])
+        return decode_chunk(self, z, state)
+
+    monkeypatch.setattr(codec, "decode_chunk", counted)
+    assert main([str(folder)]) == 0
+    assert "5 passed, 0 not passed" in capsys.readouterr().out
+    assert sizes == [[6], [1, 3, 2], [2, 1, 3], [2, 2, 2], [1, 3, 2]]
+
+
+def test_a_vae_that_forgets_between_calls_fails(
+    other_sizes: tuple[Path, type[VideoCodec]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, codec = other_sizes
+    decode_chunk = codec.decode_chunk
+
+    def forgetful(self: VideoCodec, z: Tensor, state: object = None) -> tuple[Tensor, object]:
+        if state is not None:
+            _, state = decode_chunk(self, torch.zeros_like(z[:, :1]))
+        return decode_chunk(self, z, state)
+
+    monkeypatch.setattr(codec, "decode_chunk", forgetful)
+    assert main([str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert out.count("FAILED: over 1e-04") == 3 and "2 passed, 3 not passed" in out
 
 
 def test_a_wrong_output_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

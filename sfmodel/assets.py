@@ -1,0 +1,235 @@
+"""Which files of the public downloads lie in a folder: of Wan2.1 in its official and its diffusers
+layout, few-step generators (Self Forcing and its kin), TAEHV.
+
+Names decide, and the small config.json beside a model. No weights are read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from sfmodel.config import PRESETS
+
+T = TypeVar("T")
+DEEP = 2  # levels of subfolders that are searched
+WEIGHTS = "diffusion_pytorch_model"
+
+
+class Public(NamedTuple):
+    """What to download: of a repository on Hugging Face (or another place, by its whole address)
+    the files that are needed; none named: all of them. name: for people."""
+
+    name: str
+    where: str
+    files: tuple[str, ...] = ()
+
+
+_1_3B, _14B, _TEACHER = "Wan-AI/Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-T2V-14B", "base model, to train"
+_SHARED = ("vae", "tiny_vae", "text_encoder", "tokenizer")  # by all presets
+# By preset and by field of Assets.
+PUBLIC = {
+    "wan-1.3b": {
+        "generators": Public(
+            "few-step generator", "gdhe17/Self-Forcing", ("checkpoints/self_forcing_dmd.pt",)
+        ),
+        "vae": Public("video VAE", _1_3B, ("Wan2.1_VAE.pth",)),
+        "text_encoder": Public("text encoder", _1_3B, ("models_t5_umt5-xxl-enc-bf16.pth",)),
+        "tokenizer": Public("tokenizer", _1_3B, ("google/umt5-xxl/tokenizer.json",)),
+        "tiny_vae": Public(
+            "tiny video VAE, optional", "https://github.com/madebyollin/taehv", ("taew2_1.pth",)
+        ),
+        "dit": Public(_TEACHER, _1_3B, ("config.json", f"{WEIGHTS}.safetensors")),
+    },
+    "wan-14b": {"dit": Public(_TEACHER, _14B)},
+}
+
+
+@dataclass(frozen=True)
+class Assets:
+    """Paths, None for what is not there.
+
+    dit: weights of the base model, which is the teacher in training; of a model in shards the
+    .index.json. text_encoder: a .pth file or a folder of transformers. tokenizer: a folder.
+    generators: .pt files of few-step models, those that are only a start for training last."""
+
+    dit: Path | None = None
+    vae: Path | None = None
+    tiny_vae: Path | None = None
+    text_encoder: Path | None = None
+    tokenizer: Path | None = None
+    generators: tuple[Path, ...] = ()
+
+
+def default_folder() -> Path:
+    """`models`, or what the environment variable SFMODEL_MODELS names."""
+    return Path(os.environ.get("SFMODEL_MODELS") or "models")
+
+
+def find(folder: Path | None = None, preset: str = "wan-1.3b") -> Assets:
+    """What lies in `folder` (None: `default_folder()`) and two levels of its subfolders for a
+    preset. Of several, the one in the folder that is less deep and comes first by name.
+
+    Raises ValueError for a folder that does not exist and for a preset without public weights."""
+    root = default_folder() if folder is None else folder
+    if preset not in PUBLIC:
+        raise ValueError(f"preset={preset!r}: must be one of {', '.join(PUBLIC)}")
+    if not root.is_dir():
+        raise ValueError(f"{root}: there is no such folder of models")
+    folders, dim = [*_folders([root], DEEP)], PRESETS[preset].dit.dim
+    generators = [path for each in folders for path in _inside(each) if path.suffix == ".pt"]
+    return Assets(
+        dit=_first(_base_model(each, dim) for each in folders),
+        vae=_first(_vae(each) for each in folders),
+        tiny_vae=_first(_one_of(each, "taew2_1.safetensors", "taew2_1.pth") for each in folders),
+        text_encoder=_first(_text_encoder(each) for each in folders),
+        tokenizer=_first(_tokenizer(each) for each in folders),
+        generators=tuple(sorted(generators, key=lambda path: "init" in path.stem)),
+    )
+
+
+def download_command(names: Sequence[str], preset: str, folder: Path) -> str:
+    """What fetches, of the fields `names` of Assets, the first and those that lie in the same
+    repository on Hugging Face, to where `find` looks in `folder`."""
+    public = PUBLIC[preset]
+    where = public[names[0]].where
+    files = [file for name in names if public[name].where == where for file in public[name].files]
+    # That of the generators has a folder for them.
+    target = folder if names[0] == "generators" else folder / where.split("/")[1]
+    return " ".join(["hf download", where, *files, "--local-dir", str(target)])
+
+
+class Found(NamedTuple):
+    """field: of Assets. preset: that the file is for; empty for what serves all of them, and for
+    what is not usable. said: what it is or, if it cannot even be opened, why not."""
+
+    field: str
+    preset: str
+    path: Path
+    said: str
+    usable: bool
+
+
+def examine(folder: Path) -> list[Found]:
+    """All that `find` finds for any preset, opened as far as it takes to know what it is. Raises
+    ValueError for a folder that does not exist."""
+    bases = [find(folder, preset).dit for preset in PUBLIC]
+    there = find(folder)
+    paths: list[tuple[str, Path | None]] = [("dit", base) for base in bases]
+    paths += [("generators", path) for path in there.generators]
+    paths += [(name, getattr(there, name)) for name in _SHARED]
+    out = []
+    for field, path in paths:
+        if path is not None:
+            try:
+                said, preset = _opened(path, field)
+            except (ValueError, OSError) as error:
+                said, preset = str(error).removeprefix(f"{path}: "), None
+            out.append(Found(field, preset or "", path, said, preset is not None))
+    return out
+
+
+def missing(found: Iterable[Found]) -> list[tuple[str, str]]:
+    """(preset, field) of everything in PUBLIC that `examine` found nothing usable for."""
+    usable = {(one.preset, one.field) for one in found if one.usable}
+    return [
+        (preset, field)
+        for preset, public in PUBLIC.items()
+        for field in public
+        if not usable & {(preset, field), ("", field)}
+    ]
+
+
+def _opened(path: Path, field: str) -> tuple[str, str | None]:
+    """What a file is, and the preset that it is for, empty for all; None if for none of them."""
+    from sfmodel import checkpoint, umt5
+
+    if field == "tokenizer":
+        return "tokenizer.json", ""
+    if field == "text_encoder":
+        return umt5.describe(path), ""
+    said = checkpoint.describe(path)
+    if field in _SHARED:
+        return said, ""
+    embedding = "patch_embedding.weight"  # in the official layout and in that of diffusers
+    widths = [len(v) for k, v in checkpoint.read(path)[0].items() if k.endswith(embedding)]
+    return said, _first(preset for preset in PUBLIC if widths == [PRESETS[preset].dit.dim])
+
+
+# --- Finding
+
+
+def _folders(level: list[Path], deep: int) -> Iterator[Path]:
+    """The folders `level` and their subfolders, level by level, by name."""
+    yield from level
+    if deep:
+        below = [path for each in level for path in _inside(each) if path.is_dir()]
+        yield from _folders([path for path in below if not path.name.startswith(".")], deep - 1)
+
+
+def _inside(folder: Path) -> list[Path]:
+    with suppress(OSError):  # not ours to read
+        return sorted(folder.iterdir())
+    return []
+
+
+def _first(found: Iterable[T | None]) -> T | None:
+    return next((one for one in found if one is not None), None)
+
+
+def _one_of(folder: Path, *names: str) -> Path | None:
+    return _first(folder / name for name in names if (folder / name).is_file())
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config if isinstance(config, dict) else {}
+    return {}
+
+
+def _weights(folder: Path, stem: str = WEIGHTS) -> Path | None:
+    return _one_of(folder, f"{stem}.safetensors.index.json", f"{stem}.safetensors")
+
+
+def _base_model(folder: Path, dim: int) -> Path | None:
+    for each in (folder, folder / "transformer"):
+        config = _config(each)
+        width = config.get("num_attention_heads", 0) * config.get("attention_head_dim", 0)
+        width = config.get("dim", width)
+        channels = [config.get(f"{a}_dim", config.get(f"{a}_channels")) for a in ("in", "out")]
+        text_to_video = config.get("model_type", "t2v") == "t2v" and channels[0] == channels[1]
+        # Wan2.2 has two models of these sizes, each for some of the noise levels.
+        half = "noise_model" in each.name or (each.parent / "transformer_2").is_dir()
+        if width == dim and text_to_video and not half:
+            return _weights(each)
+    return None
+
+
+def _vae(folder: Path) -> Path | None:
+    official = _one_of(folder, "Wan2.1_VAE.pth")
+    diffusers = _config(folder / "vae").get("z_dim") == 16
+    return official or (_weights(folder / "vae") if diffusers else None)
+
+
+def _text_encoder(folder: Path) -> Path | None:
+    official = _one_of(folder, "models_t5_umt5-xxl-enc-bf16.pth")
+    inner = folder / "text_encoder"
+    return official or (inner if _is_umt5(inner) and _weights(inner, "model") else None)
+
+
+def _tokenizer(folder: Path) -> Path | None:
+    """diffusers' is beside its text encoder; pipelines of other models have other tokenizers."""
+    names = ["google/umt5-xxl", "umt5-xxl"]
+    if _is_umt5(folder / "text_encoder"):
+        names.append("tokenizer")
+    return _first(folder / name for name in names if _one_of(folder / name, "tokenizer.json"))
+
+
+def _is_umt5(folder: Path) -> bool:
+    return _config(folder).get("model_type") == "umt5"

@@ -1,0 +1,336 @@
+"""The same weights in another public form: official, Self Forcing's or that of diffusers.
+
+Which model a file is of is recognised from names and shapes. Tensors go from the mapped source to
+the target one by one, so that memory does not hold the model.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from sfmodel import names
+from sfmodel.checkpoint import STEM, Weights, differences, foreign_types, open_weights
+from sfmodel.config import DiTConfig
+from sfmodel.files import atomic, cannot_write
+
+Form = Literal["official", "self-forcing", "diffusers"]
+State = Mapping[str, Tensor]
+Tick = Callable[[int], object]  # is told how many more bytes were written
+
+_FORMS: dict[str, tuple[Form, ...]] = {
+    "DiT": ("official", "self-forcing", "diffusers"),
+    "VAE": ("official", "diffusers"),
+    "tiny VAE": ("official",),
+}
+_PICKLED = (".pt", ".pth")
+_FILES = (".safetensors", *_PICKLED)
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
+_LARGE = 1_000_000_000  # bytes that take long enough to show how far it is
+
+
+def convert(
+    source: tyro.conf.Positional[Path],
+    target: tyro.conf.Positional[Path],
+    *,
+    to: Form,
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    weights: Literal["generator_ema", "generator", "critic"] | None = None,
+    shard_gb: float = 5.0,
+) -> None:
+    """Write weights in another form: of a DiT, of Wan2.1's VAE or of TAEHV. There and back they are
+    the same bit for bit, unless their type is changed.
+
+    Args:
+        source: A .safetensors, .pt or .pth file, the .index.json of shards, or a folder: official,
+            of diffusers, or a part of one.
+        target: A .safetensors, .pt or .pth file; any other name is a folder's, which must be new.
+        to: Whose names and layout: official (a file; of a DiT also a folder), self-forcing (a .pt
+            file), diffusers (a folder for its from_pretrained).
+        dtype: Change the type of the weights. Those of a .pt file are then in memory at once.
+        weights: Which entry of a training checkpoint; if not given the averaged generator, and in
+            self-forcing form all that there are.
+        shard_gb: The largest file of a folder in GB; a larger model is cut into several.
+    """
+    found = open_weights(source, weights)
+    state, family = _recognised(source, found, to)
+    _check_target(target, found, to, folder=family == "DiT")
+    new = None if dtype is None else getattr(torch, dtype)
+    content: dict[str, Any] = dict(state)
+    if to == "self-forcing":
+        entries = (weights,) if weights else found.entries or ("generator",)
+        content = {}
+        for entry in entries:
+            one = open_weights(source, entry) if found.entries else found
+            each, _ = _recognised(source, one, to)
+            content[entry] = {f"model.{k}": v for k, v in each.items()}
+    total = sum(_bytes(v, new) for v in _tensors(content))
+    with _progress(target, total) as tick:
+        if target.suffix in _PICKLED:
+            _write_pickle(target, content, new, tick)
+        elif target.suffix == ".safetensors":
+            metadata = {"format": "pt"} | found.metadata
+            if family == "DiT":
+                metadata["config"] = json.dumps(asdict(_dit_config(source, found, state)))
+            with atomic(target) as part:
+                _write_safetensors(part, state, new, metadata, tick)
+        else:
+            config = _config_json(source, found, state, to)
+            with _atomic_folder(target) as part:
+                (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+                own = state if to == "official" else names.diffusers(state)
+                _write_shards(part, own, new, int(shard_gb * 1e9), tick)
+
+
+def _recognised(source: Path, found: Weights, to: Form) -> tuple[State, str]:
+    """The tensors under official names and the family of the model, whole and convertible."""
+    state = names.official(found.tensors)
+    family, label = names.kind(state)
+    if family not in _FORMS:
+        raise ValueError(
+            f"{source}: is {label or 'no model that is known here'}: must be a DiT or VAE of "
+            "Wan2.1, or TAEHV"
+        )
+    if to not in _FORMS[family]:
+        raise ValueError(f"{source}: is {label}: to={to} must be one of {_FORMS[family]}")
+    problems = foreign_types(state)
+    if family in names.TABLES:
+        problems += differences(state, names.expected(family, state))
+    if problems:
+        raise ValueError(f"{source}: is {label}, but not a whole one: {'; '.join(problems)}")
+    return state, family
+
+
+def _check_target(target: Path, found: Weights, to: Form, *, folder: bool) -> None:
+    """Raises ValueError for a name that the form does not have or that must not be written to.
+    folder: the official form may be one."""
+    is_file = target.suffix in _FILES
+    if to == "self-forcing" and target.suffix not in _PICKLED:
+        raise ValueError(f"{target}: must be a .pt or .pth file for self-forcing")
+    if to == "diffusers" and is_file:
+        raise ValueError(f"{target}: must be a folder for diffusers")
+    if to == "official" and not (is_file or folder):
+        raise ValueError(f"{target}: must be a .safetensors, .pt or .pth file")
+    if target.exists():
+        if any(target.samefile(each) for each in found.files):
+            raise ValueError(f"{target}: is the source itself")
+        if not is_file and not target.is_dir():
+            raise ValueError(f"{target}: is a file: must be a folder")
+        if not is_file and any(target.iterdir()):
+            raise ValueError(f"{target}: holds files already: must be a new or an empty folder")
+
+
+def _dit_config(source: Path, found: Weights, state: State) -> DiTConfig:
+    """Sizes from shapes. What these do not tell is in the metadata or in the config.json beside the
+    weights, in this project's words, official ones or those of diffusers; else it is as in Wan2.1.
+    Raises ValueError where the number of heads is not known."""
+    dim, channels, *patch = state["patch_embedding.weight"].shape
+    said: dict[str, Any] = {}
+    try:
+        beside = found.files[0].parent / "config.json"
+        text = found.metadata["config"] if "config" in found.metadata else beside.read_text()
+        said = json.loads(text)
+        heads = said.get("heads") or said.get("num_heads") or said.get("num_attention_heads")
+        width = said.get("dim") or said["num_attention_heads"] * said["attention_head_dim"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        heads = width = None
+    if width != dim:  # there is none, or it is of another model
+        said, heads = {}, None if dim % 128 else dim // 128
+    if not heads:
+        raise ValueError(
+            f"{source}: a DiT of width {dim} has an unknown number of heads: must be in a "
+            "config.json beside it"
+        )
+    return DiTConfig(
+        dim=dim,
+        ffn_dim=state["blocks.0.ffn.0.weight"].shape[0],
+        heads=heads,
+        layers=names.blocks(state),
+        channels=channels,
+        patch=(patch[0], patch[1], patch[2]),
+        freq_dim=state["time_embedding.0.weight"].shape[1],
+        text_dim=state["text_embedding.0.weight"].shape[1],
+        text_len=said.get("text_len", 512),
+        eps=said.get("eps", 1e-6),
+        prediction=said.get("prediction", "flow"),
+    )
+
+
+def _config_json(source: Path, found: Weights, state: State, to: Form) -> dict[str, Any]:
+    """The config.json of a folder."""
+    if "conv2.weight" in state:
+        return {
+            "_class_name": "AutoencoderKLWan",
+            "base_dim": state["encoder.conv1.weight"].shape[0],
+            "z_dim": state["conv2.weight"].shape[0],
+            "dim_mult": [1, 2, 4, 4],
+            "num_res_blocks": 2,
+            "attn_scales": [],
+            "temperal_downsample": [False, True, True],
+            "dropout": 0.0,
+        }
+    c = _dit_config(source, found, state)
+    if c.prediction != "flow":
+        raise ValueError(f"{source}: predicts {c.prediction}, which only a .safetensors file says")
+    same = {
+        "patch_size": c.patch,
+        "text_dim": c.text_dim,
+        "freq_dim": c.freq_dim,
+        "ffn_dim": c.ffn_dim,
+        "num_layers": c.layers,
+        "eps": c.eps,
+    }
+    if to == "official":
+        return same | {
+            "_class_name": "WanModel",
+            "model_type": "t2v",
+            "dim": c.dim,
+            "num_heads": c.heads,
+            "in_dim": c.channels,
+            "out_dim": c.channels,
+            "text_len": c.text_len,
+        }
+    return same | {
+        "_class_name": "WanTransformer3DModel",
+        "num_attention_heads": c.heads,
+        "attention_head_dim": c.head_dim,
+        "in_channels": c.channels,
+        "out_channels": c.channels,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+    }
+
+
+class _Counting(io.BufferedWriter):
+    """A file that tells how much is written to it."""
+
+    def __init__(self, path: Path, tick: Tick) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self._tick = tick
+
+    def write(self, data: Any) -> int:
+        count = super().write(data)
+        self._tick(count)
+        return count
+
+
+def _write_safetensors(
+    path: Path, state: State, new: torch.dtype | None, metadata: Mapping[str, str], tick: Tick
+) -> None:
+    """As the library does, but with one converted tensor in memory and not all of them."""
+    header: dict[str, Any] = {"__metadata__": {**metadata}}
+    # The widest types first, so that every tensor lies at a multiple of its type's size.
+    order = sorted(state.items(), key=lambda item: (-(new or item[1].dtype).itemsize, item[0]))
+    end = 0
+    for name, value in order:
+        begin, end = end, end + _bytes(value, new)
+        code = _CODES[new or value.dtype]
+        header[name] = {"dtype": code, "shape": [*value.shape], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with _Counting(path, tick) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, value in order:
+            file.write(_alone(value, new).flatten().view(torch.uint8).numpy().data)
+
+
+def _write_shards(
+    folder: Path, state: State, new: torch.dtype | None, limit: int, tick: Tick
+) -> None:
+    """One file where `state` is within `limit` bytes, else as many as needed and an index."""
+    shards: list[dict[str, Tensor]] = [{}]
+    room = limit
+    for name, value in state.items():
+        room -= _bytes(value, new)
+        if room < 0 and shards[-1]:
+            shards.append({})
+            room = limit - _bytes(value, new)
+        shards[-1][name] = value
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        part = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        weight_map |= dict.fromkeys(shard, f"{STEM}{part}.safetensors")
+        file = folder / f"{STEM}{part}.safetensors"
+        _write_safetensors(file, shard, new, {"format": "pt"}, tick)
+    if len(shards) > 1:
+        total = sum(_bytes(value, new) for value in state.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_pickle(
+    path: Path, content: Mapping[str, Any], new: torch.dtype | None, tick: Tick
+) -> None:
+    def ready(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return _alone(value, new)
+        return {k: ready(v) for k, v in value.items()}
+
+    with atomic(path) as part, _Counting(part, tick) as file:
+        torch.save(ready(content), file)
+
+
+def _alone(value: Tensor, new: torch.dtype | None) -> Tensor:
+    """`value` in the type `new`, in memory of its own or in exactly its part of a mapped file:
+    torch.save writes the whole memory that a tensor is a view of."""
+    value = value.detach().to(new or value.dtype).contiguous()
+    data = torch.from_numpy(value.flatten().view(torch.uint8).numpy())
+    return data.view(value.dtype).view(value.shape)
+
+
+def _bytes(value: Tensor, new: torch.dtype | None) -> int:
+    return value.numel() * (new or value.dtype).itemsize
+
+
+def _tensors(content: Mapping[str, Any]) -> Iterator[Tensor]:
+    for value in content.values():
+        if isinstance(value, Tensor):
+            yield value
+        else:
+            yield from _tensors(value)
+
+
+@contextmanager
+def _progress(target: Path, total: int) -> Iterator[Tick]:
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=total < _LARGE) as progress:
+        task = progress.add_task(target.name, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+@contextmanager
+def _atomic_folder(target: Path) -> Iterator[Path]:
+    """As `sfmodel.files.atomic`, for a folder that is new or empty."""
+    target = Path(os.path.abspath(target))
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        for path in part.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        part.rename(target)
+    except OSError as error:
+        raise cannot_write(target, error) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,232 @@
+"""The public names of Wan2.1's weights, and which model a set of names and shapes is.
+
+Official files and those of Self Forcing name the same tensors; diffusers names them otherwise and
+keeps their shapes. This project's DiT fuses some projections; its VAEs carry the official names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Our fused projection: the official ones it is the concatenation of.
+_FUSED = {
+    "self_attn.qkv": ("self_attn.q", "self_attn.k", "self_attn.v"),
+    "cross_attn.kv": ("cross_attn.k", "cross_attn.v"),
+}
+# The RMSNorms' only parameter is the module's own here.
+_NORMS = tuple(f"{a}_attn.norm_{w}" for a in ("self", "cross") for w in "qk")
+# Wrappers of training code, anywhere in a key or before it.
+_INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+_PREFIXES = ("model.", "net.", "module.")
+
+
+def _layers(stems: Mapping[str, str]) -> dict[str, str]:
+    """Of linear layers and convolutions: both of their parameters."""
+    return {f"{a}.{leaf}": f"{b}.{leaf}" for a, b in stems.items() for leaf in ("weight", "bias")}
+
+
+def _under(official: str, diffusers: str, table: Mapping[str, str]) -> dict[str, str]:
+    return {f"{official}.{a}": f"{diffusers}.{b}" for a, b in table.items()}
+
+
+def _attention(official: str, diffusers: str) -> dict[str, str]:
+    names = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+    norms = {f"norm_{w}.weight": f"norm_{w}.weight" for w in "qk"}
+    return _under(official, diffusers, _layers(names) | norms)
+
+
+# Official name of a DiT's tensor: that of diffusers; * is the number of a block. Their norm2 is the
+# norm before cross-attention, here as there the only one with parameters.
+DIT = {
+    **_layers({
+        "patch_embedding": "patch_embedding",
+        "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+        "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+        "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+        "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+        "time_projection.1": "condition_embedder.time_proj",
+        "blocks.*.norm3": "blocks.*.norm2",
+        "blocks.*.ffn.0": "blocks.*.ffn.net.0.proj",
+        "blocks.*.ffn.2": "blocks.*.ffn.net.2",
+        "head.head": "proj_out",
+    }),
+    **_attention("blocks.*.self_attn", "blocks.*.attn1"),
+    **_attention("blocks.*.cross_attn", "blocks.*.attn2"),
+    "blocks.*.modulation": "blocks.*.scale_shift_table",
+    "head.modulation": "scale_shift_table",
+}  # fmt: skip
+
+
+def _vae() -> dict[str, str]:
+    """Of Wan2.1's VAE: four levels, two residual blocks each in the encoder, three in the decoder,
+    and a resampling between levels, which changes the number of frames at the two deeper places."""
+    norms = {"residual.0.gamma": "norm1.gamma", "residual.3.gamma": "norm2.gamma"}
+    residual = norms | _layers({"residual.2": "conv1", "residual.6": "conv2"})
+    wider = residual | _layers({"shortcut": "conv_shortcut"})
+    resample = _layers({"resample.1": "resample.1"})
+    in_time = resample | _layers({"time_conv": "time_conv"})
+    middle = {"norm.gamma": "norm.gamma"} | _layers({"to_qkv": "to_qkv", "proj": "proj"})
+
+    table = _layers({"conv1": "quant_conv", "conv2": "post_quant_conv"})
+    for side in ("encoder", "decoder"):
+        ends = _layers({"conv1": "conv_in", "head.2": "conv_out"})
+        table |= _under(side, side, ends | {"head.0.gamma": "norm_out.gamma"})
+        for i, (place, inner) in enumerate(
+            [("resnets.0", residual), ("attentions.0", middle), ("resnets.1", residual)]
+        ):
+            table |= _under(f"{side}.middle.{i}", f"{side}.mid_block.{place}", inner)
+    for i in range(11):
+        inner = (
+            in_time if i in (5, 8) else resample if i == 2 else wider if i in (3, 6) else residual
+        )
+        table |= _under(f"encoder.downsamples.{i}", f"encoder.down_blocks.{i}", inner)
+    for i in range(15):
+        inner = in_time if i in (3, 7) else resample if i == 11 else wider if i == 4 else residual
+        level, j = divmod(i, 4)
+        place = "upsamplers.0" if j == 3 else f"resnets.{j}"
+        table |= _under(f"decoder.upsamples.{i}", f"decoder.up_blocks.{level}.{place}", inner)
+    return table
+
+
+VAE = _vae()
+TABLES = {"DiT": DIT, "VAE": VAE}
+_TO_DIFFUSERS = DIT | VAE
+_FROM_DIFFUSERS = {b: a for a, b in _TO_DIFFUSERS.items()}
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+
+
+def _renamed(name: str, table: Mapping[str, str]) -> str:
+    """As the table has it; what it does not have keeps its name."""
+    block = _BLOCK.match(name)
+    if block is None:
+        return table.get(name, name)
+    new = table.get(f"blocks.*.{name[block.end() :]}")
+    return name if new is None else new.replace("*", block[1])
+
+
+def clean_key(key: str) -> str:
+    """An official parameter name without what training wrappers add."""
+    for infix in _INFIXES:
+        key = key.replace(infix, "")
+    while key.startswith(_PREFIXES):
+        key = key.split(".", 1)[1]
+    return key
+
+
+def official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Any public names → official ones. A name that is none of them stays, without wrappers."""
+    return {_renamed(clean_key(k), _FROM_DIFFUSERS): v for k, v in state.items()}
+
+
+def diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official names → those of diffusers."""
+    return {_renamed(k, _TO_DIFFUSERS): v for k, v in state.items()}
+
+
+def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official names → this project's: fused projections, everything else by its own name."""
+    state = {clean_key(k): v for k, v in state.items()}
+    out: dict[str, Tensor] = {}
+    for key, value in state.items():
+        stem, _, leaf = key.rpartition(".")
+        fused = next((f for f, parts in _FUSED.items() if stem.endswith(parts)), None)
+        if stem.endswith(_NORMS):
+            out[stem] = value
+        elif fused is None:
+            out[key] = value
+        else:
+            names = [_sibling(stem, part, leaf) for part in _FUSED[fused]]
+            if all(n in state for n in names):
+                own = _sibling(stem, fused, leaf)
+                if own not in out:
+                    out[own] = torch.cat([state[n] for n in names])
+            else:  # incomplete: kept by its own name, so that the error names what is missing
+                out[key] = value
+    return out
+
+
+def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `from_official`; its tensors are views of those of `state`. Also maps
+    gradients."""
+    out: dict[str, Tensor] = {}
+    for key, value in state.items():
+        stem, _, leaf = key.rpartition(".")
+        fused = next((f for f in _FUSED if stem.endswith(f)), None)
+        if key.endswith(_NORMS):
+            out[f"{key}.weight"] = value
+        elif fused is None:
+            out[key] = value
+        else:
+            parts = _FUSED[fused]
+            for part, piece in zip(parts, value.chunk(len(parts)), strict=True):
+                out[_sibling(stem, part, leaf)] = piece
+    return out
+
+
+def _sibling(stem: str, part: str, leaf: str) -> str:
+    """The parameter `leaf` of `part` (such as self_attn.k) in the block of `stem`."""
+    block = stem.rsplit(".", 2)[0]
+    return f"{block}.{part}.{leaf}"
+
+
+class Kind(NamedTuple):
+    """family: DiT, VAE or tiny VAE; empty for what this project does not run. label: for people;
+    empty for what is not known."""
+
+    family: str
+    label: str
+
+
+# (width, blocks, width of the FFN) of the public DiTs.
+_SIZES = {(1536, 30, 8960): "1.3B", (5120, 40, 13824): "14B"}
+# What is recognised only to be named, by a name that it alone has.
+_OTHERS = {
+    r"(^|[._])lora_": "a LoRA, the changes to a model and not the model",
+    r"^vace_": "a VACE DiT",
+    r"^(img_emb|condition_embedder\.image_embedder)\.": "an image-to-video DiT",
+    r"^encoder\.downsamples\.0\.downsamples\.": "the VAE of Wan2.2",
+    r"^(token_embedding|shared)\.weight$|\.SelfAttention\.": "a text encoder (T5)",
+    r"^(visual|vision_model|textual)\.": "an image encoder (CLIP)",
+}
+
+
+def kind(state: Mapping[str, Tensor]) -> Kind:
+    """Which model tensors under official names are of, complete or not."""
+    for pattern, label in _OTHERS.items():
+        if any(re.search(pattern, name) for name in state):
+            return Kind("", label)
+    patch, q = state.get("patch_embedding.weight"), state.get("blocks.0.self_attn.q.weight")
+    if patch is not None and q is not None and patch.dim() == 5:
+        (dim, channels), depth = patch.shape[:2], blocks(state)
+        out = state.get("head.head.bias", patch[0]).numel() / patch[0, 0].numel()
+        if out.is_integer() and out < channels:
+            return Kind("", f"an image-to-video DiT, of {channels} input channels")
+        size = _SIZES.get((dim, depth, state.get("blocks.0.ffn.0.bias", q).shape[0]))
+        return Kind("DiT", f"Wan2.1 DiT {size}" if size else f"a DiT of {depth} blocks × {dim}")
+    norm = state.get("encoder.downsamples.0.residual.0.gamma")
+    if norm is not None:
+        width = norm.shape[0]
+        return Kind("VAE", "Wan2.1 VAE" if width == 96 else f"a VAE of width {width}")
+    if {"encoder.0.weight", "decoder.1.weight", "decoder.3.conv.0.weight"} <= state.keys():
+        channels = state["decoder.1.weight"].shape[1]
+        return Kind("tiny VAE", f"a tiny VAE (TAEHV) of {channels} channels")
+    return Kind("", "")
+
+
+def blocks(state: Mapping[str, Tensor]) -> int:
+    """How many blocks of a DiT there are tensors of."""
+    return len({block[1] for block in map(_BLOCK.match, state) if block})
+
+
+def expected(family: str, state: Mapping[str, Tensor]) -> set[str]:
+    """All official names of a DiT with as many blocks as `state` has, or of the VAE."""
+    return {
+        name.replace("*", str(i))
+        for name in TABLES[family]
+        for i in range(blocks(state) if "*" in name else 1)
+    }

@@ -1,0 +1,310 @@
+"""The text encoder of Wan2.1: UMT5-XXL as transformers runs it, and a cache of embeddings on disk.
+
+A stream needs none of its 5.7 B parameters (10.6 GiB in bfloat16) once the prompts are encoded. So
+they stay on disk, memory-mapped, until a prompt comes that the cache does not have. They then go to
+the GPU if it has room, for as long as that call lasts; if not, the CPU reads them where they are.
+
+Shapes: B sentences, T tokens of one of them, L of the longest, E text_dim.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import importlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from sfmodel import checkpoint
+from sfmodel.files import atomic
+
+GIB = 2**30
+END = 1  # the token that ends every text
+SLICES, SLICE = 32, 2**16  # of a large file: what stands for all of it in the encoder's identity
+
+# Official names → those of transformers; of a block's parameters, without `blocks.N.`.
+_OFFICIAL = {
+    "token_embedding": "shared",
+    "norm": "encoder.final_layer_norm",
+    "norm1": "layer.0.layer_norm",
+    "attn.q": "layer.0.SelfAttention.q",
+    "attn.k": "layer.0.SelfAttention.k",
+    "attn.v": "layer.0.SelfAttention.v",
+    "attn.o": "layer.0.SelfAttention.o",
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "norm2": "layer.1.layer_norm",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}
+
+
+def default_cache() -> Path:
+    """`sfmodel/text` in the user's cache folder."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(caches) / "sfmodel" / "text"
+
+
+def clean(sentence: str) -> str:
+    """A prompt as the public Wan2.1 cleans it: mojibake repaired, HTML entities read (twice, as
+    they are written in captions from the web), white space single. Raises ValueError without
+    ftfy."""
+    text: str = _library("ftfy").fix_text(sentence)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The encoder's tensors under the names of transformers, memory-mapped: of a folder as in
+    diffusers' layout (`text_encoder`, in shards or not) or of the official .pth file.
+
+    Raises ValueError with one sentence for other files and for missing ones."""
+    state = checkpoint.read(_files(path)[0])[0]
+    if "token_embedding.weight" in state:
+        state = {_from_official(name): tensor for name, tensor in state.items()}
+    shared = state.pop("encoder.embed_tokens.weight", None)  # the same tensor by another name
+    if shared is not None:
+        state.setdefault("shared.weight", shared)
+    table = state.get("shared.weight")
+    if table is None or table.dim() != 2 or "encoder.final_layer_norm.weight" not in state:
+        raise ValueError(f"{path}: not the weights of a UMT5 text encoder")
+    return state
+
+
+def describe(path: Path) -> str:
+    """What `read_weights` finds there, in a line. Raises ValueError as it does."""
+    state = read_weights(path)
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
+    count = sum(tensor.numel() for tensor in state.values())
+    return f"a UMT5 text encoder of {count:,} parameters, {' + '.join(dtypes)}"
+
+
+class UMT5Encoder:
+    """Sentences to embeddings, as `sfmodel.text.ToyTextEncoder`.
+
+    weights, tokenizer: as `sfmodel.assets.find` has them. dtype: of weights and arithmetic, and of
+    what the cache keeps; the public code computes in bfloat16. cache: a folder, `default_cache()`
+    if None. Raises ValueError with one sentence where the files are not those of an encoder."""
+
+    text_len = 512
+
+    def __init__(
+        self,
+        weights: Path,
+        tokenizer: Path,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        cache: Path | None = None,
+    ) -> None:
+        self.weights, self.tokenizer, self.dtype = weights, tokenizer, dtype
+        self.cache = default_cache() if cache is None else cache
+        self._state = read_weights(weights)
+        self.text_dim: int = self._state["shared.weight"].shape[1]
+        if not (tokenizer / "tokenizer.json").is_file():
+            raise ValueError(f"{tokenizer}: has no tokenizer.json, which the text encoder needs")
+
+    def __call__(self, sentences: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
+        """Embeddings [B, L, E], float32, on `device`. Short sentences end in rows of zeros, which
+        stand for padding; what a sentence is encoded as does not depend on the others. The empty
+        one is the end token's embedding, which is what the public Wan2.1 takes for "no condition".
+        Sentences of more than `text_len` tokens lose the rest, as there.
+
+        A GPU also encodes where it has room for the weights, and is left without them. Raises
+        ValueError as the class does, and where a library is missing."""
+        if isinstance(sentences, str) or not sentences:
+            raise ValueError(f"sentences={sentences!r}: must be a list of at least one sentence")
+        cleaned = [clean(sentence) for sentence in sentences]
+        found = {text: self._recall(text) for text in dict.fromkeys(cleaned)}
+        missing = [text for text, kept in found.items() if kept is None]
+        if missing:
+            found |= dict(zip(missing, self._encode(missing, torch.device(device)), strict=True))
+        rows = [kept.float() for text in cleaned if (kept := found[text]) is not None]
+        return pad_sequence(rows, batch_first=True).to(device)
+
+    @torch.no_grad()
+    def _encode(self, texts: list[str], device: torch.device) -> list[Tensor]:
+        """[T, E] of each text, on the CPU, kept in the cache. One at a time and without padding: in
+        a batch, what is rounded how would depend on the other texts."""
+        tokens = self._tokens(texts)
+        device = self._where(device)
+        model = self._load(device)
+        out: list[Tensor] = []
+        unkept: Exception | None = None
+        for text, ids in zip(texts, tokens, strict=True):
+            hidden_BTE = model(input_ids=torch.tensor([ids], device=device)).last_hidden_state
+            text_TE = hidden_BTE[0].cpu().contiguous()
+            if not text_TE.isfinite().all():
+                raise ValueError(f"{self.weights}: damaged: {text[:60]!r} becomes NaN or infinity")
+            out.append(text_TE)
+            try:
+                with atomic(self._kept(text)) as part:
+                    save_file({"text": text_TE}, part)
+            except (OSError, ValueError) as error:
+                unkept = error
+        if unkept is not None:
+            warnings.warn(f"embeddings of prompts are not kept: {unkept}", stacklevel=3)
+        del model
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return out
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        """Of each text, the end token last. Read by `tokenizers`, as AutoTokenizer of transformers
+        4 does: that of transformers 5 takes a T5 tokenizer's vocabulary and rebuilds the rest."""
+        file = self.tokenizer / "tokenizer.json"
+        library = _library("tokenizers")
+        try:
+            tokenizer = library.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises no narrower one
+            raise ValueError(f"{file}: not a tokenizer ({_line(error)})") from None
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(self.text_len)
+        tokens: list[list[int]] = [tokenizer.encode(text).ids for text in texts]
+        rows = len(self._state["shared.weight"])
+        if any(ids[-1:] != [END] or max(ids) >= rows for ids in tokens):
+            raise ValueError(
+                f"{file}: not this encoder's tokenizer: texts must end in token {END} of {rows}"
+            )
+        return tokens
+
+    def _where(self, device: torch.device) -> torch.device:
+        """The GPU if its memory has room for the weights and a GiB to compute in, or the CPU."""
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            needed = sum(t.numel() for t in self._state.values()) * self.dtype.itemsize + GIB
+            if torch.cuda.mem_get_info(device)[0] > needed:
+                return device
+        return torch.device("cpu")
+
+    def _load(self, device: torch.device) -> Any:
+        """transformers' model. On the CPU its parameters are the memory-mapped tensors themselves
+        where they have the right dtype: pages that the system reads and drops as it likes."""
+        transformers = _library("transformers")
+        with torch.device("meta"):
+            model = transformers.UMT5EncoderModel(self._config(transformers))
+        want, got = model.state_dict(), self._state
+        del want["encoder.embed_tokens.weight"]
+        wrong = sorted(want.keys() ^ got.keys()) or sorted(
+            name for name, tensor in want.items() if tensor.shape != got[name].shape
+        )
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
+            raise ValueError(
+                f"{self.weights}: not a whole UMT5 text encoder: {wrong[0]}{more} missing, "
+                "unexpected or of another shape"
+            )
+        state = {name: tensor.to(device, self.dtype) for name, tensor in got.items()}
+        state["encoder.embed_tokens.weight"] = state["shared.weight"]
+        model.load_state_dict(state, assign=True)
+        return model.eval()
+
+    def _config(self, transformers: Any) -> Any:
+        """Of a folder its own; of the official file what the shapes of its tensors say."""
+        if self.weights.is_dir():
+            try:
+                return transformers.UMT5Config.from_pretrained(self.weights, local_files_only=True)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{self.weights}/config.json: {_line(error)}") from None
+        blocks = {name.split(".")[2] for name in self._state if name.startswith("encoder.block.")}
+        first = "encoder.block.0.layer"
+        try:
+            buckets, heads = self._state[
+                f"{first}.0.SelfAttention.relative_attention_bias.weight"
+            ].shape
+            inner = len(self._state[f"{first}.0.SelfAttention.q.weight"])
+            d_ff = len(self._state[f"{first}.1.DenseReluDense.wi_0.weight"])
+        except KeyError as error:
+            raise ValueError(f"{self.weights}: not a whole UMT5 text encoder: no {error}") from None
+        return transformers.UMT5Config(
+            vocab_size=len(self._state["shared.weight"]),
+            d_model=self.text_dim,
+            d_kv=inner // heads,
+            d_ff=d_ff,
+            num_layers=len(blocks),
+            num_heads=heads,
+            relative_attention_num_buckets=buckets,
+        )
+
+    # The cache: a file for each text, whose name stands for the text and for all that makes its
+    # embedding.
+
+    def _kept(self, text: str) -> Path:
+        name = hashlib.sha256(f"{self.identity}\n{text}".encode()).hexdigest()
+        return self.cache / f"{name}.safetensors"
+
+    def _recall(self, text: str) -> Tensor | None:
+        """The embedding [T, E] kept of a text; None where there is none, or a damaged one."""
+        try:
+            with safe_open(self._kept(text), "pt") as file:
+                text_TE: Tensor = file.get_tensor("text")
+        except (OSError, SafetensorError):
+            return None
+        fits = text_TE.dtype == self.dtype and text_TE.shape[1:] == (self.text_dim,)
+        return text_TE if fits and 0 < len(text_TE) <= self.text_len else None
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of the encoder: of names, sizes and samples of its files (of large ones 32 slices
+        from start to end, of which the first holds the header), and of its dtype."""
+        digest = hashlib.sha256(f"{self.dtype} {self.text_len}".encode())
+        files = [*_files(self.weights), self.tokenizer / "tokenizer.json"]
+        if self.weights.is_dir():
+            files.append(self.weights / "config.json")
+        for path in files:
+            size = path.stat().st_size
+            digest.update(f"\n{path.name} {size}\n".encode())
+            with open(path, "rb") as file:
+                if size <= SLICES * SLICE:
+                    digest.update(file.read())
+                    continue
+                for i in range(SLICES):
+                    file.seek((size - SLICE) * i // (SLICES - 1))
+                    digest.update(file.read(SLICE))
+        return digest.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of weights, the list of shards first where there is one. Raises ValueError where
+    that is none."""
+    if not path.is_dir():
+        return [path]
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        return [path / "model.safetensors"]
+    try:
+        shards = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        return [index, *(path / name for name in sorted(shards))]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index}: not an index of shards ({_line(error)})") from None
+
+
+def _from_official(name: str) -> str:
+    stem, _, leaf = name.rpartition(".")
+    parts = stem.split(".", 2)
+    if parts[0] == "blocks" and len(parts) == 3 and parts[2] in _OFFICIAL:
+        return f"encoder.block.{parts[1]}.{_OFFICIAL[parts[2]]}.{leaf}"
+    return f"{_OFFICIAL.get(stem, stem)}.{leaf}"
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(
+            f"the text encoder needs {name}, which is not installed: pip install 'sfkernels[text]'"
+        ) from None
+
+
+def _line(error: Exception) -> str:
+    return str(error).split("\n")[0] or type(error).__name__
