@@ -1,4 +1,5 @@
-"""What every video VAE of this project offers, and the checks of what it is given.
+"""What every video VAE of this project offers, what it remembers of a clip from chunk to chunk, and
+the checks of what it is given.
 
 Latent frame 0 of a clip is a still of pixel frame 0, latent frame i covers pixel frames
 4i - 3 .. 4i. Shapes: B batch, F latent frames, T pixel frames, C channels.
@@ -7,8 +8,10 @@ Latent frame 0 of a clip is a still of pixel frame 0, latent frame i covers pixe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -42,6 +45,49 @@ class VideoCodec(VideoDecoder, Protocol):
         ...
 
 
+class State(NamedTuple):
+    """What the next chunk of a clip needs of those before: the last frames [B, T, H, W, C] that
+    each convolution over time has seen, in the order in which they run. Never changed."""
+
+    before: tuple[Tensor, ...]
+
+
+class Memory:
+    """Hands out the frames of a State, one convolution over time after the other, and collects the
+    next. looks_back: how many frames before its own a convolution sees."""
+
+    def __init__(self, state: State | None, looks_back: int) -> None:
+        self.starts, self.looks_back = state is None, looks_back
+        self._before: Iterator[Tensor] = iter(() if state is None else state.before)
+        self._after: list[Tensor] = []
+
+    def before(self, x_BTHWC: Tensor) -> Tensor | None:
+        """The frames before x; zeros at the start of a clip. None if x is the first frame alone:
+        its convolutions leave out the taps that would see zeros."""
+        if not self.starts:
+            return next(self._before)
+        B, T, *size = x_BTHWC.shape
+        return None if T == 1 else x_BTHWC.new_zeros(B, self.looks_back, *size)
+
+    def keep(self, x_BTHWC: Tensor, count: int | None = None) -> None:
+        """The last `count` frames of x (None: looks_back), after zeros where it has fewer. A copy:
+        a view would keep the memory of the whole chunk."""
+        count = self.looks_back if count is None else count
+        missing, last_BTHWC = count - x_BTHWC.shape[1], x_BTHWC[:, -count:]
+        padding = (0, 0, 0, 0, 0, 0, missing, 0)
+        self._after.append(F.pad(last_BTHWC, padding) if missing > 0 else last_BTHWC.clone())
+
+    def behind(self, x_BTHWC: Tensor) -> Tensor:
+        """x behind the frames before it, and its last frames kept."""
+        before = self.before(x_BTHWC)
+        x_BTHWC = x_BTHWC if before is None else torch.cat([before, x_BTHWC], 1)
+        self.keep(x_BTHWC)
+        return x_BTHWC
+
+    def state(self) -> State:
+        return State(tuple(self._after))
+
+
 def check_pixels(codec: VideoCodec, pixels_BTCHW: Tensor, starts: bool) -> None:
     """Raises ValueError for pixels that are no chunk of a clip (`starts`: its first)."""
     _, T, H, W = _check_shape("pixels", pixels_BTCHW, 3)
@@ -60,10 +106,14 @@ def check_latents(codec: VideoDecoder, latents_BFCHW: Tensor) -> None:
         raise ValueError(f"latents have {frames} frames of {H}×{W}: none may be 0")
 
 
-def check_before(name: str, shape: tuple[int, ...], before: tuple[int, ...]) -> None:
-    """Raises ValueError where a chunk's frames are not of the size of those before it."""
-    if shape != before:
-        raise ValueError(f"{name} have frames {[*shape]}: must be {[*before]} as before")
+def check_before(name: str, x_BTCHW: Tensor, state: State | None, scale: int = 1) -> None:
+    """Raises ValueError for a chunk of another batch, height or width than those before it. scale:
+    its height over that of the frames that are kept first."""
+    if state is not None:
+        B, _, H, W, _ = state.before[0].shape
+        got, want = [len(x_BTCHW), *x_BTCHW.shape[3:]], [B, scale * H, scale * W]
+        if got != want:
+            raise ValueError(f"{name} have batch, height, width {got}: must be {want} as before")
 
 
 def _check_shape(name: str, x: Tensor, channels: int) -> tuple[int, int, int, int]:

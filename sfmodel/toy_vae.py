@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfmodel import world
-from sfmodel.codec import check_before, check_latents, check_pixels
+from sfmodel.codec import check_latents, check_pixels
 from sfmodel.files import atomic
 
 WEIGHTS = Path(__file__).parent / "weights" / "toy_vae.safetensors"
@@ -125,7 +125,10 @@ class ToyVAE(nn.Module):
         latents = latents_BFCHW.to(self.mean_C11.dtype)
         frames = latents.shape[1]
         before = torch.zeros_like(latents[:, 0]) if state is None else state.last_BCHW
-        check_before("latents", latents[:, 0].shape, before.shape)
+        if latents[:, 0].shape != before.shape:
+            raise ValueError(
+                f"latents have frames {[*latents[:, 0].shape]}: must be {[*before.shape]} as before"
+            )
         previous = torch.cat([before[:, None], latents[:, :-1]], dim=1)
         still = torch.zeros_like(latents[:, :, :1])
         if state is None:

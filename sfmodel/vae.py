@@ -15,7 +15,6 @@ whichever is meant: pixels are 8 times as high and wide as latents.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator
 from typing import NamedTuple, cast
 
@@ -24,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sfkernels as sf
-from sfmodel import winograd
-from sfmodel.codec import check_latents, check_pixels
+from sfmodel import convolution
+from sfmodel.codec import Memory, State, check_before, check_latents, check_pixels
 from sfmodel.config import VAEConfig
 
 # Of the latents, by channel: diffusion models see (latents − mean) / std.
@@ -39,47 +38,7 @@ STD = (
 )
 # The official norm divides by max(‖x‖, 1e-12): so zeros stay zeros, and nothing else changes.
 EPS = 1e-24
-
-
-class State(NamedTuple):
-    """What the next chunk of a clip needs of those before: the last frames [B, 1 or 2, H, W, C]
-    that each convolution over time has seen, in the order in which they run. Never changed."""
-
-    before: tuple[Tensor, ...]
-
-
-class Memory:
-    """Hands out the frames of a State, one convolution after the other, and collects the next."""
-
-    def __init__(self, state: State | None) -> None:
-        self.starts = state is None
-        self._before: Iterator[Tensor] = iter(() if state is None else state.before)
-        self._after: list[Tensor] = []
-
-    def before(self, x_BTHWC: Tensor) -> Tensor | None:
-        """The frames before x; zeros at the start of a clip. None if x is the first frame alone:
-        its convolutions leave out the taps that would see zeros."""
-        if not self.starts:
-            return next(self._before)
-        B, T, *size = x_BTHWC.shape
-        return None if T == 1 else x_BTHWC.new_zeros(B, 2, *size)
-
-    def keep(self, x_BTHWC: Tensor, count: int = 2) -> None:
-        """The last `count` frames of x, after zeros where it has fewer. A copy: a view would keep
-        the memory of the whole chunk."""
-        missing, last_BTHWC = count - x_BTHWC.shape[1], x_BTHWC[:, -count:]
-        padding = (0, 0, 0, 0, 0, 0, missing, 0)
-        self._after.append(F.pad(last_BTHWC, padding) if missing > 0 else last_BTHWC.clone())
-
-    def behind(self, x_BTHWC: Tensor) -> Tensor:
-        """x behind the frames before it, and its last frames kept: for what no norm precedes."""
-        before = self.before(x_BTHWC)
-        x_BTHWC = x_BTHWC if before is None else torch.cat([before, x_BTHWC], 1)
-        self.keep(x_BTHWC)
-        return x_BTHWC
-
-    def state(self) -> State:
-        return State(tuple(self._after))
+LOOKS_BACK = 2  # frames before its own that a convolution over time sees
 
 
 class Norm(nn.Module):
@@ -115,24 +74,16 @@ class Norm(nn.Module):
 
 
 class CausalConv3d(nn.Conv3d):
-    """Over frames that stand behind those before them; pads height and width alone. A single frame
-    begins a clip: only the last of the kernel's taps in time sees it."""
+    """Over frames that stand behind those before them."""
 
     def __init__(
         self, inputs: int, outputs: int, time: int = 3, space: int = 3, stride: int = 1
     ) -> None:
-        padding = (0, space // 2, space // 2)
-        super().__init__(inputs, outputs, (time, space, space), (stride, 1, 1), padding)
+        super().__init__(inputs, outputs, (time, space, space), (stride, 1, 1))
 
     def forward(self, x_BTHWC: Tensor) -> Tensor:
-        if self.kernel_size == (1, 1, 1):
-            return F.linear(x_BTHWC, self.weight.flatten(1), self.bias)
-        weight = self.weight[:, :, -x_BTHWC.shape[1] :]
-        assert self.bias is not None
-        if winograd.pays(x_BTHWC, weight):
-            return winograd.conv3d(x_BTHWC, weight, self.bias)
-        out = F.conv3d(x_BTHWC.movedim(-1, 1), weight, self.bias, self.stride, self.padding)
-        return out.movedim(1, -1).contiguous()
+        stride = cast(tuple[int, int, int], self.stride)
+        return convolution.conv3d(x_BTHWC, self.weight, self.bias, stride)
 
 
 class ResidualBlock(nn.Module):
@@ -194,10 +145,8 @@ class Downsample(nn.Module):
         self, x_BTHWC: Tensor, y_BTHWC: Tensor | None, memory: Memory
     ) -> tuple[Tensor, None]:
         x_BTHWC = _sum(x_BTHWC, y_BTHWC)
-        B, T = x_BTHWC.shape[:2]
-        padded_NCHW = F.pad(x_BTHWC.flatten(0, 1).movedim(-1, 1), (0, 1, 0, 1))
-        out_NCHW = self.resample["1"](padded_NCHW)
-        x_BTHWC = out_NCHW.movedim(1, -1).contiguous().unflatten(0, (B, T))
+        conv = cast(nn.Conv2d, self.resample["1"])
+        x_BTHWC = convolution.conv2d(F.pad(x_BTHWC, (0, 0, 0, 1, 0, 1)), conv)
         if hasattr(self, "time_conv"):
             before = memory.before(x_BTHWC)
             memory.keep(x_BTHWC, 1)
@@ -229,32 +178,7 @@ class Upsample(nn.Module):
                 later = pairs_BTHW2C.movedim(-2, 2).flatten(1, 2)
             x_BTHWC = torch.cat([first, later], 1)
         conv = cast(nn.Conv2d, self.resample["1"])
-        return upsampled_conv2d(x_BTHWC, conv.weight, conv.bias), None
-
-
-def upsampled_conv2d(x_BTHWC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 3×3 convolution of x after nearest-neighbour upsampling to twice its height and width.
-
-    Each of the four pixels that one pixel becomes sees 2×2 pixels of x, some of them under several
-    taps. With these taps summed, one 2×2 convolution of x with four times the outputs computes them
-    all, in 4/9 of the arithmetic; its outputs are then put in their places."""
-    x_NCHW = x_BTHWC.flatten(0, 1).movedim(-1, 1)
-    N, _, H, W = x_NCHW.shape
-    kernel = _sums_of_taps(_sums_of_taps(weight.float(), -2), -1).flatten(0, 2).to(weight.dtype)
-    kernel = kernel.contiguous(memory_format=torch.channels_last)
-    sums = F.conv2d(x_NCHW, kernel, None if bias is None else bias.repeat(4), padding=1)
-    out_NHWC = x_NCHW.new_empty(N, 2 * H, 2 * W, len(weight))
-    places = itertools.product((0, 1), (0, 1))
-    for (right, below), phase in zip(places, sums.chunk(4, 1), strict=True):
-        here = phase[:, :, below : below + H, right : right + W]
-        out_NHWC[:, below::2, right::2] = here.movedim(1, -1)
-    return out_NHWC.unflatten(0, x_BTHWC.shape[:2])
-
-
-def _sums_of_taps(weight: Tensor, dim: int) -> Tensor:
-    """The two taps, along `dim`, of the first and of the second pixel of a pair; in front."""
-    a, b, c = weight.unbind(dim)
-    return torch.stack([torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)])
+        return convolution.upsampled_conv2d(x_BTHWC, conv.weight, conv.bias), None
 
 
 def _sum(x: Tensor, y: Tensor | None) -> Tensor:
@@ -265,7 +189,9 @@ class Coder(nn.Module):
     """What encoder and decoder share: the outer convolutions and the middle. The head is a norm,
     SiLU and a convolution."""
 
-    def __init__(self, inputs: int, inner: int, middle: int, last: int, outputs: int, impl: str):
+    def __init__(
+        self, inputs: int, inner: int, middle: int, last: int, outputs: int, impl: str
+    ) -> None:
         super().__init__()
         self.conv1 = CausalConv3d(inputs, inner)
         self.middle = nn.ModuleList(
@@ -401,13 +327,14 @@ class WanVAE(nn.Module):
         state: None at the start of a clip, where T = 1 + 4k gives k + 1 latent frames; after that
         what the previous call returned, and T = 4k gives k. Raises ValueError for other sizes."""
         check_pixels(self, pixels_BTCHW, state is None)
+        check_before("pixels", pixels_BTCHW, state)
         latents = []
         # The first frame makes a latent frame, then four at a time do: that bounds the memory.
         first = int(state is None)
         for chunk in (*pixels_BTCHW[:, :first].split(1, 1), *pixels_BTCHW[:, first:].split(4, 1)):
             if not chunk.shape[1]:
                 continue
-            memory = Memory(state)
+            memory = Memory(state, LOOKS_BACK)
             x_BTHWC = chunk.to(self.conv1.weight.dtype).movedim(2, -1).contiguous()
             z_BFHWC = self.conv1(self.encoder(x_BTHWC, memory))
             latents.append(z_BFHWC[..., : self.latent_channels])
@@ -426,9 +353,10 @@ class WanVAE(nn.Module):
         after that what the previous call returned, and T = 4 F. Raises ValueError for other
         shapes."""
         check_latents(self, latents_BFCHW)
+        check_before("latents", latents_BFCHW, state)
         mean_C, std_C = _statistics(latents_BFCHW.device, self.latent_channels)
         z_BFHWC = latents_BFCHW.float().movedim(2, -1) * std_C + mean_C
-        memory = Memory(state)
+        memory = Memory(state, LOOKS_BACK)
         z_BFHWC = self.conv2(z_BFHWC.to(self.conv2.weight.dtype))
         pixels_BTHWC = self.decoder(z_BFHWC, memory, self.tile)
         return pixels_BTHWC.movedim(-1, 2), memory.state()

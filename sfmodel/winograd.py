@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 OUT, IN = 4, 6  # pixels on a side of a tile
-# Below, transforming the kernel takes longer than what is saved.
-FEWEST_CHANNELS, FEWEST_PIXELS = 32, 1024
+# Below, transforming the kernel takes longer than what is saved. The frames do not count, so that a
+# clip is computed in the same way in chunks of any size.
+FEWEST_CHANNELS, FEWEST_PIXELS = 32, 256
 
 
 def _both_sides(matrix: list[list[float]]) -> Tensor:
@@ -65,11 +66,11 @@ def pays(x_BTHWC: Tensor, weight: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and weight.shape[-2:] == (3, 3)
         and min(weight.shape[:2]) >= FEWEST_CHANNELS
-        and x_BTHWC[..., 0].numel() >= FEWEST_PIXELS
+        and x_BTHWC.shape[2] * x_BTHWC.shape[3] >= FEWEST_PIXELS
     )
 
 
-def conv3d(x_BTHWC: Tensor, weight: Tensor, bias_O: Tensor) -> Tensor:
+def conv3d(x_BTHWC: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
     """Of x [B, T, H, W, C] and weight [O, C, taps, 3, 3], with one pixel of zeros around each frame
     and none before or after the clip: [B, T − taps + 1, H, W, O]. Without a gradient."""
     B, T, H, W, C = x_BTHWC.shape
@@ -93,5 +94,5 @@ def conv3d(x_BTHWC: Tensor, weight: Tensor, bias_O: Tensor) -> Tensor:
             tiles.pop(0)
             pixels = (_OUTPUT @ sum_XNO.view(IN * IN, -1)).view(OUT, OUT, rows, columns, outputs)
             place = out_THWO[t + 1 - taps].view(rows, OUT, columns, OUT, outputs)
-            torch.add(pixels.permute(2, 0, 3, 1, 4), bias_O, out=place)
+            torch.add(pixels.permute(2, 0, 3, 1, 4), 0.0 if bias_O is None else bias_O, out=place)
     return out[:, :, :H, :W].contiguous()

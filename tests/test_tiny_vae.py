@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sfmodel.tiny_vae import DecoderState, EncoderState, TinyVAE
+from sfmodel.codec import State
+from sfmodel.tiny_vae import TinyVAE
 from tests.parity.__main__ import drawn_weights
 
 RECORDED = Path(__file__).parent / "parity" / "taehv_seed0"
@@ -39,7 +40,7 @@ def pixels() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def decoded(vae: TinyVAE, latents: Tensor) -> tuple[Tensor, DecoderState]:
+def decoded(vae: TinyVAE, latents: Tensor) -> tuple[Tensor, State]:
     return vae.decode_chunk(latents)
 
 
@@ -75,7 +76,7 @@ def test_recorded_pixels_and_latents(vae: TinyVAE) -> None:
 def test_decoding_in_chunks_equals_the_whole(
     vae: TinyVAE,
     latents: Tensor,
-    decoded: tuple[Tensor, DecoderState],
+    decoded: tuple[Tensor, State],
     sizes: tuple[int, ...],
 ) -> None:
     assert decoded[0].shape == (2, 21, 3, 24, 40)
@@ -101,7 +102,7 @@ def test_a_still_is_a_group_of_four(vae: TinyVAE, pixels: Tensor) -> None:
 
 
 def test_a_clip_is_the_same_in_any_batch(
-    vae: TinyVAE, latents: Tensor, decoded: tuple[Tensor, DecoderState], pixels: Tensor
+    vae: TinyVAE, latents: Tensor, decoded: tuple[Tensor, State], pixels: Tensor
 ) -> None:
     assert_same(vae.decode_chunk(latents[1:])[0], decoded[0][1:])
     assert_same(vae.encode_chunk(pixels[1:])[0], vae.encode_chunk(pixels)[0][1:])
@@ -115,11 +116,11 @@ def test_a_clip_goes_on_from_a_state_more_than_once(
         (vae.encode_chunk, *pixels.split(8, 1)),
     ):
         _, state = chunk(first)
-        kept = [frame.clone() for frame in state.last]
+        kept = [frame.clone() for frame in state.before]
         on, _ = chunk(second, state)
         other, _ = chunk(third, state)
         assert (on - other).abs().max() > 0.1
-        assert all(map(torch.equal, state.last, kept))
+        assert all(map(torch.equal, state.before, kept))
         assert_same(chunk(second, state)[0], on)
 
 
@@ -127,12 +128,12 @@ def test_a_state_holds_its_frames_alone(vae: TinyVAE, latents: Tensor, pixels: T
     for chunk, x in ((vae.decode_chunk, latents), (vae.encode_chunk, pixels)):
         mine = x.clone()
         out, state = chunk(mine)
-        kept = [frame.clone() for frame in state.last]
+        kept = [frame.clone() for frame in state.before]
         mine.zero_()
         out.zero_()
-        assert all(map(torch.equal, state.last, kept))
+        assert all(map(torch.equal, state.before, kept))
         assert len(kept) == 9
-        for frame in state.last:
+        for frame in state.before:
             assert frame.untyped_storage().nbytes() == frame.nbytes
 
 
@@ -142,7 +143,7 @@ def test_pixels_are_clamped_and_of_the_weights_dtype(vae: TinyVAE, latents: Tens
     half.bfloat16()
     want, _ = vae.decode_chunk(4 * latents)
     got, state = half.decode_chunk(4 * latents)
-    assert got.dtype == state.last[0].dtype == torch.bfloat16
+    assert got.dtype == state.before[0].dtype == torch.bfloat16
     assert got.min() == want.min() == -1
     assert got.max() == want.max() == 1
     assert (got - want).norm() / want.norm() < 0.03
@@ -166,7 +167,7 @@ def test_real_sizes_without_data() -> None:
 
 
 def test_wrong_sizes_are_refused(vae: TinyVAE, latents: Tensor, pixels: Tensor) -> None:
-    decoder, encoder = DecoderState((torch.zeros(2, 3, 5, 256),)), EncoderState(())
+    decoder, encoder = State((torch.zeros(2, 1, 3, 5, 256),)), State(())
     for wrong in (latents[:, :, :15], latents[0]):
         with pytest.raises(ValueError, match=r"latents have shape .*: must be \[B, frames, 16, H,"):
             vae.decode_chunk(wrong)
