@@ -80,7 +80,9 @@ def find(folder: Path | None = None, preset: str = "wan-1.3b") -> Assets:
     if preset not in PUBLIC:
         raise ValueError(f"preset={preset!r}: must be one of {', '.join(PUBLIC)}")
     if not root.is_dir():
-        raise ValueError(f"{root}: there is no such folder of models")
+        raise ValueError(
+            f"{root}: there is no such folder of models; `sfmodel doctor` says what to download"
+        )
     folders, dim = [*_folders([root], DEEP)], PRESETS[preset].dit.dim
     generators = [path for each in folders for path in _inside(each) if path.suffix == ".pt"]
     return Assets(

@@ -1,38 +1,40 @@
-"""The command line: `sfmodel generate`, `sfmodel train`, `sfmodel evaluate`."""
+"""The command line: `sfmodel generate | train | evaluate | encode | decode | convert | doctor`."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn
 
-from sfmodel import checkpoint
-from sfmodel.config import PRESETS, Preset
-from sfmodel.dit import DiT
+from sfmodel.coding import decode, encode, write_videos
+from sfmodel.config import PRESETS
+from sfmodel.convert import convert
+from sfmodel.doctor import doctor
 from sfmodel.evaluate import Sampling, draw, held_out, judge, seen_in, table
 from sfmodel.evaluate import evaluate as measure_model
 from sfmodel.files import atomic
+from sfmodel.pretrained import (
+    TOY_WEIGHTS,
+    Vae,
+    default_device,
+    find_preset,
+    load_codec,
+    load_model,
+    load_text,
+    load_toy,
+    sized,
+)  # fmt: skip
 from sfmodel.stream import stream
-from sfmodel.terminal import TerminalPlayer
-from sfmodel.text import ToyTextEncoder
-from sfmodel.toy_vae import ToyVAE
 from sfmodel.train.config import RECIPES, TrainConfig, defaults
 from sfmodel.train.data import read_prompts
 from sfmodel.train.loop import train
-from sfmodel.video import ContactSheet, VideoWriter
-
-TOY_WEIGHTS = Path(__file__).parent / "weights" / "toy.safetensors"
 
 
 def generate(
@@ -42,9 +44,14 @@ def generate(
     window: int | None = None,
     sink: int | None = None,
     chunk: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
     preset: str = "toy",
+    models: Path | None = None,
+    vae: Vae = "auto",
+    tile: int | None = None,
     output: Path = Path("out/video.mp4"),
     watch: bool = False,
 ) -> None:
@@ -61,13 +68,19 @@ def generate(
         window: Latent frames that the KV cache holds, the current chunk included.
         sink: First latent frames that stay in the cache for good.
         chunk: Latent frames generated at a time.
+        height: Of the video in pixels; the preset's if not given.
+        width: Of the video in pixels; the preset's if not given.
         seed: The same seed gives the same video.
-        checkpoint: Weights (.safetensors, .pt, .pth); the preset's own if not given.
-        preset: Sizes of the model and its stream.
+        checkpoint: Weights (.safetensors, .pt, .pth, a folder); if not given the toy's own, or the
+            few-step generator in the folder of models.
+        preset: Sizes of the model and its stream: toy, wan-1.3b or wan-14b.
+        models: Folder of the public weights; models, or what SFMODEL_MODELS names, if not given.
+        vae: Wan2.1's own decoder, the tiny one, or the first of the two that is there.
+        tile: Decode in tiles of so many latents a side, for little memory; with --vae wan.
         output: The MP4 to write.
         watch: Play the video in the terminal while it is made.
     """
-    settings = find_preset(preset)
+    settings = sized(find_preset(preset), height, width)
     settings = replace(
         settings,
         window=settings.window if window is None else window,
@@ -75,53 +88,25 @@ def generate(
         chunk=settings.chunk if chunk is None else chunk,
     )
     prompts = [prompt] if prompt_file is None else read_prompts(prompt_file)
-    model, codec, text = load_toy(checkpoint)
-    embeddings = text(prompts, model.device)
+    device = default_device()
+    # The text first: its encoder leaves the GPU before the model comes.
+    embeddings = load_text(preset, models)(prompts, device)
+    model = load_model(preset, checkpoint, device, models)
+    codec = load_codec(preset, device, vae, models, tile)
     names = (
         [output]
         if len(prompts) == 1
         else [output.with_stem(f"{output.stem}-{i}") for i in range(len(prompts))]
     )
-    total = None if frames == "endless" else frames
-    chunks = stream(model, codec, embeddings, settings, frames=total, seed=seed, batch=len(prompts))
-    sheets = [ContactSheet() for _ in prompts]
-    player = TerminalPlayer(settings.fps) if watch else None
-    done, began, first = 0, time.perf_counter(), 0.0
-    console = Console()
-    columns = (SpinnerColumn(), TextColumn("{task.fields[said]}"))
-    interrupted = False
-    with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(VideoWriter(name, settings.fps)) for name in names]
-        progress = stack.enter_context(
-            Progress(*columns, console=console, disable=watch or not console.is_terminal)
-        )
-        task = progress.add_task("", said="first chunk")
-        try:
-            for pixels in chunks:
-                done += pixels.shape[1]
-                first = first or time.perf_counter() - began
-                for writer, sheet, video in zip(writers, sheets, pixels, strict=True):
-                    writer.write(video)
-                    sheet.add(video)
-                rate = done / (time.perf_counter() - began)
-                status = f"frame {done} of {total or '∞'}, {rate:.1f} FPS"
-                progress.update(task, said=status)
-                if player:
-                    player.show(pixels[0], f"{prompts[0]}  {status}")
-        except KeyboardInterrupt:
-            if not done:
-                raise
-            interrupted = True
-    for sheet, name, sentence in zip(sheets, names, prompts, strict=True):
-        sheet.save(name.with_suffix(".png"), title=sentence or "(no prompt)")
-    seconds = time.perf_counter() - began
-    print(
-        f"{'stopped after ' if interrupted else ''}{done} frames in {seconds:.2f} s "
-        f"({len(prompts) * done / seconds:.1f} FPS; first frame after {first:.3f} s), "
-        f"{model.device}: {', '.join(str(n) for n in names)}"
-    )
-    if interrupted:
-        raise KeyboardInterrupt
+    # Videos of the toy fit side by side, of a large model one after the other.
+    together = len(prompts) if preset == "toy" else 1
+    for i in range(0, len(prompts), together):
+        few = slice(i, i + together)
+        chunks = stream(
+            model, codec, embeddings[few], settings, seed=seed + i, batch=len(prompts[few]),
+            frames=None if frames == "endless" else frames,
+        )  # fmt: skip
+        write_videos(chunks, names[few], prompts[few], settings.fps, frames, device, watch)
 
 
 def train_command(arguments: Sequence[str]) -> Callable[..., None]:
@@ -184,7 +169,7 @@ def evaluate(
         least = {"videos": 16, "trained": 2, "frames": trained}[name]
         if value < least:
             raise ValueError(f"{name}={value}: must be at least {least}")
-    settings = replace(find_preset("toy"), chunk=chunk, window=window, sink=sink)
+    settings = replace(PRESETS["toy"], chunk=chunk, window=window, sink=sink)
     model, codec, _ = load_toy(checkpoint)
     held = held_out(codec, frames, videos, split)
     floor = judge(seen_in(codec, held.latents_BFCHW), held.real_NFD)
@@ -203,26 +188,6 @@ def evaluate(
     draw(result, floor, trained, output / "evaluation.png")
     console.print(table(result, floor, trained))
     print(f"{output}/evaluation.json, evaluation.png")
-
-
-def find_preset(name: str) -> Preset:
-    """Raises ValueError for a preset that does not exist or cannot be streamed yet."""
-    if name not in PRESETS:
-        raise ValueError(f"preset={name!r}: must be one of {', '.join(PRESETS)}")
-    if name != "toy":
-        raise ValueError(
-            f"preset={name!r}: its video decoder and text encoder are not part of this version; "
-            "'toy' is"
-        )
-    return PRESETS[name]
-
-
-def load_toy(path: Path | None = None) -> tuple[DiT, ToyVAE, ToyTextEncoder]:
-    """The toy model with the given or the shipped weights, its codec and its text encoder."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = DiT(PRESETS["toy"].dit)
-    checkpoint.load(model, path or TOY_WEIGHTS)
-    return model.to(device).eval(), ToyVAE.from_pretrained().to(device), ToyTextEncoder()
 
 
 def run_command(
@@ -246,5 +211,9 @@ def main() -> None:
         "generate": generate,
         "train": train_command(arguments),
         "evaluate": evaluate,
+        "encode": encode,
+        "decode": decode,
+        "convert": convert,
+        "doctor": doctor,
     }
     run_command("sfmodel", commands, arguments)

@@ -6,11 +6,24 @@ Shapes: B batch, T frames, N = B·T, C channels, H × W pixels; of weights, O ou
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfmodel import winograd
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def channels_last(module: Module) -> Module:
+    """Lays out the weights as the tensors are here, which else every call does anew."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in module.parameters():
+        if parameter.dim() in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.dim()])
+    return module
 
 
 def conv2d(x_BTHWC: Tensor, layer: nn.Conv2d) -> Tensor:

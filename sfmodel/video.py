@@ -10,9 +10,9 @@ import math
 import os
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,7 @@ from sfmodel.files import atomic, cannot_write, reserve
 
 Images = npt.NDArray[np.uint8]
 
+VIDEOS = (".mp4", ".mkv", ".webm", ".mov")  # names of files that are read
 BT709 = 1  # the code of HD television in ITU-T H.273, for primaries and transfer alike
 MIN_SHORT_SIDE = 256  # px: smaller videos are enlarged, players would blur them on a screen
 
@@ -402,5 +403,39 @@ def read_video(path: str | os.PathLike[str], max_frames: int | None = None) -> t
     # A file that was cut off decodes without an error up to its end; its header knows better.
     if len(images) < min(expected, max_frames or expected):
         raise ValueError(f"{path} is damaged: it holds {len(images)} of {expected} frames")
-    images_THWC = torch.from_numpy(np.stack(images))
-    return images_THWC.permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous(), float(rate)
+    return to_pixels(images).contiguous(), float(rate)
+
+
+@contextmanager
+def opened_video(
+    path: Path,
+) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """A file and its first video. Raises ValueError, without the name, if it is damaged or none."""
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError("holds no video")
+            stream = container.streams.video[0]
+            stream.thread_type = "NONE"  # threads of frames pass over what is damaged
+            yield container, stream
+    except (av.FFmpegError, OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"damaged or no video: {reason}") from None
+
+
+def covering_frames(path: Path, height: int, width: int) -> Iterator[Images]:
+    """The frames of a video one by one [H, W, 3], scaled to cover H × W and cropped around the
+    centre. Raises ValueError as `opened_video` does."""
+    with opened_video(path) as (container, stream):
+        for frame in container.decode(stream):
+            scale = max(height / frame.height, width / frame.width)
+            H, W = round(scale * frame.height), round(scale * frame.width)
+            image_HWC = frame.to_ndarray(format="rgb24", height=H, width=W, interpolation="BICUBIC")
+            top, left = (H - height) // 2, (W - width) // 2
+            yield image_HWC[top : top + height, left : left + width].astype(np.uint8, copy=False)
+
+
+def to_pixels(images: Sequence[Images]) -> Tensor:
+    """Bytes [H, W, 3] of each frame to float32 [T, 3, H, W] in [-1, 1]."""
+    pixels_TCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return pixels_TCHW.float().div(127.5).sub(1)

@@ -71,7 +71,10 @@ def test_bad_input_is_one_sentence(
     assert "sink=9 must be smaller than window=9" in said("--sink", 9)
     assert "frames=0: must be at least 1" in said("--frames", 0)
     assert "must be one of toy" in said("--preset", "huge")
-    assert "not part of this version" in said("--preset", "wan-1.3b")
+    assert "no such folder of models" in said("--preset", "wan-1.3b", "--models", tmp_path / "no")
+    lacking = said("--preset", "wan-1.3b", "--models", tmp_path)
+    assert "holds no text encoder for wan-1.3b (Wan-AI/Wan2.1-T2V-1.3B: models_t5" in lacking
+    assert "height=100: must be a multiple of 32 pixels" in said("--height", 100)
     assert "there is no such checkpoint" in said("--checkpoint", tmp_path / "none.pt")
 
     state = load_file(TOY_WEIGHTS)

@@ -19,8 +19,6 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple, Protocol
 
-import av
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -31,8 +29,7 @@ from sfmodel.codec import VideoCodec
 from sfmodel.config import Preset
 from sfmodel.text import ToyTextEncoder
 from sfmodel.toy_vae import ToyVAE
-
-VIDEOS = (".mp4", ".mkv", ".webm", ".mov")
+from sfmodel.video import VIDEOS, covering_frames, opened_video, to_pixels
 
 # Sentences to embeddings [B, T, E]; short ones end in rows of zeros.
 TextEncoder = Callable[[Sequence[str]], Tensor]
@@ -225,7 +222,7 @@ class VideoFiles(_Files):
         super().__init__(folder, _within(folder, VIDEOS), preset, frames, text)
 
     def _open(self, path: Path) -> _File:
-        with _video(path) as (_, stream):
+        with opened_video(path) as (_, stream):
             _long_enough(stream.frames or math.inf, self._pixel_frames(self.frames))
         prompt = path.with_suffix(".txt")
         sentence = " ".join(read_prompts(prompt)) if prompt.exists() else ""
@@ -408,36 +405,14 @@ def _finite(name: str, x: Tensor) -> Tensor:
     return x
 
 
-@contextmanager
-def _video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError("holds no video")
-            stream = container.streams.video[0]
-            stream.thread_type = "NONE"  # threads of frames pass over what is damaged
-            yield container, stream
-    except (av.FFmpegError, OSError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"damaged or no video: {reason}") from None
-
-
 def _long_enough(frames: float, needed: int) -> None:
     if frames < needed:
         raise ValueError(f"has {frames} frames: must be at least {needed}")
 
 
 def _first_frames(path: Path, count: int, height: int, width: int) -> Tensor:
-    """The first `count` frames of a video [T, 3, H, W] in [-1, 1], scaled to cover H × W and
-    cropped around the centre. Raises ValueError with the reason if that cannot be."""
-    images = []
-    with _video(path) as (container, stream):
-        for frame in itertools.islice(container.decode(stream), count):
-            scale = max(height / frame.height, width / frame.width)
-            H, W = round(scale * frame.height), round(scale * frame.width)
-            image_HWC = frame.to_ndarray(format="rgb24", height=H, width=W, interpolation="BICUBIC")
-            top, left = (H - height) // 2, (W - width) // 2
-            images.append(image_HWC[top : top + height, left : left + width])
+    """The first `count` frames of a video [T, 3, H, W] in [-1, 1]. Raises ValueError with the
+    reason if that cannot be."""
+    images = [*itertools.islice(covering_frames(path, height, width), count)]
     _long_enough(len(images), count)
-    pixels_TCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    return pixels_TCHW.float().div(127.5).sub(1)
+    return to_pixels(images)

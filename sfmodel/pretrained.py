@@ -1,0 +1,140 @@
+"""What a preset runs with: its model, its video codec and its text encoder, with the weights
+that the toy ships with or the public ones of Wan2.1 from a local folder (`sfmodel.assets`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from sfmodel import assets
+from sfmodel import checkpoint as checkpoints
+from sfmodel.codec import VideoCodec
+from sfmodel.config import PRESETS, Preset
+from sfmodel.convolution import channels_last
+from sfmodel.dit import DiT
+from sfmodel.text import ToyTextEncoder
+from sfmodel.tiny_vae import TinyVAE
+from sfmodel.toy_vae import ToyVAE
+from sfmodel.vae import WanVAE
+
+TOY_WEIGHTS = Path(__file__).parent / "weights" / "toy.safetensors"
+Vae = Literal["auto", "wan", "tiny"]
+
+
+class TextEncoder(Protocol):
+    """Sentences to embeddings [B, T, text_dim]; short ones end in rows of zeros."""
+
+    text_dim: int
+    text_len: int
+
+    def __call__(self, sentences: Sequence[str], device: torch.device | str = "cpu") -> Tensor: ...
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Of weights and arithmetic at full size."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def find_preset(name: str) -> Preset:
+    """Raises ValueError for a preset that does not exist."""
+    if name not in PRESETS:
+        raise ValueError(f"preset={name!r}: must be one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def sized(preset: Preset, height: int | None, width: int | None) -> Preset:
+    """The preset at a resolution in pixels, its own where None. Raises ValueError where that is not
+    one of whole tokens."""
+    _, ph, pw = preset.dit.patch
+
+    def latents(name: str, pixels: int | None, patch: int, own: int) -> int:
+        unit = WanVAE.spatial_factor * patch
+        if pixels is not None and (pixels < unit or pixels % unit):
+            raise ValueError(f"{name}={pixels}: must be a multiple of {unit} pixels")
+        return own if pixels is None else pixels // WanVAE.spatial_factor
+
+    return replace(
+        preset,
+        height=latents("height", height, ph, preset.height),
+        width=latents("width", width, pw, preset.width),
+    )
+
+
+def load_model(
+    preset: str, path: Path | None, device: torch.device, models: Path | None = None
+) -> DiT:
+    """The transformer of a preset with the weights at `path`; None: the shipped ones of the toy, or
+    the first few-step generator in the folder of models. Raises ValueError where there is none."""
+    config = find_preset(preset).dit
+    toy = preset == "toy"
+    if path is None and not toy and "generators" not in assets.PUBLIC[preset]:
+        raise ValueError(f"preset={preset!r}: has no public few-step weights: name a checkpoint")
+    if path is None:
+        path = TOY_WEIGHTS if toy else _needed("generators", preset, models)
+    dtype = torch.float32 if toy else default_dtype(device)
+    return checkpoints.load_model(lambda: DiT(config), path, device=device, dtype=dtype).eval()
+
+
+def load_codec(
+    preset: str,
+    device: torch.device,
+    vae: Vae = "auto",
+    models: Path | None = None,
+    tile: int | None = None,
+) -> VideoCodec:
+    """The video codec of a preset. vae: Wan2.1's own, TAEHV, or the first of the two that is there.
+    tile: as in `WanVAE`. Raises ValueError where there is none."""
+    if preset == "toy":
+        return ToyVAE.from_pretrained().to(device)
+    there = assets.find(models, preset)
+    if vae == "auto":
+        vae = "wan" if there.vae or not there.tiny_vae else "tiny"
+    path = _needed("vae" if vae == "wan" else "tiny_vae", preset, models)
+    build: Callable[[], WanVAE | TinyVAE]
+    build = (lambda: WanVAE(tile=tile)) if vae == "wan" else TinyVAE
+    codec = checkpoints.load_model(build, path, device=device, dtype=default_dtype(device))
+    return cast(VideoCodec, channels_last(codec).eval().requires_grad_(False))
+
+
+def load_text(preset: str, models: Path | None = None) -> TextEncoder:
+    """The text encoder of a preset, which takes no memory until it is called. Raises ValueError
+    where there is none."""
+    if preset == "toy":
+        return ToyTextEncoder()
+    from sfmodel.umt5 import UMT5Encoder
+
+    return UMT5Encoder(
+        _needed("text_encoder", preset, models), _needed("tokenizer", preset, models)
+    )
+
+
+def load_toy(path: Path | None = None) -> tuple[DiT, ToyVAE, ToyTextEncoder]:
+    """The toy model with the given or the shipped weights, its codec and its text encoder."""
+    device = default_device()
+    codec = ToyVAE.from_pretrained().to(device)
+    return load_model("toy", path, device), codec, ToyTextEncoder()
+
+
+def _needed(field: str, preset: str, models: Path | None) -> Path:
+    found = getattr(assets.find(models, preset), field)
+    if field == "generators":
+        found = found[0] if found else None
+    if found is None:
+        # What all presets share is listed with the first.
+        public = assets.PUBLIC[preset].get(field) or assets.PUBLIC["wan-1.3b"][field]
+        folder = assets.default_folder() if models is None else models
+        wanted = f"{public.where}: {', '.join(public.files)}"
+        raise ValueError(
+            f"{folder}: holds no {public.name} for {preset} ({wanted}); `sfmodel doctor` says what "
+            "is there"
+        )
+    return Path(found)
