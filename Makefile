@@ -22,7 +22,7 @@ test: $(READY)
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
 	@$(RUN) mypy
-	@$(RUN) pytest -q
+	@$(RUN) pytest -q -n 2 --dist worksteal
 
 bench: $(READY)
 	@$(RUN) bench

@@ -128,8 +128,9 @@ def _silus(channels: int) -> Iterator[Case]:
         forward = functools.partial(gpu.norm_fwd, x, y, *rest, 1e-6, False, False, **options)
         args = y, x, x, None, *rest, stats, False, False
         backward = functools.partial(gpu.norm_bwd, *args, silu=True)
-        yield Case("norm_fwd", name, forward, narrow=STATS)
-        yield Case("norm_bwd", name, backward, narrow=STATS)
+        archs = launch.ARCHITECTURES if channels == 96 else FEW
+        yield Case("norm_fwd", name, forward, narrow=STATS, archs=archs)
+        yield Case("norm_bwd", name, backward, narrow=STATS, archs=archs)
 
 
 def _ropes(size: str, channels: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:

@@ -82,6 +82,7 @@ _AS_H200 = "won at this size on an H200, or came within 3% with less shared memo
 _WIDE = "5120 channels: the fewest warps whose sums do not spill; measured on an H200"
 _UNMEASURED = "by analogy with the forms measured; not measured on a GPU yet"
 _SHORT = "32 elements a thread, as of longer rows; not measured on a GPU yet"
+_FEW_ROWS = "each row of a tile loads its statistics; not measured on a GPU yet"
 _LARGEST = "the largest tiles that do not spill; not measured on a GPU yet"
 _EXACT = Tile(32, 32, 8, 1, why="float32, which only tests use")
 # By kernel and by the number of channels a setting is for (the nearest is taken).
@@ -101,9 +102,9 @@ _DEFAULTS: dict[str, dict[int, Setting]] = {
         384: Rows(8, 32, why=_SHORT),
     },
     "norm_silu_bwd": {
-        96: Rows(32, 32, 4, why=_SHORT),
-        192: Rows(16, 32, 4, why=_SHORT),
-        384: Rows(8, 32, 4, why=_SHORT),
+        96: Rows(4, 16, 16, why=_FEW_ROWS),
+        192: Rows(4, 16, 8, why=_FEW_ROWS),
+        384: Rows(4, 16, 4, why=_FEW_ROWS),
     },
     "qk_norm_rope_fwd": {1536: Rows(1, 32, why=_AS_H200)},
     "qk_norm_rope_bwd": {1536: Rows(1, 32, 8, why=_AS_H200), 5120: Rows(1, 32, 4, why=_UNMEASURED)},

@@ -357,7 +357,7 @@ class WanVAE(nn.Module):
         mean_C, std_C = _statistics(latents_BFCHW.device, self.latent_channels)
         z_BFHWC = latents_BFCHW.float().movedim(2, -1) * std_C + mean_C
         memory = Memory(state, LOOKS_BACK)
-        z_BFHWC = self.conv2(z_BFHWC.to(self.conv2.weight.dtype))
+        z_BFHWC = self.conv2(z_BFHWC.to(self.conv2.weight.dtype).contiguous())
         pixels_BTHWC = self.decoder(z_BFHWC, memory, self.tile)
         return pixels_BTHWC.movedim(-1, 2), memory.state()
 

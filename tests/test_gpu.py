@@ -13,6 +13,8 @@ from torch import Tensor
 import sfkernels as sf
 from bench.parity import close_as_eager
 from sfkernels import reference
+from sfmodel.config import VAEConfig
+from sfmodel.vae import WanVAE
 from tests.oracle import DTYPES, check, rand
 from tests.test_dit import GRID, latents, make
 
@@ -70,6 +72,49 @@ def test_qk_norm_rope_at_real_shapes(frames: int, heads: int, dtype: torch.dtype
         results.append((sf.qk_norm_rope_append(*args, impl=impl), *rings))
     for name, got, eager, exact in zip("qkv", *results, strict=True):
         close_as_eager(name, got, eager, exact)
+
+
+# Frames, height and width, channels of each level of the decoder of Wan2.1's VAE at 480×832.
+@pytest.mark.usefixtures("fresh_seed")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", [(3, 60 * 104, 384), (6, 120 * 208, 192), (4, 480 * 832, 96)])
+def test_rms_norm_silu_at_real_shapes(level: tuple[int, int, int], dtype: torch.dtype) -> None:
+    frames, size, channels = level
+    x, y = rand(2, 1, frames * size, channels)
+    weight, before = rand(channels), rand(1, 2 * size, channels)
+
+    def op(x: Tensor, weight: Tensor, y: Tensor, before: Tensor, *, impl: str) -> Any:
+        return sf.rms_norm_silu(x, weight, y, before_BPC=before, impl=impl)
+
+    check(op, (x, weight, y, before), dtype, gradients=channels == 384)
+
+
+def test_the_vae_decodes_in_a_cuda_graph() -> None:
+    """Chunk after chunk by replays of one graph, which hands its state on to itself."""
+    torch.manual_seed(0)
+    vae = WanVAE(VAEConfig(dim=32)).requires_grad_(False)
+    latents = torch.randn(1, 9, 16, 8, 12)
+    want, _ = vae.decode_chunk(latents)
+    on_gpu = copy.deepcopy(vae).cuda()
+    first, *others = latents.cuda().split(3, 1)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        pixels, state = on_gpu.decode_chunk(first)
+        static = torch.zeros_like(first)
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):  # warms up what cuDNN chooses and what is compiled
+            on_gpu.decode_chunk(static, state)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            out, after = on_gpu.decode_chunk(static, state)
+            for kept, new in zip(state.before, after.before, strict=True):
+                kept.copy_(new)
+        video = [pixels]
+        for chunk in others:
+            static.copy_(chunk)
+            graph.replay()
+            video.append(out.clone())
+    torch.testing.assert_close(torch.cat(video, 1).cpu(), want, rtol=1e-3, atol=1e-3)
 
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9

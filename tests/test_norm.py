@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def modulation(batch: int, frames: int, channels: int, count: int) -> list[Tenso
 def size(request: pytest.FixtureRequest) -> Iterator[tuple[int, ...]]:
     """batch, frames, tokens, channels, under a setting with so many rows a program."""
     rows, *sizes = request.param
-    kernels = [f"{form}_{way}" for form in ("norm", "adaln", "residual_norm")
+    kernels = [f"{form}_{way}" for form in ("norm", "adaln", "residual_norm", "norm_silu")
                for way in ("fwd", "bwd")]  # fmt: skip
     with setting(**{kernel: Rows(rows, 8, per_sm=2, stages=2) for kernel in kernels}):
         yield tuple(sizes)
@@ -71,6 +72,36 @@ def test_gated_norms(size: tuple[int, ...], dtype: torch.dtype) -> None:
         return sf.gated_adaln(x, y, None, *rest, impl=impl)
 
     check(ungated, (x, y, shift, scale), dtype, wide=[2, 3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_silu(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, frames, tokens, channels = size
+    x, y = rand(2, batch, frames * tokens, channels)
+    weight, before = rand(channels), rand(batch, 2 * tokens, channels)
+
+    def alone(x: Tensor, weight: Tensor, *, impl: str) -> Tensor:
+        same, out = sf.rms_norm_silu(x, weight, impl=impl)
+        assert same is x
+        return out
+
+    def behind(x: Tensor, weight: Tensor, y: Tensor, before: Tensor, *, impl: str) -> Any:
+        return sf.rms_norm_silu(x, weight, y, before_BPC=before, impl=impl)
+
+    def unused(x: Tensor, weight: Tensor, y: Tensor, before: Tensor, *, impl: str) -> Tensor:
+        return behind(x, weight, y, before, impl=impl)[1]
+
+    check(alone, (x, weight), dtype, wide=[1])
+    check(behind, (x, weight, y, before), dtype, wide=[1])
+    check(unused, (x, weight, y, before), dtype)
+
+
+def test_zeros_stay_zeros() -> None:
+    """Where nothing is added to the mean of squares that a float32 would notice."""
+    for impl in ("triton", "reference"):
+        x = torch.zeros(1, 3, 32, device=DEVICE)
+        _, out = sf.rms_norm_silu(x, torch.ones(32, device=DEVICE), eps=1e-24, impl=impl)
+        assert torch.equal(out, x)
 
 
 def test_rows_may_be_views_of_something_larger() -> None:
@@ -127,6 +158,15 @@ M = torch.zeros(2, 3, 8, device=DEVICE)
                 impl="triton",
             ),
             "20000 channels: the Triton kernels hold a token in registers",
+        ),
+        (lambda: sf.rms_norm_silu(X, M[0, 0], M), r"y has shape \[2, 3, 8\]: must be \[2, 6, 8\]"),
+        (
+            lambda: sf.rms_norm_silu(X, M[0, 0], before_BPC=M[:1]),
+            r"before has shape \[1, 3, 8\]: must be \[2, P, 8\]",
+        ),
+        (
+            lambda: sf.rms_norm_silu(X, M[0, 0], before_BPC=M.half()),
+            "before has dtype torch.float16: must be torch.float32, as x",
         ),
         (lambda: sf.layer_norm(X, M[0, 0].to("meta"), M[0, 0]), "weight is on meta"),
     ],

@@ -45,6 +45,8 @@ def test_opcheck(grad: bool) -> None:
         (norm._norm, (x, weight, None, 1e-6, False, False, "triton")),
         (norm._residual_norm, (x, y, scale, scale, shift, 1e-6, True, "triton")),
         (norm._residual_norm, (x, y, None, weight, shift, 1e-6, False, "triton")),
+        (norm._rms_norm_silu, (x, q_weight, None, None, 1e-6, "triton")),
+        (norm._rms_norm_silu, (x, q_weight, y, qkv[..., :C].contiguous(), 1e-6, "triton")),
         (rope._rope_table, (torch.arange(F, device=DEVICE), *GRID, D, 1e4, "triton")),
         (rope._qk_norm_rope, (*rope_args, 1e-6, "triton")),
     ]
@@ -58,6 +60,8 @@ def test_opcheck(grad: bool) -> None:
             (norm._norm_bwd, (y, x, weight, None, stats, False, False, "triton")),
             (norm._residual_norm_bwd, (x, y, x, y, scale, scale, shift, stats, True, "triton")),
             (norm._residual_norm_bwd, (x, y, x, None, None, scale, shift, stats, True, "triton")),
+            (norm._rms_norm_silu_bwd, (None, y, x, q_weight, stats, "triton")),
+            (norm._rms_norm_silu_bwd, (x, y, x, q_weight, stats, "triton")),
             (rope._qk_norm_rope_bwd, (dq, dk, dv, *rope_args, stats, "triton")),
             (rope._qk_norm_rope_append, (*rope_args, *rings, slots, 1e-6, True, "triton")),
             (attention._ring_attention, (dq, *rings, slots[0], None, 0.3, "triton")),

@@ -183,7 +183,7 @@ class _Files:
         if self.text is None:
             raise ValueError(
                 "there is no text encoder for its prompts: must be a .safetensors file with their "
-                f"embeddings, text [N, T, {self.preset.dit.text_dim}]"
+                f"embeddings, text [N, T, {self.preset.dit.text_dim}], as `sfmodel encode` writes"
             )
         if isinstance(self.text, ToyTextEncoder):
             for sentence in file.sentences:
@@ -281,11 +281,9 @@ def open_source(
     if path.is_dir() and _within(path, VIDEOS):
         if codec is not None and text is not None:
             return VideoFiles(path, preset, frames, codec, text)
-        needed = (("VAE", codec), ("text encoder", text))
-        missing = " and ".join(name for name, value in needed if value is None)
         raise ValueError(
-            f"{path}: videos need the model's {missing}, not available here: must be latents and "
-            "embeddings as .safetensors"
+            f"{path}: videos of this preset are encoded before training: must be latents and "
+            "embeddings as .safetensors, as `sfmodel encode` writes"
         )
     if path.is_file() and suffix == ".safetensors":
         has_latents = True
