@@ -99,6 +99,8 @@ def load_codec(
     if vae == "auto":
         vae = "wan" if there.vae or not there.tiny_vae else "tiny"
     path = _needed("vae" if vae == "wan" else "tiny_vae", preset, models)
+    # Shapes repeat from chunk to chunk, so it is worth trying which algorithm is the fastest.
+    torch.backends.cudnn.benchmark = True
     build: Callable[[], WanVAE | TinyVAE]
     build = (lambda: WanVAE(tile=tile)) if vae == "wan" else TinyVAE
     codec = checkpoints.load_model(build, path, device=device, dtype=default_dtype(device))

@@ -1,6 +1,6 @@
 """The video VAE of Wan2.1 as a stream: causal 3-D encoder and decoder, exact in chunks of any size.
 
-Parameters carry the official names (checkpoint.py maps diffusers'). A convolution over time looks
+Parameters carry the official names (names.py maps diffusers'). A convolution over time looks
 back at the two frames before its own, so a chunk needs those frames of every convolution and
 nothing else: they are the state. All latent frames of a chunk are decoded together.
 
