@@ -127,28 +127,32 @@ def rms_norm_silu(
     weight_C: Tensor,
     y_BLC: Tensor | None = None,
     *,
+    bias_C: Tensor | None = None,
     before_BPC: Tensor | None = None,
     eps: float = 1e-6,
     impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """What precedes a causal convolution of a video VAE: returns `x' = x + y` (x itself without y)
-    and `[before ‖ silu(rms_norm(x', weight))]`, in x's dtype.
+) -> tuple[Tensor | None, Tensor]:
+    """What precedes a causal convolution of a video VAE: returns `x' = x + y + bias` and
+    `[before ‖ silu(rms_norm(x', weight))]`, in x's dtype. Without y it returns None for x'.
 
-    x, y [B, L, C], the tokens of the frames of a chunk; before [B, P, C], what this function gave
-    for the frames that the convolution looks back at; weight [C]. Returns [B, L, C] and
-    [B, P + L, C]. Raises ValueError for shapes that do not fit."""
-    _check_affine(x_BLC, weight=weight_C)
+    x, y [B, L, C], the tokens of the frames of a chunk; bias [C], that of the convolution before,
+    which need not add it in a pass of its own; before [B, P, C], what this function gave for the
+    frames that the convolution looks back at; weight [C]. Returns [B, L, C] and [B, P + L, C].
+    Raises ValueError for shapes that do not fit."""
+    affine = {"weight": weight_C} | ({} if bias_C is None else {"bias": bias_C})
+    _check_affine(x_BLC, **affine)
     if y_BLC is not None:
         _check_residual(x_BLC, y_BLC)
     if before_BPC is not None:
         check_shape("before", before_BPC, (x_BLC.shape[0], "P", x_BLC.shape[2]))
         check_same("before", before_BPC, "x", x_BLC)
-    tensors = {"x": x_BLC, "y": y_BLC, "weight": weight_C, "before": before_BPC}
+    tensors = {**affine, "x": x_BLC, "y": y_BLC, "before": before_BPC}
     impl = choose("norm", impl, x_BLC.device, **tensors)
     if impl == "reference":
-        return reference.rms_norm_silu(x_BLC, weight_C, y_BLC, before_BPC, eps)
-    residual_BLC, out_BLC, _ = _rms_norm_silu(x_BLC, weight_C, y_BLC, before_BPC, eps, impl)
-    return x_BLC if y_BLC is None else residual_BLC, out_BLC
+        out = reference.rms_norm_silu(x_BLC, weight_C, y_BLC, bias_C, before_BPC, eps)
+    else:
+        out = _rms_norm_silu(x_BLC, weight_C, y_BLC, bias_C, before_BPC, eps, impl)[:2]
+    return None if y_BLC is None else out[0], out[1]
 
 
 # The ops. `centred`: LayerNorm, else RMSNorm. `plus_one`: the factor is 1 + scale, else scale.
@@ -299,18 +303,31 @@ _residual_norm.register_autograd(_residual_norm_backward, setup_context=_residua
 
 @torch.library.custom_op("sfkernels::rms_norm_silu", mutates_args=())
 def _rms_norm_silu(
-    x: Tensor, weight: Tensor, y: Tensor | None, before: Tensor | None, eps: float, impl: str
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    bias: Tensor | None,
+    before: Tensor | None,
+    eps: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The first output is empty without y."""
     scale = weight[None, None]
     residual, out, stats = kernel(impl, "norm_fwd")(
-        x, y, None, scale, None, eps, False, False, silu=True, before_BPC=before
+        x, y, None, scale, None, eps, False, False, silu=True, bias_C=bias, before_BPC=before
     )
     return x.new_empty(0) if residual is None else residual, out, stats
 
 
 @_rms_norm_silu.register_fake
-def _(x: Tensor, weight: Tensor, y: Tensor | None, before: Tensor | None, *_: Any) -> Any:
+def _(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    bias: Tensor | None,
+    before: Tensor | None,
+    *_: Any,
+) -> Any:
     rows = x.shape[1] + (0 if before is None else before.shape[1])
     return _or_empty(y, x), x.new_empty(x.shape[0], rows, x.shape[2]), _stats(x)
 
@@ -319,7 +336,7 @@ def _(x: Tensor, weight: Tensor, y: Tensor | None, before: Tensor | None, *_: An
 def _rms_norm_silu_bwd(
     dresidual: Tensor | None, dout: Tensor, x: Tensor, weight: Tensor, stats: Tensor, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """dx, dweight. x: with y in it."""
+    """dx, dweight. x: with y and the bias in it."""
     dx, _, _, dscale, _ = kernel(impl, "norm_bwd")(
         *(dresidual, _dense(dout), x, None, None, weight[None, None], None, stats, False, False),
         silu=True,
@@ -333,9 +350,10 @@ def _(dresidual: Tensor | None, dout: Tensor, x: Tensor, weight: Tensor, *_: Any
 
 
 def _rms_norm_silu_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, y, before, _, ctx.impl = inputs
+    x, weight, y, bias, before, _, ctx.impl = inputs
     residual, _, stats = output
-    ctx.save_for_backward(x if y is None else residual, weight, stats)
+    # The sum as it was stored; else it is taken again.
+    ctx.save_for_backward(x if y is None else residual, weight, bias, stats)
     ctx.residual, ctx.looks_back = y is not None, before is not None
     ctx.rows = 0 if before is None else before.shape[1]
     ctx.set_materialize_grads(False)
@@ -344,13 +362,18 @@ def _rms_norm_silu_setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _rms_norm_silu_backward(
     ctx: Any, dresidual: Tensor | None, dout: Tensor | None, _: None
 ) -> Any:
-    x, weight, stats = ctx.saved_tensors
+    x, weight, bias, stats = ctx.saved_tensors
+    dtype = x.dtype
+    if bias is not None and not ctx.residual:
+        x = x.float() + bias.float()
     if dout is None:
         dout = x.new_zeros(x.shape[0], ctx.rows + x.shape[1], x.shape[2])
     dresidual = _dense(dresidual) if ctx.residual and dresidual is not None else None
     dx, dweight = _rms_norm_silu_bwd(dresidual, dout[:, ctx.rows :], x, weight, stats, ctx.impl)
+    dbias = None if bias is None else dx.sum((0, 1), dtype=torch.float32).to(bias.dtype)
+    dx = dx.to(dtype)
     dbefore = dout[:, : ctx.rows] if ctx.looks_back else None
-    return dx, dweight, dx if ctx.residual else None, dbefore, None, None
+    return dx, dweight, dx if ctx.residual else None, dbias, dbefore, None, None
 
 
 _rms_norm_silu.register_autograd(_rms_norm_silu_backward, setup_context=_rms_norm_silu_setup)

@@ -80,11 +80,20 @@ def rms_norm(x_BLC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_silu(
-    x_BLC: Tensor, weight_C: Tensor, y_BLC: Tensor | None, before_BPC: Tensor | None, eps: float
+    x_BLC: Tensor,
+    weight_C: Tensor,
+    y_BLC: Tensor | None,
+    bias_C: Tensor | None,
+    before_BPC: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    x_BLC = x_BLC if y_BLC is None else x_BLC + y_BLC
+    dtype = x_BLC.dtype
+    if bias_C is not None:
+        x_BLC = _wide(x_BLC) + _wide(bias_C)
+    if y_BLC is not None:
+        x_BLC = (x_BLC + y_BLC).to(dtype)
     normed_BLC = F.rms_norm(_wide(x_BLC), x_BLC.shape[-1:], _wide(weight_C), eps)
-    out_BLC = F.silu(normed_BLC).to(x_BLC.dtype)
+    out_BLC = F.silu(normed_BLC).to(dtype)
     return x_BLC, out_BLC if before_BPC is None else torch.cat([before_BPC, out_BLC], 1)
 
 

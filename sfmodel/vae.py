@@ -4,9 +4,10 @@ Parameters carry the official names (names.py maps diffusers'). A convolution ov
 back at the two frames before its own, so a chunk needs those frames of every convolution and
 nothing else: they are the state. All latent frames of a chunk are decoded together.
 
-Inside, a tensor is [B, T, H, W, C], which convolutions take as channels-last. What comes before a
-convolution is one pass over memory, `sfkernels.rms_norm_silu`: it adds the residual, normalises,
-applies SiLU and writes behind the frames kept from before, where the convolution reads both.
+Inside, a tensor is [B, T, H, W, C], which convolutions take as channels-last. What comes between two
+of them is one pass over memory, `sfkernels.rms_norm_silu`: it adds the first one's bias and the
+residual, normalises, applies SiLU and writes behind the frames kept from before, where the second
+one reads both.
 
 Shapes: B batch, F latent frames, T pixel frames or those of a level, C channels, H × W the size of
 whichever is meant: pixels are 8 times as high and wide as latents.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,19 @@ EPS = 1e-24
 LOOKS_BACK = 2  # frames before its own that a convolution over time sees
 
 
+class Sum(NamedTuple):
+    """x + y + bias, still to be taken: whoever comes next does so in the same pass over memory. y
+    and its bias are what a residual block adds."""
+
+    x: Tensor
+    y: Tensor | None = None
+    bias: Tensor | None = None
+
+    def taken(self) -> Tensor:
+        x = self.x if self.y is None else self.x + self.y
+        return x if self.bias is None else x + self.bias
+
+
 class Norm(nn.Module):
     """The weight of an RMSNorm over channels, in one of the official shapes."""
 
@@ -54,23 +68,23 @@ class Norm(nn.Module):
         out_BLC = sf.rms_norm(x_BLC, self.gamma.flatten(), eps=EPS, impl=self.impl)
         return out_BLC.view(x_BTHWC.shape)
 
-    def silu(
-        self, x_BTHWC: Tensor, y_BTHWC: Tensor | None, memory: Memory
-    ) -> tuple[Tensor, Tensor]:
-        """x + y, and SiLU of its norm behind the frames before it, whose last ones are kept."""
-        size = x_BTHWC.shape[2:]
+    def silu(self, total: Sum, memory: Memory) -> tuple[Tensor, Tensor]:
+        """The sum (x itself if there is no y), and SiLU of its norm behind the frames before it,
+        whose last ones are kept."""
+        x_BTHWC, y_BTHWC, bias_C = total
         before = memory.before(x_BTHWC)
-        x_BLC, out_BLC = sf.rms_norm_silu(
+        sum_BLC, out_BLC = sf.rms_norm_silu(
             x_BTHWC.flatten(1, 3),
             self.gamma.flatten(),
             None if y_BTHWC is None else y_BTHWC.flatten(1, 3),
+            bias_C=bias_C,
             before_BPC=None if before is None else before.flatten(1, 3),
             eps=EPS,
             impl=self.impl,
         )
-        out_BTHWC = out_BLC.unflatten(1, (-1, *size[:2]))
+        out_BTHWC = out_BLC.unflatten(1, (-1, *x_BTHWC.shape[2:4]))
         memory.keep(out_BTHWC)
-        return x_BLC.view(x_BTHWC.shape), out_BTHWC
+        return x_BTHWC if sum_BLC is None else sum_BLC.view(x_BTHWC.shape), out_BTHWC
 
 
 class CausalConv3d(nn.Conv3d):
@@ -85,11 +99,15 @@ class CausalConv3d(nn.Conv3d):
         stride = cast(tuple[int, int, int], self.stride)
         return convolution.conv3d(x_BTHWC, self.weight, self.bias, stride)
 
+    def apart(self, x_BTHWC: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The convolution, and the bias where that is still to be added: on a GPU it would take a
+        pass over memory of its own."""
+        if x_BTHWC.device.type == "cpu":
+            return self(x_BTHWC), None
+        return convolution.conv3d(x_BTHWC, self.weight), self.bias
+
 
 class ResidualBlock(nn.Module):
-    """Takes its input as a sum x + y that is still to be taken, and returns its output so: whoever
-    comes next adds in the same pass over memory."""
-
     def __init__(self, inputs: int, outputs: int, impl: str) -> None:
         super().__init__()
         self.residual = nn.ModuleDict(
@@ -102,13 +120,12 @@ class ResidualBlock(nn.Module):
         )
         self.shortcut = CausalConv3d(inputs, outputs, 1, 1) if inputs != outputs else nn.Identity()
 
-    def forward(
-        self, x_BTHWC: Tensor, y_BTHWC: Tensor | None, memory: Memory
-    ) -> tuple[Tensor, Tensor]:
-        norm, conv, norm2, conv2 = self.residual.values()
-        x_BTHWC, h_BTHWC = cast(Norm, norm).silu(x_BTHWC, y_BTHWC, memory)
-        _, h_BTHWC = cast(Norm, norm2).silu(conv(h_BTHWC), None, memory)
-        return self.shortcut(x_BTHWC), conv2(h_BTHWC)
+    def forward(self, total: Sum, memory: Memory) -> Sum:
+        norm, conv, norm2, conv2 = cast(Any, self.residual.values())
+        x_BTHWC, h_BTHWC = norm.silu(total, memory)
+        out_BTHWC, bias_C = conv.apart(h_BTHWC)
+        _, h_BTHWC = norm2.silu(Sum(out_BTHWC, None, bias_C), memory)
+        return Sum(self.shortcut(x_BTHWC), *conv2.apart(h_BTHWC))
 
 
 class AttentionBlock(nn.Module):
@@ -120,16 +137,14 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
-    def forward(
-        self, x_BTHWC: Tensor, y_BTHWC: Tensor | None, memory: Memory
-    ) -> tuple[Tensor, Tensor]:
-        x_BTHWC = _sum(x_BTHWC, y_BTHWC)
+    def forward(self, total: Sum, memory: Memory) -> Sum:
+        x_BTHWC = total.taken()
         h_NLC = self.norm(x_BTHWC).flatten(0, 1).flatten(1, 2)
         qkv = F.linear(h_NLC, self.to_qkv.weight.flatten(1), self.to_qkv.bias)
         q, k, v = qkv[:, None].chunk(3, -1)
         h_NLC = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         h_NLC = F.linear(h_NLC, self.proj.weight.flatten(1), self.proj.bias)
-        return x_BTHWC, h_NLC.view(x_BTHWC.shape)
+        return Sum(x_BTHWC, h_NLC.view(x_BTHWC.shape))
 
 
 class Downsample(nn.Module):
@@ -141,10 +156,8 @@ class Downsample(nn.Module):
         if time:
             self.time_conv = CausalConv3d(channels, channels, 3, 1, stride=2)
 
-    def forward(
-        self, x_BTHWC: Tensor, y_BTHWC: Tensor | None, memory: Memory
-    ) -> tuple[Tensor, None]:
-        x_BTHWC = _sum(x_BTHWC, y_BTHWC)
+    def forward(self, total: Sum, memory: Memory) -> Sum:
+        x_BTHWC = total.taken()
         conv = cast(nn.Conv2d, self.resample["1"])
         x_BTHWC = convolution.conv2d(F.pad(x_BTHWC, (0, 0, 0, 1, 0, 1)), conv)
         if hasattr(self, "time_conv"):
@@ -152,7 +165,7 @@ class Downsample(nn.Module):
             memory.keep(x_BTHWC, 1)
             if before is not None:
                 x_BTHWC = self.time_conv(torch.cat([before, x_BTHWC], 1))
-        return x_BTHWC, None
+        return Sum(x_BTHWC)
 
 
 class Upsample(nn.Module):
@@ -164,10 +177,8 @@ class Upsample(nn.Module):
         if time:
             self.time_conv = CausalConv3d(channels, 2 * channels, 3, 1)
 
-    def forward(
-        self, x_BTHWC: Tensor, y_BTHWC: Tensor | None, memory: Memory
-    ) -> tuple[Tensor, None]:
-        x_BTHWC = _sum(x_BTHWC, y_BTHWC)
+    def forward(self, total: Sum, memory: Memory) -> Sum:
+        x_BTHWC = total.taken()
         if hasattr(self, "time_conv"):
             # The first frame of a clip stays one, and the others do not look back at it.
             first = x_BTHWC[:, : int(memory.starts)]
@@ -178,11 +189,7 @@ class Upsample(nn.Module):
                 later = pairs_BTHW2C.movedim(-2, 2).flatten(1, 2)
             x_BTHWC = torch.cat([first, later], 1)
         conv = cast(nn.Conv2d, self.resample["1"])
-        return convolution.upsampled_conv2d(x_BTHWC, conv.weight, conv.bias), None
-
-
-def _sum(x: Tensor, y: Tensor | None) -> Tensor:
-    return x if y is None else x + y
+        return Sum(convolution.upsampled_conv2d(x_BTHWC, conv.weight, conv.bias))
 
 
 class Coder(nn.Module):
@@ -203,18 +210,15 @@ class Coder(nn.Module):
         )
         self.head = nn.ModuleDict({"0": Norm(last, 3, impl), "2": CausalConv3d(last, outputs)})
 
-    def finish(self, x_BTHWC: Tensor, y_BTHWC: Tensor | None, memory: Memory) -> Tensor:
-        norm, conv = self.head.values()
-        return cast(Tensor, conv(cast(Norm, norm).silu(x_BTHWC, y_BTHWC, memory)[1]))
+    def finish(self, total: Sum, memory: Memory) -> Tensor:
+        norm, conv = cast(Any, self.head.values())
+        return cast(Tensor, conv(norm.silu(total, memory)[1]))
 
 
-Sum = tuple[Tensor, Tensor | None]
-
-
-def _run(layers: nn.ModuleList, x: Tensor, y: Tensor | None, memory: Memory) -> Sum:
+def _run(layers: nn.ModuleList, total: Sum, memory: Memory) -> Sum:
     for layer in layers:
-        x, y = layer(x, y, memory)
-    return x, y
+        total = layer(total, memory)
+    return total
 
 
 class Encoder(Coder):
@@ -232,9 +236,9 @@ class Encoder(Coder):
         self.downsamples = nn.ModuleList(layers)
 
     def forward(self, x_BTHWC: Tensor, memory: Memory) -> Tensor:
-        x_BTHWC = self.conv1(memory.behind(x_BTHWC))
-        x, y = _run(self.downsamples, x_BTHWC, None, memory)
-        return self.finish(*_run(self.middle, x, y, memory), memory)
+        total = Sum(self.conv1(memory.behind(x_BTHWC)))
+        total = _run(self.middle, _run(self.downsamples, total, memory), memory)
+        return self.finish(total, memory)
 
 
 class Decoder(Coder):
@@ -260,18 +264,18 @@ class Decoder(Coder):
         self.reach = reach
 
     def forward(self, z_BTHWC: Tensor, memory: Memory, tile: int | None) -> Tensor:
-        x, y = _run(self.middle, self.conv1(memory.behind(z_BTHWC)), None, memory)
+        total = _run(self.middle, Sum(self.conv1(memory.behind(z_BTHWC))), memory)
         H, W = z_BTHWC.shape[2:4]
         if tile is None or tile >= max(H, W):
-            return self.finish(*_run(self.upsamples, x, y, memory), memory)
-        x = _sum(x, y)
+            return self.finish(_run(self.upsamples, total, memory), memory)
+        x_BTHWC = total.taken()
         bands = []
         for rows in _tiles(H, tile, self.reach):
             band = []
             for columns in _tiles(W, tile, self.reach):
-                piece = x[:, :, rows.around, columns.around].contiguous()
-                pixels = self.finish(*_run(self.upsamples, piece, None, memory), memory)
-                scale = pixels.shape[2] // piece.shape[2]
+                piece = Sum(x_BTHWC[:, :, rows.around, columns.around].contiguous())
+                pixels = self.finish(_run(self.upsamples, piece, memory), memory)
+                scale = pixels.shape[2] // piece.x.shape[2]
                 band.append(pixels[:, :, rows.pixels(scale), columns.pixels(scale)])
             bands.append(torch.cat(band, 3))
         return torch.cat(bands, 2)

@@ -81,12 +81,12 @@ def test_qk_norm_rope_at_real_shapes(frames: int, heads: int, dtype: torch.dtype
 def test_rms_norm_silu_at_real_shapes(level: tuple[int, int, int], dtype: torch.dtype) -> None:
     frames, size, channels = level
     x, y = rand(2, 1, frames * size, channels)
-    weight, before = rand(channels), rand(1, 2 * size, channels)
+    weight, bias, before = rand(channels), rand(channels), rand(1, 2 * size, channels)
 
-    def op(x: Tensor, weight: Tensor, y: Tensor, before: Tensor, *, impl: str) -> Any:
-        return sf.rms_norm_silu(x, weight, y, before_BPC=before, impl=impl)
+    def op(x: Tensor, weight: Tensor, y: Tensor, b: Tensor, before: Tensor, *, impl: str) -> Any:
+        return sf.rms_norm_silu(x, weight, y, bias_C=b, before_BPC=before, impl=impl)
 
-    check(op, (x, weight, y, before), dtype, gradients=channels == 384)
+    check(op, (x, weight, y, bias, before), dtype, gradients=channels == 384)
 
 
 def test_the_vae_decodes_in_a_cuda_graph() -> None:

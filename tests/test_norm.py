@@ -80,20 +80,27 @@ def test_rms_norm_silu(size: tuple[int, ...], dtype: torch.dtype) -> None:
     x, y = rand(2, batch, frames * tokens, channels)
     weight, before = rand(channels), rand(batch, 2 * tokens, channels)
 
+    bias = rand(channels)
+
     def alone(x: Tensor, weight: Tensor, *, impl: str) -> Tensor:
-        same, out = sf.rms_norm_silu(x, weight, impl=impl)
-        assert same is x
+        nothing, out = sf.rms_norm_silu(x, weight, impl=impl)
+        assert nothing is None
         return out
 
-    def behind(x: Tensor, weight: Tensor, y: Tensor, before: Tensor, *, impl: str) -> Any:
-        return sf.rms_norm_silu(x, weight, y, before_BPC=before, impl=impl)
+    def biased(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str) -> Tensor:
+        return sf.rms_norm_silu(x, weight, bias_C=bias, impl=impl)[1]
 
-    def unused(x: Tensor, weight: Tensor, y: Tensor, before: Tensor, *, impl: str) -> Tensor:
-        return behind(x, weight, y, before, impl=impl)[1]
+    def behind(x: Tensor, weight: Tensor, y: Tensor, b: Tensor, old: Tensor, *, impl: str) -> Any:
+        return sf.rms_norm_silu(x, weight, y, bias_C=b, before_BPC=old, impl=impl)
+
+    def unused(*tensors: Tensor, impl: str) -> Tensor:
+        out: Tensor = behind(*tensors, impl=impl)[1]
+        return out
 
     check(alone, (x, weight), dtype, wide=[1])
-    check(behind, (x, weight, y, before), dtype, wide=[1])
-    check(unused, (x, weight, y, before), dtype)
+    check(biased, (x, weight, bias), dtype, wide=[1])
+    check(behind, (x, weight, y, bias, before), dtype, wide=[1])
+    check(unused, (x, weight, y, bias, before), dtype)
 
 
 def test_zeros_stay_zeros() -> None:

@@ -45,8 +45,11 @@ def test_opcheck(grad: bool) -> None:
         (norm._norm, (x, weight, None, 1e-6, False, False, "triton")),
         (norm._residual_norm, (x, y, scale, scale, shift, 1e-6, True, "triton")),
         (norm._residual_norm, (x, y, None, weight, shift, 1e-6, False, "triton")),
-        (norm._rms_norm_silu, (x, q_weight, None, None, 1e-6, "triton")),
-        (norm._rms_norm_silu, (x, q_weight, y, qkv[..., :C].contiguous(), 1e-6, "triton")),
+        (norm._rms_norm_silu, (x, q_weight, None, None, None, 1e-6, "triton")),
+        (
+            norm._rms_norm_silu,
+            (x, q_weight, y, k_weight, qkv[..., :C].contiguous(), 1e-6, "triton"),
+        ),
         (rope._rope_table, (torch.arange(F, device=DEVICE), *GRID, D, 1e4, "triton")),
         (rope._qk_norm_rope, (*rope_args, 1e-6, "triton")),
     ]

@@ -50,6 +50,7 @@ def _load_modulation(ptr, batch, frame, stride_b, stride_f, col_1C, C: tl.conste
 def _norm_fwd_kernel(
     x_ptr,
     y_ptr,
+    bias_ptr,
     gate_ptr,
     scale_ptr,
     shift_ptr,
@@ -71,6 +72,7 @@ def _norm_fwd_kernel(
     stride_ob,
     C: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     CENTRED: tl.constexpr,
@@ -92,6 +94,8 @@ def _norm_fwd_kernel(
         shift_1C = _load_modulation(shift_ptr, batch, frame, stride_hb, stride_hf, col_1C, C)
     if HAS_GATE:
         gate_1C = _load_modulation(gate_ptr, batch, frame, stride_gb, stride_gf, col_1C, C)
+    if HAS_BIAS:
+        bias_1C = tl.load(bias_ptr + col_1C, col_1C < C, 0.0).to(tl.float32)
 
     for turn in tl.range(tl.cdiv(frame_tokens, strips * BLOCK_ROWS), num_stages=STAGES):
         first = (turn * strips + strip) * BLOCK_ROWS
@@ -99,6 +103,8 @@ def _norm_fwd_kernel(
         mask_RC = (first + row_R1 < frame_tokens) & (col_1C < C)
         x_at = batch * stride_xb + token * stride_xl
         x_RC = _load_tile(x_ptr, x_at, stride_xl, row_R1, col_1C, mask_RC)
+        if HAS_BIAS:
+            x_RC = tl.where(mask_RC, x_RC + bias_1C, 0.0)
         if HAS_RESIDUAL:
             residual_RC = (batch * frames * frame_tokens + token) * C + (row_R1 * C + col_1C)
             y_at = batch * stride_yb + token * stride_yl
@@ -250,11 +256,13 @@ def norm_fwd(
     centred: bool,
     plus_one: bool,
     silu: bool = False,
+    bias_C: Tensor | None = None,
     before_BPC: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """x' = x + gate·y (None without y), out = norm(x')·(plus_one + scale) + shift, and what the
     backward pass wants to know of each row, [B, L, 2] float32: its mean (0 if not centred) and
-    1/σ. silu: out is SiLU of that. before [B, P, C]: is copied in front of out, [B, P + L, C]."""
+    1/σ. silu: out is SiLU of that. bias: is added to x. before [B, P, C]: is copied in front of out,
+    [B, P + L, C]."""
     grid, constants = _plan(
         "fwd", y_BLC is not None, x_BLC, gate_BFC, scale_BFC, shift_BFC, centred, plus_one, silu
     )
@@ -270,12 +278,13 @@ def norm_fwd(
         _norm_fwd_kernel,
         grid,
         (
-            *(x_BLC, y_BLC, gate_BFC, scale_BFC, shift_BFC, residual_BLC, out_BLC),
+            *(x_BLC, y_BLC, bias_C, gate_BFC, scale_BFC, shift_BFC, residual_BLC, out_BLC),
             *(stats_BL2, tokens // grid[1], eps),
             *launch.outer_strides(x_BLC, y_BLC, gate_BFC, scale_BFC, shift_BFC),
             all_BLC.stride(0),
         ),
         **constants,
+        HAS_BIAS=bias_C is not None,
     )
     return residual_BLC, all_BLC, stats_BL2
 
