@@ -4,8 +4,8 @@ Parameters carry the official names (names.py maps diffusers'). A convolution ov
 back at the two frames before its own, so a chunk needs those frames of every convolution and
 nothing else: they are the state. All latent frames of a chunk are decoded together.
 
-Inside, a tensor is [B, T, H, W, C], which convolutions take as channels-last. What comes between two
-of them is one pass over memory, `sfkernels.rms_norm_silu`: it adds the first one's bias and the
+Inside, a tensor is [B, T, H, W, C], which convolutions take as channels-last. What comes between
+two of them is one pass over memory, `sfkernels.rms_norm_silu`: it adds the first one's bias and the
 residual, normalises, applies SiLU and writes behind the frames kept from before, where the second
 one reads both.
 
