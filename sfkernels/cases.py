@@ -124,10 +124,8 @@ def _silus(channels: int) -> Iterator[Case]:
     stats = _new(1, 4 * TOKENS, 2, dtype=torch.float32)
     rest = None, weight, None
     for form, y in (("rms_norm_silu", None), ("rms_norm_silu, residual", x)):
-        name, options = (
-            f"{form} {channels}",
-            {"silu": True, "bias_C": weight[0, 0], "before_BPC": before},
-        )
+        name = f"{form} {channels}"
+        options = {"silu": True, "bias_C": weight[0, 0], "before_BPC": before}
         forward = functools.partial(gpu.norm_fwd, x, y, *rest, 1e-6, False, False, **options)
         args = y, x, x, None, *rest, stats, False, False
         backward = functools.partial(gpu.norm_bwd, *args, silu=True)
