@@ -30,6 +30,7 @@ from sfmodel.pretrained import (
     load_text,
     load_toy,
     sized,
+    told,
 )  # fmt: skip
 from sfmodel.stream import stream
 from sfmodel.train.config import RECIPES, TrainConfig, defaults
@@ -90,7 +91,8 @@ def generate(
     prompts = [prompt] if prompt_file is None else read_prompts(prompt_file)
     device = default_device()
     # The text first: its encoder leaves the GPU before the model comes.
-    embeddings = load_text(preset, models)(prompts, device)
+    with told("encoding the prompt" + "s" * (len(prompts) > 1)):
+        embeddings = load_text(preset, models)(prompts, device)
     model = load_model(preset, checkpoint, device, models)
     codec = load_codec(preset, device, vae, models, tile)
     names = (

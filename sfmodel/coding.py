@@ -29,6 +29,7 @@ from sfmodel.pretrained import (
     load_codec,
     load_text,
     sized,
+    told,
 )
 from sfmodel.terminal import TerminalPlayer
 from sfmodel.train.data import read_prompts
@@ -71,7 +72,8 @@ def encode(
     if source.suffix.lower() == ".txt":
         target = output / f"{source.stem}.safetensors"
         prompts = read_prompts(source)
-        embeddings_NTE = text(prompts, device)
+        with told(f"encoding {len(prompts)} prompts"):
+            embeddings_NTE = text(prompts, device)
         _save(target, {"text": embeddings_NTE}, prompts)
         print(f"{len(prompts)} prompts: {target}")
         return
@@ -82,7 +84,8 @@ def encode(
     todo = [(each, target) for each, target in todo if not target.exists()]
     # The text first: its encoder leaves the GPU before the video encoder comes.
     prompts = [_prompt_of(each) for each, _ in todo]
-    embedded = [text([prompt], device) for prompt in prompts]
+    with told("encoding the prompts"):
+        embedded = [text([prompt], device) for prompt in prompts]
     codec = load_codec(preset, device, vae, models)
     for (each, target), prompt, text_1TE in zip(todo, prompts, embedded, strict=True):
         latents_1FCHW = _latents_of(each, codec, settings, frames, device)

@@ -3,12 +3,16 @@ that the toy ships with or the public ones of Wan2.1 from a local folder (`sfmod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from sfmodel import assets
@@ -69,6 +73,17 @@ def sized(preset: Preset, height: int | None, width: int | None) -> Preset:
     )
 
 
+@contextmanager
+def told(doing: str) -> Iterator[None]:
+    """Says in a terminal what is being done, elsewhere what took longer than a second."""
+    console, began = Console(stderr=True), time.perf_counter()
+    with console.status(doing):
+        yield
+    seconds = time.perf_counter() - began
+    if seconds > 1 and not console.is_terminal:
+        print(f"{doing}: {seconds:.1f} s", file=sys.stderr)
+
+
 def load_model(
     preset: str, path: Path | None, device: torch.device, models: Path | None = None
 ) -> DiT:
@@ -81,7 +96,8 @@ def load_model(
     if path is None:
         path = TOY_WEIGHTS if toy else _needed("generators", preset, models)
     dtype = torch.float32 if toy else default_dtype(device)
-    return checkpoints.load_model(lambda: DiT(config), path, device=device, dtype=dtype).eval()
+    with told(f"loading {path}"):
+        return checkpoints.load_model(lambda: DiT(config), path, device=device, dtype=dtype).eval()
 
 
 def load_codec(
@@ -103,7 +119,8 @@ def load_codec(
     torch.backends.cudnn.benchmark = True
     build: Callable[[], WanVAE | TinyVAE]
     build = (lambda: WanVAE(tile=tile)) if vae == "wan" else TinyVAE
-    codec = checkpoints.load_model(build, path, device=device, dtype=default_dtype(device))
+    with told(f"loading {path}"):
+        codec = checkpoints.load_model(build, path, device=device, dtype=default_dtype(device))
     return cast(VideoCodec, channels_last(codec).eval().requires_grad_(False))
 
 

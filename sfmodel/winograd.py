@@ -12,14 +12,17 @@ tiles of a frame.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 OUT, IN = 4, 6  # pixels on a side of a tile
+TOGETHER = 4096  # tiles of as many frames as are computed at once
 # Below, transforming the kernel takes longer than what is saved. The frames do not count, so that a
 # clip is computed in the same way in chunks of any size.
-FEWEST_CHANNELS, FEWEST_PIXELS = 32, 256
+FEWEST_CHANNELS, FEWEST_PIXELS = 32, 64
 
 
 def _both_sides(matrix: list[list[float]]) -> Tensor:
@@ -81,18 +84,36 @@ def conv3d(x_BTHWC: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
     out = x_BTHWC.new_empty(B, T - taps + 1, rows * OUT, columns * OUT, outputs)
     margin = (0, 0, 1, 1 + columns * OUT - W, 1, 1 + rows * OUT - H)
     for x_THWC, out_THWO in zip(x_BTHWC, out, strict=True):
-        tiles: list[Tensor] = []  # of the last frames
-        for t, x_HWC in enumerate(x_THWC):
-            tiles_rcCij = F.pad(x_HWC, margin).unfold(0, IN, OUT).unfold(1, IN, OUT)
-            x_XNC = tiles_rcCij.permute(3, 4, 0, 1, 2).reshape(IN * IN, -1)
-            tiles.append((_INPUT @ x_XNC).view(IN * IN, -1, C))
-            if t + 1 < taps:
-                continue
-            sum_XNO = torch.bmm(tiles[0], kernels_XCO[0])
-            for tile, kernel in zip(tiles[1:], kernels_XCO[1:], strict=True):
+        for first, seen_XNC in _groups(F.pad(x_THWC, margin), taps, rows * columns):
+            sum_XNO = torch.bmm(seen_XNC[0], kernels_XCO[0])
+            for tile, kernel in zip(seen_XNC[1:], kernels_XCO[1:], strict=True):
                 sum_XNO.baddbmm_(tile, kernel)
-            tiles.pop(0)
-            pixels = (_OUTPUT @ sum_XNO.view(IN * IN, -1)).view(OUT, OUT, rows, columns, outputs)
-            place = out_THWO[t + 1 - taps].view(rows, OUT, columns, OUT, outputs)
-            torch.add(pixels.permute(2, 0, 3, 1, 4), 0.0 if bias_O is None else bias_O, out=place)
+            count = sum_XNO.shape[1] // (rows * columns)
+            pixels = (_OUTPUT @ sum_XNO.view(IN * IN, -1)).view(OUT, OUT, count, rows, columns, -1)
+            place = out_THWO[first : first + count].view(count, rows, OUT, columns, OUT, -1)
+            bias = 0.0 if bias_O is None else bias_O
+            torch.add(pixels.permute(2, 3, 0, 4, 1, 5), bias, out=place)
     return out[:, :, :H, :W].contiguous()
+
+
+def _groups(x_THWC: Tensor, taps: int, tiles: int) -> Iterator[tuple[int, list[Tensor]]]:
+    """The first of one or more frames that are computed together, and for each tap in time the
+    transformed tiles [X, frames·N, C] that it sees: small frames all at once, which makes larger
+    matrix products, others one by one, which takes less memory."""
+    T = len(x_THWC)
+    if T * tiles <= TOGETHER:
+        all_XTNC = _transformed(x_THWC).unflatten(1, (T, -1))
+        yield 0, [all_XTNC[:, k : k + T - taps + 1].flatten(1, 2) for k in range(taps)]
+        return
+    seen: list[Tensor] = []
+    for t in range(T):
+        seen = [*seen, _transformed(x_THWC[t : t + 1])][-taps:]
+        if len(seen) == taps:
+            yield t + 1 - taps, seen
+
+
+def _transformed(x_THWC: Tensor) -> Tensor:
+    """The tiles [X, T·N, C] of padded frames."""
+    tiles_TrcCij = x_THWC.unfold(1, IN, OUT).unfold(2, IN, OUT)
+    x_XNC = tiles_TrcCij.permute(4, 5, 0, 1, 2, 3).reshape(IN * IN, -1)
+    return (_INPUT @ x_XNC).view(IN * IN, -1, x_THWC.shape[-1])

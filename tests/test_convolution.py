@@ -30,9 +30,13 @@ def error(got: Tensor, want: Tensor) -> float:
 @pytest.mark.parametrize(
     "sizes", [(2, 5, 17, 22, 32, 40, 3), (1, 3, 32, 8, 33, 32, 1), (1, 4, 16, 16, 32, 32, 2)]
 )
+@pytest.mark.parametrize("together", [0, 4096])  # frames one by one, and all at once
 @torch.no_grad()
-def test_winograd_is_a_convolution(sizes: tuple[int, ...]) -> None:
+def test_winograd_is_a_convolution(
+    sizes: tuple[int, ...], together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     B, T, H, W, C, outputs, taps = sizes
+    monkeypatch.setattr(winograd, "TOGETHER", together)
     x, weight = torch.randn(B, T, H, W, C), torch.randn(outputs, C, taps, 3, 3)
     for bias in (None, torch.randn(outputs)):
         assert winograd.pays(x, weight)
@@ -45,7 +49,7 @@ def test_winograd_is_for_what_it_can_do() -> None:
     with torch.no_grad():
         assert winograd.pays(x, weight)
         assert winograd.pays(x[:, :1], weight)  # whatever the chunk: the whole is computed alike
-        assert not winograd.pays(x[:, :, :15], weight)
+        assert not winograd.pays(x[:, :, :3], weight)
         assert not winograd.pays(x[..., :31], weight[:, :31])
         assert not winograd.pays(x.half(), weight.half())
         assert not winograd.pays(x.to("meta"), weight.to("meta"))
