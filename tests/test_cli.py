@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sfmodel.cli import TOY_WEIGHTS, main
+from sfmodel.cli import main
+from sfmodel.pretrained import TOY_WEIGHTS
 from sfmodel.video import read_video
 
 
