@@ -27,7 +27,7 @@ from rich.console import Console
 from bench import part, timing
 from bench.part import Result, Table
 
-OURS = ("triton", "gluon", "cpp")
+OURS = ("triton", "gluon", "cpp", "wan", "tiny")
 REFERENCE = ("eager", "reference")
 VERSIONS = ("device", "driver", "python", "torch", "triton", "sfkernels")
 LEAST = 0.05  # noise
@@ -114,7 +114,7 @@ def is_by(implementations: Iterable[str], contestant: str) -> bool:
 def _steady(key: Key) -> bool:
     """Whether this project's kernels have no part in it. What runs whole models is by them, unless
     it is the reference."""
-    if key.part == "kernels":
+    if key.part in ("kernels", "decode"):
         return not is_by(OURS, key.contestant)
     return is_by(REFERENCE, key.contestant)
 

@@ -17,10 +17,10 @@ from rich.table import Table
 
 from bench.extrapolate import compare
 from bench.machine import machine, said
-from sfmodel.cli import TOY_WEIGHTS, load_toy
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
+from sfmodel.pretrained import TOY_WEIGHTS, load_toy
 from sfmodel.stream import stream
 from sfmodel.video import ContactSheet, VideoWriter
 

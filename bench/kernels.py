@@ -8,7 +8,7 @@ Every contestant is compared with float64 first; one that is wrong is reported a
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -187,19 +187,23 @@ def figures(result: Result) -> Iterator[tuple[str, Any]]:
             bars[memory].append((row["case"], group))
     if bars[True]:
         label = "% of the bandwidth of a copy of as many bytes"
-        yield "kernels", _bars(bars[True], 100, label, said(result["machine"]))
+        yield "kernels", grouped_bars(bars[True], 100, label, said(result["machine"]))
     if bars[False]:
         product = scale * result["ceilings"]["matmul_tflops"]
         label = f"{unit} (dashed: a matrix product)"
-        yield "attention", _bars(bars[False], product, label, said(result["machine"]))
+        yield "attention", grouped_bars(bars[False], product, label, said(result["machine"]))
     if "matmul_tflops" in result["ceilings"] and any(bars.values()):
         yield "roofline", _roofline(result)
 
 
-def _bars(
-    groups: list[tuple[str, list[tuple[str, float, str]]]], ceiling: float, label: str, title: str
+def grouped_bars(
+    groups: list[tuple[str, list[tuple[str, float, str]]]],
+    ceiling: float,
+    label: str,
+    title: str,
+    colours: Mapping[str, str] = COLOURS,
 ) -> Any:
-    """Groups of bars in two columns, beside a ceiling."""
+    """Groups of bars in two columns, beside a ceiling: (case, [(name, length, text), …])."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -216,7 +220,7 @@ def _bars(
                 (at + (len(bars) - 1) / 2, case.removeprefix("attention, ").replace(", ", "\n", 1))
             )
             for name, value, text in bars:
-                bar = ax.barh(at, value, 0.9, color=COLOURS[name])
+                bar = ax.barh(at, value, 0.9, color=colours[name])
                 ax.bar_label(bar, [text], fontsize=6, padding=2, bbox=LABEL)
                 at += 1
             at += 1
@@ -227,7 +231,7 @@ def _bars(
         ax.set_xlim(0, 1.25 * max(ceiling, largest))
         ax.set_ylim(tallest - 0.5, -1)
     present = {name for _, bars in groups for name, _, _ in bars}
-    patches = [Patch(color=c, label=n) for n, c in COLOURS.items() if n in present]
+    patches = [Patch(color=c, label=n) for n, c in colours.items() if n in present]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8)
     figure.suptitle(title, fontsize=8)
     return figure

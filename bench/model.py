@@ -46,6 +46,16 @@ def norm_bytes(rows: int, channels: int, tensors: int, size: int) -> int:
     return rows * channels * tensors * size
 
 
+def norm_silu_bytes(
+    rows: int, before: int, channels: int, size: int, backward: bool = False
+) -> int:
+    """Of what precedes a convolution of the VAE, with its residual: x, y read, their sum and the
+    output written, which begins with a copy of `before` rows; backward both gradients and the sum
+    read, one gradient written, and those rows are there already."""
+    copied = 0 if backward else norm_bytes(before, channels, 2, size)
+    return norm_bytes(rows, channels, 4, size) + copied
+
+
 def rope_table_bytes(tokens: int, head_dim: int) -> int:
     """Of a cosine and a sine in float32 for each pair of a head's channels."""
     return tokens * head_dim * 4
@@ -71,6 +81,7 @@ def sampler_bytes(elements: int, tensors: int) -> int:
 # by hand from reference.py. Exponentials, roots and the drawing of noise are left out.
 PER_ELEMENT = {
     "rms_norm": 4,  # square, sum, two products
+    "rms_norm_silu": 9,  # residual and bias before it; 1 + exp, quotient, product
     "layer_norm": 7,  # two sums, difference, square, two products, shift
     "adaln": 7,
     "gated_layer_norm": 9,  # gate and residual before it
@@ -179,8 +190,8 @@ def memory_gib(preset: Preset, batch: int = 1, precision: str = "bf16") -> dict[
 
 # Wan2.1's VAE (dim 96, multiples 1, 2, 4, 4, two and one residual blocks a stage). The 2× up-
 # samplings in space halve the channels; those in time double them first and deal them to frames.
-# The convolution after an up-sampling counts all its nine taps: folded into four 2×2 kernels it
-# needs four.
+# The convolution after an up-sampling counts all its nine taps, unless it is "folded": as four 2×2
+# kernels of what is not upsampled it needs four.
 WAN_DECODER = (
     (1, 16, 16, 1, 1, 1),
     (1, 16, 384, 27, 1, 1),
@@ -197,6 +208,27 @@ WAN_DECODER = (
     (1, 192, 96, 9, 8, 4),
     (6, 96, 96, 27, 8, 4),
     (1, 96, 3, 27, 8, 4),
+)
+# Of the encoder, by the same measures: four pixel frames make a latent one. Each 2× down-sampling
+# in space is a convolution of nine taps, in time one of three.
+WAN_ENCODER = (
+    (1, 3, 96, 27, 8, 4),
+    (4, 96, 96, 27, 8, 4),
+    (1, 96, 96, 9, 4, 4),
+    (1, 96, 192, 27, 4, 4),
+    (1, 96, 192, 1, 4, 4),
+    (3, 192, 192, 27, 4, 4),
+    (1, 192, 192, 9, 2, 4),
+    (1, 192, 192, 3, 2, 2),
+    (1, 192, 384, 27, 2, 2),
+    (1, 192, 384, 1, 2, 2),
+    (3, 384, 384, 27, 2, 2),
+    (1, 384, 384, 9, 1, 2),
+    (1, 384, 384, 3, 1, 1),
+    (8, 384, 384, 27, 1, 1),  # two residual blocks of the last stage, two of the middle
+    (1, 384, 4 * 384, 1, 1, 1),
+    (1, 384, 32, 27, 1, 1),
+    (1, 32, 32, 1, 1, 1),
 )
 # TAEHV (taew2_1), a distilled one: three blocks a stage, each of three 3×3 convolutions of which
 # the first takes its input beside that of the frame before.
@@ -219,18 +251,50 @@ TAEHV_DECODER = (
 DECODERS = {"wan": WAN_DECODER, "taehv": TAEHV_DECODER, "none": ()}
 
 
-def decode_flops(decoder: str, frames: int, height: int, width: int, first: bool = False) -> int:
+def decode_flops(
+    decoder: str,
+    frames: int,
+    height: int,
+    width: int,
+    first: bool = False,
+    folded: bool = False,
+    dim: int = 96,
+) -> int:
     """Of `frames` latent frames of height × width latents. first: they begin the video; Wan's VAE
-    then makes 1 + 4·(frames − 1) pixel frames, while TAEHV decodes them all and drops three."""
-    fewer = first and decoder == "wan"
-    flops = 0
+    then makes 1 + 4·(frames − 1) pixel frames, while TAEHV decodes them all and drops three.
+    folded: of Wan's VAE with four of nine taps after each up-sampling. dim: its channels at full
+    resolution."""
+    if decoder != "wan":
+        dim, first, folded = 96, False, False
+    flops = _vae_attention_flops(frames, height * width, dim) if decoder == "wan" else 0
     for count, a, b, taps, space, times in DECODERS[decoder]:
         # The convolutions that make two frames of one have three taps and skip the first frame.
-        made = times * frames - (times if taps == 3 else times - 1) * fewer
+        made = times * frames - (times if taps == 3 else times - 1) * first
+        taps = 4 if folded and taps == 9 else taps
+        a, b = _widened(a, dim), _widened(b, dim)
         flops += count * convolution_flops(made * height * width * space**2, a, b, taps)
-    if decoder == "wan":  # attention inside each latent frame, one head
-        flops += attention_flops(frames * (height * width) ** 2, 1, 384)
     return flops
+
+
+def encode_flops(frames: int, height: int, width: int, dim: int = 96) -> int:
+    """Of 4 · frames pixel frames after a video's first one, to `frames` latent frames of height ×
+    width by Wan's VAE."""
+    flops = _vae_attention_flops(frames, height * width, dim)
+    for count, a, b, taps, space, times in WAN_ENCODER:
+        made = times * frames * height * width * space**2
+        a, b = _widened(a, dim), _widened(b, dim)
+        flops += count * convolution_flops(made, a, b, taps)
+    return flops
+
+
+def _widened(channels: int, dim: int) -> int:
+    """Of the tables above, which are for a dim of 96: its multiples change with it."""
+    return channels if channels % 96 else channels * dim // 96
+
+
+def _vae_attention_flops(frames: int, latents: int, dim: int) -> int:
+    """Inside each latent frame, one head."""
+    return attention_flops(frames * latents**2, 1, 4 * dim)
 
 
 # --- Machines

@@ -155,9 +155,16 @@ def wrong(result: Result) -> list[str]:
     ]
 
 
-def command(name: str, part: Part, arguments: Sequence[str] | None, doc: str | None) -> int:
-    """`python -m bench NAME`. Exit code 0; 1 where a contestant was wrong; 2 for a bad argument or
-    a file that cannot be written; 130 after Ctrl-C, which keeps what was measured."""
+def command(
+    name: str,
+    part: Part,
+    arguments: Sequence[str] | None,
+    doc: str | None,
+    on_cpu: bool = False,
+) -> int:
+    """`python -m bench NAME`. on_cpu: a CPU runs more than toy sizes. Exit code 0; 1 where a
+    contestant was wrong; 2 for a bad argument or a file that cannot be written; 130 after Ctrl-C,
+    which keeps what was measured."""
     parser = argparse.ArgumentParser(prog=f"python -m bench {name}", description=doc)
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after this")
     parser.add_argument("--only", default="", help="rows in whose name this regex is found")
@@ -170,12 +177,12 @@ def command(name: str, part: Part, arguments: Sequence[str] | None, doc: str | N
     console = plain_console()
     job = Job(
         torch.device("cuda" if cuda else "cpu"),
-        tiny=chosen.tiny or not cuda,
+        tiny=chosen.tiny or not (cuda or on_cpu),
         seconds=chosen.seconds,
         only=chosen.only,
         save=lambda result: write(file, result),
     )
-    if not cuda:
+    if job.tiny and not cuda:
         torch.set_num_threads(1)  # toy tensors: a second thread waits longer than it computes
     code = 0
     try:

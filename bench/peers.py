@@ -192,44 +192,6 @@ def _measure(peer: Peer, device: torch.device, tiny: bool) -> dict[str, Any]:
     }
 
 
-class WanCodec:
-    """diffusers' Wan VAE as a streaming decoder (`sfmodel.codec.VideoDecoder`), chunk by chunk to
-    the same pixels as its own `decode` of the whole clip. The state is its cache of features."""
-
-    spatial_factor, temporal_factor = 8, 4
-
-    def __init__(self, vae: Any) -> None:
-        self.vae = vae
-        self.latent_channels: int = vae.config.z_dim
-        shape, dtype = (1, -1, 1, 1, 1), vae.dtype
-        mean, std = torch.tensor([vae.config.latents_mean, vae.config.latents_std])
-        self.mean = mean.view(shape).to(vae.device, dtype)
-        self.std = std.view(shape).to(vae.device, dtype)
-
-    @torch.no_grad()
-    def decode_chunk(self, latents_BFCHW: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        vae = self.vae
-        if state is None:
-            vae.clear_cache()
-        else:
-            vae._feat_map = state
-        z = latents_BFCHW.transpose(1, 2).to(self.std.dtype) * self.std + self.mean
-        frames = []
-        for i, frame in enumerate(vae.post_quant_conv(z).split(1, 2)):
-            first = {"first_chunk": True} if state is None and i == 0 else {}
-            frames.append(vae.decoder(frame, feat_cache=vae._feat_map, feat_idx=[0], **first))
-        return torch.cat(frames, 2).transpose(1, 2).clamp(-1, 1), vae._feat_map
-
-
-def wan_codec(device: torch.device, **config: Any) -> WanCodec:
-    """With random weights in bfloat16, as the public Self Forcing decodes. Raises what its library
-    raises where it cannot be made."""
-    library = importlib.import_module("diffusers")
-    with device:
-        vae = library.AutoencoderKLWan(**config)
-    return WanCodec(_cast(vae.to(device), torch.bfloat16).eval())
-
-
 def text_encoder(device: torch.device, rows: int, **config: Any) -> Callable[[], Tensor]:
     """The encoder of UMT5-XXL by transformers, 5.7 B random weights in bfloat16: what encodes a
     prompt of `rows` tokens, [1, rows, 4096]. Raises what its library raises."""

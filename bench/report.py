@@ -25,6 +25,7 @@ from sfmodel.files import atomic
 MODULES = {
     "kernels": "bench.kernels",
     "stream": "bench.stream",
+    "decode": "bench.decode",
     "extrapolate": "bench.extrapolate",
     "train": "bench.train",
 }

@@ -1,5 +1,5 @@
 """What `python -m bench kernels` measures of norms, RoPE and the sampler: ops whose time is that of
-the bytes they read and write, at the shapes of Wan2.1."""
+the bytes they read and write, at the shapes of Wan2.1 and of its video decoder."""
 
 from __future__ import annotations
 
@@ -118,16 +118,20 @@ def _double(t: Tensor) -> Tensor:
 
 
 Shape = tuple[int, int, int, int]  # frames, tokens of a frame, channels, head dim
+Level = tuple[int, int, int]  # of the video decoder: frames of a chunk, pixels of a frame, channels
+LOOKS_BACK = 2  # frames that a convolution of the decoder sees before its own
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is run: the shapes, those that torch.compile and the backward pass get, and the
-    sampler's latents (channels, height, width)."""
+    """What is run: the shapes, those that torch.compile and the backward pass get, the sampler's
+    latents (channels, height, width), and levels of the video decoder, of which the first gets
+    torch.compile and the last the backward pass."""
 
     shapes: tuple[Shape, ...]
     compiled: tuple[Shape, ...]
     latents: tuple[int, int, int]
+    levels: tuple[Level, ...]
     dtype: torch.dtype
 
 
@@ -140,9 +144,10 @@ FULL = Sizes(
     ),
     (_CHUNK, _CLIP),
     (16, 60, 104),
+    ((12, 480 * 832, 96), (12, 240 * 416, 192), (3, 60 * 104, 384)),
     torch.bfloat16,
 )  # fmt: skip
-TINY = Sizes(((3, 16, 96, 32),), ((3, 16, 96, 32),), (4, 6, 8), torch.float32)
+TINY = Sizes(((3, 16, 96, 32),), ((3, 16, 96, 32),), (4, 6, 8), ((3, 16, 96),), torch.float32)
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
@@ -153,6 +158,7 @@ def cases(sizes: Sizes) -> Iterator[Case]:
             yield from _rope_cases(shape, sizes, backward)
         if shape == sizes.shapes[0]:
             yield from _sampler_cases(sizes)
+            yield from _decoder_cases(sizes)
 
 
 def _norm_cases(shape: Shape, sizes: Sizes, backward: bool) -> Iterator[Case]:
@@ -306,3 +312,39 @@ def _sampler_cases(sizes: Sizes) -> Iterator[Case]:
     tokens = 3 * (_N if sizes is FULL else 6)
     flops, nbytes = model.row_flops("rope_table", tokens * 128), model.rope_table_bytes(tokens, 128)
     yield Case("rope_table", f"{tokens} x 128", table, frames_only, flops, nbytes)
+
+
+def _norm_silu(
+    x: Tensor, weight: Tensor, y: Tensor, before: Tensor, bias: Tensor | None = None, *, impl: str
+) -> Any:
+    return sf.rms_norm_silu(x, weight, y, bias_C=bias, before_BPC=before, impl=impl)
+
+
+def _decoder_cases(sizes: Sizes) -> Iterator[Case]:
+    """What precedes a convolution: a residual before it, the frames before in front of it, and
+    forward the bias of the convolution before."""
+
+    def make(level: Level, backward: bool, device: torch.device) -> list[Tensor]:
+        frames, pixels, channels = level
+        x, y, before, affine = (
+            torch.randn(1, rows, channels, device=device).to(sizes.dtype)
+            for rows in (frames * pixels, frames * pixels, LOOKS_BACK * pixels, 2)
+        )
+        weight, bias = affine[0]
+        return [x, weight, y, before, *([] if backward else [bias])]
+
+    for level in sizes.levels:
+        frames, pixels, channels = level
+        tokens, before, size = frames * pixels, LOOKS_BACK * pixels, sizes.dtype.itemsize
+        for backward in (False, True) if level == sizes.levels[-1] else (False,):
+            yield Case(
+                "rms_norm_silu",
+                f"{tokens} x {channels}",
+                _norm_silu,
+                functools.partial(make, level, backward),
+                model.row_flops("rms_norm_silu", tokens * channels, backward),
+                model.norm_silu_bytes(tokens, before, channels, size, backward),
+                None,
+                backward,
+                level == sizes.levels[0],
+            )

@@ -84,6 +84,7 @@ PRESETS = {
         (
             step("kernels", 40.0, "--tiny", tail=3.0),
             step("stream", 30.0, "--tiny", tail=5.0),
+            step("decode", 25.0, "--tiny", tail=3.0),
             step("extrapolate", 30.0, "--tiny", tail=5.0),
             step("train", 45.0, "--tiny", tail=5.0),
         ),
@@ -95,6 +96,7 @@ PRESETS = {
         (
             step("attention", 110.0, *ATTENTION, command="kernels"),
             step("stream", 85.0),
+            step("decode", 60.0),
             step("train", 90.0),
             step("extrapolate", 50.0),
             step("kernels", 240.0, *OTHERS, tail=30.0),
@@ -106,6 +108,7 @@ PRESETS = {
             *VERIFY,
             step("attention", 2400.0, *ATTENTION, command="kernels"),
             step("stream", 1200.0),
+            step("decode", 600.0),
             step("train", 900.0),
             step("extrapolate", 600.0),
             step("kernels", 1800.0, *OTHERS, tail=30.0),

@@ -9,6 +9,7 @@ On CPU the same in wall-clock time. A profiler sees every contestant as an NVTX 
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 
 ROUNDS = 30
 LAUNCHED_ROUNDS = 5
+FEWEST = 3  # rounds, whatever they take
 COLD_BYTES = 256 * 2**20  # more than three L2 caches of any GPU here
 MATMUL = 8192  # rows and columns of the product that is the ceiling
 LARGE_COPY = 2**31  # bytes read and written
@@ -43,7 +45,7 @@ class Timing:
     """Milliseconds of one call. spread: interquartile range of the rounds / median. launched: the
     median where Python launches each call, as p50 and p99 on CUDA are those of a graph. peak_mib:
     the most device memory that a call takes beside its inputs, for a backward pass its forward
-    pass included. note: what was not as planned, else empty."""
+    pass included. note: what was not as planned, else empty. rounds: timed."""
 
     p50: float
     p99: float
@@ -51,6 +53,7 @@ class Timing:
     launched: float | None = None
     peak_mib: float | None = None
     note: str = ""
+    rounds: int = 0
 
 
 class Ready(NamedTuple):
@@ -69,9 +72,16 @@ def count_sets(nbytes: int, device: torch.device) -> int:
 
 
 def measure(
-    contestants: Sequence[Contestant], sets: Sequence[Sequence[Tensor]], rounds: int = ROUNDS
+    contestants: Sequence[Contestant],
+    sets: Sequence[Sequence[Tensor]],
+    rounds: int = ROUNDS,
+    seconds: float = math.inf,
+    pool: Any = None,
 ) -> dict[str, Timing | str]:
-    """The times of all contestants, or for one that failed the reason why."""
+    """The times of all contestants, or for one that failed the reason why.
+
+    seconds: after which no round is begun, but for the first FEWEST. pool: of memory for all CUDA
+    graphs whose forward passes are timed, whose outputs are then written over; None: one each."""
     device = sets[0][0].device
     cuda = device.type == "cuda"
     out: dict[str, Timing | str] = {}
@@ -81,7 +91,7 @@ def measure(
     for contestant in contestants:
         try:
             with contestant.around():
-                ready[contestant.name] = prepare(contestant, sets)
+                ready[contestant.name] = prepare(contestant, sets, pool)
                 peaks[contestant.name] = _peak_of_a_call(contestant, sets[0])
         except Exception as error:  # one that fails is reported, the others are timed
             out[contestant.name] = reason(error)
@@ -90,7 +100,10 @@ def measure(
 
     def all_rounds(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
         times: dict[str, list[float]] = {name: [] for name in runs}
+        until = time.monotonic() + seconds
         for i in range(rounds + 1):
+            if i > FEWEST and time.monotonic() > until:
+                break
             for name, run in runs.items():
                 if name in out:
                     continue
@@ -119,7 +132,8 @@ def measure(
 def summary(values: Sequence[float]) -> Timing:
     middle = statistics.median(values)
     between = quantile(values, 0.75) - quantile(values, 0.25)
-    return Timing(middle, quantile(values, 0.99), between / middle if middle else 0.0)
+    spread = between / middle if middle else 0.0
+    return Timing(middle, quantile(values, 0.99), spread, rounds=len(values))
 
 
 def entry(timed: Timing | str, **more: Any) -> dict[str, Any]:
@@ -192,16 +206,16 @@ def _once(run: Callable[[], None], cuda: bool) -> float:
     return float(begin.elapsed_time(end))
 
 
-def prepare(contestant: Contestant, sets: Sequence[Sequence[Tensor]]) -> Ready:
+def prepare(contestant: Contestant, sets: Sequence[Sequence[Tensor]], pool: Any = None) -> Ready:
     """What runs the contestant once over all sets."""
     cuda = sets[0][0].device.type == "cuda"
     if contestant.upstream is None:
-        return _forward_only(contestant.forward, sets, cuda)
+        return _forward_only(contestant.forward, sets, cuda, pool)
     return _backward_only(contestant.forward, contestant.upstream, sets, cuda)
 
 
 def _forward_only(
-    forward: Callable[..., Any], sets: Sequence[Sequence[Tensor]], cuda: bool
+    forward: Callable[..., Any], sets: Sequence[Sequence[Tensor]], cuda: bool, pool: Any = None
 ) -> Ready:
     def all_sets() -> None:
         # All outputs are kept until the end, so that none is written over one still in cache.
@@ -211,7 +225,7 @@ def _forward_only(
     if not cuda:
         all_sets()
         return Ready(all_sets)
-    graph, note = captured(all_sets)
+    graph, note = captured(all_sets, pool)
     return Ready(graph or all_sets, all_sets if graph else None, note)
 
 

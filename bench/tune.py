@@ -36,7 +36,7 @@ from sfkernels.launch import Flat, Rows, Setting, Tile
 from sfmodel.files import atomic
 
 BATCH = 24  # candidates timed in turn, with the default among them
-LARGEST_TILE = 16384
+SMALLEST_TILE, LARGEST_TILE = 512, 16384  # elements
 
 
 def untuned(kernel: str, device: torch.device, channels: int) -> Setting:
@@ -62,9 +62,11 @@ def candidates(
         tiles = itertools.product(*(fixed if specialised else free))
         return found + [tile for t in tiles if (tile := Tile(*t)) != same]
     block = 2 ** math.ceil(math.log2(channels))
+    few = [rows for rows in (1, 2, 4) if rows * block >= SMALLEST_TILE]
+    more = [rows for rows in (8, 16, 32, 64) if rows * block <= LARGEST_TILE // 2]
     seen = {replace(default, why="")}
     for rows, per_thread, stages, warps_per_sm in itertools.product(
-        (1, 2, 4), (8, 16, 32), (1, 2, 3, 4), (0, 8, 16, 32, 64)
+        few + more, (8, 16, 32), (1, 2, 3, 4), (0, 8, 16, 32, 64)
     ):
         setting = Rows(rows, per_thread, 1, stages)
         warps = setting.warps(block)

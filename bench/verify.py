@@ -21,7 +21,8 @@ from bench import attention_cases, contest, rows
 from bench.process import ROOT, command
 from sfkernels import launch
 
-TESTS = ("norm", "rope", "sampler", "attention", "registration", "gpu", "bench_stream")
+TESTS = ("norm", "rope", "sampler", "attention", "registration", "gpu", "bench_stream",
+         "bench_decode")  # fmt: skip
 SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 ITSELF = (sys.executable, "-m", "bench.verify")
 
@@ -96,7 +97,8 @@ def launch_every_kernel() -> None:
     """Each op forward and backward, at sizes where every tile has an end outside its tensor."""
     torch.manual_seed(0)
     device = torch.device("cuda")
-    odd = rows.Sizes(((3, 5, 96, 32),), ((3, 5, 96, 32),), (3, 5, 7), torch.bfloat16)
+    shapes, levels = ((3, 5, 96, 32),), ((3, 35, 96), (2, 15, 192), (1, 7, 384))
+    odd = rows.Sizes(shapes, shapes, (3, 5, 7), levels, torch.bfloat16)
     for case in rows.cases(odd):
         inputs, op = case.make(device), case.by("triton")
         outs = contest.gradients_or_outputs(op, inputs, [])

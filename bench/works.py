@@ -40,6 +40,11 @@ class Search:
     works: tuple[Work, ...]
 
 
+# Of the video decoder, by channels: frames and pixels of a frame in a chunk.
+LEVELS = {96: (12, 480 * 832), 192: (12, 240 * 416), 384: (6, 120 * 208)}
+EPS = 1e-6
+
+
 def searches(device: torch.device, channels: Sequence[int] = (1536, 5120)) -> Iterator[Search]:
     """The most valuable first: what runs most often per frame."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -48,6 +53,9 @@ def searches(device: torch.device, channels: Sequence[int] = (1536, 5120)) -> It
             yield Search(kernel, 256, works)
     for count in channels:
         for kernel, works in _row_works(count, dtype).items():
+            yield Search(kernel, count, works)
+    for count in LEVELS:
+        for kernel, works in _decoder_works(count, dtype).items():
             yield Search(kernel, count, works)
     yield Search("sampler", 1, (_sampler_work(),))
 
@@ -139,25 +147,25 @@ def _row_works(channels: int, dtype: torch.dtype) -> dict[str, tuple[Work, ...]]
         return [*grads, *rope(frames, device), torch.randn(1, frames * FRAME, 2, device=device)]
 
     def norm_fwd(x: Tensor, weight: Tensor) -> Any:
-        return gpu.norm_fwd(x, None, None, weight, None, 1e-6, False, False)
+        return gpu.norm_fwd(x, None, None, weight, None, EPS, False, False)
 
     def norm_bwd(dout: Tensor, x: Tensor, weight: Tensor, stats: Tensor) -> Any:
         return gpu.norm_bwd(None, dout, x, None, None, weight, None, stats, False, False)
 
     def adaln_fwd(x: Tensor, *modulation: Tensor) -> Any:
-        return gpu.norm_fwd(x, None, None, *modulation, 1e-6, True, True)
+        return gpu.norm_fwd(x, None, None, *modulation, EPS, True, True)
 
     def adaln_bwd(dout: Tensor, x: Tensor, *rest: Tensor) -> Any:
         return gpu.norm_bwd(None, dout, x, None, None, *rest, True, True)
 
     def residual_fwd(*t: Tensor) -> Any:
-        return gpu.norm_fwd(*t, 1e-6, True, True)
+        return gpu.norm_fwd(*t, EPS, True, True)
 
     def residual_bwd(*t: Tensor) -> Any:
         return gpu.norm_bwd(*t, True, True)
 
     def qk_fwd(*t: Tensor) -> Any:
-        return gpu.qk_norm_rope_fwd(*t, None, None, None, 1e-6)
+        return gpu.qk_norm_rope_fwd(*t, None, None, None, EPS)
 
     def qk_bwd(*t: Tensor) -> Any:
         return gpu.qk_norm_rope_bwd(*t)
@@ -188,6 +196,43 @@ def _row_works(channels: int, dtype: torch.dtype) -> dict[str, tuple[Work, ...]]
     }
 
 
+def _decoder_works(channels: int, dtype: torch.dtype) -> dict[str, tuple[Work, ...]]:
+    """What precedes a convolution of the video decoder, with a residual and behind the two frames
+    before; none for channels that it has not."""
+    if channels not in LEVELS:
+        return {}
+    gpu = importlib.import_module("sfkernels.gpu")
+    frames, pixels = LEVELS[channels]
+    tokens, before = frames * pixels, 2 * pixels
+
+    def rows(device: torch.device, *counts: int) -> list[Tensor]:
+        return [torch.randn(1, n, channels, device=device).to(dtype) for n in counts]
+
+    def forward(device: torch.device) -> list[Tensor]:
+        return rows(device, tokens, tokens, 1, before)
+
+    def backward(device: torch.device) -> list[Tensor]:
+        stats = torch.randn(1, tokens, 2, device=device)
+        return [*rows(device, tokens, before + tokens, tokens, 1), stats]
+
+    def fwd(x: Tensor, y: Tensor, weight: Tensor, before: Tensor) -> Any:
+        options = EPS, False, False, True
+        return gpu.norm_fwd(x, y, None, weight, None, *options, before_BPC=before)
+
+    def bwd(dresidual: Tensor, dout: Tensor, x: Tensor, weight: Tensor, stats: Tensor) -> Any:
+        options = stats, False, False, True
+        return gpu.norm_bwd(dresidual, dout[:, before:], x, None, None, weight, None, *options)
+
+    def work(make: Callable[[torch.device], list[Tensor]], run: Any, back: bool) -> Work:
+        nbytes = model.norm_silu_bytes(tokens, before, channels, dtype.itemsize, back)
+        return Work(f"{tokens} x {channels}", nbytes, make, run)
+
+    return {
+        "norm_silu_fwd": (work(forward, fwd, False),),
+        "norm_silu_bwd": (work(backward, bwd, True),),
+    }
+
+
 def _sampler_work() -> Work:
     gpu = importlib.import_module("sfkernels.gpu")
 
@@ -206,4 +251,5 @@ def _sampler_work() -> Work:
 
 def works(channels: int) -> dict[str, tuple[Work, ...]]:
     """Of every kernel with a setting for so many channels, or bytes of a head's row."""
-    return _attention_works(channels) | _row_works(channels, torch.bfloat16)
+    rows = _row_works(channels, torch.bfloat16) | _decoder_works(channels, torch.bfloat16)
+    return _attention_works(channels) | rows

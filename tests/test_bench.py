@@ -16,9 +16,9 @@ from bench import demo, extrapolate
 from bench.machine import machine
 from bench.model import pass_flops, rolling_flops
 from sfkernels import BlockLayout
-from sfmodel.cli import load_toy
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
+from sfmodel.pretrained import load_toy
 from tests.test_bench_extrapolate import SMALL, small_model
 
 

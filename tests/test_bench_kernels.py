@@ -19,7 +19,7 @@ from torch import Tensor
 from bench import kernels, machine, model, rows, timing, tune
 from bench.contest import run_case
 from bench.part import Job, plain_console, show
-from bench.works import Search, Work, searches
+from bench.works import Search, Work, searches, works
 from sfkernels import launch
 from sfkernels.launch import Flat, Rows, Tile
 
@@ -42,6 +42,11 @@ def test_bytes_are_those_of_the_tensors() -> None:
     # The same from tensors: qkv in; q, k, v out; the table.
     qkv, _, _, table, *_ = find("qk_norm_rope_append").make(CPU)
     assert find("qk_norm_rope_append").nbytes == 2 * qkv.nbytes + table.nbytes
+    x, _, y, before, _ = find("rms_norm_silu").make(CPU)
+    read, written = x.nbytes + y.nbytes + before.nbytes, x.nbytes + before.nbytes + x.nbytes
+    assert find("rms_norm_silu").nbytes == read + written
+    assert find("rms_norm_silu backward").nbytes == 4 * x.nbytes  # dx', dout, x'; dx
+    assert full["rms_norm_silu 4792320 x 96"].nbytes == 4 * 920_125_440 + 2 * 153_354_240
     x, flow, noise, *_ = find("sampler_step, given").make(CPU)
     assert (
         find("sampler_step, given").nbytes == x.nbytes + flow.nbytes + noise.nbytes + 2 * x.nbytes
@@ -69,6 +74,8 @@ def test_flops_of_rows_by_hand() -> None:
     assert flops == model.row_flops("rms_norm", 3)
     # Of q and of k: the norm's four, and two products and a sum to rotate.
     assert model.row_flops("qk_norm_rope", 1) == 2 * (4 + 3)
+    # A residual and a bias before it, SiLU after it: v · 1 / (1 + exp(-v)).
+    assert model.row_flops("rms_norm_silu", 1) == 2 + 4 + 3
     assert model.row_flops("adaln", 10, backward=True) == 2 * model.row_flops("adaln", 10) == 140
 
 
@@ -103,8 +110,16 @@ def test_timing_is_of_one_call_and_in_turn() -> None:
     assert 2.0 <= slow_time.p50 <= slow_time.p99
     assert quick_time.p50 < slow_time.p50
     assert times["broken"] == "RuntimeError: cannot"
+    assert slow_time.rounds == quick_time.rounds == 4
     # After one preparation each, three calls of one, three of the other, and so on.
     assert order[6:] == (["slow"] * 3 + ["quick"] * 3) * 5
+
+
+def test_no_round_is_begun_after_the_time_given() -> None:
+    once = timing.Contestant("once", lambda x: time.sleep(1e-3))
+    for seconds, rounds in ((0.0, timing.FEWEST), (60.0, 7)):
+        timed = timing.measure([once], [[torch.zeros(2)]], 7, seconds)["once"]
+        assert isinstance(timed, timing.Timing) and timed.rounds == rounds
 
 
 def test_only_the_backward_pass_is_timed() -> None:
@@ -233,6 +248,9 @@ def test_candidates_are_all_different_programs() -> None:
     assert all(s.rows * 2048 <= tune.LARGEST_TILE and s.per_sm for s in rows)
     assert any(s.per_sm == 0 for s in tune.candidates(default, 1536, sums=False))  # type: ignore[union-attr]
     assert all(isinstance(s, Flat) for s in tune.candidates(Flat(1024, 4), 1, sums=False))
+    for channels, counts in ((96, {4, 8, 16, 32, 64}), (384, {1, 2, 4, 8, 16}), (5120, {1, 2})):
+        silu = tune.candidates(tune.untuned("norm_silu_fwd", CPU, channels), channels)
+        assert {s.rows for s in silu[1:] if isinstance(s, Rows)} == counts
     tile = Tile(128, 64, 4, 2, why="measured")
     for specialised in (False, True):
         tiles = tune.candidates(tile, 256, specialised=specialised)
@@ -250,6 +268,10 @@ def test_the_tuner_calls_launchers_as_they_are(monkeypatch: pytest.MonkeyPatch) 
             out = work.run(*work.make(torch.device("meta")))
             assert launched and tune._tensors(out)
     assert {s.kernel for s in searches(CPU)} == {*launch.DEFAULTS[90]} - {"rope_table"}
+    silu = {s.channels for s in searches(CPU) if s.kernel.startswith("norm_silu")}
+    assert silu == {*launch.DEFAULTS[90]["norm_silu_fwd"]}
+    # What compiles candidates finds each kernel by its channels.
+    assert all(s.kernel in works(s.channels) for s in searches(CPU) if s.channels > 1)
 
 
 def test_the_tuner_writes_what_launch_reads(
@@ -274,10 +296,10 @@ def test_the_tuner_writes_what_launch_reads(
 
     monkeypatch.setattr(timing, "measure", measure)
     monkeypatch.setattr(timing, "copy_bandwidth", lambda *_: 100.0)
-    works = tuple(
+    sizes = tuple(
         Work(f"{n} x 1536", 10**8, lambda d: [torch.ones(4, device=d)], run) for n in (1, 2)
     )
-    monkeypatch.setattr(tune, "searches", lambda _: [Search("norm_fwd", 1536, works)])
+    monkeypatch.setattr(tune, "searches", lambda _: [Search("norm_fwd", 1536, sizes)])
     arch = launch.architecture(CPU)
     tune.write(tmp_path, arch, {}, {"norm_fwd": [{"channels": 5120, "rows": 1, "per_thread": 32}]})
     found = tune.run(CPU, tmp_path, seconds=60)

@@ -49,6 +49,9 @@ def test_attention() -> None:
 
 def test_pointwise_ops() -> None:
     assert model.norm_bytes(7, 10, 4, 2) == 4 * 70 * 2
+    # x, y read, x', out written, behind 3 rows copied; dx', dout, x' read, dx written.
+    assert model.norm_silu_bytes(7, 3, 10, 2) == 4 * 70 * 2 + 2 * 30 * 2
+    assert model.norm_silu_bytes(7, 3, 10, 2, backward=True) == 4 * 70 * 2
     table = 5 * 4 * 2 * 4  # 5 tokens, 4 pairs, a cosine and a sine, float32
     assert model.rope_table_bytes(5, 8) == table
     assert model.qk_norm_rope_bytes(5, 16, 8, 2) == (3 + 3) * 80 * 2 + table

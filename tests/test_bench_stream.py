@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import part, peers, phases, stream, timing
+from bench import codecs, part, peers, phases, stream, timing
 from bench.part import Job, Result
 from bench.peers import PEERS
 from bench.phases import Contestant, Phases, Setting, Stream, Timed, without_each
-from sfmodel.config import PRESETS
+from sfmodel.config import PRESETS, VAEConfig
 from sfmodel.dit import DiT
 from sfmodel.stream import stream as pixel_stream
 from sfmodel.stream import stream_latents
@@ -28,6 +28,7 @@ from tests.oracle import DEVICE
 CPU = torch.device("cpu")
 TOY = PRESETS["toy"]
 SMALL = replace(TOY, dit=replace(TOY.dit, dim=64, heads=1, ffn_dim=64, layers=2), window=6)
+CHUNK = phases.chunk_phases(len(SMALL.steps))
 TEXT = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -36,7 +37,7 @@ def setting() -> Setting:
     torch.manual_seed(0)
     model = DiT(SMALL.dit)
     torch.nn.init.normal_(model.head.head.weight, std=0.1)
-    return Setting(SMALL, model.eval(), TEXT, lambda: TEXT, ToyVAE())
+    return Setting(SMALL, model.eval(), TEXT, ToyVAE(), lambda: TEXT)
 
 
 @pytest.fixture
@@ -88,7 +89,6 @@ def test_phases_are_the_stream(
 def test_the_host_gets_the_pixels_as_bytes(setting: Setting) -> None:
     mine = Stream(setting, replace(SMALL, first=None), Contestant("x", "auto", "auto"))
     mine.prompt["prompt keys and values"]()
-    assert setting.codec is not None
     want = pixel_stream(setting.model, setting.codec, TEXT, mine.preset)
     for frames in (9, 12):
         mine.chunk()
@@ -105,43 +105,77 @@ def test_all_share_one_set_of_weights(setting: Setting) -> None:
     assert twin.blocks[0].self_attn.attention_impl == "sdpa"  # type: ignore[union-attr]
 
 
-def not_installed(*_: Any) -> Any:
-    raise ModuleNotFoundError("No module named 'diffusers'")
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of those of Wan2.1."""
+    monkeypatch.setitem(PRESETS, "wan-1.3b", replace(SMALL, first=None))
+    monkeypatch.setattr(codecs, "wan_vae", lambda *_: ToyVAE())
+    monkeypatch.setattr(codecs, "tiny_vae", lambda *_: ToyVAE(width=8))
 
 
 @torch.no_grad()
 def test_full_size_runs_at_a_small_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16, no codec, no text encoder: those phases are absent, the copy has its true size."""
-    preset = replace(SMALL, first=None, height=8, width=16)
-    monkeypatch.setitem(PRESETS, "wan-1.3b", preset)
-    monkeypatch.setattr(peers, "wan_codec", not_installed)
+    """bfloat16, no text encoder: that phase is absent. A tiny VAE is timed beside the other."""
+
+    def not_installed(*_: Any) -> Any:
+        raise ModuleNotFoundError("No module named 'transformers'")
+
+    small_parts(monkeypatch)
     monkeypatch.setattr(peers, "text_encoder", not_installed)
     setting = phases.full_size(CPU)
     assert setting.model.dtype == torch.bfloat16 and setting.text_BTE.shape == (1, 16, 32)
     row = stream.run_case(job(), setting, "chunk-wise", 1e9)
     for entry in row["contestants"].values():
-        assert not {"decode", "text encoding"} & entry["phases"].keys()
-        assert "without decode" not in entry["latency_ms"]
-        assert "copy to host" in entry["phases"] and "without text" in entry["latency_ms"]
+        assert "text encoding" not in entry["phases"] and "without text" in entry["latency_ms"]
+        tiny, whole = entry["phases"]["decode, tiny VAE"]["ms"], entry["phases"]["decode"]["ms"]
+        fps, latency = entry["fps"]["full window"], entry["latency_ms"]
+        assert fps["with the tiny VAE"] == pytest.approx(12e3 / (entry["ms"] - whole + tiny))
+        assert latency["without decode"] < latency["with the tiny VAE"]
+        assert "with the tiny VAE" in entry["fps"]["clip"]
+        together = sum(p["ms"] for n, p in entry["phases"].items() if n in CHUNK)
+        assert entry["phases_sum_ms"] == pytest.approx(together)
     text = str(stream.breakdown(row))
-    assert "decode: no VAE here" in text and "stand-in" in text
+    assert "beside it: decode, tiny VAE" in text and "decoded by Wan2.1's VAE" in text
     assert "text encoding: no text encoder here" in text
-    assert "no VAE here: ModuleNotFoundError: No module named 'diffusers'" in text
+    assert "no text encoder here: ModuleNotFoundError: No module named 'transformers'" in text
+    (first, *_) = stream.baselines(job(only="none"), {"rows": [row], "no_time_for": []}, setting)
+    assert "FPS with the tiny VAE" in first["said"]
 
 
 @torch.no_grad()
-def test_full_size_with_the_libraries_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where they are installed, decoding and encoding are phases like any other."""
-    preset = replace(SMALL, first=None)
-    monkeypatch.setitem(PRESETS, "wan-1.3b", preset)
-    monkeypatch.setattr(peers, "wan_codec", lambda _: ToyVAE())
+def test_full_size_with_a_text_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is installed, encoding is a phase like any other."""
+    small_parts(monkeypatch)
     monkeypatch.setattr(peers, "text_encoder", lambda _, rows: lambda: torch.ones(1, rows, 32))
     row = stream.run_case(job(), phases.full_size(CPU), "chunk-wise", 1e9)
     for entry in row["contestants"].values():
         assert {"decode", "text encoding"} <= entry["phases"].keys()
         assert "without decode" in entry["latency_ms"]
-    assert row["notes"] == ["decoded by diffusers' VAE", "text encoded by transformers' UMT5"]
-    assert "decoded by diffusers' VAE" in str(stream.breakdown(row))
+    assert row["notes"][1:] == ["text encoded by transformers' UMT5"]
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@torch.no_grad()
+def test_decoding_goes_on(graph: bool) -> None:
+    """Of a second clip too; with a graph, the state stays where it is."""
+    torch.manual_seed(0)
+    codec, warmed = codecs.wan_vae(CPU, torch.float32, VAEConfig(dim=8)), []
+
+    def launch(run: Callable[[], Any]) -> Callable[[], Any]:
+        warmed.append(run)
+        return pretend_capture(run)[0]
+
+    decoding, x = phases.Decoding(codec), torch.zeros(1, 3, 16, 4, 4)
+    decode = decoding.phase(x, launch if graph else None)
+    kept = decoding.kept
+    for clip in torch.randn(2, 1, 9, 16, 4, 4):
+        want, made = codec.decode_chunk(clip)[0], []
+        decoding.state = None
+        for chunk in clip.split(3, 1):
+            x.copy_(chunk)
+            decode()
+            made.append(decoding.pixels_BTCHW.clone())
+        torch.testing.assert_close(torch.cat(made, 1), want, rtol=1e-4, atol=1e-5)
+    assert len(warmed) == graph and (decoding.state is kept) == graph
 
 
 def test_with_and_without_by_hand() -> None:
@@ -155,10 +189,10 @@ def test_with_and_without_by_hand() -> None:
         "without copy to host": 57.0,
         "denoising alone": 30.0,
     }
-    del ms["decode"]
-    assert without_each(60.0, ms, ms).keys() == {
-        "all", "without text", "without cache update", "without copy to host", "denoising alone",
-    }  # fmt: skip
+    beside = ms | {"decode, tiny VAE": 1.5}
+    assert without_each(60.0, beside, beside)["with the tiny VAE"] == 56.5
+    del ms["prompt keys and values"]
+    assert "without text" not in without_each(60.0, ms, ms)
     # What the stream has and this figure has not costs it nothing.
     assert without_each(60.0, {"step 1": 1.0}, ["cache update"])["without cache update"] == 60.0
 
@@ -333,13 +367,17 @@ def test_graphs_go_on_rolling(setting: Setting) -> None:
     model = DiT(SMALL.dit).to(DEVICE).eval()
     model.load_state_dict(setting.model.state_dict())
     text = TEXT.to(DEVICE)
-    on_gpu = Setting(SMALL, model, text)
+    codec = ToyVAE().to(DEVICE)
+    on_gpu = Setting(SMALL, model, text, codec)
     mine = Stream(on_gpu, SMALL, Contestant("x", "auto", "auto", graph=True))
     phases.clocked(mine.prompt, torch.device(DEVICE))
     assert not mine.notes
+    state = None
     for want in itertools.islice(stream_latents(model, text, SMALL), 7):
         mine.chunk()
         torch.testing.assert_close(mine.latents, want)
+        pixels, state = codec.decode_chunk(want, state)
+        torch.testing.assert_close(mine.decoding.pixels_BTCHW, pixels, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", [*PEERS])
@@ -426,29 +464,6 @@ def test_compiling_is_not_begun_without_time(
     row = stream.run_case(job(), small, "chunk-wise", stream.COMPILING / 2)
     assert row["contestants"]["compile"] == {"failed": "no time left"}
     assert "ms" in row["contestants"]["reference"]
-
-
-@torch.no_grad()
-def test_the_vae_of_diffusers_streams() -> None:
-    """Chunk by chunk, two streams in turn: the pixels of its own decode of the whole clip."""
-    pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    codec = peers.wan_codec(CPU, base_dim=8, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
-    codec.vae.float()
-    codec.mean, codec.std = codec.mean.float(), codec.std.float()
-    clips = torch.randn(2, 1, 5, 16, 4, 6)
-    want = [
-        codec.vae.decode(clip.transpose(1, 2) * codec.std + codec.mean).sample.transpose(1, 2)
-        for clip in clips
-    ]
-    states, got = [None, None], [[], []]  # type: ignore[var-annotated]
-    for frames in (slice(0, 1), slice(1, 3), slice(3, 5)):
-        for i, clip in enumerate(clips):
-            pixels, states[i] = codec.decode_chunk(clip[:, frames], states[i])
-            got[i].append(pixels)
-    for mine, whole in zip(got, want, strict=True):
-        assert torch.cat(mine, 1).shape == (1, 17, 3, 32, 48)
-        torch.testing.assert_close(torch.cat(mine, 1), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_the_text_encoder_of_transformers() -> None:

@@ -21,16 +21,20 @@ from tests.oracle import DEVICE
 
 def test_what_runs_on_a_gpu_needs_little_but_pytorch(tmp_path: Path) -> None:
     """No package but torch, triton, numpy, rich and pytest; the whole of a part, JSON included."""
-    modules = "suite, kernels, stream, extrapolate, train, predict, report, compare, tune, verify"
+    modules = (
+        "suite, kernels, stream, decode, extrapolate, train, predict, report, compare, tune, verify"
+    )
     code = (
         "import sys; others = 'tyro av matplotlib PIL safetensors diffusers transformers'\n"
         "sys.modules.update(dict.fromkeys(others.split()))\n"
         f"from bench import {modules}\n"
-        f"sys.exit(kernels.main(['--tiny', '--only', 'dmd', '--out', {str(tmp_path)!r}]))"
+        f"options = ['--tiny', '--out', {str(tmp_path)!r}, '--only']\n"
+        "sys.exit(kernels.main([*options, 'dmd']) + decode.main([*options, 'decode 1 latent']))"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     assert (tmp_path / "kernels.json").exists() and not (tmp_path / "kernels.png").exists()
+    assert "is not installed" in json.loads((tmp_path / "decode.json").read_text())["note"]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="is about a machine without a GPU")
@@ -112,7 +116,7 @@ def test_presets_keep_their_time() -> None:
     *others, _ = PRESETS["gpu"].steps
     assert sum(step.limit for step in others) + 60 <= PRESETS["gpu"].total  # time for the last
     timed = {step.name for step in PRESETS["gpu"].steps}
-    assert timed == {"attention", "kernels", "stream", "extrapolate", "train"}
+    assert timed == {"attention", "kernels", "stream", "decode", "extrapolate", "train"}
     assert {"tests", "check", "sanitizer", *timed} == {step.name for step in PRESETS["full"].steps}
     assert {"attention", "gpu", "bench_stream"} <= set(verify.TESTS)
 
@@ -141,7 +145,8 @@ def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert out["ok"] and out["result"]["rows"] and not out["result"]["no_time_for"]
         assert not report.failures(out["result"])
     page = (tmp_path / "report.html").read_text()
-    for figure in ("kernels", "kernels-roofline", "stream-timeline", "extrapolate", "train"):
+    figures = "kernels kernels-roofline stream-timeline decode extrapolate train"
+    for figure in figures.split():
         assert (tmp_path / f"{figure}.png").stat().st_size > 10_000
         assert f'<img alt="{figure}"' in page
     compared = compare.compare(result, result)

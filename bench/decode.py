@@ -1,0 +1,359 @@
+"""`python -m bench decode`: the video VAEs, a chunk in the midst of a clip decoded and encoded.
+
+Wan2.1's VAE by this project and by diffusers, as it is (a latent frame at a time), with all frames
+of a chunk in one call of its decoder ("whole"), with channels last, with both, and on a GPU with
+both under torch.compile; all with the same random weights (bench/codecs.py). TAEHV has no peer.
+At 480×832 in bfloat16 on a GPU: not measured on one yet. On a CPU in float32, at full width and
+64×96, where ours takes Winograd's way: six minutes on two cores. With --tiny at a small width.
+
+Latents are normal, pixels to be encoded uniform. First every result is compared with that of
+ours in float32, by PyTorch's own ops. It may be 1e-4 off in float32; in bfloat16 twice as far as
+PyTorch's own ops in bfloat16, which may be 5e-2 off (relative errors of all pixels). What is wrong
+is not timed. PSNR: by the range of the float32 result, which is 2 for pixels, clamped to [-1, 1].
+
+All take turns, each with cuDNN's algorithms searched for its sizes. One set of inputs is enough: a
+call reads and writes far more than any cache holds. FLOPs are those of the public decoder, by
+`model.decode_flops`; "folded", the convolutions after up-samplings count four of nine taps.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench import codecs, kernels, model, part, timing
+from bench.codecs import WanCodec
+from bench.machine import said
+from bench.model import PIXEL_FRAMES, VAE_STRIDE
+from bench.part import Job, Result, Table
+from sfmodel.config import VAEConfig
+
+OURS, REFERENCE, TINY, PEER = "wan", "reference", "tiny vae", "diffusers"
+WHOLE, LAST = ", whole", ", channels last"
+COMPILE = f"{PEER}, compile"
+CLOSE, CLOSE_HALF = 1e-4, 5e-2  # relative errors
+FLOOR = "floor: predicted, from the measured rate of a matrix product; folded: four of nine taps"
+BEFORE = 3  # latent frames of the clip before the chunk
+SECONDS, TINY_SECONDS = 30.0, 0.5  # that the rounds of a case may take
+COMPILE_SECONDS = 90.0  # that torch.compile may take for a case
+COLOURS = {
+    REFERENCE: "#cccccc",
+    PEER: "#c3d6a8",
+    PEER + LAST: "#8aa86b",
+    PEER + WHOLE: "#a99bc7",
+    PEER + WHOLE + LAST: "#4f7a3a",
+    COMPILE: "#e08a3c",
+    OURS: "#3b6ea5",
+    TINY: "#1f3f66",
+}
+
+
+class Contestant(NamedTuple):
+    """codec: of the two methods of `sfmodel.codec.VideoCodec`. around: what to run it in."""
+
+    codec: Any
+    around: Callable[[], AbstractContextManager[None]] = codecs.searched
+
+
+@dataclass(frozen=True)
+class Case:
+    """A chunk of `frames` latent frames of height × width. first: it begins a clip. encode: it is
+    made of pixels. tiny: TAEHV's, else Wan2.1's. compiled: torch.compile takes part."""
+
+    frames: int
+    height: int
+    width: int
+    first: bool = False
+    encode: bool = False
+    tiny: bool = False
+    compiled: bool = False
+
+    @property
+    def label(self) -> str:
+        size = f"{self.height} x {self.width} latents"
+        first, plural = "the first " * self.first, "s" * (self.frames > 1)
+        which = ", TAEHV" * self.tiny
+        if self.encode:
+            return f"encode {first}{self.frames * PIXEL_FRAMES} frames, {size}{which}"
+        return f"decode {first}{self.frames} latent frame{plural}, {size}{which}"
+
+    def flops(self, dim: int, folded: bool = False) -> int:
+        size = self.frames, self.height, self.width
+        if self.encode:
+            return model.encode_flops(*size, dim)
+        which = "taehv" if self.tiny else "wan"
+        return model.decode_flops(which, *size, self.first, folded, dim)
+
+    def step(self, codec: Any) -> Callable[..., Any]:
+        return codec.encode_chunk if self.encode else codec.decode_chunk
+
+    def make(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The chunks before, and this one."""
+        size = self.height, self.width
+        if not self.encode:
+            made = torch.randn(1, BEFORE + self.frames, 16, *size, device=device)
+            return made[:, :BEFORE], made[:, BEFORE:]
+        scaled = [VAE_STRIDE * n for n in size]
+        still = 1 + PIXEL_FRAMES
+        count = still + PIXEL_FRAMES * self.frames
+        made = 2 * torch.rand(1, count, 3, *scaled, device=device) - 1
+        return made[:, :still], made[:, still:]
+
+    def result(self, made: Tensor) -> Tensor:
+        """What is compared."""
+        return made.float() if self.encode else made.float().clamp(-1, 1)
+
+
+class Sizes(NamedTuple):
+    config: VAEConfig
+    dtype: torch.dtype
+    cases: tuple[Case, ...]
+
+
+def _cases(height: int, width: int) -> tuple[Case, ...]:
+    """The most telling first."""
+    size = height, width
+    return (
+        Case(3, *size, compiled=True),
+        Case(1, *size),
+        Case(3, *size, tiny=True),
+        Case(3, *size, first=True),
+        Case(1, *size, encode=True),
+    )
+
+
+FULL = Sizes(VAEConfig(), torch.bfloat16, _cases(60, 104))
+SMALL = Sizes(VAEConfig(), torch.float32, _cases(8, 12))
+TOY = Sizes(VAEConfig(dim=8), torch.float32, _cases(3, 4))
+
+
+class Field:
+    """Who takes part, with one set of random weights, and what says what is right."""
+
+    def __init__(self, device: torch.device, sizes: Sizes) -> None:
+        self.sizes = sizes
+        torch.manual_seed(0)
+        wan = codecs.wan_vae(device, torch.float32, sizes.config)
+        tiny = codecs.tiny_vae(device, torch.float32)
+        slow = functools.partial(codecs.plain, search=False)
+        self.exact = {
+            False: Contestant(codecs.twin(wan, torch.float32, "reference"), slow),
+            True: Contestant(tiny, slow),
+        }
+        self.tiny = {TINY: Contestant(codecs.prepared(copy.deepcopy(tiny).to(sizes.dtype)))}
+        ours = codecs.twin(wan, sizes.dtype)
+        self.wan = {
+            OURS: Contestant(ours),
+            REFERENCE: Contestant(codecs.twin(ours, sizes.dtype, "reference"), codecs.plain),
+        }
+        self.last: Any = None  # diffusers' with channels last
+        if importlib.util.find_spec(PEER):
+            state = ours.state_dict()
+            vae, self.last = (
+                codecs.diffusers_vae(state, sizes.config, last) for last in (False, True)
+            )
+            for whole, suffix in ((False, ""), (True, WHOLE)):
+                self.wan[PEER + suffix] = Contestant(WanCodec(vae, whole))
+                self.wan[PEER + suffix + LAST] = Contestant(WanCodec(self.last, whole, last=True))
+
+    def of(self, case: Case, compiled: bool) -> dict[str, Contestant]:
+        if case.tiny:
+            return self.tiny
+        found = dict(self.wan)
+        if case.frames == 1:  # is whole anyway
+            found = {name: one for name, one in found.items() if WHOLE not in name}
+        if compiled:
+            torch._dynamo.reset()
+            found[COMPILE] = Contestant(WanCodec(self.last, whole=True, last=True, compiled=True))
+        return found
+
+
+def begun(case: Case, one: Contestant, before: Tensor) -> Callable[[Tensor], Any]:
+    """What runs a contestant on the chunk after `before`."""
+    step = case.step(one.codec)
+    state = None if case.first else step(before)[1]
+    return lambda chunk: step(chunk, state)
+
+
+@torch.no_grad()
+def run_case(
+    case: Case, field: Field, ceilings: Mapping[str, Any], job: Job, seconds: float, compiled: bool
+) -> Result:
+    """Checks all contestants of a case and times those that are right: a row of the result."""
+    torch.manual_seed(0)
+    before, chunk = case.make(job.device)
+    everyone, exact = field.of(case, compiled), field.exact[case.tiny]
+    job.tick(f"{case.label}: in float32")
+    with exact.around():
+        want = case.result(begun(case, exact, before)(chunk)[0])
+    entries: dict[str, dict[str, Any]] = {}
+    right: dict[str, timing.Contestant] = {}
+    errors: dict[str, dict[str, float]] = {}
+    exactly = field.sizes.dtype == torch.float32
+    allowed = CLOSE if exactly else CLOSE_HALF
+    # PyTorch's own ops first, as they say what others are allowed.
+    for name, one in sorted(everyone.items(), key=lambda item: item[0] != REFERENCE):
+        job.tick(f"{case.label}: is {name} right?")
+        try:
+            with one.around():
+                run = begun(case, one, before)
+                errors[name] = compared(case.result(run(chunk)[0]), want)
+            error = errors[name]["error"]
+            assert error <= allowed, f"off by {error:.1e}, allowed {allowed:.1e}"  # NaN fails too
+            right[name] = timing.Contestant(name, run, None, one.around)
+        except Exception as failure:
+            wrong = f"{timing.WRONG}: " * isinstance(failure, AssertionError)
+            entries[name] = {"failed": wrong + timing.reason(failure)}
+        if name == REFERENCE and name in right and not exactly:
+            allowed = 2 * error
+    del want
+    job.tick(case.label)
+    flops, folded = (case.flops(field.sizes.config.dim, folded) for folded in (False, True))
+    # All graphs lie in one pool: each takes gigabytes.
+    pool = torch.cuda.graph_pool_handle() if job.cuda else None
+    ready = [right[name] for name in everyone if name in right]
+    for name, timed in timing.measure(ready, [[chunk]], job.rounds, seconds, pool).items():
+        more: dict[str, Any] = {}
+        if not isinstance(timed, str):
+            more = {"tflops": flops / timed.p50 / 1e9, "rounds": timed.rounds, **errors[name]}
+        entries[name] = timing.entry(timed, **more)
+    row: Result = {"case": case.label, "flops": flops, "folded_flops": folded}
+    if job.cuda:  # a CPU's convolutions outrun its matrix product
+        for key, least in (("floor_ms", flops), ("folded_floor_ms", folded)):
+            row[key] = timing.floor_ms(least, 0, dict(ceilings))
+    row["contestants"] = {name: entries[name] for name in everyone}
+    return row | best_peer(row)
+
+
+def compared(got: Tensor, want: Tensor) -> dict[str, float]:
+    """The relative error of a result, and where there is one its PSNR in dB."""
+    difference = float((got - want).square().mean())
+    out = {"error": math.sqrt(difference / float(want.square().mean()))}
+    if difference > 0:
+        out["psnr_db"] = 10 * math.log10(float(want.max() - want.min()) ** 2 / difference)
+    return out
+
+
+def best_peer(row: Result) -> dict[str, Any]:
+    """The fastest of diffusers', and its time as a multiple of ours: above 1, ours is faster."""
+    timed = {name: e["ms"] for name, e in part.timed(row).items()}
+    peers = [name for name in timed if name.startswith(PEER)]
+    if OURS not in timed or not peers:
+        return {}
+    best = min(peers, key=timed.__getitem__)
+    return {"best_peer": best, "peer_over_ours": timed[best] / timed[OURS]}
+
+
+def run(job: Job) -> Result:
+    """torch.compile comes last, as it takes most of the time."""
+    sizes = TOY if job.tiny else FULL if job.cuda else SMALL
+    result = job.begin("decode", sizes.dtype)
+    if sizes is SMALL:
+        result["sizes"] = "Wan2.1's VAE at few latents"
+    chosen = [case for case in sizes.cases if job.wants(case.label)]
+    job.tick("random weights")
+    field = Field(job.device, sizes)
+    if field.last is None:
+        result["note"] = "diffusers is not installed: nothing to compare with"
+    again = [case for case in chosen if case.compiled and job.cuda and field.last is not None]
+    rows: dict[str, Result] = {}
+    todo = [*((case, False) for case in chosen), *((case, True) for case in again)]
+    for i, (case, compiled) in enumerate(todo):
+        if job.left < (COMPILE_SECONDS if compiled else 0):
+            result["no_time_for"].append(case.label + " with torch.compile" * compiled)
+            continue
+        seconds = TINY_SECONDS if job.tiny else min(SECONDS, job.left / (len(todo) - i) / 2)
+        try:
+            rows[case.label] = run_case(case, field, result["ceilings"], job, seconds, compiled)
+        except Exception as error:  # the other cases still run
+            rows.setdefault(case.label, {"case": case.label, "failed": timing.reason(error)})
+        result["rows"] = [*rows.values()]
+        if job.cuda:
+            torch.cuda.empty_cache()
+        job.save(result)
+    return job.end(result)
+
+
+def tables(result: Result) -> list[Table]:
+    product = result["ceilings"]["matmul_tflops"]
+    unit, scale = kernels.product_unit(result["ceilings"])
+    columns = ("case", "", "ms", "p99", "with launch", unit, "% of product", "MiB", "error",
+               "PSNR dB", "time / ours")  # fmt: skip
+    body: list[list[str]] = []
+    notes: dict[str, None] = {}
+    for row in result["rows"]:
+        if "failed" in row:
+            body.append([row["case"], f"failed: {row['failed']}", *[""] * 9])
+            continue
+        timed = part.timed(row)
+        ours = next((timed[name]["ms"] for name in (OURS, TINY) if name in timed), None)
+
+        def share(ms: float, ours: float | None = ours) -> str:
+            return f"{ms / ours:.2f}" if ours else ""
+
+        for i, (name, e) in enumerate(row["contestants"].items()):
+            label = row["case"] if i == 0 else ""
+            if "ms" not in e:
+                body.append([label, f"{name}: {e['failed']}", *[""] * 9])
+                continue
+            if "note" in e:
+                notes[f"{name}: {e['note']}"] = None
+            body.append(
+                [
+                    label,
+                    name,
+                    kernels.number(e["ms"]),
+                    kernels.number(e["p99_ms"]),
+                    kernels.number(e["launched_ms"]) if "launched_ms" in e else "",
+                    kernels.number(scale * e["tflops"]),
+                    kernels.percent(e["tflops"], product),
+                    f"{e['peak_mib']:.0f}" if "peak_mib" in e else "",
+                    f"{e['error']:.1e}",
+                    f"{e['psnr_db']:.1f}" if "psnr_db" in e else "exact",
+                    share(e["ms"]),
+                ]
+            )
+        for name, key in (("floor", "floor_ms"), ("floor, folded", "folded_floor_ms")):
+            if key in row:
+                body.append(["", name, kernels.number(row[key]), *[""] * 7, share(row[key])])
+                notes[FLOOR] = None
+    lines = ["error and PSNR: against float32", *notes]
+    if "note" in result:
+        lines.append(result["note"])
+    if result["no_time_for"]:
+        lines.append(f"no time for: {', '.join(result['no_time_for'])}")
+    title = f"video VAEs, {result['sizes']}, {result['ceilings']['dtype']}"
+    return [Table(f"{title} ({said(result['machine'])})", columns, body, lines)]
+
+
+def figures(result: Result) -> Iterator[tuple[str, Any]]:
+    unit, scale = kernels.product_unit(result["ceilings"])
+    groups = []
+    for row in result["rows"]:
+        timed = part.timed(row)
+        bars = [
+            (name, scale * timed[name]["tflops"], f"{kernels.number(timed[name]['ms'])} ms")
+            for name in COLOURS
+            if name in timed
+        ]
+        if bars:
+            groups.append((row["case"], bars))
+    if groups:
+        product = scale * result["ceilings"]["matmul_tflops"]
+        label = f"{unit} of the public decoder (dashed: a matrix product)"
+        title = said(result["machine"])
+        yield "decode", kernels.grouped_bars(groups, product, label, title, COLOURS)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return part.command("decode", sys.modules[__name__], arguments, __doc__, on_cpu=True)
