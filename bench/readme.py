@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import compare, experiment, kernels, model, predict
+from bench import compare, decode, experiment, kernels, model, predict
 from bench.machine import said
 from bench.part import Result
 from bench.peers import BASELINES
@@ -34,6 +34,7 @@ MOST = 2  # rows of attention, and of streaming
 DEMO, EXPERIMENT = "demo-cpu.json", "experiment-cpu.json"
 SHOWN = 4  # columns of the experiment
 ASIDE = ("SF + DMD, first hidden",)  # rows of it that docs/training.md alone shows
+DECODED = ("decode 3", "decode 1")
 CHUNK = "4680 x 1536"  # what the picture shows
 CALLED = {"compile": "torch.compile", "native": "PyTorch's own"}
 PREDICTED = ("h100", "h200")
@@ -56,7 +57,7 @@ def block(folder: Path) -> str:
     """The lines from BEGIN to END, with both."""
     found = newest(folder)
     own = _demo(folder / DEMO), _experiment(folder / EXPERIMENT)
-    sections = (*own, _kernels(found), _attention(found), _streaming(found))
+    sections = (*own, _kernels(found), _attention(found), _decoding(found), _streaming(found))
     return "\n".join([BEGIN, "\n\n".join("\n".join(lines) for lines in sections), END])
 
 
@@ -162,6 +163,28 @@ def _attention(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
                 yield _line(case, µs, f"{rate:.0f}" if rate else "", best, ratio)
             return
     yield "**Attention is not measured on a GPU yet.**"
+
+
+def _decoding(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
+    """Of the newest file the chunks that Wan2.1's VAE decodes in the midst of a clip."""
+    for name, result in found:
+        rows = [row for row in result["rows"] if row["case"].startswith(DECODED)]
+        said_of = [
+            f"a chunk of {row['case'].removeprefix('decode ')} in {ours['ms'] / 1e3:.2g} s "
+            f"({row['peer_over_ours']:.2f} × less than {row['best_peer']}, relative error "
+            f"{ours['error']:.0e})"
+            for row in rows
+            if "peer_over_ours" in row and (ours := row["contestants"][decode.OURS])
+        ]
+        if said_of:
+            yield from _prose(
+                f"Wan2.1's VAE, full width, {result['ceilings']['dtype']}, random weights, beside "
+                f"diffusers' at its best settings, {_on(result, name)}: {'; '.join(said_of)}."
+                + " Not measured on a GPU yet."
+                * (result["machine"].get("kind") == "cpu")
+            )
+            return
+    yield "**Decoding is not measured yet.**"
 
 
 def _streaming(found: Sequence[tuple[str, Result]]) -> Iterator[str]:

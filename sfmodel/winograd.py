@@ -22,7 +22,7 @@ OUT, IN = 4, 6  # pixels on a side of a tile
 TOGETHER = 4096  # tiles of as many frames as are computed at once
 # Below, transforming the kernel takes longer than what is saved. The frames do not count, so that a
 # clip is computed in the same way in chunks of any size.
-FEWEST_CHANNELS, FEWEST_PIXELS = 32, 64
+FEWEST_CHANNELS, FEWEST_PIXELS = 32, 256
 
 
 def _both_sides(matrix: list[list[float]]) -> Tensor:
