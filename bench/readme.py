@@ -170,9 +170,8 @@ def _decoding(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
     for name, result in found:
         rows = [row for row in result["rows"] if row["case"].startswith(DECODED)]
         said_of = [
-            f"a chunk of {row['case'].removeprefix('decode ')} in {ours['ms'] / 1e3:.2g} s "
-            f"({row['peer_over_ours']:.2f} × less than {row['best_peer']}, relative error "
-            f"{ours['error']:.0e})"
+            f"{row['case'].removeprefix('decode ').replace(' x ', ' × ')} take "
+            f"{ours['ms'] / 1e3:.2g} s, {row['best_peer']} {row['peer_over_ours']:.2f} × as long"
             for row in rows
             if "peer_over_ours" in row and (ours := row["contestants"][decode.OURS])
         ]
