@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -92,6 +91,8 @@ class ToyVAE(nn.Module):
         """The trained codec, in evaluation mode. Raises ValueError where there is no such file."""
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such weights; `python -m sfmodel.toy_vae` makes them")
+        from safetensors.torch import load_file  # the class itself needs no more than PyTorch
+
         vae = cls()
         vae.load_state_dict(load_file(path))
         return vae.eval()
@@ -237,6 +238,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     arguments = parser.parse_args()
+    from safetensors.torch import save_file
+
     vae = train(arguments.steps, arguments.seed)
     settings = {"steps": arguments.steps, "seed": arguments.seed}
     with atomic(arguments.out) as temporary:

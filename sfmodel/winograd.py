@@ -66,7 +66,7 @@ def pays(x_BTHWC: Tensor, weight: Tensor) -> bool:
     return (
         x_BTHWC.device.type == "cpu"
         and x_BTHWC.dtype == weight.dtype == torch.float32
-        and not torch.is_grad_enabled()
+        and not (torch.is_grad_enabled() and (x_BTHWC.requires_grad or weight.requires_grad))
         and weight.shape[-2:] == (3, 3)
         and min(weight.shape[:2]) >= FEWEST_CHANNELS
         and x_BTHWC.shape[2] * x_BTHWC.shape[3] >= FEWEST_PIXELS

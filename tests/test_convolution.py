@@ -45,9 +45,13 @@ def test_winograd_is_a_convolution(
 
 def test_winograd_is_for_what_it_can_do() -> None:
     x, weight = torch.randn(1, 3, 16, 16, 32), torch.randn(32, 32, 3, 3, 3)
-    assert not winograd.pays(x, weight)  # it has no gradient
+    assert winograd.pays(x, weight)
+    for learned in (x, weight):
+        learned.requires_grad_()
+        assert not winograd.pays(x, weight)  # it has no gradient
+        learned.requires_grad_(False)
     with torch.no_grad():
-        assert winograd.pays(x, weight)
+        assert winograd.pays(x, weight.requires_grad_())
         assert winograd.pays(x[:, :1], weight)  # whatever the chunk: the whole is computed alike
         assert not winograd.pays(x[:, :, :15], weight)
         assert not winograd.pays(x[..., :31], weight[:, :31])
