@@ -1,5 +1,5 @@
-"""How much memory training takes on a GPU, worked out. `python -m bench.memory` prints the table of
-docs/training.md.
+"""How much memory streams and training take on a GPU, worked out. `python -m bench.memory` prints
+the table of docs/training.md, `sfmodel doctor` what streams need.
 
 FSDP2 cuts weights, gradients, moments and averages into the ranks; what is left whole is what one
 micro-batch computes with.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from bench.model import clip_chunks, parameters
+from bench.model import PIXEL_FRAMES, VAE_STRIDE, WAN_DECODER, clip_chunks, parameters
 from sfmodel.config import PRESETS, DiTConfig, Preset
 
 GIB = 2**30
@@ -19,6 +19,29 @@ LEARNED, AVERAGED, FROZEN = 16, 4, 2
 # model's width, of the FFN's, of each head, and a few statistics of rows. Recomputed, its inputs.
 KEPT_DIM, KEPT_FFN, KEPT_HEAD, KEPT_ROW = 18.375, 2, 2, 10
 KEPT_RECOMPUTED = 2
+
+# Of a decoder: channels of its largest activation; how many of these there are at once, as
+# `tests/test_memory.py` counts them, TAEHV's state among them; parameters.
+DECODERS = {"wan": (96, 4.3, 126.9e6), "taehv": (64, 2.3, 11.3e6)}
+
+
+def activations_gib(preset: Preset) -> float:
+    """Of one pass of a stream over a chunk in bfloat16, where they are most, in an FFN: its hidden
+    channels before and after GELU, its input, its output, and the residual stream."""
+    config, tokens = preset.dit, preset.chunk * math.prod(preset.grid)
+    return 2 * tokens * (2 * config.ffn_dim + 3 * config.dim) / GIB
+
+
+def decoder_gib(preset: Preset, decoder: str) -> float:
+    """Of a video VAE in bfloat16: parameters, the peak of a chunk decoded at once, and for Wan2.1's
+    own the two frames that each convolution over time looks back at, before and after."""
+    channels, peak, weights = DECODERS[decoder]
+    latents = preset.height * preset.width
+    elements = peak * PIXEL_FRAMES * preset.chunk * VAE_STRIDE**2 * latents * channels
+    if decoder == "wan":
+        inputs = [count * a * space**2 for count, a, _, taps, space, _ in WAN_DECODER if taps == 27]
+        elements += 2 * 2 * latents * sum(inputs)
+    return 2 * (elements + weights) / GIB
 
 
 def kept_elements(config: DiTConfig, recompute: bool) -> float:

@@ -4,7 +4,6 @@ files that are here, and the command to run next. Nothing is downloaded, no weig
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import shlex
@@ -23,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sfmodel import assets
-from sfmodel.config import PRESETS, Preset
+from sfmodel.config import PRESETS
 from sfmodel.files import atomic
 
 GIB = 2**30
@@ -33,9 +32,6 @@ NEEDED = ("generators", "vae", "text_encoder", "tokenizer")  # to stream it
 WINDOWS = (9, 21)  # latent frames
 ENCODER_GIB = 10.6  # 5,680,910,336 parameters
 CUDA_GIB = 1.0  # assumed: CUDA's context, its libraries' work space, compiled kernels
-# Of a decoder: channels of its largest activation; peak of memory over that activation, counted
-# from the allocations of `decode_chunk` on a CPU without those inside fused kernels; parameters.
-DECODERS = {"wan": (96, 8.3, 127e6), "taehv": (64, 2.4, 11.3e6)}
 PARTS = ("weights", "cache", "activations", "decoder", "total")
 # A distribution, what it is for here, what installs it.
 LIBRARIES = (
@@ -147,6 +143,7 @@ def memory(gpu_gib: float | None) -> list[dict[str, Any]]:
     """GiB that a stream needs, a row for each preset, window and decoder: of weights, keys and
     values, a chunk's activations, its decoder, all in bfloat16. Worked out, not measured. fits:
     into `gpu_gib`; None without a GPU."""
+    from bench.memory import DECODERS, activations_gib, decoder_gib
     from bench.model import memory_gib
 
     rows = []
@@ -163,27 +160,6 @@ def memory(gpu_gib: float | None) -> list[dict[str, Any]]:
                 row |= dict(zip(PARTS, [*parts, total], strict=True))
                 rows.append({**row, "fits": None if gpu_gib is None else total < gpu_gib})
     return rows
-
-
-def activations_gib(preset: Preset) -> float:
-    """Of one pass over a chunk, where they are most, in an FFN: its hidden channels before and
-    after GELU, its input, its output, and the residual stream."""
-    config, tokens = preset.dit, preset.chunk * math.prod(preset.grid)
-    return 2 * tokens * (2 * config.ffn_dim + 3 * config.dim) / GIB
-
-
-def decoder_gib(preset: Preset, decoder: str) -> float:
-    """Parameters, the peak of a chunk decoded at once, and for Wan2.1's own decoder the two frames
-    that each convolution over time looks back at."""
-    from bench.model import PIXEL_FRAMES, VAE_STRIDE, WAN_DECODER
-
-    channels, peak, parameters = DECODERS[decoder]
-    latents = preset.height * preset.width
-    elements = peak * PIXEL_FRAMES * preset.chunk * VAE_STRIDE**2 * latents * channels
-    if decoder == "wan":
-        inputs = [count * a * space**2 for count, a, _, taps, space, _ in WAN_DECODER if taps == 27]
-        elements += 2 * latents * sum(inputs)
-    return 2 * (elements + parameters) / GIB
 
 
 # --- What to do

@@ -42,17 +42,21 @@ EPS = 1e-24
 LOOKS_BACK = 2  # frames before its own that a convolution over time sees
 
 
-class Sum(NamedTuple):
+class Sum:
     """x + y + bias, still to be taken: whoever comes next does so in the same pass over memory. y
-    and its bias are what a residual block adds."""
+    and its bias are what a residual block adds. It is taken once and then holds no memory, whoever
+    still has it."""
 
-    x: Tensor
-    y: Tensor | None = None
-    bias: Tensor | None = None
+    def __init__(self, x: Tensor, y: Tensor | None = None, bias: Tensor | None = None) -> None:
+        self._parts = [(x, y, bias)]
+
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self._parts.pop()
 
     def taken(self) -> Tensor:
-        x = self.x if self.y is None else self.x + self.y
-        return x if self.bias is None else x + self.bias
+        x, y, bias = self.parts()
+        x = x if y is None else x + y
+        return x if bias is None else x + bias
 
 
 class Norm(nn.Module):
@@ -71,7 +75,7 @@ class Norm(nn.Module):
     def silu(self, total: Sum, memory: Memory) -> tuple[Tensor, Tensor]:
         """The sum (x itself if there is no y), and SiLU of its norm behind the frames before it,
         whose last ones are kept."""
-        x_BTHWC, y_BTHWC, bias_C = total
+        x_BTHWC, y_BTHWC, bias_C = total.parts()
         before = memory.before(x_BTHWC)
         sum_BLC, out_BLC = sf.rms_norm_silu(
             x_BTHWC.flatten(1, 3),
@@ -124,7 +128,9 @@ class ResidualBlock(nn.Module):
         norm, conv, norm2, conv2 = cast(Any, self.residual.values())
         x_BTHWC, h_BTHWC = norm.silu(total, memory)
         out_BTHWC, bias_C = conv.apart(h_BTHWC)
-        _, h_BTHWC = norm2.silu(Sum(out_BTHWC, None, bias_C), memory)
+        between = Sum(out_BTHWC, None, bias_C)
+        del h_BTHWC, out_BTHWC  # gigabytes
+        _, h_BTHWC = norm2.silu(between, memory)
         return Sum(self.shortcut(x_BTHWC), *conv2.apart(h_BTHWC))
 
 
@@ -273,9 +279,9 @@ class Decoder(Coder):
         for rows in _tiles(H, tile, self.reach):
             band = []
             for columns in _tiles(W, tile, self.reach):
-                piece = Sum(x_BTHWC[:, :, rows.around, columns.around].contiguous())
-                pixels = self.finish(_run(self.upsamples, piece, memory), memory)
-                scale = pixels.shape[2] // piece.x.shape[2]
+                piece_BTHWC = x_BTHWC[:, :, rows.around, columns.around].contiguous()
+                pixels = self.finish(_run(self.upsamples, Sum(piece_BTHWC), memory), memory)
+                scale = pixels.shape[2] // piece_BTHWC.shape[2]
                 band.append(pixels[:, :, rows.pixels(scale), columns.pixels(scale)])
             bands.append(torch.cat(band, 3))
         return torch.cat(bands, 2)

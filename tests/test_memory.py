@@ -1,15 +1,24 @@
-"""What training keeps in memory, counted, beside the formula."""
+"""What training keeps in memory and what decoders take, counted, beside the formulas."""
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.memory import kept_elements, training_gib
+import sfkernels as sf
+from bench.memory import GIB, decoder_gib, kept_elements, training_gib
 from sfkernels import BlockLayout
 from sfmodel.config import PRESETS, DiTConfig
 from sfmodel.dit import DiT, TextKeys
+from sfmodel.tiny_vae import TinyVAE
+from sfmodel.vae import WanVAE
 
 FRAMES, GRID = 2, 4
 
@@ -61,3 +70,59 @@ def test_a_generator_step_of_the_paper() -> None:
     assert gib["cache"] == pytest.approx(21 * 274 / 1024, rel=0.01)
     alone = training_gib(PRESETS["wan-1.3b"], "sf+dmd")
     assert alone["activations"] == gib["activations"] and alone["total"] > gib["total"]
+
+
+class Counting(TorchDispatchMode):
+    """Bytes of the storages that are alive, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def gone(self, which: int, nbytes: int) -> None:
+        self.known.discard(which)
+        self.now -= nbytes
+
+
+@pytest.mark.parametrize(("decoder", "build"), [("wan", WanVAE), ("taehv", TinyVAE)])
+def test_what_a_decoder_takes(decoder: str, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At real size on tensors without values; kernels allocate their outputs, as on a GPU, and
+    convolutions theirs with channels last. The states before and after are counted."""
+
+    def fused(x_BLC: Tensor, _: Tensor, y_BLC: Any = None, **more: Any) -> Any:
+        B, L, C = x_BLC.shape
+        before = 0 if more["before_BPC"] is None else more["before_BPC"].shape[1]
+        total = None if y_BLC is None else torch.empty_like(x_BLC)
+        return total, x_BLC.new_empty(B, before + L, C)
+
+    def convolved(
+        x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, *_: Any
+    ) -> Tensor:
+        pads = [padding] * (x.dim() - 2) if isinstance(padding, int) else padding
+        sizes = zip(x.shape[2:], weight.shape[2:], pads, strict=True)
+        size = [n - taps + 1 + 2 * pad for n, taps, pad in sizes]
+        return x.new_empty(len(x), *size, len(weight)).movedim(-1, 1)
+
+    monkeypatch.setattr(sf, "rms_norm_silu", fused)
+    monkeypatch.setattr(F, "conv2d", convolved)
+    monkeypatch.setattr(F, "conv3d", convolved)
+    with torch.device("meta"):
+        vae, latents = build().bfloat16().requires_grad_(False), torch.empty(1, 3, 16, 60, 104)
+    _, state = vae.decode_chunk(latents)
+    with Counting() as counted:
+        vae.decode_chunk(latents, state)
+    weights = sum(2 * p.numel() for p in vae.parameters())
+    formula = decoder_gib(PRESETS["wan-1.3b"], decoder)
+    assert (counted.peak + weights) / GIB == pytest.approx(formula, rel=0.03)
