@@ -61,11 +61,7 @@ class TinyVAE(nn.Module):
     def decode_chunk(
         self, latents_BFCHW: Tensor, state: State | None = None
     ) -> tuple[Tensor, State]:
-        """Latents [B, F, 16, H, W] to pixels [B, T, 3, 8H, 8W] in [-1, 1].
-
-        state: None at the start of a clip, where F latent frames give T = 1 + 4 (F - 1) frames;
-        after that what the previous call returned, and T = 4 F. Raises ValueError for other
-        shapes."""
+        """As `VideoCodec`: latents [B, F, 16, H, W] to pixels [B, T, 3, 8H, 8W] in [-1, 1]."""
         check_latents(self, latents_BFCHW)
         check_before("latents", latents_BFCHW, state)
         layers: Any = self.decoder

@@ -331,11 +331,8 @@ class WanVAE(nn.Module):
     def encode_chunk(
         self, pixels_BTCHW: Tensor, state: State | None = None
     ) -> tuple[Tensor, State]:
-        """Pixels [B, T, 3, H, W] in [-1, 1] to normalised latents [B, F, 16, H / 8, W / 8], the
-        means of their distributions, in float32.
-
-        state: None at the start of a clip, where T = 1 + 4k gives k + 1 latent frames; after that
-        what the previous call returned, and T = 4k gives k. Raises ValueError for other sizes."""
+        """As `VideoCodec`: pixels [B, T, 3, H, W] to normalised latents [B, F, 16, H / 8, W / 8],
+        the means of their distributions, in float32."""
         check_pixels(self, pixels_BTCHW, state is None)
         check_before("pixels", pixels_BTCHW, state)
         latents = []
@@ -357,11 +354,7 @@ class WanVAE(nn.Module):
     def decode_chunk(
         self, latents_BFCHW: Tensor, state: State | None = None
     ) -> tuple[Tensor, State]:
-        """Normalised latents [B, F, 16, H, W] to pixels [B, T, 3, 8H, 8W] about in [-1, 1].
-
-        state: None at the start of a clip, where F latent frames give T = 1 + 4 (F - 1) frames;
-        after that what the previous call returned, and T = 4 F. Raises ValueError for other
-        shapes."""
+        """As `VideoCodec`: normalised latents [B, F, 16, H, W] to pixels [B, T, 3, 8H, 8W]."""
         check_latents(self, latents_BFCHW)
         check_before("latents", latents_BFCHW, state)
         mean_C, std_C = _statistics(latents_BFCHW.device, self.latent_channels)

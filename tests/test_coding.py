@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sfmodel import checkpoint, pretrained
-from sfmodel.cli import main
 from sfmodel.config import PRESETS, DiTConfig, Preset, VAEConfig
 from sfmodel.dit import DiT
 from sfmodel.text import ToyTextEncoder
@@ -23,6 +21,7 @@ from sfmodel.tiny_vae import TinyVAE
 from sfmodel.train.data import LatentShards, Prompts
 from sfmodel.vae import WanVAE
 from sfmodel.video import VideoWriter, read_video
+from tests.test_cli import refused, run
 
 # The text encoder has a test of its own (test_umt5.py); the toy's takes its place here.
 TEXT = ToyTextEncoder
@@ -56,20 +55,6 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SFMODEL_MODELS", str(folder))
     monkeypatch.chdir(tmp_path)
     return folder
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["sfmodel", *map(str, words)])
-    main()
-
-
-def refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
-) -> str:
-    with pytest.raises(SystemExit) as exit:
-        run(monkeypatch, *words)
-    assert exit.value.code == 2
-    return capsys.readouterr().err.strip()
 
 
 def write_video(path: Path, count: int, height: int = 40, width: int = 48) -> Path:
@@ -174,9 +159,7 @@ def test_wrong_files_are_one_sentence(
     models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def said(*words: object) -> str:
-        text = refused(monkeypatch, capsys, *words)
-        assert "\n" not in text
-        return text
+        return refused(monkeypatch, capsys, *words)
 
     assert "none: there is no such file or folder" in said("encode", "none")
     Path("empty").mkdir()

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,8 @@ from torch import Tensor
 
 from sfmodel.codec import State
 from sfmodel.tiny_vae import TinyVAE
+from tests import clips
+from tests.clips import assert_same, in_parts
 from tests.parity.__main__ import drawn_weights
 
 RECORDED = Path(__file__).parent / "parity" / "taehv_seed0"
@@ -30,32 +31,17 @@ def vae() -> TinyVAE:
 
 @pytest.fixture(scope="module")
 def latents() -> Tensor:
-    return torch.randn(2, 6, 16, 3, 5, generator=torch.Generator().manual_seed(1))
+    return clips.latents()
 
 
 @pytest.fixture(scope="module")
 def pixels() -> Tensor:
-    """In [-1, 1], as many frames as the latents stand for and three more."""
-    return 2 * torch.rand(2, 24, 3, 24, 40, generator=torch.Generator().manual_seed(2)) - 1
+    return clips.pixels()
 
 
 @pytest.fixture(scope="module")
 def decoded(vae: TinyVAE, latents: Tensor) -> tuple[Tensor, State]:
     return vae.decode_chunk(latents)
-
-
-def in_parts(chunk: Any, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Any]:
-    """What comes of x in chunks of these sizes, and the state in the end."""
-    parts, state = [], None
-    for part in x.split(sizes, 1):
-        out, state = chunk(part, state)
-        parts.append(out)
-    return torch.cat(parts, 1), state
-
-
-def assert_same(a: Any, b: Any) -> None:
-    # A convolution may sum in another order for another number of frames.
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def test_names_and_shapes_are_the_public_ones(vae: TinyVAE) -> None:

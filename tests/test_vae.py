@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +15,8 @@ from sfmodel.codec import State
 from sfmodel.config import VAEConfig
 from sfmodel.convolution import channels_last, conv3d
 from sfmodel.vae import CausalConv3d, WanVAE
+from tests import clips
+from tests.clips import assert_same, in_parts
 
 RECORDED = Path(__file__).parent / "parity" / "vae_d8"
 CONFIG = VAEConfig.from_wan(json.loads((RECORDED / "config.json").read_text()))
@@ -35,32 +36,17 @@ def vae() -> WanVAE:
 
 @pytest.fixture(scope="module")
 def latents() -> Tensor:
-    return torch.randn(2, 6, 16, 3, 5, generator=torch.Generator().manual_seed(1))
+    return clips.latents()
 
 
 @pytest.fixture(scope="module")
 def pixels() -> Tensor:
-    """As many frames as the latents stand for."""
-    return 2 * torch.rand(2, 21, 3, 24, 40, generator=torch.Generator().manual_seed(2)) - 1
+    return clips.pixels()[:, :21]
 
 
 @pytest.fixture(scope="module")
 def decoded(vae: WanVAE, latents: Tensor) -> tuple[Tensor, State]:
     return vae.decode_chunk(latents)
-
-
-def in_parts(chunk: Any, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Any]:
-    """What comes of x in chunks of these sizes, and the state in the end."""
-    parts, state = [], None
-    for part in x.split(sizes, 1):
-        out, state = chunk(part, state)
-        parts.append(out)
-    return torch.cat(parts, 1), state
-
-
-def assert_same(a: Any, b: Any) -> None:
-    # A convolution may sum in another order for another number of frames.
-    torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
 
 
 def test_names_and_shapes_are_the_official_ones(vae: WanVAE) -> None:
