@@ -31,7 +31,7 @@ from sfmodel.pretrained import (
     load_toy,
     sized,
     told,
-)  # fmt: skip
+)
 from sfmodel.stream import stream
 from sfmodel.train.config import RECIPES, TrainConfig, defaults
 from sfmodel.train.data import read_prompts

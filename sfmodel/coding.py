@@ -32,11 +32,12 @@ from sfmodel.pretrained import (
     told,
 )
 from sfmodel.terminal import TerminalPlayer
-from sfmodel.train.data import read_prompts
+from sfmodel.train.data import prompt_beside, read_prompts, within
 from sfmodel.video import VIDEOS, ContactSheet, VideoWriter, covering_frames, to_pixels
 
 CHUNK = 16  # pixel frames that go to the encoder at once
 LATENTS = 3  # latent frames that go to the decoder at once
+PROMPTS = 256  # whose embeddings are in memory at once
 
 
 @torch.no_grad()
@@ -77,17 +78,22 @@ def encode(
         _save(target, {"text": embeddings_NTE}, prompts)
         print(f"{len(prompts)} prompts: {target}")
         return
-    videos = [source] if source.is_file() else sorted(_videos(source))
+    if not source.exists():
+        raise ValueError(f"{source}: there is no such file or folder")
+    videos = within(source, VIDEOS)
     if not videos:
         raise ValueError(f"{source}: holds no video: must be a file or folder of {VIDEOS}")
     todo = [(each, output / f"{each.stem}.safetensors") for each in videos]
     todo = [(each, target) for each, target in todo if not target.exists()]
-    # The text first: its encoder leaves the GPU before the video encoder comes.
-    prompts = [_prompt_of(each) for each, _ in todo]
+    # The text first: its encoder leaves the GPU before the video encoder comes. It is loaded once
+    # for many prompts and keeps on disk what each is encoded as.
+    prompts = [prompt_beside(each) for each, _ in todo]
     with told("encoding the prompts"):
-        embedded = [text([prompt], device) for prompt in prompts]
+        for i in range(0, len(prompts), PROMPTS):
+            text(prompts[i : i + PROMPTS], device)
     codec = load_codec(preset, device, vae, models)
-    for (each, target), prompt, text_1TE in zip(todo, prompts, embedded, strict=True):
+    for (each, target), prompt in zip(todo, prompts, strict=True):
+        text_1TE = text([prompt], device)
         latents_1FCHW = _latents_of(each, codec, settings, frames, device)
         _save(target, {"latents": latents_1FCHW, "text": text_1TE}, [prompt])
         count = latents_1FCHW.shape[1]
@@ -179,18 +185,6 @@ def write_videos(
     )
     if interrupted:
         raise KeyboardInterrupt
-
-
-def _videos(folder: Path) -> Iterator[Path]:
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such file or folder")
-    return (path for path in folder.iterdir() if path.suffix.lower() in VIDEOS)
-
-
-def _prompt_of(video: Path) -> str:
-    """Of the text file beside it; "" without one."""
-    beside = video.with_suffix(".txt")
-    return " ".join(read_prompts(beside)) if beside.exists() else ""
 
 
 def _latents_of(

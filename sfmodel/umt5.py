@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import html
 import importlib
-import json
 import os
 import re
 import warnings
@@ -70,7 +69,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     diffusers' layout (`text_encoder`, in shards or not) or of the official .pth file.
 
     Raises ValueError with one sentence for other files and for missing ones."""
-    state = checkpoint.read(_files(path)[0])[0]
+    state = _opened(path).tensors
     if "token_embedding.weight" in state:
         state = {_from_official(name): tensor for name, tensor in state.items()}
     shared = state.pop("encoder.embed_tokens.weight", None)  # the same tensor by another name
@@ -258,7 +257,7 @@ class UMT5Encoder:
         """A hash of the encoder: of names, sizes and samples of its files (of large ones 32 slices
         from start to end, of which the first holds the header), and of its dtype."""
         digest = hashlib.sha256(f"{self.dtype} {self.text_len}".encode())
-        files = [*_files(self.weights), self.tokenizer / "tokenizer.json"]
+        files = [*_opened(self.weights).files, self.tokenizer / "tokenizer.json"]
         if self.weights.is_dir():
             files.append(self.weights / "config.json")
         for path in files:
@@ -274,19 +273,12 @@ class UMT5Encoder:
         return digest.hexdigest()
 
 
-def _files(path: Path) -> list[Path]:
-    """The files of weights, the list of shards first where there is one. Raises ValueError where
-    that is none."""
-    if not path.is_dir():
-        return [path]
-    index = path / "model.safetensors.index.json"
-    if not index.is_file():
-        return [path / "model.safetensors"]
-    try:
-        shards = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        return [index, *(path / name for name in sorted(shards))]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index}: not an index of shards ({_line(error)})") from None
+def _opened(path: Path) -> checkpoint.Weights:
+    """A file, or a folder's. Raises ValueError as `checkpoint.open_weights` does."""
+    if path.is_dir():
+        index = path / "model.safetensors.index.json"
+        path = index if index.is_file() else path / "model.safetensors"
+    return checkpoint.open_weights(path)
 
 
 def _from_official(name: str) -> str:

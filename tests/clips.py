@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfmodel.codec import State
+
 
 def latents() -> Tensor:
     """Of two clips."""
@@ -25,6 +27,19 @@ def in_parts(chunk: Any, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Any
         out, state = chunk(part, state)
         parts.append(out)
     return torch.cat(parts, 1), state
+
+
+def goes_on_twice(chunk: Any, parts: tuple[Tensor, Tensor, Tensor], apart: float) -> State:
+    """The state after the first part, from which the two others go on; they are at least so far
+    `apart`, and it does not change."""
+    first, second, third = parts
+    state: State = chunk(first)[1]
+    kept = [frames.clone() for frames in state.before]
+    on, other = chunk(second, state)[0], chunk(third, state)[0]
+    assert (on - other).abs().max() > apart
+    assert all(map(torch.equal, state.before, kept))
+    assert_same(chunk(second, state)[0], on)
+    return state
 
 
 def assert_same(a: Any, b: Any) -> None:

@@ -207,7 +207,7 @@ class LatentShards(_Files):
     frames of longer clips are taken, as latent frame 0 of a clip is a still."""
 
     def __init__(self, path: Path, preset: Preset, frames: int, text: TextEncoder | None) -> None:
-        super().__init__(path, _within(path, (".safetensors",)), preset, frames, text)
+        super().__init__(path, within(path, (".safetensors",)), preset, frames, text)
 
 
 class VideoFiles(_Files):
@@ -219,14 +219,12 @@ class VideoFiles(_Files):
         self, folder: Path, preset: Preset, frames: int, codec: VideoCodec, text: TextEncoder
     ) -> None:
         self.codec = codec
-        super().__init__(folder, _within(folder, VIDEOS), preset, frames, text)
+        super().__init__(folder, within(folder, VIDEOS), preset, frames, text)
 
     def _open(self, path: Path) -> _File:
         with opened_video(path) as (_, stream):
             _long_enough(stream.frames or math.inf, self._pixel_frames(self.frames))
-        prompt = path.with_suffix(".txt")
-        sentence = " ".join(read_prompts(prompt)) if prompt.exists() else ""
-        return _File(path, [sentence], False)
+        return _File(path, [prompt_beside(path)], False)
 
     def _latents(self, path: Path, row: int, frames: int) -> Tensor:
         scale = self.codec.spatial_factor
@@ -276,9 +274,9 @@ def open_source(
             "of latents as .safetensors, or prompts"
         )
     suffix = path.suffix.lower()
-    if path.is_dir() and _within(path, (".safetensors",)):
+    if path.is_dir() and within(path, (".safetensors",)):
         return LatentShards(path, preset, frames, text)
-    if path.is_dir() and _within(path, VIDEOS):
+    if path.is_dir() and within(path, VIDEOS):
         if codec is not None and text is not None:
             return VideoFiles(path, preset, frames, codec, text)
         raise ValueError(
@@ -323,6 +321,13 @@ def read_prompts(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
+def prompt_beside(video: Path) -> str:
+    """Of the text file of the same name; "" where there is none. Raises ValueError as
+    `read_prompts` does."""
+    beside = video.with_suffix(".txt")
+    return " ".join(read_prompts(beside)) if beside.exists() else ""
+
+
 def _picked(batch: int, rows: slice) -> list[int]:
     picked = [*range(batch)[rows]]
     if not picked:
@@ -339,7 +344,7 @@ def _shuffled(count: int, random: Random) -> Iterator[int]:
         yield item
 
 
-def _within(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
+def within(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """A file itself, or the files of a folder that end so, by name."""
     if not path.is_dir():
         return [path]
