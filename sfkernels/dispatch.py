@@ -11,26 +11,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfkernels import cpp
+
 IMPLS = ("auto", "triton", "gluon", "sdpa", "flash", "cpp", "reference")
 
 # What each device runs under "auto", best first; an op takes the first that has it.
-_BY_DEVICE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "reference")}
+_BY_DEVICE: dict[str, tuple[str, ...]] = {
+    "cuda": ("triton", "reference"),
+    "cpu": ("cpp", "reference"),
+}
 # Where another one comes first: to the few keys of text PyTorch's own kernels, until ours are
 # measured to be faster. "gluon" is not measured on a GPU yet and runs only where it is asked for.
 _BEST = {("cuda", "cross_attention"): "sdpa"}
 # Implementations with kernels of ours: the module with their launchers.
-_MODULES = {"triton": "sfkernels.gpu", "gluon": "sfkernels.gpu.hopper"}
+_MODULES = {"triton": "sfkernels.gpu", "gluon": "sfkernels.gpu.hopper", "cpp": "sfkernels.cpp"}
 _ATTENTION = frozenset({"block_causal_attention", "ring_attention", "cross_attention"})
-# The ops that implementations beside the reference have.
+_FUSED = frozenset({"norm", "rope_table", "qk_norm_rope", "sampler"})
+# The ops that implementations beside the reference have. Attention on a CPU is PyTorch's.
 _OPS = {
-    "triton": _ATTENTION | {"norm", "rope_table", "qk_norm_rope", "sampler"},
+    "triton": _ATTENTION | _FUSED,
+    "cpp": _FUSED,
     "gluon": _ATTENTION,
     "sdpa": _ATTENTION,
     "flash": _ATTENTION,
 }
 _ALWAYS_FLOAT32 = ("k_table",)
 _HALF = (torch.bfloat16, torch.float16)
-_DTYPES = {"triton": (torch.float32, *_HALF), "gluon": _HALF, "flash": _HALF}
+_DTYPES = {
+    "triton": (torch.float32, *_HALF),
+    "cpp": (torch.float32, *_HALF),
+    "gluon": _HALF,
+    "flash": _HALF,
+}
 
 
 def choose(op: str, impl: str, device: torch.device, **tensors: Tensor | None) -> str:
@@ -39,18 +51,28 @@ def choose(op: str, impl: str, device: torch.device, **tensors: Tensor | None) -
 
     Raises ValueError for a name that does not exist, an implementation that lacks the op, and
     tensors it cannot take: kernels want float32 (not all), bfloat16 or float16 on one device that
-    they run on, with a contiguous last dimension."""
-    if impl not in IMPLS:
-        raise ValueError(f"impl={impl!r}: must be one of {', '.join(IMPLS)}")
-    having = [name for name, ops in _OPS.items() if op in ops] + ["reference"]
+    they run on, with a contiguous last dimension. On a CPU "auto" leaves such tensors, and all where
+    the C++ is not built, to the reference."""
     if impl == "auto":
-        best = _BEST.get((device.type, op)), *_BY_DEVICE.get(device.type, ()), "reference"
-        impl = next(name for name in best if name in having)
-    if impl not in having:
-        raise ValueError(f"impl={impl!r}: {op} has {', '.join(having)} (or 'auto')")
-    if impl in _DTYPES:
-        _check_kernel_tensors(impl, device, tensors)
+        impl = _best(op, device.type)
+        if impl == "cpp" and (cpp.MISSING or _refusal(impl, device, tensors)):
+            return "reference"
+    elif impl not in _having(op):
+        if impl not in IMPLS:
+            raise ValueError(f"impl={impl!r}: must be one of {', '.join(IMPLS)}")
+        raise ValueError(f"impl={impl!r}: {op} has {', '.join(_having(op))} (or 'auto')")
+    if impl in _DTYPES and (refused := _refusal(impl, device, tensors)):
+        raise ValueError(refused)
     return impl
+
+
+def _having(op: str) -> list[str]:
+    return [*(name for name, ops in _OPS.items() if op in ops), "reference"]
+
+
+def _best(op: str, device: str) -> str:
+    best = _BEST.get((device, op)), *_BY_DEVICE.get(device, ()), "reference"
+    return next(name for name in best if name in _having(op))
 
 
 def kernel(impl: str, launcher: str) -> Callable[..., Any]:
@@ -58,36 +80,41 @@ def kernel(impl: str, launcher: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(_MODULES[impl]), launcher)
 
 
-def _check_kernel_tensors(
-    impl: str, device: torch.device, tensors: dict[str, Tensor | None]
-) -> None:
-    interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type == "cpu" and not interpreted:
-        raise ValueError(
+def _refusal(impl: str, device: torch.device, tensors: dict[str, Tensor | None]) -> str:
+    """What an implementation cannot take of these tensors; nothing if it takes them."""
+    if impl == "cpp":
+        if device.type != "cpu":
+            return f"impl='cpp' takes CPU tensors, not {device.type}"
+        if cpp.MISSING:
+            return f"impl='cpp' has no kernels here: {cpp.MISSING}"
+    elif device.type == "cpu" and not (
+        impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    ):
+        return (
             f"impl={impl!r} takes CUDA tensors; 'triton' takes CPU tensors under Triton's "
             "interpreter, with TRITON_INTERPRET=1 set before Python starts"
         )
     if impl == "gluon" and device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if major != 9:
-            raise ValueError(
+            return (
                 f"impl='gluon' runs on Hopper GPUs (compute capability 9.0); {device} has "
                 f"{major}.{minor}: use 'triton'"
             )
     for name, t in tensors.items():
         if t is None:
             continue
-        check_device(name, t, device)
+        if t.device != device:
+            return _elsewhere(name, t, device)
         if t.dtype not in _DTYPES[impl] and name not in _ALWAYS_FLOAT32:
             taken = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[impl])
-            raise ValueError(
-                f"{name} is {t.dtype}: impl={impl!r} takes {taken} (impl='reference' takes any)"
-            )
+            return f"{name} is {t.dtype}: impl={impl!r} takes {taken} (impl='reference' takes any)"
         if t.dim() and t.shape[-1] > 1 and t.stride(-1) != 1:
-            raise ValueError(
+            return (
                 f"{name} has stride {t.stride(-1)} in its last dimension: impl={impl!r} takes a "
                 "contiguous one; call .contiguous()"
             )
+    return ""
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
@@ -111,7 +138,11 @@ def check_same(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     """Raises ValueError unless `tensor` is on `device`."""
     if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}: must be on {device}, as the others")
+        raise ValueError(_elsewhere(name, tensor, device))
+
+
+def _elsewhere(name: str, tensor: Tensor, device: torch.device) -> str:
+    return f"{name} is on {tensor.device}: must be on {device}, as the others"
 
 
 def contiguous_like(tensor: Tensor, *_: Any) -> Tensor:

@@ -1,0 +1,310 @@
+// RMSNorm of queries and keys with 3-D RoPE and the append to a ring, its backward, and the table.
+//
+// P = D/2 rotated pairs of a head; every head of a token rotates alike.
+#include "rows.h"
+
+namespace sfkernels {
+namespace {
+
+// Even and odd channels of the pairs p to p + n of a row.
+template <typename T>
+std::pair<Vec, Vec> get_pairs(const T* row, int64_t p, int64_t n = kLanes) {
+  const int64_t low = std::min(2 * n, kLanes);
+  const Vec a = get(row + 2 * p, low);
+  const Vec b = n == kLanes ? get(row + 2 * p + kLanes) : get(row + 2 * p + low, 2 * n - low);
+  return at::vec::deinterleave2(a, b);
+}
+
+// Floats of a row, the even channels apart from the odd ones.
+struct Pairs {
+  Floats even, odd;
+
+  explicit Pairs(int64_t pairs) : even(padded(pairs)), odd(padded(pairs)) {}
+  explicit Pairs(const Tensor& weight_C) : Pairs(weight_C.size(0) / 2) {
+    by_dtype(weight_C.scalar_type(), [&](auto zero) {
+      read(data<decltype(zero)>(weight_C), weight_C.size(0) / 2);
+    });
+  }
+
+  template <typename T>
+  void read(const T* row, int64_t pairs) {
+    for_vectors(pairs, [&](int64_t p, auto n, auto) {
+      const auto [a, b] = get_pairs(row, p, n);
+      put(even.data() + p, a);
+      put(odd.data() + p, b);
+    });
+  }
+};
+
+// Cosines and sines of one token's rotation, repeated for every head.
+class Rotation {
+ public:
+  Rotation(const Tensor& table_LP2, int64_t heads)
+      : table_(table_LP2),
+        pairs_(table_LP2.size(1)),
+        heads_(heads),
+        head_(pairs_),
+        all_(pairs_ * heads) {}
+
+  void move_to(int64_t l) {
+    by_dtype(table_.scalar_type(), [&](auto zero) {
+      head_.read(data<decltype(zero)>(table_) + l * 2 * pairs_, pairs_);
+    });
+    for (int64_t head = 0; head < heads_; ++head) {
+      std::copy_n(head_.even.data(), pairs_, all_.even.data() + head * pairs_);
+      std::copy_n(head_.odd.data(), pairs_, all_.odd.data() + head * pairs_);
+    }
+  }
+
+  // A vector of pairs from pair p on, rotated; back if `back`.
+  std::pair<Vec, Vec> turn(Vec even, Vec odd, int64_t p, bool back = false) const {
+    const Vec cos = get(all_.even.data() + p), s = get(all_.odd.data() + p);
+    const Vec sin = back ? s.neg() : s;
+    return {even * cos - odd * sin, even * sin + odd * cos};
+  }
+
+ private:
+  const Tensor& table_;
+  const int64_t pairs_, heads_;
+  Pairs head_, all_;
+};
+
+template <typename T>
+void write_pairs(const Output<T>& out, T* row, int64_t p, Vec even, Vec odd, int64_t n) {
+  const auto [a, b] = at::vec::interleave2(even, odd);
+  constexpr std::integral_constant<int64_t, kLanes> all;
+  if (n == kLanes) {
+    out.write(row + 2 * p, a, all);
+    out.write(row + 2 * p + kLanes, b, all);
+  } else {
+    const int64_t low = std::min(2 * n, kLanes);
+    put(row + 2 * p, a, low);
+    put(row + 2 * p + low, b, 2 * n - low);
+  }
+}
+
+template <typename T>
+void copy(const Output<T>& out, T* to, const T* from, int64_t channels) {
+  for_vectors(channels, [&](int64_t i, auto n, auto) {
+    fetch_ahead(from + i);
+    out.write(to + i, get(from + i, n), n);
+  });
+}
+
+std::tuple<Tensor, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>
+qk_norm_rope_fwd(
+    const Tensor& qkv_BLC,
+    const Tensor& q_weight_C,
+    const Tensor& k_weight_C,
+    const Tensor& table_LP2,
+    const std::optional<Tensor>& k_ring_BSHD,
+    const std::optional<Tensor>& v_ring_BSHD,
+    const std::optional<Tensor>& slot_F,
+    double eps,
+    bool rotate_k) {
+  const int64_t batch = qkv_BLC.size(0), tokens = qkv_BLC.size(1), channels = qkv_BLC.size(2) / 3;
+  const int64_t head_dim = 2 * table_LP2.size(1), heads = channels / head_dim;
+  const Ints shape{batch, tokens, heads, head_dim};
+  const Tensor q_BLHD = empty(qkv_BLC, shape);
+  const Tensor k_BSHD = k_ring_BSHD ? *k_ring_BSHD : empty(qkv_BLC, shape);
+  const Tensor v_BSHD = v_ring_BSHD ? *v_ring_BSHD : empty(qkv_BLC, shape);
+  std::optional<Tensor> rstd_BL2;
+  Ints slots{0};
+  if (slot_F) {
+    slots = integers(*slot_F);
+    const int64_t held = k_BSHD.size(1) * static_cast<int64_t>(slots.size()) / tokens;
+    for (const int64_t slot : slots) {
+      STD_TORCH_CHECK(
+          0 <= slot && slot < held, "slot_F has ", slot, ": the ring's slots are 0 to ", held - 1);
+    }
+  } else {
+    rstd_BL2 = empty(qkv_BLC, {batch, tokens, 2}, ScalarType::Float);
+  }
+  const int64_t per_slot = tokens / static_cast<int64_t>(slots.size());
+  float* const stats = rstd_BL2 ? data<float>(*rstd_BL2) : nullptr;
+  const Pairs q_weight(q_weight_C), k_weight(k_weight_C);
+
+  by_dtype(qkv_BLC.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Rows<T> qkv_rows(qkv_BLC), q_rows(q_BLHD), k_rows(k_BSHD), v_rows(v_BSHD);
+    const auto output = [&](const Rows<T>& rows) {
+      const int64_t written = batch * tokens * channels;
+      return Output<T>(rows.start, written, {rows.stride_b, rows.stride_l, channels});
+    };
+    const Output<T> q_out = output(q_rows), k_out = output(k_rows), v_out = output(v_rows);
+    parallel_rows(batch * tokens, 3 * channels, [&](int64_t begin, int64_t end) {
+      Rotation rotation(table_LP2, heads);
+      const auto norm = [&](const Output<T>& out, T* to, const T* x, const Pairs& weight, bool turned) {
+        Sum squares;
+        for_vectors(channels, [&](int64_t i, auto n, auto k) {
+          fetch_ahead(x + i);
+          const Vec v = get(x + i, n);
+          squares.add_product(v, v, k);
+        });
+        const float mean = squares.total() / channels;
+        const float rstd = 1 / std::sqrt(mean + static_cast<float>(eps));
+        for_vectors(channels / 2, [&](int64_t p, auto n, auto) {
+          auto [even, odd] = get_pairs(x, p, n);
+          even = even * Vec(rstd) * get(weight.even.data() + p);
+          odd = odd * Vec(rstd) * get(weight.odd.data() + p);
+          if (turned) {
+            std::tie(even, odd) = rotation.turn(even, odd, p);
+          }
+          write_pairs(out, to, p, even, odd, n);
+        });
+        return rstd;
+      };
+      for (int64_t token = begin; token < end; ++token) {
+        const int64_t b = token / tokens, l = token % tokens;
+        const int64_t to = slots[l / per_slot] * per_slot + l % per_slot;
+        const T* const qkv = qkv_rows.at(b, l);
+        rotation.move_to(l);
+        const float q_rstd = norm(q_out, q_rows.at(b, l), qkv, q_weight, true);
+        const float k_rstd = norm(k_out, k_rows.at(b, to), qkv + channels, k_weight, rotate_k);
+        copy(v_out, v_rows.at(b, to), qkv + 2 * channels, channels);
+        if (stats) {
+          stats[2 * token] = q_rstd;
+          stats[2 * token + 1] = k_rstd;
+        }
+      }
+      q_out.done();
+      k_out.done();
+      v_out.done();
+    });
+  });
+  if (slot_F) {
+    return {q_BLHD, std::nullopt, std::nullopt, std::nullopt};
+  }
+  return {q_BLHD, k_BSHD, v_BSHD, rstd_BL2};
+}
+
+std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(
+    const Tensor& dq_BLHD,
+    const Tensor& dk_BLHD,
+    const Tensor& dv_BLHD,
+    const Tensor& qkv_BLC,
+    const Tensor& q_weight_C,
+    const Tensor& k_weight_C,
+    const Tensor& table_LP2,
+    const Tensor& rstd_BL2) {
+  const int64_t batch = qkv_BLC.size(0), tokens = qkv_BLC.size(1), channels = qkv_BLC.size(2) / 3;
+  const int64_t heads = channels / (2 * table_LP2.size(1));
+  const int64_t strips = (tokens + kStrip - 1) / kStrip, units = batch * strips;
+  const Tensor dqkv_BLC = empty(qkv_BLC, {batch, tokens, 3 * channels});
+  const float* const stats = data<float>(rstd_BL2);
+  Floats q_weight(padded(channels)), k_weight(padded(channels));
+  widen(q_weight, q_weight_C, 0, channels);
+  widen(k_weight, k_weight_C, 0, channels);
+  Floats dq_weight(units * channels), dk_weight(units * channels);
+
+  by_dtype(qkv_BLC.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Rows<T> dq_rows(dq_BLHD), dk_rows(dk_BLHD), dv_rows(dv_BLHD), qkv_rows(qkv_BLC);
+    const Output<T> out(dqkv_BLC, channels);
+    parallel_rows(units, 3 * kStrip * channels, [&](int64_t begin, int64_t end) {
+      Rotation rotation(table_LP2, heads);
+      Floats turned_back(padded(channels));
+      const Output<float> turned(turned_back.data(), 0, {});
+      const auto norm = [&](const T* dout, const T* x, const Floats& weight, float rstd,
+                            float* dweight, T* dx) {
+        for_vectors(channels / 2, [&](int64_t p, auto n, auto) {
+          fetch_ahead(dout + 2 * p);
+          fetch_ahead(dout + 2 * p + kLanes);
+          const auto [even, odd] = get_pairs(dout, p, n);
+          const auto [a, b] = rotation.turn(even, odd, p, true);
+          write_pairs(turned, turned_back.data(), p, a, b, n);
+        });
+        Sum along;
+        for_vectors(channels, [&](int64_t i, auto n, auto k) {
+          fetch_ahead(x + i);
+          const Vec d = get(turned_back.data() + i, n), v = get(x + i, n) * Vec(rstd);
+          put(dweight + i, at::vec::fmadd(d, v, get(dweight + i, n)), n);
+          const Vec dnormed = d * get(weight.data() + i);
+          put(turned_back.data() + i, dnormed, n);
+          along.add_product(dnormed, v, k);
+        });
+        const Vec slope(along.total() / channels);
+        for_vectors(channels, [&](int64_t i, auto n, auto) {
+          const Vec v = get(x + i, n) * Vec(rstd), d = get(turned_back.data() + i, n);
+          out.write(dx + i, at::vec::fnmadd(v, slope, d) * Vec(rstd), n);
+        });
+      };
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t b = unit / strips, l0 = unit % strips * kStrip;
+        for (int64_t l = l0; l < std::min(tokens, l0 + kStrip); ++l) {
+          const int64_t token = b * tokens + l;
+          const T* const x = qkv_rows.at(b, l);
+          T* const dx = out.at(token * 3 * channels);
+          rotation.move_to(l);
+          norm(dq_rows.at(b, l), x, q_weight, stats[2 * token],
+               dq_weight.data() + unit * channels, dx);
+          norm(dk_rows.at(b, l), x + channels, k_weight, stats[2 * token + 1],
+               dk_weight.data() + unit * channels, dx + channels);
+          copy(out, dx + 2 * channels, dv_rows.at(b, l), channels);
+        }
+      }
+      out.done();
+    });
+  });
+  const auto over_strips = [&](const Floats& partial, const Tensor& like) {
+    return sum_strips(partial, like, batch, 1, strips, channels);
+  };
+  return {dqkv_BLC, over_strips(dq_weight, q_weight_C), over_strips(dk_weight, k_weight_C)};
+}
+
+// Angles in double, each of an axis' positions once; the rest is copying.
+Tensor rope_table(const Tensor& frame_F, const Ints& grid, int64_t head_dim, double theta) {
+  const Ints frames = integers(frame_F);
+  const int64_t count = static_cast<int64_t>(frames.size()), height = grid[0], width = grid[1];
+  const int64_t pairs = head_dim / 2, across = pairs / 3, along = pairs - 2 * across;
+  const Tensor table_LP2 = empty(frame_F, {count * height * width, pairs, 2}, ScalarType::Float);
+  float* const out = data<float>(table_LP2);
+  const auto angles = [theta](int64_t axis_pairs, int64_t positions, const auto& position_of) {
+    Floats values(positions * axis_pairs * 2);
+    for (int64_t p = 0; p < axis_pairs; ++p) {
+      const double frequency = std::pow(theta, -static_cast<double>(p) / axis_pairs);
+      for (int64_t i = 0; i < positions; ++i) {
+        const double angle = static_cast<double>(position_of(i)) * frequency;
+        values[2 * (i * axis_pairs + p)] = static_cast<float>(std::cos(angle));
+        values[2 * (i * axis_pairs + p) + 1] = static_cast<float>(std::sin(angle));
+      }
+    }
+    return values;
+  };
+  const auto itself = [](int64_t i) { return i; };
+  const Floats of_time = angles(along, count, [&](int64_t i) { return frames[i]; });
+  const Floats of_height = angles(across, height, itself), of_width = angles(across, width, itself);
+  parallel_rows(count * height * width, 2 * pairs, [&](int64_t begin, int64_t end) {
+    for (int64_t l = begin; l < end; ++l) {
+      float* to = out + l * 2 * pairs;
+      const auto append = [&to](const Floats& from, int64_t position, int64_t axis_pairs) {
+        to = std::copy_n(from.data() + 2 * position * axis_pairs, 2 * axis_pairs, to);
+      };
+      append(of_time, l / (height * width), along);
+      append(of_height, l / width % height, across);
+      append(of_width, l % width, across);
+    }
+  });
+  return table_LP2;
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sfkernels_cpp, m) {
+  m.def(
+      "qk_norm_rope_fwd(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor table, "
+      "Tensor(a!)? k_ring, Tensor(b!)? v_ring, Tensor? slot, float eps, bool rotate_k=True) "
+      "-> (Tensor, Tensor?, Tensor?, Tensor?)");
+  m.def(
+      "qk_norm_rope_bwd(Tensor dq, Tensor dk, Tensor dv, Tensor qkv, Tensor q_weight, "
+      "Tensor k_weight, Tensor table, Tensor rstd) -> (Tensor, Tensor, Tensor)");
+  m.def("rope_table(Tensor frame, int[2] grid, int head_dim, float theta) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sfkernels_cpp, CPU, m) {
+  m.impl("qk_norm_rope_fwd", TORCH_BOX(&qk_norm_rope_fwd));
+  m.impl("qk_norm_rope_bwd", TORCH_BOX(&qk_norm_rope_bwd));
+  m.impl("rope_table", TORCH_BOX(&rope_table));
+}
+
+} // namespace sfkernels
