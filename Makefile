@@ -1,6 +1,7 @@
 # make demo    generate a short video and show what was measured; PROMPT="a small blue ball"
 # make test    every check: lint, format, types, tests
 # make bench   all that is timed, as an HTML page: at real size with a GPU, else at toy size
+# make sanitize     the C++ ops' tests, checked for what they read, write and leave undefined
 # make experiment   teacher, diffusion and self forcing, trained and compared in the toy world
 #
 # Each sets up what it needs in .venv the first time. PYTHON=... names the interpreter to start
@@ -12,7 +13,7 @@ RUN := $(VENV)/bin/python -m
 # One stamp for each interpreter named, so that another PYTHON=... is not ignored in silence.
 READY := $(VENV)/.ready-$(subst /,-,$(PYTHON))
 
-.PHONY: demo test bench experiment format clean
+.PHONY: demo test sanitize bench experiment format clean
 
 demo: $(READY)
 	@$(RUN) bench demo $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -24,6 +25,25 @@ test: $(READY)
 	@$(RUN) mypy
 	@$(RUN) pytest -q -n 2 --dist worksteal
 
+# In a copy, whose libraries take the place of the normal ones. Standard error is not captured: a
+# sanitizer reports there and ends the process.
+SANITIZED := build/sanitized
+CHECKS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+CPP_TESTS := norm rope sampler quant registration cpp
+sanitize: PY := $(CURDIR)/$(VENV)/bin/python
+sanitize: $(READY)
+	@rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	@cp -r setup.py pyproject.toml README.md LICENSE csrc sfkernels sfmodel bench tests $(SANITIZED)
+	@cd $(SANITIZED) && CXXFLAGS="$(CHECKS) -O0 -g" LDFLAGS="$(CHECKS)" \
+	    $(PY) setup.py -q build_ext --inplace
+	@cd $(SANITIZED) && sets="default $$(grep -oE 'avx2|avx512' /proc/cpuinfo | sort -u)" && \
+	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" && \
+	for ATEN_CPU_CAPABILITY in $$sets; do export ATEN_CPU_CAPABILITY; \
+	    $(PY) -c 'import sys; from sfkernels import cpp; print(cpp.summary()); sys.exit(not cpp.LOADED)' && \
+	    $(PY) -m pytest -q --capture=sys -k cpp $(wildcard $(CPP_TESTS:%=tests/test_%.py)) || exit 1; \
+	done
+
 bench: $(READY)
 	@$(RUN) bench
 
@@ -34,11 +54,11 @@ format: $(READY)
 	@$(RUN) ruff check --fix .
 	@$(RUN) ruff format .
 
-# Keeps .venv: rm -rf .venv to set up anew.
+# Keeps .venv and the C++ ops built with it: rm -rf .venv to set up anew.
 clean:
 	rm -rf build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name $(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-$(READY): pyproject.toml setup.py constraints.txt tools/setup_env.sh
+$(READY): pyproject.toml setup.py constraints.txt tools/setup_env.sh $(wildcard csrc/*)
 	@tools/setup_env.sh "$(PYTHON)" $(VENV)
 	@rm -f $(VENV)/.ready-* && touch $@

@@ -9,6 +9,7 @@ kernels      every op beside eager PyTorch, torch.compile, SDPA, FlexAttention a
 stream       frames a second and latency, with their breakdown, beside the paper's Table 1
 decode       the video VAEs beside diffusers', chunk by chunk
 extrapolate  past the window: a ring beside the two ways of doing without one (Figure 3)
+cpu          the ops in C++ beside eager PyTorch and torch.compile, on this CPU
 train        seconds per training iteration (Figure 6)
 predict      what arithmetic says of all this, for any GPU, size and number of GPUs
 report       an HTML page and figures from a file of results
@@ -23,8 +24,8 @@ import importlib
 import sys
 
 SUITES = ("quick", "gpu", "full", "verify")
-COMMANDS = ("kernels", "stream", "decode", "extrapolate", "train", "predict", "report", "compare",
-            "readme", "tune")  # fmt: skip
+COMMANDS = ("kernels", "stream", "decode", "extrapolate", "cpu", "train", "predict", "report",
+            "compare", "readme", "tune")  # fmt: skip
 
 arguments = sys.argv[1:]
 if not arguments:

@@ -114,7 +114,7 @@ def is_by(implementations: Iterable[str], contestant: str) -> bool:
 def _steady(key: Key) -> bool:
     """Whether this project's kernels have no part in it. What runs whole models is by them, unless
     it is the reference."""
-    if key.part in ("kernels", "decode"):
+    if key.part in ("kernels", "decode", "cpu"):
         return not is_by(OURS, key.contestant)
     return is_by(REFERENCE, key.contestant)
 

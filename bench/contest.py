@@ -16,7 +16,8 @@ from torch import Tensor
 from bench import timing
 from bench.timing import Contestant
 
-OURS = ("triton", "gluon")
+CPP = "cpp"  # on a CPU
+OURS = ("triton", "gluon", CPP)
 EAGER = "eager"  # the reference that defines every op
 ENOUGH = 7.5e13  # operations after which a contestant is timed well: about a quarter of a second
 FEWEST = 6  # rounds of the longest cases
@@ -97,7 +98,7 @@ def run_case(
         rounds = min(rounds, max(FEWEST, int(ENOUGH / (case.flops * count))))
     for name, timed in timing.measure(right, sets, rounds).items():
         entries[name] = timing.entry(timed, **rates(case, timed))
-        if name in OURS and device.type == "cpu":
+        if name == "triton" and device.type == "cpu":
             entries[name]["note"] = "in Triton's interpreter: right, and its time says nothing"
     floor = timing.floor_ms(case.flops, case.nbytes, ceilings)
     row = {"case": case.label, "flops": case.flops, "bytes": case.nbytes, "floor_ms": floor}

@@ -167,6 +167,7 @@ COLOURS = {
     "flex": "#e08a3c",
     "gluon": "#1f3f66",
     "triton": "#3b6ea5",
+    "cpp": "#3b6ea5",
 }
 LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # legible over a line
 

@@ -56,6 +56,11 @@ def norm_silu_bytes(
     return norm_bytes(rows, channels, 4, size) + copied
 
 
+def quantize_bytes(rows: int, channels: int, size: int) -> int:
+    """Of rows in 8 bits: elements of `size` bytes read, one byte each and a scale a row written."""
+    return norm_bytes(rows, channels, 1, size + 1) + 4 * rows
+
+
 def rope_table_bytes(tokens: int, head_dim: int) -> int:
     """Of a cosine and a sine in float32 for each pair of a head's channels."""
     return tokens * head_dim * 4
@@ -89,6 +94,7 @@ PER_ELEMENT = {
     "qk_norm_rope": 14,  # of q and of k: the RMSNorm's four, two products and a sum
     "sampler_step": 5,  # x - σ·flow, (1 - σ')·x0 + σ'·ε
     "dmd_gradient": 5,  # two differences, a magnitude, its sum, the quotient
+    "quantize_rows": 4,  # a magnitude, the largest, a product, its rounding
     "rope_table": 1,  # the angle
 }
 

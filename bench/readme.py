@@ -7,13 +7,14 @@ import argparse
 import itertools
 import json
 import re
+import statistics
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import compare, decode, experiment, kernels, model, predict
+from bench import compare, contest, decode, experiment, kernels, model, predict
 from bench.machine import said
 from bench.part import Result
 from bench.peers import BASELINES
@@ -33,7 +34,7 @@ TELLING = (
 MOST = 2  # rows of attention, and of streaming
 DEMO, EXPERIMENT = "demo-cpu.json", "experiment-cpu.json"
 SHOWN = 4  # columns of the experiment
-ASIDE = ("SF + DMD, first hidden",)  # rows of it that docs/training.md alone shows
+ASIDE = ("SF + DMD, first hidden", "TF + DMD")  # rows of it that docs/training.md alone shows
 DECODED = ("decode 3", "decode 1")
 CHUNK = "4680 x 1536"  # what the picture shows
 CALLED = {"compile": "torch.compile", "native": "PyTorch's own"}
@@ -57,7 +58,11 @@ def block(folder: Path) -> str:
     """The lines from BEGIN to END, with both."""
     found = newest(folder)
     own = _demo(folder / DEMO), _experiment(folder / EXPERIMENT)
-    sections = (*own, _kernels(found), _attention(found), _decoding(found), _streaming(found))
+    of_gpu = [(name, result) for name, result in found if result.get("part") != "cpu"]
+    sections = (
+        *(*own, _kernels(of_gpu), _attention(of_gpu)),
+        *(_cpp(found), _decoding(of_gpu), _streaming(of_gpu)),
+    )
     return "\n".join([BEGIN, "\n\n".join("\n".join(lines) for lines in sections), END])
 
 
@@ -163,6 +168,41 @@ def _attention(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
                 yield _line(case, µs, f"{rate:.0f}" if rate else "", best, ratio)
             return
     yield "**Attention is not measured on a GPU yet.**"
+
+
+def _cpp(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
+    """Of the newest `bench cpu`: the middle and the least of the ratios over all ops at a chunk,
+    and the ratios end to end."""
+    for name, result in found:
+        if result.get("part") != "cpu":
+            continue
+        chunks = [row for row in result["rows"] if f"{CHUNK}, " in row["case"]]
+        ends = [row for row in result["rows"] if row["case"].startswith("toy")]
+        parts = []
+        for kind in dict.fromkeys(row["case"].split(", ", 1)[1] for row in chunks):
+            over = {
+                other: [r for row in chunks if row["case"].endswith(kind)
+                        if (r := _ratio(row, other, contest.CPP))]
+                for other in (contest.EAGER, "compile")
+            }  # fmt: skip
+            middles = (f"{statistics.median(ratios):.1f} ({min(ratios):.1f})"
+                       for ratios in over.values() if ratios)  # fmt: skip
+            parts.append(f"{kind} {_and(middles)}")
+        whole = (f"{row['case'].removeprefix('toy ')} {r:.2f}"
+                 for row in ends if (r := _ratio(row, contest.EAGER, contest.CPP)))  # fmt: skip
+        yield from _prose(
+            f"C++ on a CPU, ops of a chunk of {CHUNK.replace(' x ', ' × ')}, {_on(result, name)}: "
+            f"eager PyTorch and torch.compile take, in the middle (at least), {'; '.join(parts)} × "
+            f"as long. Without it the toy takes as a {', '.join(whole)} × as long."
+        )
+        return
+    yield "**The C++ is not measured yet.**"
+
+
+def _ratio(row: dict[str, Any], other: str, ours: str) -> float | None:
+    times = {n: compare.milliseconds(e) for n, e in row.get("contestants", {}).items()}
+    mine, theirs = times.get(ours), times.get(other)
+    return theirs / mine if mine and theirs else None
 
 
 def _decoding(found: Sequence[tuple[str, Result]]) -> Iterator[str]:

@@ -1,5 +1,5 @@
-"""What `python -m bench kernels` measures of norms, RoPE and the sampler: ops whose time is that of
-the bytes they read and write, at the shapes of Wan2.1 and of its video decoder."""
+"""What `python -m bench kernels` measures of norms, RoPE, the sampler and rows in 8 bits: ops whose
+time is that of the bytes they read and write, at the shapes of Wan2.1 and of its video decoder."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from bench import contest, model
 from bench.contest import Inputs, Op, interpreted, sequence
 from bench.parity import close_as_eager
 from bench.timing import Contestant
+from sfkernels import cpp
 
 GRID = (30, 52)  # tokens of a frame of Wan2.1 at 480×832
 WINDOW = 21  # frames of a ring, and of a clip
@@ -75,10 +76,13 @@ class Case:
         found = [Contestant(contest.EAGER, self.by("reference"))]
         if cuda or interpreted():
             found.insert(0, Contestant("triton", self.by("triton")))
-        if compiled and cuda:
+        if not cuda and not cpp.MISSING:
+            found.insert(0, Contestant(contest.CPP, self.by("cpp")))
+        if compiled:
             torch._dynamo.reset()  # one entry for each op, not a growing list of guards
             reference = functools.partial(self.function, impl="reference")
-            by_inductor = torch.compile(reference, mode="max-autotune-no-cudagraphs", dynamic=False)
+            mode = "max-autotune-no-cudagraphs" if cuda else None
+            by_inductor = torch.compile(reference, mode=mode, dynamic=False)
             found.append(Contestant("compile", functools.partial(sequence, by_inductor)))
         if self.native is not None:
             found.append(Contestant("native", functools.partial(sequence, self.native)))
@@ -157,6 +161,7 @@ def cases(sizes: Sizes) -> Iterator[Case]:
             yield from _norm_cases(shape, sizes, backward)
             yield from _rope_cases(shape, sizes, backward)
         if shape == sizes.shapes[0]:
+            yield from _quantised_cases(shape, sizes)
             yield from _sampler_cases(sizes)
             yield from _decoder_cases(sizes)
 
@@ -205,6 +210,38 @@ def _norm_cases(shape: Shape, sizes: Sizes, backward: bool) -> Iterator[Case]:
             native,
             backward,
             shape in sizes.compiled,
+        )
+
+
+@dataclass(frozen=True)
+class Quantised(Case):
+    """Of rows in 8 bits: what they stand for is compared with the rows themselves."""
+
+    def results(self, op: Op, inputs: Inputs, upstream: Inputs) -> list[Tensor]:
+        q, scale = super().results(op, inputs, upstream)
+        return [q.to(scale.dtype) * scale[..., None]]
+
+    def judge(self, inputs: Inputs, upstream: Inputs) -> Callable[[Inputs], None]:
+        (eager,) = self.results(self.by("reference"), inputs, upstream)
+        return lambda got: close_as_eager("q · scale", got[0], eager, inputs[0].double())
+
+
+def _quantised_cases(shape: Shape, sizes: Sizes) -> Iterator[Case]:
+    frames, per_frame, channels, _ = shape
+    tokens = frames * per_frame
+
+    def make(device: torch.device) -> list[Tensor]:
+        return [torch.randn(1, tokens, channels, device=device).to(sizes.dtype)]
+
+    for dtype, said in ((torch.int8, "int8"), (torch.float8_e4m3fn, "e4m3")):
+        yield Quantised(
+            f"quantize_rows, {said}",
+            f"{tokens} x {channels}",
+            functools.partial(sf.quantize_rows, dtype=dtype),
+            make,
+            model.row_flops("quantize_rows", tokens * channels),
+            model.quantize_bytes(tokens, channels, sizes.dtype.itemsize),
+            compiled=shape in sizes.compiled,
         )
 
 

@@ -248,7 +248,8 @@ def _agrees(
         print(f"  {kernel} {_said(setting)}: {timing.reason(error)}", file=sys.stderr)
         return False
     for ours, theirs in zip(got, want, strict=True):
-        relative = max(4 * torch.finfo(theirs.dtype).eps, 1e-4)
+        eps = torch.finfo(theirs.dtype).eps if theirs.is_floating_point() else 0.0
+        relative = max(4 * eps, 1e-4)
         allowed = relative * float(theirs.float().abs().max())
         if not float((ours.float() - theirs.float()).abs().max()) <= allowed:  # NaN fails too
             print(f"  {kernel} {_said(setting)}: differs from the default", file=sys.stderr)

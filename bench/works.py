@@ -120,6 +120,9 @@ def _row_works(channels: int, dtype: torch.dtype) -> dict[str, tuple[Work, ...]]
     def x(tokens: int, device: torch.device, wide: int = 1) -> Tensor:
         return torch.randn(1, tokens, wide * channels, device=device).to(dtype)
 
+    def rows(frames: int, device: torch.device) -> list[Tensor]:
+        return [x(frames * FRAME, device)]
+
     def norm(frames: int, device: torch.device) -> list[Tensor]:
         return [x(frames * FRAME, device), x(1, device)]
 
@@ -170,6 +173,9 @@ def _row_works(channels: int, dtype: torch.dtype) -> dict[str, tuple[Work, ...]]
     def qk_bwd(*t: Tensor) -> Any:
         return gpu.qk_norm_rope_bwd(*t)
 
+    def quantised(x: Tensor) -> Any:
+        return gpu.quantize_rows(x, torch.int8)
+
     def bwd(make: Any, grads: int) -> Any:
         return functools.partial(backward, make, grads)
 
@@ -184,6 +190,15 @@ def _row_works(channels: int, dtype: torch.dtype) -> dict[str, tuple[Work, ...]]
             for frames in (3, 21)
         )
 
+    quantise = tuple(
+        Work(
+            f"{frames * FRAME} x {channels}",
+            model.quantize_bytes(frames * FRAME, channels, dtype.itemsize),
+            functools.partial(rows, frames),
+            quantised,
+        )
+        for frames in (3, 21)
+    )
     return {
         "residual_norm_fwd": at_sizes(residual, residual_fwd, 4),
         "qk_norm_rope_fwd": at_sizes(rope, qk_fwd, 6),
@@ -193,6 +208,7 @@ def _row_works(channels: int, dtype: torch.dtype) -> dict[str, tuple[Work, ...]]
         "norm_bwd": at_sizes(bwd(norm, 1), norm_bwd, 3),
         "adaln_fwd": at_sizes(adaln, adaln_fwd, 2),
         "adaln_bwd": at_sizes(bwd(adaln, 1), adaln_bwd, 3),
+        "quantize_rows": quantise,
     }
 
 

@@ -60,7 +60,7 @@ class Rotation {
   std::pair<Vec, Vec> turn(Vec even, Vec odd, int64_t p, bool back = false) const {
     const Vec cos = get(all_.even.data() + p), s = get(all_.odd.data() + p);
     const Vec sin = back ? s.neg() : s;
-    return {even * cos - odd * sin, even * sin + odd * cos};
+    return {at::vec::fmadd(even, cos, (odd * sin).neg()), at::vec::fmadd(even, sin, odd * cos)};
   }
 
  private:
@@ -134,7 +134,8 @@ qk_norm_rope_fwd(
     const Output<T> q_out = output(q_rows), k_out = output(k_rows), v_out = output(v_rows);
     parallel_rows(batch * tokens, 3 * channels, [&](int64_t begin, int64_t end) {
       Rotation rotation(table_LP2, heads);
-      const auto norm = [&](const Output<T>& out, T* to, const T* x, const Pairs& weight, bool turned) {
+      const auto norm = [&](const Output<T>& out, T* to, const T* x, const Pairs& weight,
+                            bool turned) {
         Sum squares;
         for_vectors(channels, [&](int64_t i, auto n, auto k) {
           fetch_ahead(x + i);

@@ -343,8 +343,8 @@ inline void parallel_rows(int64_t rows, int64_t row_elements, const F& f) {
   torch::stable::parallel_for(0, rows, grain, f);
 }
 
-// Sums over rows are taken in strips of so many rows and then over the strips, in the same order
-// whatever the number of threads.
+// Sums over rows are taken in strips of so many rows, and over the strips in double, in the same
+// order whatever the number of threads.
 constexpr int64_t kStrip = 32;
 
 // The gradient of a tensor of shape [C] or [B or 1, F or 1, C] from sums over strips,
@@ -370,20 +370,22 @@ inline Tensor sum_strips(
         const int64_t b0 = target / of_f, f0 = target % of_f;
         const int64_t b1 = of_b == 1 ? batch : b0 + 1, f1 = of_f == 1 ? frames : f0 + 1;
         const int64_t columns = std::min(kColumns, channels - column);
-        std::array<float, kColumns> total{};
+        std::array<double, kColumns> total{};
         for (int64_t b = b0; b < b1; ++b) {
           for (int64_t f = f0; f < f1; ++f) {
             for (int64_t s = 0; s < strips; ++s) {
               const float* from =
                   partial.data() + ((b * frames + f) * strips + s) * channels + column;
-              for_vectors(columns, [&](int64_t i, auto n, auto) {
-                put(total.data() + i, get(total.data() + i) + get(from + i, n));
-              });
+              for (int64_t i = 0; i < columns; ++i) {
+                total[i] += from[i];
+              }
             }
           }
         }
+        std::array<float, kColumns> rounded{};
+        std::copy_n(total.begin(), columns, rounded.begin());
         for_vectors(columns, [&](int64_t i, auto n, auto) {
-          put(to + target * channels + column + i, get(total.data() + i), n);
+          put(to + target * channels + column + i, get(rounded.data() + i), n);
         });
       }
     });

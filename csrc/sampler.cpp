@@ -4,6 +4,7 @@
 #include "rows.h"
 
 #include <limits>
+#include <numeric>
 
 namespace sfkernels {
 namespace {
@@ -92,52 +93,64 @@ int64_t elements_of(const Tensor& t, int64_t outer) {
   return count;
 }
 
-// Elements of any of the three dtypes: the arguments of one call may differ.
-struct Elements {
-  const char* start = nullptr;
-  ScalarType dtype = ScalarType::Float;
-
-  template <typename Count>
-  Vec at(int64_t i, Count n) const {
-    return by_dtype(dtype, [&](auto zero) {
-      return get(reinterpret_cast<const decltype(zero)*>(start) + i, n);
-    });
-  }
-};
-
-// Frames of [B, F, ...] or samples of [B, ...], whose elements lie side by side: in the tensor or in
-// a copy of it; or none.
+// Frames of [B, F, ...], or samples of [B, ...], whose elements lie side by side and are of type T:
+// in the tensor or in a copy of it; or none.
+template <typename T>
 class Frames {
  public:
   Frames(const std::optional<Tensor>& t, int64_t outer) : outer_(outer) {
-    if (t) {
-      held_ = *t;
-      int64_t expected = 1;
-      for (int64_t d = t->dim() - 1; d >= outer; --d) {
-        if (t->size(d) != 1 && t->stride(d) != expected) {
-          held_ = torch::stable::contiguous(*t);
-          break;
-        }
-        expected *= t->size(d);
+    if (!t) {
+      return;
+    }
+    held_ = *t;
+    int64_t expected = 1;
+    for (int64_t d = t->dim() - 1; d >= outer; --d) {
+      if (t->size(d) != 1 && t->stride(d) != expected) {
+        held_ = torch::stable::contiguous(*t);
+        break;
       }
+      expected *= t->size(d);
+    }
+    if (t->scalar_type() != dtype()) {
+      held_ = torch::stable::to(*held_, dtype());
     }
   }
 
-  // From an element of a frame on; f is 0 of samples.
-  Elements at(int64_t b, int64_t f, int64_t start) const {
+  // From an element of a frame on; f is 0 of samples. Null if there are none.
+  const T* at(int64_t b, int64_t f, int64_t start) const {
     if (!held_) {
-      return {};
+      return nullptr;
     }
     const int64_t frame = outer_ > 1 ? f * held_->stride(1) : 0;
-    const int64_t offset = b * held_->stride(0) + frame + start;
-    const auto size = static_cast<int64_t>(held_->element_size());
-    return {static_cast<const char*>(held_->data_ptr()) + offset * size, held_->scalar_type()};
+    return data<T>(*held_) + b * held_->stride(0) + frame + start;
   }
 
  private:
   int64_t outer_;
   std::optional<Tensor> held_;
+
+  static constexpr ScalarType dtype() {
+    return std::is_same_v<T, float> ? ScalarType::Float
+        : std::is_same_v<T, c10::BFloat16> ? ScalarType::BFloat16
+                                           : ScalarType::Half;
+  }
 };
+
+// f(out, in) with a value of x's type and one of the type that all tensors are read in: theirs, or
+// float where they differ.
+template <typename F>
+void by_dtypes(const Tensor& x, std::initializer_list<std::optional<Tensor>> others, const F& f) {
+  const bool same = std::all_of(others.begin(), others.end(), [&](const auto& t) {
+    return !t || t->scalar_type() == x.scalar_type();
+  });
+  by_dtype(x.scalar_type(), [&](auto out) {
+    if (same) {
+      f(out, out);
+    } else {
+      f(out, float{});
+    }
+  });
+}
 
 // A sigma of shape [], [B] or [B, F], as floats [B, F].
 Floats by_frame(const std::optional<Tensor>& sigma, int64_t batch, int64_t frames) {
@@ -188,19 +201,21 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>> sampler_step(
   if (next_sigma) {
     following = empty(x, sizes_of(x));
   }
-  const Frames of_x(x, 2), of_flow(flow, 2), of_uncond(uncond_flow, 2), of_noise(noise, 2);
   const Floats sigmas = by_frame(sigma, batch, frames);
   const Floats next_sigmas = by_frame(next_sigma, batch, frames);
   const Ints seeds = seed_B ? integers(*seed_B) : Ints{};
   const Ints indices = frame_F ? integers(*frame_F) : Ints{};
   const Vec scale(static_cast<float>(guidance));
 
-  by_dtype(x.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
+  by_dtypes(x, {flow, uncond_flow, noise}, [&](auto out, auto in) {
+    using T = decltype(out);
+    const Frames<decltype(in)> of_x(x, 2), of_flow(flow, 2), of_uncond(uncond_flow, 2);
+    const Frames<decltype(in)> of_noise(noise, 2);
     parallel_blocks(batch * frames, elements, [&](int64_t frame, int64_t start, int64_t count) {
       const int64_t b = frame / frames, f = frame % frames, offset = frame * elements + start;
-      const Elements given = of_x.at(b, f, start), flows = of_flow.at(b, f, start);
-      const Elements unconds = of_uncond.at(b, f, start), noises = of_noise.at(b, f, start);
+      const auto *const given = of_x.at(b, f, start), *const flows = of_flow.at(b, f, start);
+      const auto* const unconds = of_uncond.at(b, f, start);
+      const auto* const noises = of_noise.at(b, f, start);
       T* const clean_to = x0 ? data<T>(*x0) + offset : nullptr;
       T* const next_to = following ? data<T>(*following) + offset : nullptr;
       const Vec s(sigmas[frame]), next(following ? next_sigmas[frame] : 0);
@@ -209,12 +224,12 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>> sampler_step(
         Normals(seeds[b], indices[f], draw)(start, drawn.data());
       }
       for_vectors(count, [&](int64_t i, auto n, auto) {
-        Vec v = flows.at(i, n);
+        Vec v = get(flows + i, n);
         if (uncond_flow) {
-          const Vec u = unconds.at(i, n);
+          const Vec u = get(unconds + i, n);
           v = at::vec::fmadd(scale, v - u, u);
         }
-        const Vec from = given.at(i, n);
+        const Vec from = get(given + i, n);
         if (euler) {
           put(next_to + i, at::vec::fmadd(next - s, v, from), n);
           return;
@@ -222,7 +237,7 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>> sampler_step(
         const Vec clean = at::vec::fnmadd(s, v, from);
         put(clean_to + i, clean, n);
         if (following) {
-          const Vec e = seed_B ? get(drawn.data() + i) : noises.at(i, n);
+          const Vec e = seed_B ? get(drawn.data() + i) : get(noises + i, n);
           put(next_to + i, at::vec::fmadd(next, e, (Vec(1) - next) * clean), n);
         }
       });
@@ -247,31 +262,30 @@ Tensor dmd_gradient(const Tensor& x, const Tensor& real_x0, const Tensor& fake_x
   const int64_t batch = x.size(0), elements = elements_of(x, 1);
   const int64_t blocks = (elements + kBlock - 1) / kBlock;
   const Tensor out = empty(x, sizes_of(x));
-  const Frames of_x(x, 1), of_real(real_x0, 1), of_fake(fake_x0, 1);
-  Floats partial(batch * blocks), mean(batch);
-  parallel_blocks(batch, elements, [&](int64_t b, int64_t start, int64_t count) {
-    const Elements given = of_x.at(b, 0, start), real = of_real.at(b, 0, start);
-    Sum distance;
-    for_vectors(count, [&](int64_t i, auto n, auto k) {
-      distance.add(first((given.at(i, n) - real.at(i, n)).abs(), n), k);
+  Floats partial(batch * blocks);
+  by_dtypes(x, {real_x0, fake_x0}, [&](auto of_out, auto in) {
+    using T = decltype(of_out);
+    const Frames<decltype(in)> of_x(x, 1), of_real(real_x0, 1), of_fake(fake_x0, 1);
+    parallel_blocks(batch, elements, [&](int64_t b, int64_t start, int64_t count) {
+      const auto *const given = of_x.at(b, 0, start), *const real = of_real.at(b, 0, start);
+      Sum distance;
+      for_vectors(count, [&](int64_t i, auto n, auto k) {
+        distance.add(first((get(given + i, n) - get(real + i, n)).abs(), n), k);
+      });
+      partial[b * blocks + start / kBlock] = distance.total();
     });
-    partial[b * blocks + start / kBlock] = distance.total();
-  });
-  for (int64_t b = 0; b < batch; ++b) {
-    double total = 0;
-    for (int64_t i = 0; i < blocks; ++i) {
-      total += partial[b * blocks + i];
+    Floats mean(batch);
+    for (int64_t b = 0; b < batch; ++b) {
+      const double total = std::accumulate(
+          partial.begin() + b * blocks, partial.begin() + (b + 1) * blocks, 0.0);
+      mean[b] = static_cast<float>(total / static_cast<double>(elements));
     }
-    mean[b] = static_cast<float>(total / static_cast<double>(elements));
-  }
-  by_dtype(x.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
     const Vec largest(static_cast<float>(std::numeric_limits<T>::max()));
     parallel_blocks(batch, elements, [&](int64_t b, int64_t start, int64_t count) {
-      const Elements real = of_real.at(b, 0, start), fake = of_fake.at(b, 0, start);
+      const auto *const real = of_real.at(b, 0, start), *const fake = of_fake.at(b, 0, start);
       T* const to = data<T>(out) + b * elements + start;
       for_vectors(count, [&](int64_t i, auto n, auto) {
-        const Vec g = (fake.at(i, n) - real.at(i, n)) / Vec(mean[b]);
+        const Vec g = (get(fake + i, n) - get(real + i, n)) / Vec(mean[b]);
         // As torch.nan_to_num: NaN, which is not itself, becomes 0, an infinity the largest number.
         const Vec finite = at::vec::minimum(at::vec::maximum(g, largest.neg()), largest);
         put(to + i, Vec::blendv(finite, Vec(0), g != g), n);

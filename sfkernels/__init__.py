@@ -9,6 +9,7 @@ from sfkernels.attention import (
 from sfkernels.kv_cache import RingKVCache
 from sfkernels.layout import BlockLayout, Visibility
 from sfkernels.norm import adaln, gated_adaln, gated_layer_norm, layer_norm, rms_norm, rms_norm_silu
+from sfkernels.quant import quantize_rows
 from sfkernels.rope import qk_norm_rope, qk_norm_rope_append, rope_table
 from sfkernels.sampler import Noise, dmd_gradient, euler_step, normal, sampler_step
 
@@ -31,6 +32,7 @@ __all__ = [
     "normal",
     "qk_norm_rope",
     "qk_norm_rope_append",
+    "quantize_rows",
     "ring_attention",
     "rms_norm",
     "rms_norm_silu",

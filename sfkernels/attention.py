@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sfkernels import dense, reference
-from sfkernels.dispatch import check_device, check_same, check_shape, choose, kernel
+from sfkernels.dispatch import check_device, check_same, check_shape, choose, kernel, registered
 from sfkernels.layout import BlockLayout, Row, Span
 
 
@@ -231,7 +231,7 @@ def _spans(flat: Sequence[int]) -> tuple[Span, ...]:
     return tuple(zip(flat[::2], flat[1::2], strict=True))
 
 
-@torch.library.custom_op("sfkernels::attention", mutates_args=())
+@registered("attention")
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -257,7 +257,7 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
-@torch.library.custom_op("sfkernels::attention_bwd", mutates_args=())
+@registered("attention_bwd")
 def _attention_bwd(
     do: Tensor,
     q: Tensor,
@@ -300,7 +300,7 @@ def _backward(ctx: Any, do: Tensor | None, _: None) -> Any:
 _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("sfkernels::ring_attention", mutates_args=())
+@registered("ring_attention")
 def _ring_attention(
     q: Tensor,
     k_ring: Tensor,

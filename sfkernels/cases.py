@@ -22,6 +22,8 @@ SLOTS = 4
 # The mean and 1/σ of a row, stored by a forward pass and loaded by a backward pass, for each of up
 # to four tiles in flight.
 STATS = 8
+# The scales of rows that a thread stores.
+SCALES = 4
 # The bounds of tiles and spans, and of each row of a tile in the tensor cores' layout the logarithm
 # of its sum and what is subtracted from it.
 LSE = 80
@@ -51,7 +53,9 @@ def cases() -> list[Case]:
     for size, channels, heads in (("1.3B", 1536, 12), ("14B", 5120, 40)):
         found += _norms(size, channels, torch.bfloat16)
         found += _ropes(size, channels, heads, torch.bfloat16)
+        found += _quantised(size, channels, torch.bfloat16)
     wide = [*_norms("1.3B", 1536, torch.float32), *_ropes("1.3B", 1536, 12, torch.float32)]
+    wide += _quantised("1.3B", 1536, torch.float32)
     for dtype, head_dim in ((torch.bfloat16, 128), (torch.float16, 64)):
         found += _attention(12, head_dim, dtype)
         found += _attention(12, head_dim, dtype, hopper=True)
@@ -164,6 +168,14 @@ def _ropes(size: str, channels: int, heads: int, dtype: torch.dtype) -> Iterator
         lambda: gpu.qk_norm_rope_bwd(grad, grad, grad, *args, stats),
         narrow=STATS,
     )
+
+
+def _quantised(size: str, channels: int, dtype: torch.dtype) -> Iterator[Case]:
+    gpu = importlib.import_module("sfkernels.gpu")
+    x = _new(1, TOKENS, channels, dtype=dtype)
+    for into, said in ((torch.int8, "int8"), (torch.float8_e4m3fn, "e4m3")):
+        call = functools.partial(gpu.quantize_rows, x, into)
+        yield Case("quantize_rows", f"{said} {size} {_short(dtype)}", call, narrow=SCALES)
 
 
 def _attention(

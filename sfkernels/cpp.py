@@ -1,7 +1,8 @@
 """The launchers in C++ for CPU tensors (csrc/), by the names of those in sfkernels.gpu.
 
 They are in a library for each instruction set, built with the package; the one that fits this
-processor is loaded with this module. `MISSING` says why there is none, and is empty if there is.
+processor is loaded with this module. `LOADED` names its instruction set; `MISSING` says why there
+is none, and is empty if there is.
 """
 
 from __future__ import annotations
@@ -11,25 +12,27 @@ from typing import Any
 
 import torch
 
-MISSING = ""
+
+def summary() -> str:
+    """What computes on a CPU, in one line."""
+    return f"C++ ops: {LOADED or f'none: {MISSING}; PyTorch computes in their place'}"
 
 
-def _load() -> str:
-    """Loads the library. Returns why it could not be."""
+def _load() -> tuple[str, str]:
+    """Loads the library. Returns its instruction set, or else why there is none."""
     # As PyTorch's own kernels, and like those set by ATEN_CPU_CAPABILITY.
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    folder = Path(__file__).parent
-    for name in (capability, "default"):
-        found = sorted(folder.glob(f"_cpp_{name}.*"))
-        if found:
-            break
-    else:
-        return "they are not built: docs/cpu.md says how"
-    try:
-        torch.ops.load_library(found[0])
-    except OSError as error:
-        return f"{found[0].name} does not load: {error.__cause__ or error}"
-    return ""
+    capability = torch.backends.cpu.get_cpu_capability()
+    for name in (capability, "DEFAULT"):
+        for library in sorted(Path(__file__).parent.glob(f"_cpp_{name.lower()}.*")):
+            try:
+                torch.ops.load_library(library)
+            except OSError as error:
+                reason = str(error.__cause__ or error).partition("\n")[0]
+                reason = reason.removeprefix(f"{library}: ")
+                # Of another machine's library Linux says only that there is no such file.
+                return "", f"{library.name}, perhaps another machine's, does not load: {reason}"
+            return name, ""
+    return "", "they are not built: docs/cpu.md says how"
 
 
 def __getattr__(launcher: str) -> Any:
@@ -40,4 +43,4 @@ def __getattr__(launcher: str) -> Any:
     return op
 
 
-MISSING = _load()
+LOADED, MISSING = _load()

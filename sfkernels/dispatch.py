@@ -3,9 +3,11 @@ that every op shares."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,18 +17,10 @@ from sfkernels import cpp
 
 IMPLS = ("auto", "triton", "gluon", "sdpa", "flash", "cpp", "reference")
 
-# What each device runs under "auto", best first; an op takes the first that has it.
-_BY_DEVICE: dict[str, tuple[str, ...]] = {
-    "cuda": ("triton", "reference"),
-    "cpu": ("cpp", "reference"),
-}
-# Where another one comes first: to the few keys of text PyTorch's own kernels, until ours are
-# measured to be faster. "gluon" is not measured on a GPU yet and runs only where it is asked for.
-_BEST = {("cuda", "cross_attention"): "sdpa"}
 # Implementations with kernels of ours: the module with their launchers.
 _MODULES = {"triton": "sfkernels.gpu", "gluon": "sfkernels.gpu.hopper", "cpp": "sfkernels.cpp"}
 _ATTENTION = frozenset({"block_causal_attention", "ring_attention", "cross_attention"})
-_FUSED = frozenset({"norm", "rope_table", "qk_norm_rope", "sampler"})
+_FUSED = frozenset({"norm", "rope_table", "qk_norm_rope", "sampler", "quantize_rows"})
 # The ops that implementations beside the reference have. Attention on a CPU is PyTorch's.
 _OPS = {
     "triton": _ATTENTION | _FUSED,
@@ -35,6 +29,19 @@ _OPS = {
     "sdpa": _ATTENTION,
     "flash": _ATTENTION,
 }
+# By op: all it has, and what each device runs under "auto": the fastest. To the few keys of text
+# that is PyTorch's own attention, until ours is measured to be faster; "gluon" is not measured on a
+# GPU yet and runs only where it is asked for.
+_HAVING = {
+    op: (*(name for name, ops in _OPS.items() if op in ops), "reference")
+    for op in _ATTENTION | _FUSED
+}
+_AUTO = {
+    **{op: {"cuda": "triton", "cpu": "cpp"} for op in _FUSED},
+    **{op: {"cuda": "triton"} for op in _ATTENTION},
+    "cross_attention": {"cuda": "sdpa"},
+}
+_PLAIN = (Tensor, torch.nn.Parameter)  # and no subclass, which may stand for something else
 _ALWAYS_FLOAT32 = ("k_table",)
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = {
@@ -51,33 +58,62 @@ def choose(op: str, impl: str, device: torch.device, **tensors: Tensor | None) -
 
     Raises ValueError for a name that does not exist, an implementation that lacks the op, and
     tensors it cannot take: kernels want float32 (not all), bfloat16 or float16 on one device that
-    they run on, with a contiguous last dimension. On a CPU "auto" leaves such tensors, and all where
-    the C++ is not built, to the reference."""
+    they run on, with a contiguous last dimension. On a CPU "auto" leaves others to the reference,
+    and all of them where the C++ is not built."""
     if impl == "auto":
-        impl = _best(op, device.type)
-        if impl == "cpp" and (cpp.MISSING or _refusal(impl, device, tensors)):
-            return "reference"
-    elif impl not in _having(op):
-        if impl not in IMPLS:
-            raise ValueError(f"impl={impl!r}: must be one of {', '.join(IMPLS)}")
-        raise ValueError(f"impl={impl!r}: {op} has {', '.join(_having(op))} (or 'auto')")
+        impl = _AUTO[op].get(device.type, "reference")
+        if impl == "cpp":
+            return "reference" if _refusal(impl, device, tensors) else impl
+    elif impl not in IMPLS:
+        raise ValueError(f"impl={impl!r}: must be one of {', '.join(IMPLS)}")
+    elif impl not in _HAVING[op]:
+        raise ValueError(f"impl={impl!r}: {op} has {', '.join(_HAVING[op])} (or 'auto')")
     if impl in _DTYPES and (refused := _refusal(impl, device, tensors)):
         raise ValueError(refused)
     return impl
 
 
-def _having(op: str) -> list[str]:
-    return [*(name for name, ops in _OPS.items() if op in ops), "reference"]
-
-
-def _best(op: str, device: str) -> str:
-    best = _BEST.get((device, op)), *_BY_DEVICE.get(device, ()), "reference"
-    return next(name for name in best if name in _having(op))
-
-
 def kernel(impl: str, launcher: str) -> Callable[..., Any]:
     """The launcher of an implementation other than the reference."""
     return getattr(importlib.import_module(_MODULES[impl]), launcher)
+
+
+class Op:
+    """A function of tensors and, last, an implementation, registered with PyTorch as
+    `torch.library.custom_op` does.
+
+    In C++, where no gradient is recorded and nothing is traced, a call goes straight to the
+    function: the way through the registration takes 10 µs, longer than a small norm."""
+
+    def __init__(
+        self, name: str, function: Callable[..., Any], mutates_args: Iterable[str] = ()
+    ) -> None:
+        self.function = function
+        self.registered = torch.library.custom_op(name, function, mutates_args=mutates_args)
+        names = [*inspect.signature(function).parameters]
+        self.mutated = [names.index(name) for name in mutates_args]
+        self.register_fake = self.registered.register_fake
+        self.register_autograd = self.registered.register_autograd
+
+    def __call__(self, *args: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or args[-1] != "cpp"
+            or torch.is_grad_enabled()
+            or type(args[0]) not in _PLAIN
+        ):
+            return self.registered(*args)
+        out = self.function(*args)
+        for i in self.mutated:
+            if not args[i].is_inference():
+                # As the registration does: autograd may have saved what is written over.
+                torch.autograd.graph.increment_version(args[i])
+        return out
+
+
+def registered(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Op]:
+    """Decorates the function of an `Op`."""
+    return functools.partial(Op, f"sfkernels::{name}", mutates_args=mutates_args)
 
 
 def _refusal(impl: str, device: torch.device, tensors: dict[str, Tensor | None]) -> str:

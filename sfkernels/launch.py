@@ -108,6 +108,7 @@ _DEFAULTS: dict[str, dict[int, Setting]] = {
     },
     "qk_norm_rope_fwd": {1536: Rows(1, 32, why=_AS_H200)},
     "qk_norm_rope_bwd": {1536: Rows(1, 32, 8, why=_AS_H200), 5120: Rows(1, 32, 4, why=_UNMEASURED)},
+    "quantize_rows": {1536: Rows(1, 32, why=_UNMEASURED)},
     "rope_table": {64: Rows(16, 8, why=_FEW_BYTES)},
     "sampler": {1: Flat(512, 4, why=_FEW_BYTES)},
     # Attention, by the bytes of a head's row.

@@ -20,6 +20,7 @@ from sfkernels.dispatch import (
     choose,
     contiguous_like,
     kernel,
+    registered,
 )
 
 
@@ -161,7 +162,7 @@ def rms_norm_silu(
 # They also return what their backward pass needs of each row, which has no gradient.
 
 
-@torch.library.custom_op("sfkernels::norm", mutates_args=())
+@registered("norm")
 def _norm(
     x: Tensor,
     scale: Tensor,
@@ -180,7 +181,7 @@ def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return contiguous_like(x), _stats(x)
 
 
-@torch.library.custom_op("sfkernels::norm_bwd", mutates_args=())
+@registered("norm_bwd")
 def _norm_bwd(
     dout: Tensor,
     x: Tensor,
@@ -219,7 +220,7 @@ def _norm_backward(ctx: Any, dout: Tensor | None, _: None) -> Any:
 _norm.register_autograd(_norm_backward, setup_context=_norm_setup)
 
 
-@torch.library.custom_op("sfkernels::residual_norm", mutates_args=())
+@registered("residual_norm")
 def _residual_norm(
     x: Tensor,
     y: Tensor,
@@ -239,7 +240,7 @@ def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return contiguous_like(x), contiguous_like(x), _stats(x)
 
 
-@torch.library.custom_op("sfkernels::residual_norm_bwd", mutates_args=())
+@registered("residual_norm_bwd")
 def _residual_norm_bwd(
     dresidual: Tensor,
     dout: Tensor,
@@ -301,7 +302,7 @@ def _residual_norm_backward(
 _residual_norm.register_autograd(_residual_norm_backward, setup_context=_residual_norm_setup)
 
 
-@torch.library.custom_op("sfkernels::rms_norm_silu", mutates_args=())
+@registered("rms_norm_silu")
 def _rms_norm_silu(
     x: Tensor,
     weight: Tensor,
@@ -332,7 +333,7 @@ def _(
     return _or_empty(y, x), x.new_empty(x.shape[0], rows, x.shape[2]), _stats(x)
 
 
-@torch.library.custom_op("sfkernels::rms_norm_silu_bwd", mutates_args=())
+@registered("rms_norm_silu_bwd")
 def _rms_norm_silu_bwd(
     dresidual: Tensor | None, dout: Tensor, x: Tensor, weight: Tensor, stats: Tensor, impl: str
 ) -> tuple[Tensor, Tensor]:

@@ -340,3 +340,20 @@ def dmd_gradient(x: Tensor, real_x0: Tensor, fake_x0: Tensor) -> Tensor:
     mean_B = (_wide(x) - _wide(real_x0)).abs().flatten(1).mean(1)
     gradient = (_wide(fake_x0) - _wide(real_x0)) / mean_B.view(-1, *[1] * (x.dim() - 1))
     return gradient.to(x.dtype).nan_to_num()
+
+
+# The largest number of each 8-bit dtype that rows are quantised to.
+LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}
+
+
+def quantize_rows(x_BLC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x_BLC = _wide(x_BLC)
+    amax_BL1 = x_BLC.abs().amax(-1, keepdim=True)
+    # As a tensor: PyTorch divides numbers, and on a GPU by numbers, with a second rounding.
+    largest_BL1 = torch.full_like(amax_BL1, LARGEST[dtype])
+    inverse_BL1 = largest_BL1 / amax_BL1
+    inverse_BL1 = torch.where(inverse_BL1.isfinite(), inverse_BL1, 0)
+    q_BLC = (x_BLC * inverse_BL1).clamp(-LARGEST[dtype], LARGEST[dtype])
+    if not dtype.is_floating_point:
+        q_BLC = q_BLC.round()
+    return q_BLC.to(dtype).contiguous(), (amax_BL1 / largest_BL1).squeeze(-1)

@@ -16,6 +16,7 @@ from sfkernels.dispatch import (
     choose,
     contiguous_like,
     kernel,
+    registered,
 )
 
 
@@ -103,7 +104,12 @@ def qk_norm_rope_append(
         raise ValueError(
             f"slot_F is {slot_F.dtype} {[*slot_F.shape]}: must be an integer tensor [F]"
         )
-    if tokens % len(slot_F) or k_ring_BSHD.shape[1] % (tokens // len(slot_F)):
+    if (
+        not tokens
+        or not len(slot_F)
+        or tokens % len(slot_F)
+        or k_ring_BSHD.shape[1] % (tokens // len(slot_F))
+    ):
         raise ValueError(
             f"slot_F names {len(slot_F)} frames: {tokens} tokens and a ring of "
             f"{k_ring_BSHD.shape[1]} must be whole frames"
@@ -113,15 +119,10 @@ def qk_norm_rope_append(
     impl = _choose(impl, *args)
     if impl == "reference":
         return reference.qk_norm_rope_append(*args, slot_F, eps, rotate_k)
-    for name, ring in (("k_ring", k_ring_BSHD), ("v_ring", v_ring_BSHD)):
-        if ring.stride(2) != ring.shape[3]:
-            raise ValueError(
-                f"{name} has strides {ring.stride()}: the heads of a slot must lie side by side"
-            )
     return _qk_norm_rope_append(*args, slot_F, eps, rotate_k, impl)
 
 
-@torch.library.custom_op("sfkernels::rope_table", mutates_args=())
+@registered("rope_table")
 def _rope_table(
     frame: Tensor, height: int, width: int, head_dim: int, theta: float, impl: str
 ) -> Tensor:
@@ -135,7 +136,7 @@ def _(frame: Tensor, height: int, width: int, head_dim: int, theta: float, impl:
     return frame.new_empty(tokens, head_dim // 2, 2, dtype=torch.float32)
 
 
-@torch.library.custom_op("sfkernels::qk_norm_rope", mutates_args=())
+@registered("qk_norm_rope")
 def _qk_norm_rope(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, eps: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -152,7 +153,7 @@ def _(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, *_: Any) -
     return *(_heads(qkv, table) for _ in range(3)), rstd
 
 
-@torch.library.custom_op("sfkernels::qk_norm_rope_bwd", mutates_args=())
+@registered("qk_norm_rope_bwd")
 def _qk_norm_rope_bwd(
     dq: Tensor,
     dk: Tensor,
@@ -193,7 +194,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> Any:
 _qk_norm_rope.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("sfkernels::qk_norm_rope_append", mutates_args=("k_ring", "v_ring"))
+@registered("qk_norm_rope_append", mutates_args=("k_ring", "v_ring"))
 def _qk_norm_rope_append(
     qkv: Tensor,
     q_weight: Tensor,
@@ -226,10 +227,24 @@ def _heads(qkv: Tensor, table: Tensor) -> Tensor:
 def _choose(impl: str, *tensors: Tensor) -> str:
     names = "qkv", "q_weight", "k_weight", "table", "k_ring", "v_ring"
     named = dict(zip(names, tensors, strict=False))
-    impl = choose("qk_norm_rope", impl, tensors[0].device, **named)
-    if impl != "reference" and not named["table"].is_contiguous():
-        raise ValueError(f"table has strides {named['table'].stride()}: must be contiguous")
-    return impl
+    chosen = choose("qk_norm_rope", impl, tensors[0].device, **named)
+    refused = "" if chosen == "reference" else _refusal(named)
+    if refused and impl == "auto" and chosen == "cpp":
+        return "reference"
+    if refused:
+        raise ValueError(refused)
+    return chosen
+
+
+def _refusal(named: dict[str, Tensor]) -> str:
+    """What kernels cannot take, beside that which `choose` knows of."""
+    if not named["table"].is_contiguous():
+        return f"table has strides {named['table'].stride()}: must be contiguous"
+    for name in ("k_ring", "v_ring"):
+        if name in named and named[name].stride(2) != named[name].shape[3]:
+            strides = named[name].stride()
+            return f"{name} has strides {strides}: the heads of a slot must lie side by side"
+    return ""
 
 
 def _check_qkv(qkv_BLC: Tensor, q_weight_C: Tensor, k_weight_C: Tensor, table_LP2: Tensor) -> None:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from sfkernels import reference
-from sfkernels.dispatch import check_device, check_shape, choose, contiguous_like, kernel
+from sfkernels.dispatch import (
+    check_device,
+    check_shape,
+    choose,
+    contiguous_like,
+    kernel,
+    registered,
+)
 
 
 class Noise(NamedTuple):
@@ -127,7 +134,7 @@ def dmd_gradient(x: Tensor, real_x0: Tensor, fake_x0: Tensor, *, impl: str = "au
 # The ops. A `Noise` is passed as its three parts.
 
 
-@torch.library.custom_op("sfkernels::normal", mutates_args=())
+@registered("normal")
 def _normal(seed_B: Tensor, frame_F: Tensor, draw: int, shape: Sequence[int], impl: str) -> Tensor:
     out: Tensor = kernel(impl, "normal")(seed_B, frame_F, draw, shape)
     return out
@@ -138,7 +145,7 @@ def _(seed_B: Tensor, frame_F: Tensor, draw: int, shape: Sequence[int], impl: st
     return seed_B.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("sfkernels::sampler_step", mutates_args=())
+@registered("sampler_step")
 def _sampler_step(
     x: Tensor,
     flow: Tensor,
@@ -167,7 +174,7 @@ def _(
     return contiguous_like(x), x.new_empty(0) if next_sigma is None else contiguous_like(x)
 
 
-@torch.library.custom_op("sfkernels::euler_step", mutates_args=())
+@registered("euler_step")
 def _euler_step(
     x: Tensor,
     flow: Tensor,
@@ -183,7 +190,7 @@ def _euler_step(
     return following
 
 
-@torch.library.custom_op("sfkernels::dmd_gradient", mutates_args=())
+@registered("dmd_gradient")
 def _dmd_gradient(x: Tensor, real_x0: Tensor, fake_x0: Tensor, impl: str) -> Tensor:
     out: Tensor = kernel(impl, "dmd_gradient")(x, real_x0, fake_x0)
     return out

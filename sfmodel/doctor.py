@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sfkernels import cpp
 from sfmodel import assets
 from sfmodel.config import PRESETS
 from sfmodel.files import atomic
@@ -125,6 +126,7 @@ def _machine(folder: Path) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
         "compiler": compiler,
+        "cpp": cpp.summary(),
         "python_headers": Path(sysconfig.get_paths(scheme)["include"], "Python.h").is_file(),
     }
 
@@ -287,7 +289,7 @@ def _machine_rows(here: dict[str, Any]) -> list[tuple[str, str]]:
         triton.append("no Python.h: on a GPU it needs Python's headers")
     return [
         *rows,
-        ("CPU", f"{here['cpu']}, {here['processors']} processors may be used"),
+        ("CPU", f"{here['cpu']}, {here['processors']} processors may be used; {here['cpp']}"),
         ("memory", f"{here['memory_gib']:.0f} GiB"),
         ("disk", f"{here['disk_free_gib']:.0f} GiB free in {here['disk']}"),
         ("Python", here["python"]),

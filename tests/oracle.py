@@ -1,25 +1,55 @@
 """Runs an op on a kernel and on the reference, outputs and gradients, and compares them by the rule
 of bench/parity.py.
 
-Kernels run natively where there is a GPU and in Triton's interpreter on CPU tensors elsewhere, with
-every uninitialised tensor filled with NaN.
+Triton kernels run natively where there is a GPU and in Triton's interpreter on CPU tensors
+elsewhere, C++ on CPU tensors, all with every uninitialised tensor filled with NaN.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from bench.parity import close_as_eager
-from sfkernels import launch
+from sfkernels import cpp, launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter truncates to bfloat16 where a GPU rounds.
 DTYPES = (torch.float32, torch.float16) + (torch.bfloat16,) * (DEVICE == "cuda")
+CPP_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# For parametrize: what has norms, RoPE and the sampler.
+_NO_CPP = "C++ takes CPU tensors" if DEVICE == "cuda" else cpp.MISSING
+CPP = pytest.param("cpp", marks=pytest.mark.skipif(bool(_NO_CPP), reason=_NO_CPP))
+each = pytest.mark.parametrize("impl", ["triton", CPP])
+each_and_reference = pytest.mark.parametrize("impl", ["reference", "triton", CPP])
+_PAIRS = [*(("triton", dtype, ()) for dtype in DTYPES),
+          *(("cpp", dtype, CPP.marks) for dtype in CPP_DTYPES)]  # fmt: skip
+each_dtype = pytest.mark.parametrize(
+    ("impl", "dtype"), [pytest.param(impl, dtype, marks=marks) for impl, dtype, marks in _PAIRS]
+)
+
+
+def each_size(
+    sizes: Sequence[Any], of_cpp: Sequence[Any] = (), fixture: str = "size"
+) -> pytest.MarkDecorator:
+    """`each_dtype` with the sizes, by a fixture; C++ with those of its own too."""
+    return pytest.mark.parametrize(
+        ("impl", "dtype", fixture),
+        [
+            pytest.param(impl, dtype, size, marks=marks, id=f"{impl}-{dtype}-{size}")
+            for impl, dtype, marks in _PAIRS
+            for size in (*sizes, *(of_cpp if impl == "cpp" else ()))
+        ],
+        indirect=[fixture],
+    )
+
 
 Op = Callable[..., Any]  # (*tensors, impl=...) -> a tensor or a tuple of them
 
@@ -50,6 +80,29 @@ def nan_filled() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+def narrowed(tensors: Sequence[Tensor], dtype: torch.dtype, wide: Sequence[int]) -> list[Tensor]:
+    """What is float64 as `dtype`, or as float32 at the indices in `wide`; all else as it is."""
+    return [t if t.dtype != torch.float64 else t.to(torch.float32 if i in wide else dtype)
+            for i, t in enumerate(tensors)]  # fmt: skip
+
+
+def results(
+    op: Op, inputs: Sequence[Tensor], impl: str, *, gradients: bool, upstream: list[Tensor]
+) -> list[Tensor]:
+    """What an op returns and, if wanted, the gradients of its inputs by those of its outputs in
+    `upstream`; if that is empty, random ones are put there."""
+    leaves = [t.detach().requires_grad_(gradients and t.is_floating_point()) for t in inputs]
+    out = op(*leaves, impl=impl)
+    outs = [out] if isinstance(out, Tensor) else [*out]
+    if not gradients:
+        return outs
+    if not upstream:
+        upstream.extend(torch.randn_like(o) for o in outs)
+    wanted = [t for t in leaves if t.requires_grad]
+    grads = [u.to(o.dtype) for u, o in zip(upstream, outs, strict=True)]
+    return [*(o.detach() for o in outs), *torch.autograd.grad(outs, wanted, grads)]
+
+
 def check(
     op: Op,
     tensors: Sequence[Tensor],
@@ -63,27 +116,14 @@ def check(
 
     tensors: float64 arguments of `op`, in order; those at the indices in `wide` stay in float32
     where the others are cast to `dtype`. Other dtypes than float64 are handed on as they are."""
-    narrow = [t if t.dtype != torch.float64 else t.to(torch.float32 if i in wide else dtype)
-              for i, t in enumerate(tensors)]  # fmt: skip
+    narrow = narrowed(tensors, dtype, wide)
     upstream: list[Tensor] = []
-
-    def run(impl: str, inputs: Sequence[Tensor]) -> list[Tensor]:
-        leaves = [t.detach().requires_grad_(gradients and t.is_floating_point()) for t in inputs]
-        out = op(*leaves, impl=impl)
-        outs = [out] if isinstance(out, Tensor) else [*out]
-        if not gradients:
-            return outs
-        if not upstream:
-            upstream.extend(torch.randn_like(o) for o in outs)
-        wanted = [t for t in leaves if t.requires_grad]
-        grads = [u.to(o.dtype) for u, o in zip(upstream, outs, strict=True)]
-        return [*(o.detach() for o in outs), *torch.autograd.grad(outs, wanted, grads)]
-
+    run = functools.partial(results, op, gradients=gradients, upstream=upstream)
     # The exact result is that of the inputs as rounded to `dtype`.
-    exact = run("reference", [_double(t) for t in narrow])
-    eager = run("reference", narrow)
+    exact = run([_double(t) for t in narrow], "reference")
+    eager = run(narrow, "reference")
     with nan_filled():
-        ours = run(impl, narrow)
+        ours = run(narrow, impl)
     for i, (got, plain, want) in enumerate(zip(ours, eager, exact, strict=True)):
         close_as_eager(f"result {i}", got, plain, want)
 

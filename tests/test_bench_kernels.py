@@ -51,6 +51,8 @@ def test_bytes_are_those_of_the_tensors() -> None:
     assert (
         find("sampler_step, given").nbytes == x.nbytes + flow.nbytes + noise.nbytes + 2 * x.nbytes
     )
+    (x,) = find("quantize_rows, int8").make(CPU)
+    assert find("quantize_rows, int8").nbytes == x.nbytes + x.numel() + 4 * x.shape[1]
     assert len(full) == len(list(rows.cases(rows.FULL)))  # labels are unique
     frames, widths = (1, 3, 9, 21), (1536, 5120)
     assert {f"gated_adaln {n * 1560} x {d}" for n in frames for d in widths} <= {*full}

@@ -13,7 +13,7 @@ import sfkernels as sf
 from sfkernels import attention, norm, rope
 from sfmodel.config import DiTConfig
 from sfmodel.dit import Block, Context, DiT, TextKeys
-from tests.oracle import DEVICE
+from tests.oracle import DEVICE, each, each_and_reference
 
 B, F, GRID, HEADS, D = 2, 2, (2, 3), 2, 8
 TOKENS, C = F * GRID[0] * GRID[1], HEADS * D
@@ -27,8 +27,9 @@ def table() -> Tensor:
     return sf.rope_table(torch.arange(F, device=DEVICE), GRID, D, impl="reference")
 
 
+@each
 @pytest.mark.parametrize("grad", [False, True])
-def test_opcheck(grad: bool) -> None:
+def test_opcheck(grad: bool, impl: str) -> None:
     def leaf(*shape: int) -> Tensor:
         return rand(*shape).requires_grad_(grad)
 
@@ -39,52 +40,57 @@ def test_opcheck(grad: bool) -> None:
     heads, past = leaf(3, B, TOKENS, HEADS, D).unbind(), rand(2, B, 4, HEADS, D).unbind()
     rows = (0, 8, 1, 0, 8, 8, TOKENS, 2, 0, 5, 8, TOKENS)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (attention._attention, (*heads, None, None, rows, (), 0.3, "triton")),
-        (attention._attention, (*heads, *past, rows, (0, 1, 2, 4), 0.3, "triton")),
-        (norm._norm, (*x_args, 1e-6, True, True, "triton")),
-        (norm._norm, (x, weight, None, 1e-6, False, False, "triton")),
-        (norm._residual_norm, (x, y, scale, scale, shift, 1e-6, True, "triton")),
-        (norm._residual_norm, (x, y, None, weight, shift, 1e-6, False, "triton")),
-        (norm._rms_norm_silu, (x, q_weight, None, None, None, 1e-6, "triton")),
+        (norm._norm, (*x_args, 1e-6, True, True, impl)),
+        (norm._norm, (x, weight, None, 1e-6, False, False, impl)),
+        (norm._residual_norm, (x, y, scale, scale, shift, 1e-6, True, impl)),
+        (norm._residual_norm, (x, y, None, weight, shift, 1e-6, False, impl)),
+        (norm._rms_norm_silu, (x, q_weight, None, None, None, 1e-6, impl)),
         (
             norm._rms_norm_silu,
-            (x, q_weight, y, k_weight, qkv[..., :C].contiguous(), 1e-6, "triton"),
+            (x, q_weight, y, k_weight, qkv[..., :C].contiguous(), 1e-6, impl),
         ),
-        (rope._rope_table, (torch.arange(F, device=DEVICE), *GRID, D, 1e4, "triton")),
-        (rope._qk_norm_rope, (*rope_args, 1e-6, "triton")),
+        (rope._rope_table, (torch.arange(F, device=DEVICE), *GRID, D, 1e4, impl)),
+        (rope._qk_norm_rope, (*rope_args, 1e-6, impl)),
     ]
+    if impl == "triton":  # C++ has no attention
+        calls += [
+            (attention._attention, (*heads, None, None, rows, (), 0.3, impl)),
+            (attention._attention, (*heads, *past, rows, (0, 1, 2, 4), 0.3, impl)),
+        ]
     if not grad:  # without a derivative of their own
         rings = rand(2, B, 2 * TOKENS, HEADS, D).unbind()
         slots = torch.tensor([3, 1], dtype=torch.int32, device=DEVICE)
         dq, dk, dv = rand(3, B, TOKENS, HEADS, D)
         stats = rand(B, TOKENS, 2)
         calls += [
-            (norm._norm_bwd, (y, *x_args, stats, True, True, "triton")),
-            (norm._norm_bwd, (y, x, weight, None, stats, False, False, "triton")),
-            (norm._residual_norm_bwd, (x, y, x, y, scale, scale, shift, stats, True, "triton")),
-            (norm._residual_norm_bwd, (x, y, x, None, None, scale, shift, stats, True, "triton")),
-            (norm._rms_norm_silu_bwd, (None, y, x, q_weight, stats, "triton")),
-            (norm._rms_norm_silu_bwd, (x, y, x, q_weight, stats, "triton")),
-            (rope._qk_norm_rope_bwd, (dq, dk, dv, *rope_args, stats, "triton")),
-            (rope._qk_norm_rope_append, (*rope_args, *rings, slots, 1e-6, True, "triton")),
-            (attention._ring_attention, (dq, *rings, slots[0], None, 0.3, "triton")),
-            (
-                attention._ring_attention,
-                (dq, *rings, slots[0], rand(2 * TOKENS, D // 2, 2), 0.3, "triton"),
-            ),
-            (
-                attention._attention_bwd,
-                (dq, *heads, dk, rand(B, HEADS, TOKENS), None, None, rows, (), 0.3, "triton"),
-            ),
+            (norm._norm_bwd, (y, *x_args, stats, True, True, impl)),
+            (norm._norm_bwd, (y, x, weight, None, stats, False, False, impl)),
+            (norm._residual_norm_bwd, (x, y, x, y, scale, scale, shift, stats, True, impl)),
+            (norm._residual_norm_bwd, (x, y, x, None, None, scale, shift, stats, True, impl)),
+            (norm._rms_norm_silu_bwd, (None, y, x, q_weight, stats, impl)),
+            (norm._rms_norm_silu_bwd, (x, y, x, q_weight, stats, impl)),
+            (rope._qk_norm_rope_bwd, (dq, dk, dv, *rope_args, stats, impl)),
+            (rope._qk_norm_rope_append, (*rope_args, *rings, slots, 1e-6, True, impl)),
         ]
+        if impl == "triton":
+            by_table = dq, *rings, slots[0], rand(2 * TOKENS, D // 2, 2), 0.3, impl
+            lse = rand(B, HEADS, TOKENS)
+            calls += [
+                (attention._ring_attention, (dq, *rings, slots[0], None, 0.3, impl)),
+                (attention._ring_attention, by_table),
+                (
+                    attention._attention_bwd,
+                    (dq, *heads, dk, lse, None, None, rows, (), 0.3, impl),
+                ),
+            ]
     for op, args in calls:
-        torch.library.opcheck(op, args)
+        torch.library.opcheck(op.registered, args)
 
 
 def block_and_inputs(impl: str) -> tuple[Block, Callable[..., Context], list[Tensor]]:
     torch.manual_seed(0)
     config = DiTConfig(C, 4 * C, HEADS, 1, text_dim=8, text_len=5)
-    model = DiT(config, impl, impl).to(DEVICE)
+    model = DiT(config, impl, "auto" if impl == "cpp" else impl).to(DEVICE)
     (block,) = model.blocks
     assert isinstance(block, Block)
     modulation = block.modulate(rand(1, F, 6, C))
@@ -100,7 +106,7 @@ def block_and_inputs(impl: str) -> tuple[Block, Callable[..., Context], list[Ten
     return block, context, [rand(B, TOKENS, C), rand(B, TOKENS, C), *modulation]
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@each_and_reference
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_dit_block_compiles_without_graph_breaks(impl: str, cached: bool) -> None:
     block, contexts, (x, h, *modulation) = block_and_inputs(impl)

@@ -16,7 +16,16 @@ from torch import Tensor
 import sfkernels as sf
 from sfkernels import reference, sampler
 from sfkernels.launch import Flat
-from tests.oracle import DEVICE, DTYPES, check, rand, setting
+from tests.oracle import (
+    CPP_DTYPES,
+    DEVICE,
+    check,
+    each,
+    each_and_reference,
+    each_size,
+    rand,
+    setting,
+)
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
 
@@ -28,9 +37,12 @@ SIZES: list[tuple[int, int, int, tuple[int, ...]]] = [
     (128, 3, 1, (1,)),
     (1024, 2, 2, (2, 8, 8)),
 ]
+OF_CPP = [(1024, 1, 2, (7, 151))]  # of C++: blocks of a frame, the last of them cut
+each_shape = pytest.mark.parametrize("shape", [*SIZES, *OF_CPP], ids=str, indirect=True)
+each_shape_and_dtype = each_size(SIZES, OF_CPP, "shape")
 
 
-@pytest.fixture(params=SIZES, ids=str)
+@pytest.fixture
 def shape(request: pytest.FixtureRequest) -> Iterator[tuple[int, ...]]:
     """[B, F, ...], under a setting with so many elements a program."""
     block, batch, frames, inner = request.param
@@ -44,9 +56,11 @@ def noise_of(shape: tuple[int, ...], seed: int = 5, start: int = 0, draw: int = 
     return sf.Noise(seed_B, frame_F, draw)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_shape_and_dtype
 @pytest.mark.parametrize("dims", [0, 1, 2])
-def test_steps_and_their_gradients(shape: tuple[int, ...], dims: int, dtype: torch.dtype) -> None:
+def test_steps_and_their_gradients(
+    shape: tuple[int, ...], dims: int, impl: str, dtype: torch.dtype
+) -> None:
     """For noise levels of shape [], [B] and [B, F], views of something larger."""
     sigma, following = torch.rand(*shape[:dims], 2, device=DEVICE).unbind(-1)
     noise = rand(*shape).to(dtype)
@@ -65,29 +79,32 @@ def test_steps_and_their_gradients(shape: tuple[int, ...], dims: int, dtype: tor
             sf.euler_step(x, flow, sigma, following, **more),
         )
 
-    check(guided, [*rand(3, *shape)], dtype)
-    check(plain, [*rand(2, *shape)], dtype, wide=[0])
+    check(guided, [*rand(3, *shape)], dtype, impl=impl)
+    check(plain, [*rand(2, *shape)], dtype, wide=[0], impl=impl)
 
 
-def test_a_step_draws_what_it_would_be_given(shape: tuple[int, ...]) -> None:
+@each
+@each_shape
+def test_a_step_draws_what_it_would_be_given(shape: tuple[int, ...], impl: str) -> None:
     """Bit for bit, gradients included."""
     x, flow = rand(2, *shape, dtype=torch.float32).requires_grad_()
     sigma, following = torch.rand(2, *shape[:2], device=DEVICE)
     noise = noise_of(shape, draw=3)
     results = []
-    for given in (noise, sf.normal(noise, shape, impl="triton")):
-        out = sf.sampler_step(x, flow, sigma, following, given, impl="triton")
+    for given in (noise, sf.normal(noise, shape, impl=impl)):
+        out = sf.sampler_step(x, flow, sigma, following, given, impl=impl)
         results.append((*out, *torch.autograd.grad(out[0].sum() + out[1].sum(), (x, flow))))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_the_last_step_returns_x0_twice() -> None:
+@each_and_reference
+def test_the_last_step_returns_x0_twice(impl: str) -> None:
     x, flow = rand(2, 1, 2, 5, dtype=torch.float32)
-    for impl in ("reference", "triton"):
-        x0, same = sf.sampler_step(x, flow, torch.tensor(0.5, device=DEVICE), impl=impl)
-        assert torch.equal(x0, same)
+    x0, same = sf.sampler_step(x, flow, torch.tensor(0.5, device=DEVICE), impl=impl)
+    assert torch.equal(x0, same)
 
 
+@each
 @pytest.mark.parametrize(
     "of",
     [
@@ -98,7 +115,7 @@ def test_the_last_step_returns_x0_twice() -> None:
         lambda t: t[..., :1],
     ],
 )
-def test_inputs_may_be_views(of: Callable[[Tensor], Tensor]) -> None:
+def test_inputs_may_be_views(of: Callable[[Tensor], Tensor], impl: str) -> None:
     sizes = (1, 4, 3, 2, 8) if of(torch.empty(1, 4, 3, 2, 8)).shape[0] == 3 else (3, 4, 3, 2, 8)
 
     def of_views(x: Tensor, flow: Tensor, noise: Tensor, **more: Any) -> Any:
@@ -107,9 +124,9 @@ def test_inputs_may_be_views(of: Callable[[Tensor], Tensor]) -> None:
         stepped = sf.sampler_step(*views[:2], sigma[1], sigma[0], views[2], **more)
         return (*stepped, noise.sum())
 
-    check(of_views, [*rand(3, *sizes)], torch.float32)
+    check(of_views, [*rand(3, *sizes)], torch.float32, impl=impl)
     dmd = functools.partial(_dmd_of_views, of)
-    check(dmd, [*rand(3, *sizes)], torch.float32, gradients=False)
+    check(dmd, [*rand(3, *sizes)], torch.float32, gradients=False, impl=impl)
 
 
 def _dmd_of_views(of: Callable[[Tensor], Tensor], *tensors: Tensor, impl: str) -> Tensor:
@@ -152,34 +169,38 @@ def _philox_kernel(words_ptr, out_ptr):  # type: ignore[no-untyped-def]
     tl.store(out_ptr + 3, w3.to(tl.int64))
 
 
-def test_normals_are_box_muller_of_philox() -> None:
+@each_and_reference
+def test_normals_are_box_muller_of_philox(impl: str) -> None:
     """Element by element from the definition, in Python's own arithmetic."""
     seed, frame, draw = -(2**62) - 12345, 3_000_000_000, 2
     seed_B, frame_F = torch.tensor([[seed], [frame]], device=DEVICE)
     noise = sf.Noise(seed_B, frame_F, draw)
-    for impl in ("reference", "triton"):
-        got = sf.normal(noise, (1, 1, 3, 7), impl=impl)
-        for element, value in enumerate(got.flatten().tolist()):
-            key = [[seed & 0xFFFFFFFF], [seed >> 32 & 0xFFFFFFFF]]
-            even, odd = reference.philox(
-                *map(torch.tensor, ([[element // 4], [draw]], [[frame], [0]], key))
-            )
-            pair = element % 4 // 2
-            u, turn = (((int(w[pair]) >> 9) + 0.5) / 2**23 for w in (even, odd))
-            trigonometry = (math.cos, math.sin)[element % 2]
-            want = math.sqrt(-2 * math.log(u)) * trigonometry(2 * math.pi * turn)
-            assert value == pytest.approx(want, abs=2e-6)
+    got = sf.normal(noise, (1, 1, 3, 7), impl=impl)
+    for element, value in enumerate(got.flatten().tolist()):
+        key = [[seed & 0xFFFFFFFF], [seed >> 32 & 0xFFFFFFFF]]
+        even, odd = reference.philox(
+            *map(torch.tensor, ([[element // 4], [draw]], [[frame], [0]], key))
+        )
+        pair = element % 4 // 2
+        u, turn = (((int(w[pair]) >> 9) + 0.5) / 2**23 for w in (even, odd))
+        trigonometry = (math.cos, math.sin)[element % 2]
+        want = math.sqrt(-2 * math.log(u)) * trigonometry(2 * math.pi * turn)
+        assert value == pytest.approx(want, abs=2e-6)
 
 
+@each
+@each_shape
 @pytest.mark.parametrize("draw", [0, 1, 16, 2**31 - 1])
-def test_kernels_draw_what_the_reference_draws(shape: tuple[int, ...], draw: int) -> None:
+def test_kernels_draw_what_the_reference_draws(
+    shape: tuple[int, ...], draw: int, impl: str
+) -> None:
     noise = noise_of(shape, seed=2**40 - 1, start=-1, draw=draw)
-    want, got = (sf.normal(noise, shape, impl=impl) for impl in ("reference", "triton"))
+    want, got = (sf.normal(noise, shape, impl=name) for name in ("reference", impl))
     assert want.dtype == got.dtype == torch.float32 and want.shape == got.shape == shape
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     # At σ = 1 a step leaves nothing but the noise it draws.
     one, zeros = torch.ones((), device=DEVICE), torch.zeros(shape, device=DEVICE)
-    stepped = sf.sampler_step(zeros, zeros, one, one, noise, impl="triton")[1]
+    stepped = sf.sampler_step(zeros, zeros, one, one, noise, impl=impl)[1]
     torch.testing.assert_close(stepped, want, rtol=0, atol=1e-5)
 
 
@@ -217,25 +238,28 @@ def test_normals_are_normal_and_independent() -> None:
     assert float((cdf - steps).abs().max()) < 1.63 / math.sqrt(n)  # Kolmogorov–Smirnov at 1%
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_dmd_gradient(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    check(sf.dmd_gradient, [*rand(3, *shape)], dtype, gradients=False)
+@each_shape_and_dtype
+def test_dmd_gradient(shape: tuple[int, ...], impl: str, dtype: torch.dtype) -> None:
+    check(sf.dmd_gradient, [*rand(3, *shape)], dtype, gradients=False, impl=impl)
 
 
-def test_dmd_gradient_is_deterministic_and_has_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+@each
+def test_dmd_gradient_is_deterministic_and_has_no_graph(
+    impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sfkernels.gpu.sampler._PARTS", 4)  # each of them of many blocks
     x, real, fake = rand(3, 2, 150, dtype=torch.float32)
     with setting(sampler=Flat(4, 1)):
-        check(sf.dmd_gradient, [*rand(3, 2, 150)], torch.float32, gradients=False)
-        first, again = (sf.dmd_gradient(x.requires_grad_(), real, fake, impl="triton")
+        check(sf.dmd_gradient, [*rand(3, 2, 150)], torch.float32, gradients=False, impl=impl)
+        first, again = (sf.dmd_gradient(x.requires_grad_(), real, fake, impl=impl)
                         for _ in range(2))  # fmt: skip
     assert torch.equal(first, again) and not first.requires_grad
     assert not sf.dmd_gradient(x, real, fake).requires_grad
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", CPP_DTYPES)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of a division by 0
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@each_and_reference
 def test_dmd_gradient_without_a_difference(dtype: torch.dtype, impl: str) -> None:
     """Where x is what the teacher sees in it, the mean is 0: 0 / 0 and ±1 / 0."""
     x = rand(2, 3, dtype=dtype)
@@ -246,7 +270,8 @@ def test_dmd_gradient_without_a_difference(dtype: torch.dtype, impl: str) -> Non
     assert torch.equal(sf.dmd_gradient(x, x, fake, impl=impl), want)
 
 
-def test_ops_are_known_to_pytorch() -> None:
+@each
+def test_ops_are_known_to_pytorch(impl: str) -> None:
     """Schemas, fake tensors, autograd and torch.compile's tracing."""
     shape = (2, 3, 5)
     x, flow, uncond, noise = (rand(*shape, dtype=torch.float32).requires_grad_() for _ in range(4))
@@ -258,11 +283,12 @@ def test_ops_are_known_to_pytorch() -> None:
         (x, flow, None, sigma, following, None, *drawn, 1.0),
         (x, flow, None, sigma[0, 0], None, None, None, None, 0, 1.0),
     ):
-        torch.library.opcheck(sampler._sampler_step, (*args, "triton"))
-    torch.library.opcheck(sampler._euler_step, (x, flow, uncond, sigma, following, 3.0, "triton"))
-    torch.library.opcheck(sampler._normal, (*drawn, shape, "triton"))
+        torch.library.opcheck(sampler._sampler_step.registered, (*args, impl))
+    euler = sampler._euler_step.registered
+    torch.library.opcheck(euler, (x, flow, uncond, sigma, following, 3.0, impl))
+    torch.library.opcheck(sampler._normal.registered, (*drawn, shape, impl))
     detached = (t.detach() for t in (x, flow, uncond))
-    torch.library.opcheck(sampler._dmd_gradient, (*detached, "triton"))
+    torch.library.opcheck(sampler._dmd_gradient.registered, (*detached, impl))
 
 
 X = torch.zeros(2, 3, 8, device=DEVICE)
@@ -270,7 +296,7 @@ S = torch.zeros((), device=DEVICE)
 NOISE = noise_of((2, 3))
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@each_and_reference
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -311,6 +337,7 @@ def test_bad_input_says_what_is_wrong(call: Callable[[str], Any], said: str, imp
         call(impl)
 
 
-def test_kernels_take_no_float64() -> None:
-    with pytest.raises(ValueError, match=r"x is torch.float64: impl='triton'"):
-        sf.sampler_step(X.double(), X.double(), S, impl="triton")
+@each
+def test_kernels_take_no_float64(impl: str) -> None:
+    with pytest.raises(ValueError, match=f"x is torch.float64: impl={impl!r}"):
+        sf.sampler_step(X.double(), X.double(), S, impl=impl)

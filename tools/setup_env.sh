@@ -1,6 +1,7 @@
 #!/bin/sh
 # Usage: tools/setup_env.sh PYTHON VENV. Creates the virtual environment VENV, or completes the one
-# that is there, with this package, its extras and the tools. Called by the Makefile.
+# that is there, with this package, its extras and the tools, and builds the C++ ops if there is a
+# compiler. Called by the Makefile.
 set -eu
 python=$1 venv=$2
 
@@ -52,11 +53,14 @@ else
     say "installing PyTorch and the tools (takes minutes the first time)"
 fi
 # -qq: errors only.
-"$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@" -e '.[dev]' ||
+install() { "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@"; }
+# PyTorch comes first and builds are not isolated: the C++ ops are compiled with the PyTorch that
+# they run in.
+{ install "$@" 'torch>=2.11' 'setuptools>=77' && install "$@" --no-build-isolation -e '.[dev]'; } ||
     fail "the installation failed; the lines above say why. Run the same command to try again"
 
 if $shared; then
     "$venv/bin/python" -c "import torch, sys; sys.exit(not torch.__file__.startswith('$torch_dir/'))" ||
         fail "pip replaced the PyTorch found in $torch_dir; remove $venv and update that PyTorch"
 fi
-say "ready"
+say "ready; $("$venv/bin/python" -c 'from sfkernels import cpp; print(cpp.summary())')"

@@ -8,6 +8,7 @@ float32 and stores in the tensor's dtype.
 from sfkernels.gpu.attention import attention_fwd, combine_parts, ring_attention
 from sfkernels.gpu.attention_backward import attention_bwd, row_delta
 from sfkernels.gpu.norm import norm_bwd, norm_fwd
+from sfkernels.gpu.quant import quantize_rows
 from sfkernels.gpu.rope import qk_norm_rope_bwd, qk_norm_rope_fwd, rope_table, rotate_ring
 from sfkernels.gpu.sampler import dmd_gradient, normal, sampler_step
 
@@ -21,6 +22,7 @@ __all__ = [
     "normal",
     "qk_norm_rope_bwd",
     "qk_norm_rope_fwd",
+    "quantize_rows",
     "ring_attention",
     "rope_table",
     "rotate_ring",

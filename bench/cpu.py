@@ -1,0 +1,226 @@
+"""`python -m bench cpu`: the ops in C++ beside eager PyTorch and torch.compile on this CPU, at the
+shapes of Wan2.1, with one thread and with two, in float32 and bfloat16; then what they make of a
+toy stream and of a toy training step.
+
+Every result is compared with float64 first. Memory that is freed stays with the process: else every
+call faults the pages of large outputs in anew, which takes longer than the op, whoever computes it.
+Ten minutes and more, most of which torch.compile takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench import kernels, part, rows, timing
+from bench.contest import CPP, EAGER, run_case
+from bench.machine import said
+from bench.part import Job, Result, Table
+from sfkernels import cpp
+from sfmodel.config import PRESETS
+from sfmodel.pretrained import TOY_WEIGHTS, load_toy
+from sfmodel.stream import stream
+from sfmodel.train.config import defaults
+from sfmodel.train.loop import Run
+from sfmodel.train.parallel import started
+
+ROUNDS = 10
+DTYPES = (torch.float32, torch.bfloat16)
+THREADS = (1, 2)
+_N = rows.GRID[0] * rows.GRID[1]
+CHUNK = (3, _N, 1536, 128)  # of Wan2.1-1.3B
+LEVELS = ((2, 240 * 416, 96), (3, 60 * 104, 384))  # of its video decoder
+STREAMED = 61  # pixel frames
+RECIPES = ("tf", "sf+dmd")
+
+
+def sizes(dtype: torch.dtype, tiny: bool) -> rows.Sizes:
+    if tiny:
+        return rows.TINY
+    return rows.Sizes((CHUNK,), (CHUNK,), (16, 60, 104), LEVELS, dtype)
+
+
+def run(job: Job) -> Result:
+    if cpp.MISSING:
+        raise ValueError(f"there are no ops in C++ to measure: {cpp.MISSING}")
+    keep_memory()
+    threads = torch.get_num_threads()
+    job.rounds = min(job.rounds, ROUNDS)
+    result = job.begin("cpu", torch.float32)
+    result["instructions"] = torch.backends.cpu.get_cpu_capability()
+    copies: dict[tuple[int, int], float] = {}
+    try:
+        for dtype in DTYPES[:1] if job.tiny else DTYPES:
+            for count in THREADS:
+                torch.set_num_threads(count)
+                label = f", {str(dtype).removeprefix('torch.')}, {said_threads(count)}"
+                for case in rows.cases(sizes(dtype, job.tiny)):
+                    _add(job, result, case.label + label, functools.partial(_op, case, job, result))
+                    if "bytes" in (row := result["rows"][-1]):
+                        key = count, case.nbytes
+                        if key not in copies:
+                            copies[key] = timing.copy_bandwidth(job.device, case.nbytes, job.rounds)
+                        row["copy_gbps"] = copies[key]
+        for count in THREADS:
+            torch.set_num_threads(count)
+            _add(job, result, f"toy stream, {said_threads(count)}", functools.partial(_stream, job))
+            for recipe in RECIPES:
+                name = f"toy training step, {recipe}, {said_threads(count)}"
+                _add(job, result, name, functools.partial(_train, recipe, count, job))
+    finally:
+        torch.set_num_threads(threads)
+    return job.end(result)
+
+
+def said_threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"
+
+
+def keep_memory() -> None:
+    """Where the allocator is glibc's: nothing is mapped apart (M_MMAP_MAX), and nothing is given
+    back to the system (M_TRIM_THRESHOLD)."""
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)
+        mallopt(-1, 2**31 - 1)
+
+
+def _add(job: Job, result: Result, label: str, row: Callable[[], Result]) -> None:
+    if not job.wants(label):
+        return
+    if job.left <= 0:
+        result["no_time_for"].append(label)
+        return
+    job.tick(label)
+    try:
+        result["rows"].append({**row(), "case": label})
+    except Exception as error:  # the other rows still run
+        result["rows"].append({"case": label, "failed": timing.reason(error)})
+    job.save(result)
+
+
+def _op(case: rows.Case, job: Job, result: Result) -> Result:
+    return run_case(case, job.device, result["ceilings"], job.rounds, compiled=not job.tiny)
+
+
+def _stream(job: Job) -> Result:
+    """Milliseconds of a decoded frame."""
+    preset = PRESETS["toy"]
+    runs = {}
+    for name, impl in ((CPP, "auto"), (EAGER, "reference")):
+        model, codec, text = load_toy()
+        _choose(model, impl)
+        embedding = text(["a large red ball moves up slowly"], model.device)
+        runs[name] = functools.partial(_frames, model, codec, embedding, preset)
+    return _timed(runs, job, STREAMED)
+
+
+def _frames(*args: Any) -> None:
+    for _ in stream(*args, frames=STREAMED, seed=0):
+        pass
+
+
+def _choose(model: nn.Module, impl: str) -> None:
+    """`impl` for all of a model's ops but attention, which is PyTorch's in both."""
+    for module in model.modules():
+        if hasattr(module, "impl"):
+            vars(module)["impl"] = impl
+
+
+def _train(recipe: str, threads: int, job: Job) -> Result:
+    """Milliseconds of an update of the generator, those of the critic before it included."""
+    with contextlib.ExitStack() as held:
+        runs = {}
+        for name, impl in ((CPP, "auto"), (EAGER, "reference")):
+            folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
+            config = defaults("toy", recipe)
+            batch = 4 if job.tiny else config.batch
+            changes: dict[str, Any] = {"output": folder, "impl": impl, "batch": batch}
+            if config.needs_teacher:
+                changes |= {"teacher": TOY_WEIGHTS, "init": TOY_WEIGHTS, "critic_warmup": 0}
+            ranks = held.enter_context(started(0, job.device))
+            trained = Run(dataclasses.replace(config, **changes, threads=threads), ranks)
+            trained.prepare()
+            runs[name] = trained.train_step
+        return _timed(runs, job, 1)
+
+
+def _timed(runs: Mapping[str, Callable[[], Any]], job: Job, count: int) -> Result:
+    """Milliseconds of one of the `count` that a run makes, all in turn."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range((2 if job.tiny else job.rounds) + 1):
+        for name, one in runs.items():
+            began = time.perf_counter()
+            one()
+            if i:  # the first only warms up
+                times[name].append(1e3 * (time.perf_counter() - began) / count)
+    entries = {name: timing.entry(timing.summary(values)) for name, values in times.items()}
+    return {"contestants": entries}
+
+
+def tables(result: Result) -> list[Table]:
+    """Ratios above 1: the C++ is faster."""
+    ops, ends, notes = [], [], []
+    for row in result["rows"]:
+        if "failed" in row:
+            notes.append(f"{row['case']}: {row['failed']}")
+            continue
+        times = {name: e["ms"] for name, e in row["contestants"].items() if "ms" in e}
+        notes += [
+            f"{row['case']}, {name}: {e['failed']}"
+            for name, e in row["contestants"].items()
+            if "failed" in e
+        ]
+        if CPP not in times:
+            continue
+        ours = times[CPP]
+
+        def over(name: str, times: dict[str, float] = times, ours: float = ours) -> str:
+            return f"{times[name] / ours:.2f}" if name in times else ""
+
+        if "copy_gbps" not in row:
+            ends.append([row["case"], f"{ours:.2f}", f"{times[EAGER]:.2f}", over(EAGER)])
+            continue
+        share = kernels.percent(row["contestants"][CPP]["gbps"], row["copy_gbps"])
+        ops.append([row["case"], kernels.microseconds(ours), share,
+                    over(EAGER), over("compile"), over("native")])  # fmt: skip
+    if result["no_time_for"]:
+        notes.append(f"no time for: {', '.join(result['no_time_for'])}")
+    here = f"{said(result['machine'])}, {result['instructions']}"
+    return [
+        Table(f"C++ on {here}", ("op", "µs", "% of a copy of as many bytes", "eager / C++",
+              "torch.compile / C++", "PyTorch's own op / C++"), ops),
+        Table(f"end to end on {here}", ("", "ms, C++", "ms, eager", "eager / C++"), ends, notes),
+    ]  # fmt: skip
+
+
+def figures(result: Result) -> Iterator[tuple[str, Any]]:
+    groups = []
+    for row in result["rows"]:
+        timed = part.timed(row)
+        if "copy_gbps" not in row or CPP not in timed:
+            continue
+        bars = [
+            (name, 100 * timed[name]["gbps"] / row["copy_gbps"],
+             f"{kernels.microseconds(timed[name]['ms'])} µs")
+            for name in kernels.COLOURS if name in timed
+        ]  # fmt: skip
+        groups.append((row["case"], bars))
+    if groups:
+        label = "% of the bandwidth of a copy of as many bytes"
+        yield "cpu", kernels.grouped_bars(groups, 100, label, said(result["machine"]))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return part.command("cpu", sys.modules[__name__], arguments, __doc__, on_cpu=True)
