@@ -66,7 +66,7 @@ int64_t frames_of(const Optional& gate, const Optional& scale, const Optional& s
 }
 
 Vec sigmoid(Vec v) {
-  return Vec(1) / (Vec(1) + v.neg().exp());
+  return Vec(1) / (Vec(1) + exp_of(v.neg()));
 }
 
 std::tuple<Optional, Tensor, Tensor> norm_fwd(
@@ -222,11 +222,8 @@ std::tuple<Tensor, Optional, Optional, Tensor, Optional> norm_bwd(
     const Output<T> dx_out(dx_BLC, channels), dy_out(dy_BLC, channels);
     const auto run = [&](auto form, int64_t begin, int64_t end) {
       Modulation gate{gate_BFC, channels}, scale{scale_BFC, channels, plus_one ? 1.f : 0.f};
-      // Of the rows that are read and written: the normalised row and its gradient.
-      std::array<Floats, 2> read, written;
-      for (Floats* values : {&read[0], &read[1], &written[0], &written[1]}) {
-        values->resize(padded(channels));
-      }
+      // The gradient of a normalised row, where it costs more to take it again.
+      Floats read(padded(channels)), written(padded(channels));
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t b = unit / strips / frames, f = unit / strips % frames;
         if (unit == begin || unit % strips == 0) {
@@ -236,15 +233,22 @@ std::tuple<Tensor, Optional, Optional, Tensor, Optional> norm_bwd(
         float* const dscale_sum = dscale.data() + unit * channels;
         float* const dshift_sum = form.centred ? dshift.data() + unit * channels : nullptr;
         float* const dgate_sum = form.gated ? dgate.data() + unit * channels : nullptr;
-        float slope = 0, offset = 0, scale_back = 0;
-        const T *dresidual = nullptr, *y = nullptr;
+        // Of the row that is written.
+        float mean = 0, rstd = 0, slope = 0, offset = 0;
+        const T *x = nullptr, *d_out = nullptr, *dresidual = nullptr, *y = nullptr;
         T *dx = nullptr, *dy = nullptr;
         const auto emit = [&](int64_t i, auto n) {
-          Vec d = get(written[1].data() + i);
+          const Vec v = (get(x + i, n) - Vec(mean)) * Vec(rstd);
+          Vec d(0);
+          if constexpr (form.silu) {
+            d = get(written.data() + i);
+          } else {
+            d = get(d_out + i, n) * scale.at(i);
+          }
           if constexpr (form.centred) {
             d = d - Vec(offset);
           }
-          d = at::vec::fnmadd(get(written[0].data() + i), Vec(slope), d) * Vec(scale_back);
+          d = at::vec::fnmadd(v, Vec(slope), d) * Vec(rstd);
           if constexpr (form.residual) {
             fetch_ahead(dresidual + i);
             d = d + get(dresidual + i, n);
@@ -260,17 +264,18 @@ std::tuple<Tensor, Optional, Optional, Tensor, Optional> norm_bwd(
         const int64_t l1 = std::min(l0 + kStrip, (f + 1) * per_frame);
         for (int64_t l = l0; l < l1; ++l) {
           const int64_t token = b * tokens + l;
-          const T *const x = x_rows.at(b, l), *const d_out = dout_rows.at(b, l);
-          const Vec mean(stats[2 * token]), rstd(stats[2 * token + 1]);
+          const T *const x_read = x_rows.at(b, l), *const d_read = dout_rows.at(b, l);
+          const float mean_read = stats[2 * token], rstd_read = stats[2 * token + 1];
           Sum along, total;
           for_vectors(channels, [&](int64_t i, auto n, auto k) {
             if (l > l0) {
               emit(i, n);
             }
-            fetch_ahead(x + i);
-            fetch_ahead(d_out + i);
-            const Vec v = first((get(x + i, n) - mean) * rstd, n), factor = scale.at(i);
-            Vec d = get(d_out + i, n);
+            fetch_ahead(x_read + i);
+            fetch_ahead(d_read + i);
+            const Vec v = first((get(x_read + i, n) - Vec(mean_read)) * Vec(rstd_read), n);
+            const Vec factor = scale.at(i);
+            Vec d = get(d_read + i, n);
             if constexpr (form.silu) {
               const Vec into = v * factor, s = sigmoid(into);
               d = d * s * at::vec::fmadd(into, Vec(1) - s, Vec(1));
@@ -280,8 +285,9 @@ std::tuple<Tensor, Optional, Optional, Tensor, Optional> norm_bwd(
               put(dshift_sum + i, get(dshift_sum + i, n) + d, n);
             }
             d = d * factor;
-            put(read[0].data() + i, v);
-            put(read[1].data() + i, d);
+            if constexpr (form.silu) {
+              put(read.data() + i, d);
+            }
             along.add_product(d, v, k);
             if constexpr (form.centred) {
               total.add(d, k);
@@ -289,8 +295,11 @@ std::tuple<Tensor, Optional, Optional, Tensor, Optional> norm_bwd(
           });
           slope = along.total() / channels;
           offset = total.total() / channels;
-          scale_back = stats[2 * token + 1];
           std::swap(read, written);
+          x = x_read;
+          d_out = d_read;
+          mean = mean_read;
+          rstd = rstd_read;
           dresidual = dresidual_rows.at(b, l);
           y = y_rows.at(b, l);
           dx = dx_out.at(token * channels);

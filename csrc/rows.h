@@ -151,6 +151,9 @@ class Output {
 
 // The sum of all lanes.
 inline float across(Vec v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_reduce_add_ps(v);
+#else
   std::array<float, kLanes> lanes;
   v.store(lanes.data());
   for (int64_t half = kLanes / 2; half > 0; half /= 2) {
@@ -159,6 +162,25 @@ inline float across(Vec v) {
     }
   }
   return lanes[0];
+#endif
+}
+
+// e^v, to two units in the last place of what is not denormal (Cephes); inline, unlike the library's.
+inline Vec exp_of(Vec v) {
+  v = at::vec::clamp(v, Vec(-87.3f), Vec(88.3f)); // NaN stays
+  const Vec n = (v * Vec(1.44269504f)).round();
+  Vec r = at::vec::fnmadd(n, Vec(0.693359375f), v); // ln 2 in two parts
+  r = at::vec::fnmadd(n, Vec(-2.12194440e-4f), r);
+  Vec p = at::vec::fmadd(r, Vec(1.9875691500e-4f), Vec(1.3981999507e-3f));
+  p = at::vec::fmadd(p, r, Vec(8.3334519073e-3f));
+  p = at::vec::fmadd(p, r, Vec(4.1665795894e-2f));
+  p = at::vec::fmadd(p, r, Vec(1.6666665459e-1f));
+  p = at::vec::fmadd(p, r, Vec(5.0000001201e-1f));
+  p = at::vec::fmadd(p, r * r, r + Vec(1));
+  // Its exponent, n more.
+  using Bits = at::vec::Vectorized<int32_t>;
+  const Bits shift = at::vec::convert_to_int_of_same_size(n) << Bits(23);
+  return at::vec::cast<float>(at::vec::cast<int32_t>(p) + shift);
 }
 
 // Sums are taken in so many vectors side by side: one addition has to wait for the one before.

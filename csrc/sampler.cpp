@@ -98,7 +98,7 @@ int64_t elements_of(const Tensor& t, int64_t outer) {
 template <typename T>
 class Frames {
  public:
-  Frames(const std::optional<Tensor>& t, int64_t outer) : outer_(outer) {
+  Frames(const std::optional<Tensor>& t, int64_t outer) {
     if (!t) {
       return;
     }
@@ -114,20 +114,20 @@ class Frames {
     if (t->scalar_type() != dtype()) {
       held_ = torch::stable::to(*held_, dtype());
     }
+    start_ = data<T>(*held_);
+    stride_b_ = held_->stride(0);
+    stride_f_ = outer > 1 ? held_->stride(1) : 0;
   }
 
   // From an element of a frame on; f is 0 of samples. Null if there are none.
-  const T* at(int64_t b, int64_t f, int64_t start) const {
-    if (!held_) {
-      return nullptr;
-    }
-    const int64_t frame = outer_ > 1 ? f * held_->stride(1) : 0;
-    return data<T>(*held_) + b * held_->stride(0) + frame + start;
+  const T* at(int64_t b, int64_t f, int64_t element) const {
+    return start_ ? start_ + (b * stride_b_ + f * stride_f_ + element) : nullptr;
   }
 
  private:
-  int64_t outer_;
   std::optional<Tensor> held_;
+  const T* start_ = nullptr;
+  int64_t stride_b_ = 0, stride_f_ = 0;
 
   static constexpr ScalarType dtype() {
     return std::is_same_v<T, float> ? ScalarType::Float
@@ -211,13 +211,15 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>> sampler_step(
     using T = decltype(out);
     const Frames<decltype(in)> of_x(x, 2), of_flow(flow, 2), of_uncond(uncond_flow, 2);
     const Frames<decltype(in)> of_noise(noise, 2);
+    T* const x0_start = x0 ? data<T>(*x0) : nullptr;
+    T* const next_start = following ? data<T>(*following) : nullptr;
     parallel_blocks(batch * frames, elements, [&](int64_t frame, int64_t start, int64_t count) {
       const int64_t b = frame / frames, f = frame % frames, offset = frame * elements + start;
       const auto *const given = of_x.at(b, f, start), *const flows = of_flow.at(b, f, start);
       const auto* const unconds = of_uncond.at(b, f, start);
       const auto* const noises = of_noise.at(b, f, start);
-      T* const clean_to = x0 ? data<T>(*x0) + offset : nullptr;
-      T* const next_to = following ? data<T>(*following) + offset : nullptr;
+      T* const clean_to = x0_start ? x0_start + offset : nullptr;
+      T* const next_to = next_start ? next_start + offset : nullptr;
       const Vec s(sigmas[frame]), next(following ? next_sigmas[frame] : 0);
       std::array<float, kBlock> drawn;
       if (seed_B) {
@@ -250,10 +252,11 @@ Tensor normal(const Tensor& seed_B, const Tensor& frame_F, int64_t draw, const I
   const Tensor out = empty(seed_B, shape, ScalarType::Float);
   const int64_t frames = shape[1], elements = elements_of(out, 2);
   const Ints seeds = integers(seed_B), indices = integers(frame_F);
+  float* const to = data<float>(out);
   parallel_blocks(shape[0] * frames, elements, [&](int64_t frame, int64_t start, int64_t count) {
     std::array<float, kBlock> drawn;
     Normals(seeds[frame / frames], indices[frame % frames], draw)(start, drawn.data());
-    std::copy_n(drawn.data(), count, data<float>(out) + frame * elements + start);
+    std::copy_n(drawn.data(), count, to + frame * elements + start);
   });
   return out;
 }
@@ -266,6 +269,7 @@ Tensor dmd_gradient(const Tensor& x, const Tensor& real_x0, const Tensor& fake_x
   by_dtypes(x, {real_x0, fake_x0}, [&](auto of_out, auto in) {
     using T = decltype(of_out);
     const Frames<decltype(in)> of_x(x, 1), of_real(real_x0, 1), of_fake(fake_x0, 1);
+    T* const out_start = data<T>(out);
     parallel_blocks(batch, elements, [&](int64_t b, int64_t start, int64_t count) {
       const auto *const given = of_x.at(b, 0, start), *const real = of_real.at(b, 0, start);
       Sum distance;
@@ -283,7 +287,7 @@ Tensor dmd_gradient(const Tensor& x, const Tensor& real_x0, const Tensor& fake_x
     const Vec largest(static_cast<float>(std::numeric_limits<T>::max()));
     parallel_blocks(batch, elements, [&](int64_t b, int64_t start, int64_t count) {
       const auto *const real = of_real.at(b, 0, start), *const fake = of_fake.at(b, 0, start);
-      T* const to = data<T>(out) + b * elements + start;
+      T* const to = out_start + b * elements + start;
       for_vectors(count, [&](int64_t i, auto n, auto) {
         const Vec g = (get(fake + i, n) - get(real + i, n)) / Vec(mean[b]);
         // As torch.nan_to_num: NaN, which is not itself, becomes 0, an infinity the largest number.
