@@ -66,12 +66,8 @@ def run(job: Job) -> Result:
                 torch.set_num_threads(count)
                 label = f", {str(dtype).removeprefix('torch.')}, {said_threads(count)}"
                 for case in rows.cases(sizes(dtype, job.tiny)):
-                    _add(job, result, case.label + label, functools.partial(_op, case, job, result))
-                    if "bytes" in (row := result["rows"][-1]):
-                        key = count, case.nbytes
-                        if key not in copies:
-                            copies[key] = timing.copy_bandwidth(job.device, case.nbytes, job.rounds)
-                        row["copy_gbps"] = copies[key]
+                    row = functools.partial(_op, case, job, result, copies)
+                    _add(job, result, case.label + label, row)
         for count in THREADS:
             torch.set_num_threads(count)
             _add(job, result, f"toy stream, {said_threads(count)}", functools.partial(_stream, job))
@@ -110,8 +106,13 @@ def _add(job: Job, result: Result, label: str, row: Callable[[], Result]) -> Non
     job.save(result)
 
 
-def _op(case: rows.Case, job: Job, result: Result) -> Result:
-    return run_case(case, job.device, result["ceilings"], job.rounds, compiled=not job.tiny)
+def _op(case: rows.Case, job: Job, result: Result, copies: dict[tuple[int, int], float]) -> Result:
+    """copies: GB/s by threads and bytes, as far as they are known."""
+    row = run_case(case, job.device, result["ceilings"], job.rounds, compiled=not job.tiny)
+    size = torch.get_num_threads(), case.nbytes
+    if size not in copies:
+        copies[size] = timing.copy_bandwidth(job.device, case.nbytes, job.rounds)
+    return {**row, "copy_gbps": copies[size]}
 
 
 def _stream(job: Job) -> Result:

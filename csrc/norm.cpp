@@ -142,9 +142,10 @@ std::tuple<Optional, Tensor, Tensor> norm_fwd(
             fetch_ahead(y + i);
             const Vec added = get(y + i, n);
             v = form.gated ? at::vec::fmadd(added, gate.at(i), v) : v + added;
-            residual.write(x_new + i, v, n);
+            const auto stored = narrowed<T>(v);
+            residual.write_narrowed(x_new + i, stored, n);
             // The norm is that of the residual stream as stored, as it is in the backward pass.
-            v = rounded<T>(v);
+            v = widened<T>(stored);
           }
           put(read.data() + i, v);
           return v;

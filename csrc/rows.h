@@ -43,28 +43,39 @@ template <typename T>
 inline Vec get(const T* p, int64_t n = kLanes) {
   if constexpr (std::is_same_v<T, float>) {
     return Vec::loadu(p, n);
+#if defined(CPU_CAPABILITY_AVX512)
+  } else if (std::is_same_v<T, c10::BFloat16> && n == kLanes) {
+    // ATen's would load as many again, behind a mask.
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+#endif
   } else {
     return at::vec::convert<float>(at::vec::Vectorized<T>::loadu(p, n));
   }
 }
 
+// As it is stored as T, in the first lanes; and as that is read again.
 template <typename T>
-inline void put(T* p, Vec v, int64_t n = kLanes) {
-  if constexpr (std::is_same_v<T, float>) {
-    v.store(p, n);
-  } else {
-    at::vec::convert<T>(v).store(p, n);
-  }
-}
-
-// As it would be read after being stored as T.
-template <typename T>
-inline Vec rounded(Vec v) {
+inline at::vec::Vectorized<T> narrowed(Vec v) {
   if constexpr (std::is_same_v<T, float>) {
     return v;
   } else {
-    return at::vec::convert<float>(at::vec::convert<T>(v));
+    return at::vec::convert<T>(v);
   }
+}
+
+template <typename T>
+inline Vec widened(at::vec::Vectorized<T> v) {
+  if constexpr (std::is_same_v<T, float>) {
+    return v;
+  } else {
+    return at::vec::convert<float>(v);
+  }
+}
+
+template <typename T>
+inline void put(T* p, Vec v, int64_t n = kLanes) {
+  narrowed<T>(v).store(p, n);
 }
 
 // Has the line fetched that lies a page ahead: a processor's own prefetching ends with the page.
@@ -104,6 +115,11 @@ class Output {
   // n elements; a whole vector to a multiple of its length.
   template <typename Count>
   void write(T* p, Vec v, Count n) const {
+    write_narrowed(p, narrowed<T>(v), n);
+  }
+
+  template <typename Count>
+  void write_narrowed(T* p, at::vec::Vectorized<T> v, Count n) const {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
     if constexpr (!std::is_same_v<Count, int64_t>) {
       if (streamed_) {
@@ -112,7 +128,7 @@ class Output {
       }
     }
 #endif
-    put(p, v, n);
+    v.store(p, n);
   }
 
   // To be called by each thread behind its last write.
@@ -129,21 +145,19 @@ class Output {
   bool streamed_ = false;
 
 #if defined(CPU_CAPABILITY_AVX512)
-  static void stream(T* p, Vec v) {
+  static void stream(T* p, at::vec::Vectorized<T> v) {
     if constexpr (std::is_same_v<T, float>) {
       _mm512_stream_ps(p, v);
     } else {
-      const __m512i both = at::vec::convert<T>(v);
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(both));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(v));
     }
   }
 #elif defined(CPU_CAPABILITY_AVX2)
-  static void stream(T* p, Vec v) {
+  static void stream(T* p, at::vec::Vectorized<T> v) {
     if constexpr (std::is_same_v<T, float>) {
       _mm256_stream_ps(p, v);
     } else {
-      const __m256i both = at::vec::convert<T>(v);
-      _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(both));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(v));
     }
   }
 #endif
@@ -165,9 +179,14 @@ inline float across(Vec v) {
 #endif
 }
 
-// e^v, to two units in the last place of what is not denormal (Cephes); inline, unlike the library's.
+// e^v to two units in the last place, but for denormals (Cephes); inline, unlike the library's.
 inline Vec exp_of(Vec v) {
-  v = at::vec::clamp(v, Vec(-87.3f), Vec(88.3f)); // NaN stays
+  // NaN stays: it is the second argument that counts then.
+#if defined(CPU_CAPABILITY_AVX512)
+  v = _mm512_max_ps(_mm512_set1_ps(-104), v);
+#else
+  v = at::vec::clamp(v, Vec(-87.3f), Vec(88.3f));
+#endif
   const Vec n = (v * Vec(1.44269504f)).round();
   Vec r = at::vec::fnmadd(n, Vec(0.693359375f), v); // ln 2 in two parts
   r = at::vec::fnmadd(n, Vec(-2.12194440e-4f), r);
@@ -177,10 +196,14 @@ inline Vec exp_of(Vec v) {
   p = at::vec::fmadd(p, r, Vec(1.6666665459e-1f));
   p = at::vec::fmadd(p, r, Vec(5.0000001201e-1f));
   p = at::vec::fmadd(p, r * r, r + Vec(1));
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_scalef_ps(p, n);
+#else
   // Its exponent, n more.
   using Bits = at::vec::Vectorized<int32_t>;
   const Bits shift = at::vec::convert_to_int_of_same_size(n) << Bits(23);
   return at::vec::cast<float>(at::vec::cast<int32_t>(p) + shift);
+#endif
 }
 
 // Sums are taken in so many vectors side by side: one addition has to wait for the one before.
@@ -278,7 +301,6 @@ inline std::pair<float, float> moments(int64_t count, const F& value, const G& a
       mean_whole + change * share,
       squares_whole + squares_sum.total() + change * change * share * whole};
 }
-
 
 // f(T{}) for the type of the elements.
 template <typename F>
