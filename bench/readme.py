@@ -171,38 +171,46 @@ def _attention(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
 
 
 def _cpp(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
-    """Of the newest `bench cpu`: the middle and the least of the ratios over all ops at a chunk,
-    and the ratios end to end."""
+    """Of the newest `bench cpu`: the ratios over all ops at a chunk, and those end to end."""
     for name, result in found:
         if result.get("part") != "cpu":
             continue
-        chunks = [row for row in result["rows"] if f"{CHUNK}, " in row["case"]]
-        ends = [row for row in result["rows"] if row["case"].startswith("toy")]
+        shown = f"{CHUNK}, "
+        chunks = [row for row in result["rows"] if shown in row["case"]]
         parts = []
-        for kind in dict.fromkeys(row["case"].split(", ", 1)[1] for row in chunks):
-            over = {
-                other: [r for row in chunks if row["case"].endswith(kind)
-                        if (r := _ratio(row, other, contest.CPP))]
-                for other in (contest.EAGER, "compile")
-            }  # fmt: skip
-            middles = (f"{statistics.median(ratios):.1f} ({min(ratios):.1f})"
-                       for ratios in over.values() if ratios)  # fmt: skip
-            parts.append(f"{kind} {_and(middles)}")
-        whole = (f"{row['case'].removeprefix('toy ')} {r:.2f}"
-                 for row in ends if (r := _ratio(row, contest.EAGER, contest.CPP)))  # fmt: skip
+        for kind in dict.fromkeys(row["case"].partition(shown)[2] for row in chunks):
+            of_kind = [row for row in chunks if row["case"].endswith(shown + kind)]
+            both = (_ratios(of_kind, other) for other in (contest.EAGER, "compile"))
+            said_of = _and(f"{statistics.median(r):.1f} ({min(r):.1f})" for r in both if r)
+            parts.append(f"{kind} {said_of}")
+        ends: dict[str, list[dict[str, Any]]] = {}
+        for row in result["rows"]:
+            if row["case"].startswith("toy"):
+                ends.setdefault(row["case"].removeprefix("toy ").rpartition(", ")[0], []).append(
+                    row
+                )
+        whole = (
+            f"{name} {_and(f'{r:.2f}' for r in _ratios(of_name, contest.EAGER))}"
+            for name, of_name in ends.items()
+        )
         yield from _prose(
-            f"C++ on a CPU, ops of a chunk of {CHUNK.replace(' x ', ' × ')}, {_on(result, name)}: "
-            f"eager PyTorch and torch.compile take, in the middle (at least), {'; '.join(parts)} × "
-            f"as long. Without it the toy takes as a {', '.join(whole)} × as long."
+            f"C++ (`docs/cpu.md`), ops of {CHUNK.replace(' x ', ' × ')}, {_on(result, name)}: the "
+            "times of eager PyTorch and of torch.compile, as multiples of its own, median (least): "
+            f"{'; '.join(parts)}. Eager toys, 1 and 2 threads: {'; '.join(whole)}."
         )
         return
     yield "**The C++ is not measured yet.**"
 
 
-def _ratio(row: dict[str, Any], other: str, ours: str) -> float | None:
-    times = {n: compare.milliseconds(e) for n, e in row.get("contestants", {}).items()}
-    mine, theirs = times.get(ours), times.get(other)
-    return theirs / mine if mine and theirs else None
+def _ratios(rows: Sequence[dict[str, Any]], other: str) -> list[float]:
+    """The other's time as a multiple of that of the C++, where both are timed."""
+    found = []
+    for row in rows:
+        times = {n: compare.milliseconds(e) for n, e in row.get("contestants", {}).items()}
+        mine, theirs = times.get(contest.CPP), times.get(other)
+        if mine and theirs:
+            found.append(theirs / mine)
+    return found
 
 
 def _decoding(found: Sequence[tuple[str, Result]]) -> Iterator[str]:

@@ -433,6 +433,23 @@ def test_the_block_shows_the_newest_results(tmp_path: Path) -> None:
     block = readme.block(tmp_path)
     assert r"| Self \| Forcing | 21 | 17 | 0.512 s | 0.69 s | triton, graph |" in block
     assert "not run" not in block and "Streaming is not" not in block
+    # The C++, whose rows are not those of a GPU's kernels.
+    kind = "4680 x 1536, float32, 1 thread"
+    both = {"cpp": entry(2.0), "eager": entry(5.0), "compile": entry(3.0)}
+    row: dict[str, Any] = {"case": f"gated_adaln {kind}", "contestants": both}
+    both = {"cpp": entry(2.0), "eager": entry(9.0), "compile": {"failed": "no"}}
+    other: dict[str, Any] = {"case": f"adaln {kind}", "contestants": both}
+    ends = [
+        {"case": f"toy stream, {n}", "contestants": {"cpp": entry(1.0), "eager": entry(ms)}}
+        for n, ms in (("1 thread", 1.25), ("2 threads", 1.5))
+    ]
+    cpu = {"part": "cpu", "machine": MACHINE | {"date": "2031"}, "rows": [row, other, *ends]}
+    (tmp_path / "cpu.json").write_text(json.dumps(cpu))
+    block = readme.block(tmp_path)
+    assert "| gated_adaln 4680 × 1536 | 10 |" in block and "(`bench/results/cpu.json`)" in block
+    said = " ".join(block.split())
+    assert "median (least): float32, 1 thread 3.5 (2.5) and 1.5 (1.5)." in said
+    assert "1 and 2 threads: stream 1.25 and 1.50." in said
     # README stays short when all of it is measured.
     result = save("d", "2030-07-01", 0.01, baselines=lines[:1] * 5)
     result["rows"] = [row_of(result, i) | {"case": case} for i, case in (
@@ -448,8 +465,10 @@ def test_the_block_shows_the_newest_results(tmp_path: Path) -> None:
 
 
 def test_results_without_a_date_go_by_name() -> None:
-    files = [name for name, _ in readme.newest(RESULTS)]
+    found = readme.newest(RESULTS)
+    files = [name for name, result in found if "date" not in result["machine"]]
     assert files == sorted(files) and set(files) >= {"gpu-h200.json", "kernels-h200.json"}
+    assert [name for name, _ in found[len(found) - len(files) :]] == files
 
 
 def test_the_readme_command(
