@@ -52,9 +52,12 @@ _DTYPES = {
 }
 
 
-def choose(op: str, impl: str, device: torch.device, **tensors: Tensor | None) -> str:
+def choose(
+    op: str, impl: str, device: torch.device, refused: str = "", /, **tensors: Tensor | None
+) -> str:
     """The implementation that computes `op` for these tensors: `impl` itself, or under "auto" the
-    best one for the device.
+    best one for the device. refused: what no kernel of this op takes of them beside what is said
+    below, if there is such.
 
     Raises ValueError for a name that does not exist, an implementation that lacks the op, and
     tensors it cannot take: kernels want float32 (not all), bfloat16 or float16 on one device that
@@ -63,13 +66,13 @@ def choose(op: str, impl: str, device: torch.device, **tensors: Tensor | None) -
     if impl == "auto":
         impl = _AUTO[op].get(device.type, "reference")
         if impl == "cpp":
-            return "reference" if _refusal(impl, device, tensors) else impl
+            return "reference" if _refusal(impl, device, tensors) or refused else impl
     elif impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: must be one of {', '.join(IMPLS)}")
     elif impl not in _HAVING[op]:
         raise ValueError(f"impl={impl!r}: {op} has {', '.join(_HAVING[op])} (or 'auto')")
-    if impl in _DTYPES and (refused := _refusal(impl, device, tensors)):
-        raise ValueError(refused)
+    if impl in _DTYPES and (why := _refusal(impl, device, tensors) or refused):
+        raise ValueError(why)
     return impl
 
 

@@ -227,13 +227,7 @@ def _heads(qkv: Tensor, table: Tensor) -> Tensor:
 def _choose(impl: str, *tensors: Tensor) -> str:
     names = "qkv", "q_weight", "k_weight", "table", "k_ring", "v_ring"
     named = dict(zip(names, tensors, strict=False))
-    chosen = choose("qk_norm_rope", impl, tensors[0].device, **named)
-    refused = "" if chosen == "reference" else _refusal(named)
-    if refused and impl == "auto" and chosen == "cpp":
-        return "reference"
-    if refused:
-        raise ValueError(refused)
-    return chosen
+    return choose("qk_norm_rope", impl, tensors[0].device, _refusal(named), **named)
 
 
 def _refusal(named: dict[str, Tensor]) -> str:

@@ -31,15 +31,12 @@ each = pytest.mark.parametrize("impl", ["triton", CPP])
 each_and_reference = pytest.mark.parametrize("impl", ["reference", "triton", CPP])
 _PAIRS = [*(("triton", dtype, ()) for dtype in DTYPES),
           *(("cpp", dtype, CPP.marks) for dtype in CPP_DTYPES)]  # fmt: skip
-each_dtype = pytest.mark.parametrize(
-    ("impl", "dtype"), [pytest.param(impl, dtype, marks=marks) for impl, dtype, marks in _PAIRS]
-)
 
 
 def each_size(
     sizes: Sequence[Any], of_cpp: Sequence[Any] = (), fixture: str = "size"
 ) -> pytest.MarkDecorator:
-    """`each_dtype` with the sizes, by a fixture; C++ with those of its own too."""
+    """Implementations, dtypes and sizes, these by a fixture; C++ with those of its own too."""
     return pytest.mark.parametrize(
         ("impl", "dtype", fixture),
         [
