@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import kernels, machine, model, rows, timing, tune
+from bench import cpu, kernels, machine, model, rows, timing, tune
 from bench.contest import run_case
 from bench.part import Job, plain_console, show
 from bench.works import Search, Work, searches, works
-from sfkernels import launch
+from sfkernels import cpp, launch
 from sfkernels.launch import Flat, Rows, Tile
 
 CPU = torch.device("cpu")
@@ -404,3 +404,21 @@ def test_nvidia_smi_is_asked_for_the_state(tmp_path: Path, monkeypatch: pytest.M
     assert (here["device"], here["kind"], here["driver"]) == ("NVIDIA H200", "cuda", "580.1")
     properties.uuid = "another"
     assert machine.state(cuda) == {} and machine.machine(cuda)["driver"] is None
+
+
+@pytest.mark.skipif(bool(cpp.MISSING), reason=cpp.MISSING)
+def test_the_cpu_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One op and the toy stream, right and timed; --only leaves out all others."""
+    monkeypatch.setattr(cpu, "keep_memory", lambda: None)  # for the whole process
+    only = "^adaln 48 x 96, float32, 1 thread|^toy stream, 1 thread"
+    assert cpu.main(["--tiny", "--only", only, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))
+    assert result["instructions"] == cpp.LOADED
+    op, whole = result["rows"]
+    for row in (op, whole):
+        assert {"cpp", "eager"} <= row["contestants"].keys()
+        assert all(entry["ms"] > 0 for entry in row["contestants"].values())
+    assert op["copy_gbps"] > 0 and "copy_gbps" not in whole
+    ops, ends = cpu.tables(result)
+    assert [row[0] for row in (*ops.rows, *ends.rows)] == [op["case"], whole["case"]]
+    assert [name for name, _ in cpu.figures(result)] == ["cpu"]
