@@ -21,7 +21,7 @@ from bench import attention_cases, contest, rows
 from bench.process import ROOT, command
 from sfkernels import launch
 
-TESTS = ("norm", "rope", "sampler", "attention", "registration", "gpu", "bench_stream",
+TESTS = ("norm", "rope", "sampler", "quant", "attention", "registration", "gpu", "bench_stream",
          "bench_decode")  # fmt: skip
 SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 ITSELF = (sys.executable, "-m", "bench.verify")
