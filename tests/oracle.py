@@ -16,12 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.contest import interpreted
 from bench.parity import close_as_eager
 from sfkernels import cpp, launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter truncates to bfloat16 where a GPU rounds.
-DTYPES = (torch.float32, torch.float16) + (torch.bfloat16,) * (DEVICE == "cuda")
+DTYPES = (torch.float32, torch.float16) + (torch.bfloat16,) * (not interpreted())
 CPP_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # For parametrize: what has norms, RoPE and the sampler.

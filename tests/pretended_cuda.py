@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import hashlib
 import itertools
 import os
@@ -28,7 +29,7 @@ import time
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -94,7 +95,8 @@ class CUDAGraph:
     """underway: captures that the allocator still takes for such. PyTorch 2.11 forgets to tell it
     of the end of one that failed."""
 
-    underway: set[Any] = set()
+    underway: ClassVar[set[Any]] = set()
+    capturing: ClassVar[CUDAGraph]
     lib: Any
     graph: Any = None
     id: Any = None
@@ -108,7 +110,7 @@ class CUDAGraph:
         wait()
         self.id = pool if any(pool) else graph_pool_handle()
         self.underway.add(self.id)
-        self.graph = self.lib.begin()
+        self.graph, CUDAGraph.capturing = self.lib.begin(), self
 
     def capture_end(self) -> None:
         if not self.lib.end(self.graph):
@@ -174,17 +176,12 @@ def launched(run: Callable[..., Any], args: Sequence[Any]) -> None:
     with torch.inference_mode():
         run(*args)
     if any(on_gpu) and CUDAGraph.lib.capturing():
-        again = ctypes.CFUNCTYPE(None)(lambda: run(*args))
-        KEPT.append(again)
+        again = ctypes.CFUNCTYPE(None)(torch.inference_mode()(lambda: run(*args)))
+        CUDAGraph.capturing.launches.append(again)
         CUDAGraph.lib.record(again)
 
 
-KEPT: list[Any] = []
-
-
 def _on_host(value: Any) -> Any:
-    import dataclasses
-
     if isinstance(value, Tensor):
         return torch.ops.pretended.launched(value.detach())
     if hasattr(value, "base"):  # a descriptor
@@ -192,11 +189,38 @@ def _on_host(value: Any) -> Any:
     return value
 
 
-def patch_triton() -> None:
-    from triton.experimental.gluon._runtime import GluonJITFunction
-    from triton.runtime.interpreter import GridExecutor
+OPS = torch.library.Library("aten", "IMPL")
 
-    interpret = GridExecutor.__call__
+
+def flash_attention(
+    q_LHD: Tensor, k_SHD: Tensor, v_SHD: Tensor, q_ends: Tensor, k_ends: Tensor, *_: Any,
+    scale: float | None = None, **__: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Attention of the sequences of a batch that lie one after the other."""
+
+    def run(*args: Tensor) -> None:
+        q, k, v, out = (t.transpose(0, 1)[None] for t in args[:4])
+        for (a, b), (c, d) in zip(*(itertools.pairwise(t.tolist()) for t in args[4:]), strict=True):
+            few = q[:, :, a:b], k[:, :, c:d], v[:, :, c:d]
+            attend = torch.nn.functional.scaled_dot_product_attention
+            out[:, :, a:b] = attend(*(t.float() for t in few), scale=scale)
+
+    out_LHD = torch.empty_like(q_LHD)
+    launched(run, (q_LHD, k_SHD, v_SHD, out_LHD, q_ends, k_ends))
+    return out_LHD, *(q_LHD.new_empty(0) for _ in range(4))
+
+
+def patch_triton() -> None:
+    import triton.language as tl
+    from triton.experimental.gluon._runtime import GluonJITFunction
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    interpret, dot = GridExecutor.__call__, InterpreterBuilder.create_dot
+
+    def wide_dot(self: Any, *args: Any) -> Any:
+        """Of bfloat16 too, whose bits the interpreter multiplies as whole numbers."""
+        bits = [getattr(x, "dtype", None) == tl.bfloat16 for x in args]
+        return dot(self, *(self.cast_impl(x, tl.float32) if b else x for x, b in zip(args, bits)))
 
     def call(self: Any, *args: Any, **kwargs: Any) -> None:
         launched(lambda *a: interpret(self, *a, **kwargs), args)
@@ -207,6 +231,26 @@ def patch_triton() -> None:
         launched(lambda *a: run_kernel(self, grid, a, random.Random(0), **kwargs), args)
 
     GridExecutor.__call__, GluonJITFunction.run = call, emulate
+    InterpreterBuilder.create_dot = wide_dot
+
+
+def spare_time() -> None:
+    """What is not asked for by name runs in eager PyTorch, as the interpreter takes seconds for a
+    pass of a toy; what is, in few large tiles, as it takes its time for each."""
+    from sfkernels import dispatch, launch
+
+    for devices in dispatch._AUTO.values():
+        devices["cuda"] = "reference"
+    rows = launch.rows
+
+    def larger(kernel: str, device: torch.device, channels: int) -> launch.Rows:
+        setting = rows(kernel, device, channels)
+        if kernel in launch.overrides:
+            return setting
+        most = 8 if kernel.endswith("bwd") else 2**16 // channels  # sums over rows are loops
+        return dataclasses.replace(setting, rows=2 ** (most.bit_length() - 1))
+
+    launch.rows = larger
 
 
 def patch_torch(lib: Any) -> None:
@@ -248,7 +292,7 @@ def patch_torch(lib: Any) -> None:
     # As PyTorch's own, which asks a storage of the device for itself.
     anything.UntypedStorage.clone = lambda s: torch.empty(
         s.nbytes(), dtype=torch.uint8, device=s.device).untyped_storage().copy_(s)  # fmt: skip
-    torch.library.Library("aten", "IMPL")
+    OPS.impl("_flash_attention_forward", flash_attention, "CUDA")
 
 
 def install() -> None:
@@ -267,6 +311,7 @@ def install() -> None:
     CUDAGraph.lib = lib
     patch_torch(lib)
     patch_triton()
+    spare_time()
 
 
 def main() -> int:
