@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
+from torch.nn.utils.rnn import pad_sequence
 
 from sfmodel.coding import decode, encode, write_videos
 from sfmodel.config import PRESETS
@@ -90,9 +92,11 @@ def generate(
     )
     prompts = [prompt] if prompt_file is None else read_prompts(prompt_file)
     device = default_device()
-    # The text first: its encoder leaves the GPU before the model comes.
+    # The text first: its encoder leaves the GPU before the model comes. It keeps on disk what each
+    # of many prompts is encoded as.
+    text = load_text(preset, models)
     with told("encoding the prompt" + "s" * (len(prompts) > 1)):
-        embeddings = load_text(preset, models)(prompts, device)
+        last = deque(text.rows(prompts, device), maxlen=1)
     model = load_model(preset, checkpoint, device, models)
     codec = load_codec(preset, device, vae, models, tile)
     names = (
@@ -100,12 +104,14 @@ def generate(
         if len(prompts) == 1
         else [output.with_stem(f"{output.stem}-{i}") for i in range(len(prompts))]
     )
-    # Videos of the toy fit side by side, of a large model one after the other.
-    together = len(prompts) if preset == "toy" else 1
+    # A few videos of the toy fit side by side, of a large model one after the other.
+    together = 16 if preset == "toy" else 1
     for i in range(0, len(prompts), together):
         few = slice(i, i + together)
+        rows = last if len(prompts) == 1 else text.rows(prompts[few], device)
+        text_BTE = pad_sequence([row.float() for row in rows], batch_first=True).to(device)
         chunks = stream(
-            model, codec, embeddings[few], settings, seed=seed + i, batch=len(prompts[few]),
+            model, codec, text_BTE, settings, seed=seed + i, batch=len(prompts[few]),
             frames=None if frames == "endless" else frames,
         )  # fmt: skip
         write_videos(chunks, names[few], prompts[few], settings.fps, frames, device, watch)

@@ -195,7 +195,13 @@ def held_out(codec: ToyVAE, frames: int, videos: int, split: str = "test") -> He
 
 @torch.no_grad()
 def seen_in(codec: ToyVAE, latents_BFCHW: Tensor) -> Seen:
-    """What decoded latents show."""
+    """What decoded latents show. Raises FloatingPointError where one holds NaN or infinity."""
+    bad = (~latents_BFCHW.isfinite()).flatten(2).any(2).nonzero().tolist()
+    if bad:
+        raise FloatingPointError(
+            f"video {bad[0][0]} holds NaN or infinity from latent frame {bad[0][1]} on: the "
+            "weights are damaged, or the arithmetic overflows"
+        )
     parts = [look(codec.decode_chunk(part)[0].cpu()) for part in latents_BFCHW.split(BATCH)]
     return Seen(*(torch.cat(each) for each in zip(*parts, strict=True)))
 

@@ -57,3 +57,25 @@ def cannot_write(path: Path, error: Exception) -> OSError:
     """The error to raise where writing `path` failed with `error`."""
     reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
     return OSError(f"cannot write {path}: {reason}")
+
+
+def within(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """A file itself, or what ends so in a folder and its subfolders, by name: files, and what only
+    looks like one (a FIFO, a link to nothing), for its reader to refuse. Hidden ones are left out;
+    a folder that links lead to is searched once. Raises OSError for a folder that is not
+    readable."""
+    if not path.is_dir():
+        return [path]
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    seen: set[str] = set()
+    out: list[Path] = []
+    for folder, folders, names in os.walk(path, onerror=stop, followlinks=True):
+        new = os.path.realpath(folder) not in seen
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(name for name in folders if new and not name.startswith("."))
+        visible = (Path(folder, name) for name in names if new and not name.startswith("."))
+        out += [each for each in visible if each.suffix.lower() in suffixes]
+    return sorted(out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,18 @@ class TextEncoder(Protocol):
     text_dim: int
     text_len: int
 
+    @property
+    def identity(self) -> str:
+        """Another one for another encoder."""
+        ...
+
     def __call__(self, sentences: Sequence[str], device: torch.device | str = "cpu") -> Tensor: ...
+
+    def rows(
+        self, sentences: Iterable[str], device: torch.device | str = "cpu"
+    ) -> Iterator[Tensor]:
+        """The embedding [T, text_dim] of each sentence as it comes, on the CPU."""
+        ...
 
 
 def default_device() -> torch.device:
@@ -111,9 +122,7 @@ def load_codec(
     tile: as in `WanVAE`. Raises ValueError where there is none."""
     if preset == "toy":
         return ToyVAE.from_pretrained().to(device)
-    there = assets.find(models, preset)
-    if vae == "auto":
-        vae = "wan" if there.vae or not there.tiny_vae else "tiny"
+    vae = chosen_vae(preset, vae, models)
     path = _needed("vae" if vae == "wan" else "tiny_vae", preset, models)
     # Shapes repeat from chunk to chunk, so it is worth trying which algorithm is the fastest.
     torch.backends.cudnn.benchmark = True
@@ -122,6 +131,14 @@ def load_codec(
     with told(f"loading {path}"):
         codec = checkpoints.load_model(build, path, device=device, dtype=default_dtype(device))
     return cast(VideoCodec, channels_last(codec).eval().requires_grad_(False))
+
+
+def chosen_vae(preset: str, vae: Vae = "auto", models: Path | None = None) -> Vae:
+    """Which of the two `load_codec` loads for a preset other than the toy."""
+    there = assets.find(models, preset)
+    if vae == "auto":
+        return "wan" if there.vae or not there.tiny_vae else "tiny"
+    return vae
 
 
 def load_text(preset: str, models: Path | None = None) -> TextEncoder:

@@ -445,7 +445,7 @@ def test_what_a_path_is(tmp_path: Path) -> None:
 def test_paths_that_are_no_source(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.png").touch()
-    must = r"must be a folder of .safetensors files or of videos \(.mp4, .mkv, .webm, .mov\), a "
+    must = r"must be a folder of .safetensors files or of videos \(.mp4, .mkv, .webm, .mov, …\), a "
     for name, why in (
         ("missing.txt", "no such file or folder"),
         ("missing", "no such file or folder"),

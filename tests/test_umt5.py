@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -161,9 +162,43 @@ def test_the_empty_sentence_and_one_that_is_too_long(files: Path, tmp_path: Path
     encode = encoder(files, tmp_path)
     empty_LE = encode([" \n"])[0]
     torch.testing.assert_close(empty_LE, public(official_state(), [1]))
-    long_LE = encode(["a" * 2000])[0]
-    assert len(long_LE) == encode.text_len == 512
-    assert encode._tokens(["a" * 2000])[0][-2:] == [4, 1]
+    for _ in range(2):  # said also of what the cache has
+        with pytest.warns(UserWarning, match=r"prompt 'a{60}'… has 2,002 tokens: the first 512"):
+            long_LE = encode(["a" * 2000])[0]
+        assert len(long_LE) == encode.text_len == 512
+    with pytest.warns(UserWarning, match="2,002 tokens"):
+        assert encode._tokens(encode._tokenizer(), "a" * 2000)[0][-2:] == [4, 1]
+    assert len(encode(["a" * 510])[0]) == 512  # with the first space and the end: nothing is cut
+
+
+def test_a_kept_prompt_that_does_not_say_whether_it_was_cut_is_encoded_anew(
+    files: Path, tmp_path: Path
+) -> None:
+    encode = encoder(files, tmp_path)
+    with pytest.warns(UserWarning, match="600 tokens"):
+        encode(["a" * 598])
+    path = encode._kept("a" * 598)
+    save_file(load_file(path), path)
+    with pytest.warns(UserWarning, match="600 tokens"):
+        encode(["a" * 598])
+
+
+def test_any_number_of_sentences_is_encoded_by_one_load_as_they_come(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads, asked = [], []
+    load = UMT5Encoder._load
+    monkeypatch.setattr(UMT5Encoder, "_load", lambda *a: loads.append(1) or load(*a))  # type: ignore
+
+    def sentences() -> Iterator[str]:
+        for i in range(5):
+            asked.append(i)
+            yield "ab" * i
+
+    encode = encoder(files, tmp_path)
+    for i, text_TE in enumerate(encode.rows(sentences())):
+        assert asked == [*range(i + 1)] and text_TE.shape == (2 * i + 1 + (i > 0), DIM)
+    assert loads == [1]
 
 
 @pytest.mark.parametrize(
