@@ -109,7 +109,7 @@ def encode(
 
     def skip(name: str, error: ValueError) -> None:
         nonlocal skipped
-        if source.is_file():
+        if not source.is_dir():
             raise ValueError(f"{source}: {error}") from None
         skipped += 1
         print(f"{name}: skipped: {error}", file=sys.stderr, flush=True)

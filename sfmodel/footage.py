@@ -46,10 +46,12 @@ def opened_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.V
     try:
         # An absolute name has no protocol, and a playlist by another name leads nowhere else.
         options = {"protocol_whitelist": "file"}
-        with av.open(str(path.absolute()), options=options) as container:
+        with av.open(str(path.absolute()), options=options, metadata_errors="replace") as container:
             stream = container.streams.best("video")
             if not isinstance(stream, av.VideoStream) or "attached_pic" in str(stream.disposition):
                 raise ValueError("holds no video")
+            if stream.codec_context is None:
+                raise ValueError("damaged, or of a codec that is not known")
             if stream.width * stream.height > MAX_PIXELS:
                 raise ValueError(
                     f"damaged: says that it is {stream.width} × {stream.height} pixels: must be at "

@@ -263,10 +263,8 @@ class Prompts(_Files):
         self.lines = None if embedded else read_prompts(path)
         files = within(path, (".safetensors",))
         if embedded and not path.is_dir():
-            numbers = itertools.takewhile(
-                Path.exists, (continued(path, i) for i in itertools.count(1))
-            )
-            files += numbers
+            more = (continued(path, i) for i in itertools.count(1))
+            files += itertools.takewhile(Path.exists, more)
         super().__init__(path, files, preset, 0, text)
 
     def _open(self, path: Path) -> _File:
