@@ -298,13 +298,11 @@ def open_source(
     found = within(path, (".safetensors", *VIDEOS)) if path.is_dir() else [path]
     # What lies in the folder itself counts before what is in subfolders, latents before videos.
     shards = [each for each in found if each.suffix.lower() == ".safetensors"]
-    others = [each for each in found if each not in shards]
+    others = [each for each in found if each.suffix.lower() != ".safetensors"]
     if shards and path.exists() and _depth(shards) <= _depth(others):
-        return (
-            Prompts(path, preset, text)
-            if _alone(shards)
-            else LatentShards(path, preset, frames, text)
-        )
+        if _alone(shards):
+            return Prompts(path, preset, text)
+        return LatentShards(path, preset, frames, text)
     if path.is_dir() and others:
         if codec is not None and text is not None:
             return VideoFiles(path, preset, frames, codec, text)
