@@ -284,6 +284,16 @@ def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> Any:
+    raise RuntimeError(
+        "kernels of attention have no second derivative: take it with impl='reference' inside "
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+    )
+
+
+_attention_bwd.register_autograd(_no_second_derivative)
+
+
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, v, k_prefix, v_prefix, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output, k_prefix, v_prefix)

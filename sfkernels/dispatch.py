@@ -7,13 +7,16 @@ import functools
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from sfkernels import cpp
+
+T = TypeVar("T")
 
 IMPLS = ("auto", "triton", "gluon", "sdpa", "flash", "cpp", "reference")
 
@@ -182,6 +185,44 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 def _elsewhere(name: str, tensor: Tensor, device: torch.device) -> str:
     return f"{name} is on {tensor.device}: must be on {device}, as the others"
+
+
+def cached_tensors(maxsize: int | None = None) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Decorates a function that makes tensors out of numbers, so that it makes them once: as normal
+    tensors, which a backward pass can save, also where the first call is in inference mode; anew
+    under FakeTensorMode (torch.export), for its tensors hold no numbers. maxsize: calls kept."""
+
+    def decorate(make: Callable[..., T]) -> Callable[..., T]:
+        normal = torch.inference_mode(False)(make)
+        cached = functools.lru_cache(maxsize)(normal)
+
+        @functools.wraps(make)
+        def call(*args: Any) -> T:
+            return normal(*args) if detect_fake_mode() else cached(*args)
+
+        return call
+
+    return decorate
+
+
+def derivatives(
+    function: Callable[..., Any], inputs: Sequence[Tensor | None], *grads: Tensor | None
+) -> list[Any]:
+    """The gradients of function(*inputs), a tensor or a tuple of them, that have gradients
+    themselves: for a backward pass under create_graph=True, as kernels have first derivatives only.
+    `grads` are those of its outputs. None where an input, or the gradient of an output, is."""
+    # Views: one input may have been computed from another, and only the way to here counts.
+    views = [
+        t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+        for t in inputs
+    ]
+    outs = function(*views)
+    outs = (outs,) if isinstance(outs, Tensor) else outs
+    given = [(out, grad) for out, grad in zip(outs, grads, strict=True) if grad is not None]
+    ends, upstream = zip(*given, strict=True)
+    wanted = [t for t in views if t is not None]
+    found = iter(torch.autograd.grad(ends, wanted, upstream, create_graph=True))
+    return [None if t is None else next(found) for t in views]
 
 
 def contiguous_like(tensor: Tensor, *_: Any) -> Tensor:

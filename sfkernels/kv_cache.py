@@ -125,8 +125,10 @@ class RingKVCache:
         self.start += frames
 
     def reset(self) -> None:
-        """Back to an empty ring, without touching the memory; the prompt stays."""
-        self.start.zero_()
+        """Back to an empty ring; the prompt stays. The ring is filled with zeros, as it was made: a
+        stream that went NaN must not reach the next one through a slot that is not valid yet."""
+        for tensor in (self.k, self.v, self.start):
+            tensor.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """The cache's tensors (not copies) and geometry, for `torch.save` or `load_state_dict`."""

@@ -7,6 +7,7 @@ connection before the norm `sfkernels::residual_norm`, and with SiLU after it
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from sfkernels.dispatch import (
     check_shape,
     choose,
     contiguous_like,
+    derivatives,
     kernel,
     registered,
 )
@@ -205,7 +207,7 @@ def _(dout: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, *_: Any) -> 
 
 
 def _norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, scale, shift, _, *ctx.rest = inputs
+    x, scale, shift, ctx.eps, *ctx.rest = inputs
     ctx.save_for_backward(x, scale, shift, output[1])
     ctx.set_materialize_grads(False)
 
@@ -213,8 +215,24 @@ def _norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _norm_backward(ctx: Any, dout: Tensor | None, _: None) -> Any:
     x, scale, shift, stats = ctx.saved_tensors
     dout = torch.zeros_like(x) if dout is None else dout
-    dx, dscale, dshift = _norm_bwd(dout, x, scale, shift, stats, *ctx.rest)
+    if torch.is_grad_enabled():
+        plain = functools.partial(_plain_norm, ctx.eps, *ctx.rest[:2])
+        dx, dscale, dshift = derivatives(plain, (x, scale, shift), dout)
+    else:
+        dx, dscale, dshift = _norm_bwd(dout, x, scale, shift, stats, *ctx.rest)
     return dx, dscale, None if shift is None else dshift, None, None, None, None
+
+
+def _plain_norm(
+    eps: float, centred: bool, plus_one: bool, x: Tensor, scale: Tensor, shift: Tensor | None
+) -> Tensor:
+    """The reference of `_norm`, for derivatives of its derivatives."""
+    if shift is None:
+        assert not centred and not plus_one
+        return reference.rms_norm(x, scale[0, 0], eps)
+    if plus_one:
+        return reference.adaln(x, shift, scale, eps)
+    return reference.layer_norm(x, scale[0, 0], shift[0, 0], eps)
 
 
 _norm.register_autograd(_norm_backward, setup_context=_norm_setup)
@@ -279,7 +297,7 @@ def _(
 
 
 def _residual_norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    _, y, gate, scale, shift, _, *ctx.rest = inputs
+    _, y, gate, scale, shift, ctx.eps, *ctx.rest = inputs
     residual, _, stats = output
     # Without a gate the backward pass does not need y.
     ctx.save_for_backward(residual, None if gate is None else y, gate, scale, shift, stats)
@@ -290,9 +308,20 @@ def _residual_norm_backward(
     ctx: Any, dresidual: Tensor | None, dout: Tensor | None, _: None
 ) -> Any:
     saved = ctx.saved_tensors  # once: checkpointing recomputes what is asked for and drops it
-    residual, _, gate, *_ = saved
+    residual, y, gate, scale, shift, _ = saved
     dresidual = torch.zeros_like(residual) if dresidual is None else dresidual
     dout = torch.zeros_like(residual) if dout is None else dout
+    if torch.is_grad_enabled():
+
+        def plain(x: Tensor, *modulation: Tensor) -> tuple[Tensor, Tensor]:
+            return x, _plain_norm(ctx.eps, True, ctx.rest[0], x, *modulation)
+
+        dx, dscale, dshift = derivatives(plain, (residual, scale, shift), dresidual, dout)
+        dy, dgate = dx, None
+        if gate is not None:
+            branch = functools.partial(reference.residual, torch.zeros_like(residual))
+            dy, dgate = derivatives(branch, (y, gate), dx)
+        return dx, dy, dgate, dscale, dshift, None, None, None
     dx, dy, dgate, dscale, dshift = _residual_norm_bwd(dresidual, dout, *saved, *ctx.rest)
     if gate is None:
         dy, dgate = dx, None
@@ -351,7 +380,7 @@ def _(dresidual: Tensor | None, dout: Tensor, x: Tensor, weight: Tensor, *_: Any
 
 
 def _rms_norm_silu_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, y, bias, before, _, ctx.impl = inputs
+    x, weight, y, bias, before, ctx.eps, ctx.impl = inputs
     residual, _, stats = output
     # The sum as it was stored; else it is taken again.
     ctx.save_for_backward(x if y is None else residual, weight, bias, stats)
@@ -370,7 +399,15 @@ def _rms_norm_silu_backward(
     if dout is None:
         dout = x.new_zeros(x.shape[0], ctx.rows + x.shape[1], x.shape[2])
     dresidual = _dense(dresidual) if ctx.residual and dresidual is not None else None
-    dx, dweight = _rms_norm_silu_bwd(dresidual, dout[:, ctx.rows :], x, weight, stats, ctx.impl)
+    dnormed = dout[:, ctx.rows :]
+    if torch.is_grad_enabled():
+
+        def plain(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            return reference.rms_norm_silu(x, weight, None, None, None, ctx.eps)
+
+        dx, dweight = derivatives(plain, (x, weight), dresidual, dnormed.to(x.dtype))
+    else:
+        dx, dweight = _rms_norm_silu_bwd(dresidual, dnormed, x, weight, stats, ctx.impl)
     dbias = None if bias is None else dx.sum((0, 1), dtype=torch.float32).to(bias.dtype)
     dx = dx.to(dtype)
     dbefore = dout[:, : ctx.rows] if ctx.looks_back else None

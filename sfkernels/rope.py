@@ -15,6 +15,7 @@ from sfkernels.dispatch import (
     check_shape,
     choose,
     contiguous_like,
+    derivatives,
     kernel,
     registered,
 )
@@ -179,15 +180,21 @@ def _(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, *weights_and_rest: Any) -
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, _, ctx.impl = inputs
+    *tensors, ctx.eps, ctx.impl = inputs
     ctx.save_for_backward(*tensors, output[3])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> Any:
     saved = ctx.saved_tensors  # once: checkpointing recomputes what is asked for and drops it
-    qkv, _, _, table, _ = saved
-    given = (_heads(qkv, table).zero_() if g is None else g for g in grads[:3])
+    qkv, q_weight, k_weight, table, _ = saved
+    given = [_heads(qkv, table).zero_() if g is None else g for g in grads[:3]]
+    if torch.is_grad_enabled():
+
+        def plain(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, ...]:
+            return reference.qk_norm_rope(qkv, q_weight, k_weight, table, ctx.eps)
+
+        return *derivatives(plain, (qkv, q_weight, k_weight), *given), None, None, None
     return *_qk_norm_rope_bwd(*given, *saved, ctx.impl), None, None, None
 
 
