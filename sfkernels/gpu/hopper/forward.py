@@ -400,8 +400,7 @@ def ring_attention(
     q_BLHD: Tensor, k_ring_BSHD: Tensor, v_ring_BSHD: Tensor, valid: Tensor, scale: float
 ) -> Tensor:
     """As in attention.py; slots that are not valid hold anything finite, as a RingKVCache sees to
-    when it is made and reset. Raises ValueError for
-    tensors that TMA cannot read."""
+    when it is made and reset. Raises ValueError for tensors that TMA cannot read."""
     setting = hopper_setting("hopper_fwd", q_BLHD)
     return ring_forward(_run, setting, q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, scale)
 
