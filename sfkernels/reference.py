@@ -258,7 +258,7 @@ def ring_attention(
         count = int(valid)
         return attention(q_BLHD, k_ring_BSHD[:, :count], v_ring_BSHD[:, :count], scale)
     q, k, v = (t.transpose(1, 2) for t in (q_BLHD, k_ring_BSHD, v_ring_BSHD))
-    seen = torch.arange(k.shape[2], device=k.device) < valid
+    seen = torch.arange(k.shape[2], device=k.device) < valid.clamp(min=1)
     mask = seen.expand(q.shape[2], -1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
