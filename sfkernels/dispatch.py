@@ -1,5 +1,5 @@
-"""The choice of implementation, made once per call and never silently, and the checks of arguments
-that every op shares."""
+"""The choice of implementation, made once per call and never silently, and the way ops are
+registered."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 
 from sfkernels import cpp
+from sfkernels.arguments import check_device, check_floating, is_plain
 
 T = TypeVar("T")
 
@@ -44,7 +45,6 @@ _AUTO = {
     **{op: {"cuda": "triton"} for op in _ATTENTION},
     "cross_attention": {"cuda": "sdpa"},
 }
-_PLAIN = (Tensor, torch.nn.Parameter)  # and no subclass, which may stand for something else
 _ALWAYS_FLOAT32 = ("k_table",)
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = {
@@ -63,9 +63,14 @@ def choose(
     below, if there is such.
 
     Raises ValueError for a name that does not exist, an implementation that lacks the op, and
-    tensors it cannot take: kernels want float32 (not all), bfloat16 or float16 on one device that
-    they run on, with a contiguous last dimension. On a CPU "auto" leaves others to the reference,
-    and all of them where the C++ is not built."""
+    tensors it cannot take: they must be dense, of floating-point numbers and on one device; kernels
+    want float32 (not all), bfloat16 or float16 on a device that they run on, with a contiguous last
+    dimension. On a CPU "auto" leaves others to the reference, and all of them where the C++ is not
+    built."""
+    for name, t in tensors.items():
+        if t is not None:
+            check_device(name, t, device)
+            check_floating(name, t)
     if impl == "auto":
         impl = _AUTO[op].get(device.type, "reference")
         if impl == "cpp":
@@ -80,7 +85,11 @@ def choose(
 
 
 def kernel(impl: str, launcher: str) -> Callable[..., Any]:
-    """The launcher of an implementation other than the reference."""
+    """The launcher of an implementation other than the reference. Raises ValueError for another
+    name, which a registered op may be called with."""
+    if impl not in _MODULES:
+        taken = ", ".join(_MODULES)
+        raise ValueError(f"impl={impl!r}: a registered op takes {taken}; its function takes others")
     return getattr(importlib.import_module(_MODULES[impl]), launcher)
 
 
@@ -102,12 +111,7 @@ class Op:
         self.register_autograd = self.registered.register_autograd
 
     def __call__(self, *args: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-            or args[-1] != "cpp"
-            or torch.is_grad_enabled()
-            or type(args[0]) not in _PLAIN
-        ):
+        if args[-1] != "cpp" or torch.is_grad_enabled() or not is_plain(args[0]):
             return self.registered(*args)
         out = self.function(*args)
         for i in self.mutated:
@@ -146,45 +150,15 @@ def _refusal(impl: str, device: torch.device, tensors: dict[str, Tensor | None])
     for name, t in tensors.items():
         if t is None:
             continue
-        if t.device != device:
-            return _elsewhere(name, t, device)
         if t.dtype not in _DTYPES[impl] and name not in _ALWAYS_FLOAT32:
             taken = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[impl])
-            return f"{name} is {t.dtype}: impl={impl!r} takes {taken} (impl='reference' takes any)"
+            return f"{name} is {t.dtype}: impl={impl!r} takes {taken}; use impl='reference'"
         if t.dim() and t.shape[-1] > 1 and t.stride(-1) != 1:
             return (
                 f"{name} has stride {t.stride(-1)} in its last dimension: impl={impl!r} takes a "
                 "contiguous one; call .contiguous()"
             )
     return ""
-
-
-def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
-    """Raises ValueError unless `tensor` has `shape`, where a string stands for any size."""
-    fits = tensor.dim() == len(shape) and all(
-        isinstance(want, str) or got == want for got, want in zip(tensor.shape, shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join(str(s) for s in shape)
-        raise ValueError(f"{name} has shape {[*tensor.shape]}: must be [{wanted}]")
-
-
-def check_same(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    """Raises ValueError unless both tensors share a device and a dtype."""
-    for what in ("device", "dtype"):
-        got, want = getattr(tensor, what), getattr(like, what)
-        if got != want:
-            raise ValueError(f"{name} has {what} {got}: must be {want}, as {like_name}")
-
-
-def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    """Raises ValueError unless `tensor` is on `device`."""
-    if tensor.device != device:
-        raise ValueError(_elsewhere(name, tensor, device))
-
-
-def _elsewhere(name: str, tensor: Tensor, device: torch.device) -> str:
-    return f"{name} is on {tensor.device}: must be on {device}, as the others"
 
 
 def cached_tensors(maxsize: int | None = None) -> Callable[[Callable[..., T]], Callable[..., T]]:

@@ -256,7 +256,7 @@ def ring_attention(
     if valid.device.type == "cpu" and not torch.compiler.is_compiling():
         count = int(valid)
         return attention(q_BLHD, k_ring_BSHD[:, :count], v_ring_BSHD[:, :count], scale)
-    seen_S = torch.arange(k_ring_BSHD.shape[1], device=valid.device) < valid
+    seen_S = torch.arange(k_ring_BSHD.shape[1], device=valid.device) < valid.clamp(min=1)
     # A mask alone would let a NaN through, which is one times zero too.
     k, v = (torch.where(seen_S[:, None, None], t, 0) for t in (k_ring_BSHD, v_ring_BSHD))
     q, k, v = (t.transpose(1, 2) for t in (q_BLHD, k, v))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sfkernels as sf
-from sfkernels.dispatch import check_shape
+from sfkernels.arguments import check_shape
 from sfkernels.kv_cache import RingChunk
 from sfmodel.config import DiTConfig
 from sfmodel.schedule import TRAIN_STEPS
