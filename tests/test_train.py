@@ -22,12 +22,12 @@ from torch import nn
 
 from sfmodel import checkpoint, cli
 from sfmodel.dit import DiT
-from sfmodel.train import loop, parallel, recipes
+from sfmodel.train import loop, parallel, recipes, report
 from sfmodel.train.config import RECIPES, defaults
 from sfmodel.train.loop import train
 from tests.tiny_runs import TINY, config, saved, tiny, weights
 
-PLOT, SAMPLE = loop.plot, loop._Report.sample
+PLOT, SAMPLE = report.plot, report.Report.sample
 RESUMED = [("tf", "muon"), ("sf+dmd", "adamw"), ("sf+gan", "muon")]
 
 
@@ -40,8 +40,8 @@ def _tiny() -> Iterator[None]:
 @pytest.fixture
 def pictures(_tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are drawn after all."""
-    monkeypatch.setattr(loop, "plot", PLOT)
-    monkeypatch.setattr(loop._Report, "sample", SAMPLE)
+    monkeypatch.setattr(report, "plot", PLOT)
+    monkeypatch.setattr(report.Report, "sample", SAMPLE)
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def test_a_second_interrupt_stops_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     """With the last checkpoint as it is."""
     step = loop.Run.train_step
 
-    def interrupted(self: loop.Run) -> loop.Record:
+    def interrupted(self: loop.Run) -> report.Record:
         if self.step == 3:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from sfmodel import checkpoint
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
-from sfmodel.train import loop
+from sfmodel.train import report
 from sfmodel.train.config import TrainConfig
 
 TOY = PRESETS["toy"]
@@ -27,7 +27,7 @@ TINY = replace(TOY, dit=replace(TOY.dit, dim=64, heads=1, ffn_dim=64, layers=1))
 @contextmanager
 def tiny() -> Iterator[None]:
     """In the body the toy model is tiny, and no pictures are drawn, which takes longer."""
-    plot, sample = mock.patch.object(loop, "plot"), mock.patch.object(loop._Report, "sample")
+    plot, sample = mock.patch.object(report, "plot"), mock.patch.object(report.Report, "sample")
     with mock.patch.dict(PRESETS, toy=TINY), plot, sample:
         yield
 

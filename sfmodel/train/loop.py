@@ -13,13 +13,10 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -33,21 +30,16 @@ from sfmodel.config import PRESETS, DiTConfig
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
 from sfmodel.schedule import FlowSchedule
-from sfmodel.stream import stream
 from sfmodel.text import ToyTextEncoder
 from sfmodel.toy_vae import ToyVAE
 from sfmodel.train import parallel
 from sfmodel.train.config import TrainConfig
-from sfmodel.train.data import Prompts, Source, open_source, skipped_report
+from sfmodel.train.data import Prompts, Source, open_source
 from sfmodel.train.discriminator import Discriminator
 from sfmodel.train.parallel import Ranks
 from sfmodel.train.recipes import Draw, Models, Part, Setting, Update, seed_of
+from sfmodel.train.report import Record, Report, means
 from sfmodel.train.trajectories import Trajectories, guided, solve
-from sfmodel.video import contact_sheet_of_rows
-
-Record = dict[str, float]
-# Of the samples that a run of the toy world shows.
-PROMPTS = ("a large red ball moves up slowly", "a small bright blue ball moves right fast", "")
 
 
 class Learner:
@@ -253,7 +245,7 @@ class Run:
         if "critic" in self.learners:
             count = config.critic_steps + (0 if self.step else config.critic_warmup)
             each = [self._update("critic", f"critic {i}", 1.0) for i in range(count)]
-            record = _means(each[-config.critic_steps :])
+            record = means(each[-config.critic_steps :])
         record |= self._update("generator", "generator", _rate(self.step, config))
         self.step += 1
         after = self.step - config.ema_start
@@ -349,7 +341,7 @@ def train(
         if ranks.first:
             with atomic(folder / "config.json") as part:
                 part.write_text(json.dumps(config.plain(), indent=1) + "\n")
-        with _Report(run) as report, _held_interrupts() as interrupts:
+        with Report(run) as report, _held_interrupts() as interrupts:
 
             def told(done: int) -> None:
                 report.preparing(done)
@@ -372,116 +364,6 @@ def train(
     return folder / "model.safetensors"
 
 
-class _Report:
-    """What a run shows while it goes on, on its first rank: progress in a terminal, plain lines
-    elsewhere; log.jsonl with the means of every few updates; at the end curves.png."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.config = run, run.config
-        self.first = run.ranks.first
-        self.path = run.config.output / "log.jsonl"
-        self.console = Console(quiet=not self.first)
-        columns = (TextColumn("{task.description}"), BarColumn())
-        more = (TextColumn("{task.completed}/{task.total} {task.fields[said]}"),)
-        live = self.console.is_terminal and self.first
-        self.progress = Progress(
-            *columns, *more, TimeRemainingColumn(), console=self.console, disable=not live
-        )
-        self.live = live
-        self.records: list[Record] = []  # logged
-        self.recent: list[Record] = []  # since then
-        self.began, self.done = time.perf_counter(), 0  # of updates
-
-    def __enter__(self) -> _Report:
-        run = self.run
-        if self.first:
-            if run.step and self.path.exists():
-                for text in self.path.read_text().splitlines():
-                    with contextlib.suppress(json.JSONDecodeError):  # a kill's unfinished line
-                        self.records.append(json.loads(text))
-                self.records = [line for line in self.records if line["step"] <= run.step]
-            # A resumed run writes again what it logged after its checkpoint.
-            with atomic(self.path) as part:
-                part.write_text("".join(json.dumps(each) + "\n" for each in self.records))
-            self.skipped = skipped_report(run.source)
-            if self.skipped:
-                self.say(self.skipped)
-        self.progress.start()
-        name = self.config.recipe
-        self.task = self.progress.add_task(
-            name, total=self.config.steps, completed=run.step, said=""
-        )
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.progress.stop()
-        # Some files show that they are bad only when a clip of theirs is drawn.
-        if self.first and (report := skipped_report(self.run.source)) != self.skipped:
-            self.say(report)
-        if self.first and self.records:
-            # On a full disk, what failed first is what is said.
-            with contextlib.suppress(*([] if kind is None else [OSError])):
-                plot(self.records, self.config.output / "curves.png", self.config.recipe)
-
-    def say(self, text: str) -> None:
-        if self.first:
-            self.progress.print(text) if self.live else print(text, flush=True)
-
-    def preparing(self, done: int) -> None:
-        """So many of the teacher's trajectories are there."""
-        said = f"trajectory {done} of {self.config.pairs}"
-        if self.live:
-            self.progress.update(self.task, said=said)
-        else:
-            self.say(said)
-
-    def update(self, record: Record) -> None:
-        step, steps = self.run.step, self.config.steps
-        self.recent.append(record)
-        self.done += 1
-        if step % self.config.log_every and step != steps:
-            self.progress.update(self.task, completed=step)
-            return
-        means = _means(self.recent)
-        rate = (time.perf_counter() - self.began) / self.done
-        line = {"step": step, **means, "seconds": self.run.seconds, "seconds_per_step": rate}
-        if self.run.ranks.device.type == "cuda":
-            line["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self.recent = []
-        self.records.append(line)
-        if self.first:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        said = "  ".join(f"{key} {value:.4g}" for key, value in means.items())
-        self.progress.update(self.task, completed=step, said=said)
-        if not self.live:
-            left = (steps - step) * rate / 60
-            self.say(f"update {step}/{steps}  {said}  {rate:.2f} s each  {left:.0f} min left")
-
-    def sample(self) -> None:
-        """A contact sheet of what the averaged weights generate, where there is a decoder."""
-        run, config = self.run, self.config
-        if run.codec is None or run.text is None or config.kind.context == "whole":
-            return
-        # Under FSDP a model is whole only inside its own forward pass.
-        state = parallel.full_state(run.average, run.ranks)
-        if not self.first:
-            return
-        model = DiT(run.preset.dit, config.impl, config.attention_impl)
-        model.load_state_dict(state)
-        preset = replace(
-            run.preset, chunk=config.chunks[-1], window=max(config.windows), sink=config.sink
-        )
-        text = run.text(PROMPTS, run.ranks.device)
-        model = model.to(run.ranks.device).eval()
-        frames = 1 + run.codec.temporal_factor * (2 * max(config.frames) - 1)
-        options = {"frames": frames, "seed": config.seed, "batch": len(PROMPTS)}
-        videos = torch.cat([*stream(model, run.codec, text, preset, **options)], 1)
-        path = config.output / "samples" / f"update-{run.step:06d}.png"
-        labels = [prompt or "(no prompt)" for prompt in PROMPTS]
-        contact_sheet_of_rows(videos, path, labels, f"{config.recipe}, update {run.step}")
-
-
 @contextlib.contextmanager
 def _held_interrupts() -> Iterator[list[int]]:
     """Ctrl-C in the body is only noted, so that it never falls between two halves of an update and
@@ -498,32 +380,6 @@ def _held_interrupts() -> Iterator[list[int]]:
         yield noted
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def plot(records: list[Record], path: Path, title: str) -> None:
-    """The losses and the norms of the gradients of a run as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for ax, what in zip(axes, ("loss", "norm"), strict=True):
-        for prefix, name in (("", "generator"), ("critic_", "critic")):
-            if prefix + what in records[-1]:
-                values = [(r["step"], r[prefix + what]) for r in records]
-                ax.plot(*zip(*values, strict=True), label=name, linewidth=1.2)
-        positive = all(r[key] > 0 for r in records for key in r if key.endswith(what))
-        ax.set_yscale("log" if positive else "linear")
-        ax.set_xlabel("update of the generator")
-        ax.set_ylabel(f"{what} of the gradient" if what == "norm" else what)
-        ax.grid(alpha=0.3, which="both")
-        ax.legend()
-    figure.suptitle(title)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-
-
-def _means(records: list[Record]) -> Record:
-    return {key: sum(each[key] for each in records) / len(records) for key in records[0]}
 
 
 def _rate(step: int, config: TrainConfig) -> float:
