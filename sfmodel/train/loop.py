@@ -7,10 +7,8 @@ bit for bit the run that was not.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +27,7 @@ from sfmodel import checkpoint
 from sfmodel.config import PRESETS, DiTConfig
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
+from sfmodel.process import noting
 from sfmodel.schedule import FlowSchedule
 from sfmodel.text import ToyTextEncoder
 from sfmodel.toy_vae import ToyVAE
@@ -80,6 +79,11 @@ class Learner:
             for group in optimizer.param_groups:
                 group["lr"] = self.rate * share
             optimizer.step()
+
+    def forget(self) -> None:
+        """Makes the optimisers as they were before the first update."""
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
 
     def state(self) -> dict[str, Any]:
         return {
@@ -164,6 +168,9 @@ class Run:
         )
         self.step = 0
         self.seconds = 0.0
+        self.of_critic: list[Record] = []  # its updates of the step that is not over
+        self.recent: list[Record] = []  # of steps since the last line of the log
+        self.asked: Callable[[], bool] = lambda: False  # whether to stop, the same on all ranks
 
     def _dit(self, sizes: DiTConfig, weights: Path | None, frozen: bool = False) -> DiT:
         """Of a file's weights, or drawn from the run's seed; the same on all ranks. frozen: in the
@@ -238,15 +245,18 @@ class Run:
 
     def train_step(self) -> Record:
         """The critic's updates and one of the generator; returns means over the ranks. Raises
-        FloatingPointError, with the state before this update saved, where one is not finite."""
+        FloatingPointError, with the state before this update saved, where one is not finite, and
+        Stopped where it is asked to: called again, also after `resume`, it goes on."""
         config = self.config
         record: Record = {}
         began = time.perf_counter()
         if "critic" in self.learners:
             count = config.critic_steps + (0 if self.step else config.critic_warmup)
-            each = [self._update("critic", f"critic {i}", 1.0) for i in range(count)]
-            record = means(each[-config.critic_steps :])
+            while (i := len(self.of_critic)) < count:
+                self.of_critic.append(self._update("critic", f"critic {i}", 1.0))
+            record = means(self.of_critic[-config.critic_steps :])
         record |= self._update("generator", "generator", _rate(self.step, config))
+        self.of_critic = []
         self.step += 1
         after = self.step - config.ema_start
         decay = min(config.ema, (1 + after) / (10 + after)) if after > 0 else 0.0
@@ -264,6 +274,10 @@ class Run:
         loss = 0.0
         with self.autocast():
             for each in rows:
+                # An update may take minutes, of which a node that is taken back leaves less.
+                if self.asked():
+                    learner.zero_grad()
+                    raise Stopped
                 part = Part(update, each)
                 learn = part.learn if which == "generator" else part.learn_critic
                 loss += learn(1 / len(rows)) / len(rows)
@@ -290,27 +304,56 @@ class Run:
     def save(self, prefix: str = "") -> Path:
         """A checkpoint of everything that a resumed run needs, and, unless it has a prefix, the
         averaged weights."""
-        folder = self.config.output
-        facts = {"config": self.config.plain(), "seconds": self.seconds, "ranks": self.ranks.world}
-        path = parallel.save(
-            folder / "checkpoints", self.step, self.state(), facts, self.ranks, prefix
-        )
+        facts = {
+            "config": self.config.plain(),
+            "seconds": self.seconds,
+            "ranks": self.ranks.world,
+            "critic": self.of_critic,
+            "recent": self.recent,
+        }
+        folder = self.config.output / "checkpoints"
+        path = parallel.save(folder, self.step, self.state(), facts, self.ranks, prefix)
         if not prefix:
-            weights = parallel.full_state(self.average, self.ranks)
-            if self.ranks.first:
-                extra = {"step": self.step, "recipe": self.config.recipe}
-                name = folder / "model.safetensors"
-                checkpoint.save(weights, name, self.preset.dit, **extra)
+            self._save_weights()
         return path
 
+    @property
+    def weights(self) -> Path:
+        """The file of the averaged weights."""
+        return self.config.output / "model.safetensors"
+
+    def _save_weights(self) -> None:
+        weights = parallel.full_state(self.average, self.ranks)
+        if self.ranks.first:
+            extra = {"step": self.step, "recipe": self.config.recipe}
+            checkpoint.save(weights, self.weights, self.preset.dit, **extra)
+
+    def _has_weights(self) -> bool:
+        """Whether the file of the averaged weights is of this step."""
+        try:
+            return int(checkpoint.read(self.weights)[1]["step"]) == self.step
+        except (ValueError, KeyError, TypeError, OSError):
+            return False
+
     def resume(self) -> None:
-        """Continues from the newest checkpoint of the run's folder. Raises ValueError where there
-        is none, or it is damaged or of a run of other settings."""
+        """Continues from the newest checkpoint of the run's folder, with its weights in their file
+        if a kill came between the two; without one from the beginning. Raises ValueError where it
+        is damaged or of a run of other settings."""
         found = parallel.checkpoints(self.config.output / "checkpoints")
         if not found:
-            raise ValueError(f"{self.config.output}: holds no run to resume")
+            return
         facts = parallel.facts(found[-1])
-        saved = facts["config"]
+        try:
+            saved, seconds = {**facts["config"]}, float(facts["seconds"])
+            of_critic, recent = (
+                [
+                    {key: float(value) for key, value in record.items()}
+                    for record in facts.get(name, [])
+                ]
+                for name in ("critic", "recent")
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise parallel.damaged(found[-1], error) from None
         if other := self.config.differing(saved):
             was = ", ".join(f"{name}={saved.get(name)!r}" for name in other)
             raise ValueError(f"{found[-1]}: is of a run with {was}: resume with the same settings")
@@ -319,67 +362,84 @@ class Run:
         for name, learner in self.learners.items():
             learner.restore(state[name])
         set_model_state_dict(self.average, state["average"])
-        self.step, self.seconds = facts["step"], facts["seconds"]
+        self.step, self.seconds = facts["step"], seconds
+        self.of_critic, self.recent = of_critic, recent
+        if self.step == 0:
+            # It has not learned yet. To save its state, PyTorch made its optimisers step.
+            self.learners["generator"].forget()
+        if self.ranks.any(self.ranks.first and not self._has_weights()):
+            self._save_weights()
+
+
+class Stopped(Exception):
+    """An update was left where what the run holds is whole."""
 
 
 def train(
     config: TrainConfig, *, resume: bool = False, device: torch.device | str | None = None
 ) -> Path:
-    """Runs to `config.steps` with progress, and returns the path of the averaged weights. Ctrl-C
-    ends the update and saves first. Raises ValueError where the folder holds another run and
-    `resume` is not set."""
+    """Runs to `config.steps` with progress, and returns the path of the averaged weights.
+
+    `process.STOPS` stop it before the next micro-batch: it saves what whole updates of generator or
+    critic have learned and raises KeyboardInterrupt. Raises ValueError where the folder holds
+    another run and `resume` is not set, or another process trains there."""
     if config.threads:
         torch.set_num_threads(config.threads)
+    with (
+        parallel.started(config.shard, device, config.patience) as ranks,
+        parallel.alone(config.output, ranks),
+    ):
+        return _train(config, resume, ranks)
+
+
+def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Path:
     folder = config.output
-    with parallel.started(config.shard, device) as ranks:
-        if not resume and parallel.checkpoints(folder / "checkpoints"):
-            raise ValueError(f"{folder}: holds a run already: resume it or name another folder")
-        ranks.wait()
-        run = Run(config, ranks)
-        if resume:
-            run.resume()
-        if ranks.first:
-            with atomic(folder / "config.json") as part:
-                part.write_text(json.dumps(config.plain(), indent=1) + "\n")
-        with Report(run) as report, _held_interrupts() as interrupts:
+    if not resume and parallel.checkpoints(folder / "checkpoints"):
+        raise ValueError(f"{folder}: holds a run already: resume it or name another folder")
+    ranks.wait()
+    run = Run(config, ranks)
+    if resume:
+        run.resume()
+    if ranks.first:
+        with atomic(folder / "config.json") as part:
+            part.write_text(json.dumps(config.plain(), indent=1) + "\n")
+    with Report(run) as report, noting() as signals:
 
-            def told(done: int) -> None:
-                report.preparing(done)
-                if ranks.any(bool(interrupts)):
-                    raise KeyboardInterrupt  # what is made so far is kept
+        def asked() -> bool:
+            return ranks.any(bool(signals) or report.failed is not None)
 
-            run.prepare(told)
-            report.began = time.perf_counter()
+        def told(done: int) -> None:
+            report.preparing(done)
+            if asked():
+                raise KeyboardInterrupt  # what is made so far is kept
+
+        if resume and not (run.step or run.of_critic):
+            report.say(f"{folder}: holds no checkpoint to resume: a new run")
+        run.prepare(told)
+        report.began = time.perf_counter()
+        run.asked = asked
+        try:
             while run.step < config.steps:
                 report.update(run.train_step())
                 last = run.step == config.steps
-                stop = ranks.any(bool(interrupts))
-                if last or stop or run.step % config.save_every == 0:
+                if last or run.step % config.save_every == 0:
                     run.save()
-                if stop and not last:
-                    report.say(f"stopped at update {run.step}; saved in {folder}")
-                    raise KeyboardInterrupt
-                if last or (config.sample_every and run.step % config.sample_every == 0):
+                if config.sample_every and run.step % config.sample_every == 0:
                     report.sample()
-    return folder / "model.safetensors"
-
-
-@contextlib.contextmanager
-def _held_interrupts() -> Iterator[list[int]]:
-    """Ctrl-C in the body is only noted, so that it never falls between two halves of an update and
-    what is then saved is whole. A second one stops at once, with the last checkpoint as it is."""
-    noted: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
+        except Stopped:
+            learned = run.step or run.of_critic
+            if learned:
+                run.save()
+            if report.failed is None:
+                saved = f"saved in {folder}" if learned else "nothing was learned yet"
+                report.say(f"stopped at update {run.step}; {saved}")
+                raise KeyboardInterrupt from None
+        else:
+            if not report.sampled():  # also of a run that was killed before it was
+                report.sample()
+        if report.failed is not None:
+            raise report.failed
+    return run.weights
 
 
 def _rate(step: int, config: TrainConfig) -> float:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sfmodel.dit import DiT
-from sfmodel.files import atomic
+from sfmodel.files import atomic, cannot_write
 from sfmodel.stream import stream
 from sfmodel.train import parallel
 from sfmodel.train.data import skipped_report
@@ -45,17 +45,14 @@ class Report:
         )
         self.live = live
         self.records: list[Record] = []  # logged
-        self.recent: list[Record] = []  # since then
+        self.failed: OSError | None = None  # to write the log
         self.began, self.done = time.perf_counter(), 0  # of updates
 
     def __enter__(self) -> Report:
         run = self.run
         if self.first:
             if run.step and self.path.exists():
-                for text in self.path.read_text().splitlines():
-                    with contextlib.suppress(json.JSONDecodeError):  # a kill's unfinished line
-                        self.records.append(json.loads(text))
-                self.records = [line for line in self.records if line["step"] <= run.step]
+                self.records = _logged(self.path, run.step)
             # A resumed run writes again what it logged after its checkpoint.
             with atomic(self.path) as part:
                 part.write_text("".join(json.dumps(each) + "\n" for each in self.records))
@@ -93,26 +90,38 @@ class Report:
 
     def update(self, record: Record) -> None:
         step, steps = self.run.step, self.config.steps
-        self.recent.append(record)
+        self.run.recent.append(record)
         self.done += 1
         if step % self.config.log_every and step != steps:
             self.progress.update(self.task, completed=step)
             return
-        mean = means(self.recent)
+        mean = means(self.run.recent)
         rate = (time.perf_counter() - self.began) / self.done
         line = {"step": step, **mean, "seconds": self.run.seconds, "seconds_per_step": rate}
         if self.run.ranks.device.type == "cuda":
             line["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self.recent = []
+        self.run.recent = []
         self.records.append(line)
         if self.first:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                self.failed = cannot_write(self.path, error)
         said = "  ".join(f"{key} {value:.4g}" for key, value in mean.items())
         self.progress.update(self.task, completed=step, said=said)
         if not self.live:
             left = (steps - step) * rate / 60
             self.say(f"update {step}/{steps}  {said}  {rate:.2f} s each  {left:.0f} min left")
+
+    @property
+    def picture(self) -> Path:
+        """Where the sample of this update is."""
+        return self.config.output / "samples" / f"update-{self.run.step:06d}.png"
+
+    def sampled(self) -> bool:
+        """Whether it is there; the same on all ranks."""
+        return not self.run.ranks.any(self.first and not self.picture.exists())
 
     def sample(self) -> None:
         """A contact sheet of what the averaged weights generate, where there is a decoder."""
@@ -133,9 +142,19 @@ class Report:
         frames = 1 + run.codec.temporal_factor * (2 * max(config.frames) - 1)
         options = {"frames": frames, "seed": config.seed, "batch": len(PROMPTS)}
         videos = torch.cat([*stream(model, run.codec, text, preset, **options)], 1)
-        path = config.output / "samples" / f"update-{run.step:06d}.png"
         labels = [prompt or "(no prompt)" for prompt in PROMPTS]
-        contact_sheet_of_rows(videos, path, labels, f"{config.recipe}, update {run.step}")
+        contact_sheet_of_rows(videos, self.picture, labels, f"{config.recipe}, update {run.step}")
+
+
+def _logged(path: Path, step: int) -> list[Record]:
+    """The lines of a log up to an update, without what a kill left unfinished."""
+    records = []
+    for text in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, AttributeError, TypeError, RecursionError):
+            line = json.loads(text)
+            if line.keys() >= {"step", "loss", "norm"} and line["step"] <= step:
+                records.append(line)
+    return records
 
 
 def plot(records: list[Record], path: Path, title: str) -> None:
