@@ -17,16 +17,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sfmodel import names
 from sfmodel.config import DiTConfig
-from sfmodel.files import atomic
 from sfmodel.names import clean_key as clean_key
 from sfmodel.names import from_official as from_official
 from sfmodel.names import to_official as to_official
+from sfmodel.tensors import save_tensors
 
 Module = TypeVar("Module", bound=nn.Module)
 # Weights inside a training checkpoint, the best for generating first.
@@ -333,10 +332,8 @@ def save(
     """Writes a DiT's weights under official names, as safetensors, with the configuration in the
     metadata. Atomic: the file is whole or absent."""
     own = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    state = {k: v.detach().cpu().contiguous() for k, v in to_official(own).items()}
     metadata = {
         "config": json.dumps(asdict(config)),
         **{k: json.dumps(v) for k, v in extra.items()},
     }
-    with atomic(path) as temporary:
-        save_file(state, temporary, metadata)
+    save_tensors(path, to_official(own), metadata)

@@ -32,6 +32,7 @@ from sfmodel.pretrained import (
     sized,
     told,
 )
+from sfmodel.process import prepared
 from sfmodel.stream import stream
 from sfmodel.train.config import RECIPES, TrainConfig, defaults
 from sfmodel.train.data import read_prompts
@@ -58,7 +59,7 @@ def generate(
 ) -> None:
     """Stream a video from a sentence, chunk by chunk, into an MP4 and a contact sheet beside it.
 
-    Ctrl-C ends the video there and keeps what was written.
+    Ctrl-C ends the video there and keeps what was written; so do SIGTERM, SIGHUP and SIGUSR1.
 
     Args:
         prompt: What to show. The toy model knows: a small|large dim|bright red|green|blue|yellow|
@@ -196,14 +197,15 @@ def run_command(
     program: str, commands: dict[str, Callable[..., None]], arguments: Sequence[str]
 ) -> None:
     """Runs the command that the arguments name. Exit code 2 and one sentence for bad input, 130
-    for Ctrl-C."""
-    try:
-        tyro.extras.subcommand_cli_from_dict(commands, prog=program, args=arguments)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        sys.exit(2)
+    for Ctrl-C and the other `process.STOPS`."""
+    with prepared():
+        try:
+            tyro.extras.subcommand_cli_from_dict(commands, prog=program, args=arguments)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except (ValueError, OSError, MemoryError, FloatingPointError) as error:
+            print(f"{program}: {error}", file=sys.stderr)
+            sys.exit(2)
 
 
 def main() -> None:

@@ -15,13 +15,11 @@ import torch
 import tyro
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sfmodel import checkpoint
 from sfmodel.codec import VideoCodec
 from sfmodel.config import Preset
-from sfmodel.files import atomic
 from sfmodel.pretrained import (
     Vae,
     default_device,
@@ -31,6 +29,7 @@ from sfmodel.pretrained import (
     sized,
     told,
 )
+from sfmodel.tensors import save_tensors
 from sfmodel.terminal import TerminalPlayer
 from sfmodel.train.data import prompt_beside, read_prompts, within
 from sfmodel.video import VIDEOS, ContactSheet, VideoWriter, covering_frames, to_pixels
@@ -247,9 +246,7 @@ def _read_latents(path: Path, channels: int, axes: str) -> Tensor:
 
 
 def _save(path: Path, tensors: dict[str, Tensor], prompts: list[str]) -> None:
-    state = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic(path) as part:
-        save_file(state, part, {"prompts": json.dumps(prompts)})
+    save_tensors(path, tensors, {"prompts": json.dumps(prompts)})
 
 
 def _progress(name: str) -> Progress:

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,7 +23,8 @@ from torch import Tensor
 from sfmodel import names
 from sfmodel.checkpoint import STEM, Weights, differences, foreign_types, open_weights
 from sfmodel.config import DiTConfig
-from sfmodel.files import atomic, cannot_write
+from sfmodel.files import atomic, atomic_folder
+from sfmodel.tensors import size_of, write_tensors
 
 Form = Literal["official", "self-forcing", "diffusers"]
 State = Mapping[str, Tensor]
@@ -39,12 +37,6 @@ _FORMS: dict[str, tuple[Form, ...]] = {
 }
 _PICKLED = (".pt", ".pth")
 _FILES = (".safetensors", *_PICKLED)
-_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-}
 _LARGE = 1_000_000_000  # bytes that take long enough to show how far it is
 
 
@@ -83,7 +75,7 @@ def convert(
             one = open_weights(source, entry) if found.entries else found
             each, _ = _recognised(source, one, to)
             content[entry] = {f"model.{k}": v for k, v in each.items()}
-    total = sum(_bytes(v, new) for v in _tensors(content))
+    total = sum(size_of(v, new) for v in _tensors(content))
     with _progress(target, total) as tick:
         if target.suffix in _PICKLED:
             _write_pickle(target, content, new, tick)
@@ -91,11 +83,11 @@ def convert(
             metadata = {"format": "pt"} | found.metadata
             if family == "DiT":
                 metadata["config"] = json.dumps(asdict(_dit_config(source, found, state)))
-            with atomic(target) as part:
-                _write_safetensors(part, state, new, metadata, tick)
+            with atomic(target) as part, _Counting(part, tick) as file:
+                write_tensors(file, state, metadata, new)
         else:
             config = _config_json(source, found, state, to)
-            with _atomic_folder(target) as part:
+            with atomic_folder(target) as part:
                 (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
                 own = state if to == "official" else names.diffusers(state)
                 _write_shards(part, own, new, int(shard_gb * 1e9), tick)
@@ -233,26 +225,6 @@ class _Counting(io.BufferedWriter):
         return count
 
 
-def _write_safetensors(
-    path: Path, state: State, new: torch.dtype | None, metadata: Mapping[str, str], tick: Tick
-) -> None:
-    """As the library does, but with one converted tensor in memory and not all of them."""
-    header: dict[str, Any] = {"__metadata__": {**metadata}}
-    # The widest types first, so that every tensor lies at a multiple of its type's size.
-    order = sorted(state.items(), key=lambda item: (-(new or item[1].dtype).itemsize, item[0]))
-    end = 0
-    for name, value in order:
-        begin, end = end, end + _bytes(value, new)
-        code = _CODES[new or value.dtype]
-        header[name] = {"dtype": code, "shape": [*value.shape], "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with _Counting(path, tick) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, value in order:
-            file.write(_alone(value, new).flatten().view(torch.uint8).numpy().data)
-
-
 def _write_shards(
     folder: Path, state: State, new: torch.dtype | None, limit: int, tick: Tick
 ) -> None:
@@ -260,19 +232,19 @@ def _write_shards(
     shards: list[dict[str, Tensor]] = [{}]
     room = limit
     for name, value in state.items():
-        room -= _bytes(value, new)
+        room -= size_of(value, new)
         if room < 0 and shards[-1]:
             shards.append({})
-            room = limit - _bytes(value, new)
+            room = limit - size_of(value, new)
         shards[-1][name] = value
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         part = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         weight_map |= dict.fromkeys(shard, f"{STEM}{part}.safetensors")
-        file = folder / f"{STEM}{part}.safetensors"
-        _write_safetensors(file, shard, new, {"format": "pt"}, tick)
+        with _Counting(folder / f"{STEM}{part}.safetensors", tick) as file:
+            write_tensors(file, shard, {"format": "pt"}, new)
     if len(shards) > 1:
-        total = sum(_bytes(value, new) for value in state.values())
+        total = sum(size_of(value, new) for value in state.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
@@ -297,10 +269,6 @@ def _alone(value: Tensor, new: torch.dtype | None) -> Tensor:
     return data.view(value.dtype).view(value.shape)
 
 
-def _bytes(value: Tensor, new: torch.dtype | None) -> int:
-    return value.numel() * (new or value.dtype).itemsize
-
-
 def _tensors(content: Mapping[str, Any]) -> Iterator[Tensor]:
     for value in content.values():
         if isinstance(value, Tensor):
@@ -316,21 +284,3 @@ def _progress(target: Path, total: int) -> Iterator[Tick]:
     with Progress(*columns, console=console, disable=total < _LARGE) as progress:
         task = progress.add_task(target.name, total=total)
         yield lambda count: progress.advance(task, count)
-
-
-@contextmanager
-def _atomic_folder(target: Path) -> Iterator[Path]:
-    """As `sfmodel.files.atomic`, for a folder that is new or empty."""
-    target = Path(os.path.abspath(target))
-    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        for path in part.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        part.rename(target)
-    except OSError as error:
-        raise cannot_write(target, error) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -22,12 +22,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sfmodel import checkpoint
-from sfmodel.files import atomic
+from sfmodel.tensors import save_tensors
 
 GIB = 2**30
 END = 1  # the token that ends every text
@@ -147,8 +146,7 @@ class UMT5Encoder:
                 raise ValueError(f"{self.weights}: damaged: {text[:60]!r} becomes NaN or infinity")
             out.append(text_TE)
             try:
-                with atomic(self._kept(text)) as part:
-                    save_file({"text": text_TE}, part)
+                save_tensors(self._kept(text), {"text": text_TE}, {})
             except (OSError, ValueError) as error:
                 unkept = error
         if unkept is not None:

@@ -25,7 +25,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from sfmodel.files import atomic, cannot_write, reserve
+from sfmodel.files import Part, atomic, cannot_write
 
 Images = npt.NDArray[np.uint8]
 
@@ -93,7 +93,7 @@ class VideoWriter:
         self._closed = False
         self._error: OSError | None = None
         self._pending: Future[None] | None = None
-        self._part = reserve(self.path)
+        self._part = Part(self.path)
         self._container: av.container.OutputContainer | None = None
         self._stream: av.VideoStream | None = None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="video")
@@ -153,7 +153,7 @@ class VideoWriter:
 
     def _open(self, height: int, width: int) -> None:
         self._container = av.open(
-            str(self._part), "w", format="mp4", options={"movflags": "+faststart"}
+            str(self._part.path), "w", format="mp4", options={"movflags": "+faststart"}
         )
         stream = self._container.add_stream("libx264", rate=self.fps)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -197,12 +197,12 @@ class VideoWriter:
         if self._error is not None:
             raise self._error
         if self._container is None or self._stream is None:
-            self._part.unlink(missing_ok=True)
+            self._part.discard()
             return
         try:
             self._container.mux(self._stream.encode(None))
             self._container.close()
-            os.replace(self._part, self.path)
+            self._part.commit()
         except Exception as error:  # whatever it is, the caller has to hear of it
             raise self._abandon(error) from error
 
@@ -212,7 +212,7 @@ class VideoWriter:
         if self._container is not None:
             with suppress(av.FFmpegError, OSError):
                 self._container.close()
-        self._part.unlink(missing_ok=True)
+        self._part.discard()
         return self._error
 
 

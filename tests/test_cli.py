@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import sys
@@ -123,7 +122,3 @@ def test_train_and_generate_with_the_result(
     video = tmp_path / "v.mp4"
     run(monkeypatch, "generate", "--checkpoint", weights, "--frames", 3, "--output", video)
     assert len(read_video(video)[0]) == 3
-    shutil.rmtree(tmp_path / "run")
-    assert "holds no run to resume" in refused(
-        monkeypatch, capsys, *words, "--resume", "--output", tmp_path / "run"
-    )

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -282,11 +282,11 @@ def test_an_interrupted_folder_is_not_there(
     save_file(dit, tmp_path / "m.safetensors", {"config": json.dumps({"dim": 16, "heads": 2})})
     written = []
 
-    def interrupted(path: Path, *arguments: Any) -> None:
-        written.append(path)
+    def interrupted(file: BinaryIO, *arguments: Any) -> None:
+        written.append(file.name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sfmodel.convert._write_safetensors", interrupted)
+    monkeypatch.setattr("sfmodel.convert.write_tensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "m.safetensors", tmp_path / "new", to="diffusers")
     assert written and [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]

@@ -17,6 +17,7 @@ from sfmodel.config import PRESETS, Preset
 Context = Literal["whole", "clean", "noisy", "either", "own"]
 Objective = Literal["flow", "ode", "dmd", "sid", "gan"]
 
+PATIENCE = 600.0  # seconds
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
 
@@ -122,6 +123,7 @@ class TrainConfig:
     attention_impl: str = "auto"  # of the attention ops
     shard: int = 0  # ranks that share one copy of the weights; 0 is all of them
     threads: int = 0  # CPU threads; 0 is PyTorch's choice
+    patience: float = PATIENCE  # seconds that a rank waits for another one
     seed: int = 0  # of weights, data and noise
 
     # output
@@ -139,6 +141,8 @@ class TrainConfig:
         for name in ("steps", "batch", "log_every", "save_every", "pairs", "teacher_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not 0 < self.patience < 10**8:
+            raise ValueError(f"patience={self.patience}: must be seconds, more than 0")
         if self.needs_teacher and self.teacher is None:
             raise ValueError(f"recipe={self.recipe!r} learns from a teacher: give its weights")
         other = self.teacher_preset not in (None, self.preset)
@@ -195,7 +199,7 @@ class TrainConfig:
     def differing(self, saved: Mapping[str, Any]) -> list[str]:
         """The settings in which a saved run's decide otherwise what is computed."""
         mine = self.plain()
-        free = {"output", "steps", "threads", "shard", "micro_batch"}
+        free = {"output", "steps", "threads", "shard", "micro_batch", "patience"}
         free |= {"log_every", "save_every", "sample_every"}
         return [name for name in mine if name not in free and saved.get(name) != mine[name]]
 
