@@ -24,9 +24,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import Tensor
 
 from sfmodel import names
-from sfmodel.checkpoint import STEM, Weights, differences, foreign_types, open_weights
 from sfmodel.config import DiTConfig
 from sfmodel.files import atomic, cannot_write
+from sfmodel.opening import STEM, Weights, differences, foreign_types, open_weights
 
 Form = Literal["official", "self-forcing", "diffusers"]
 State = Mapping[str, Tensor]
