@@ -7,6 +7,7 @@ is wanted.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,10 +24,11 @@ from sfmodel.files import atomic
 from sfmodel.names import clean_key as clean_key
 from sfmodel.names import from_official as from_official
 from sfmodel.names import to_official as to_official
-from sfmodel.opening import SCALES, differences, dtype_name, foreign_types, more, some
+from sfmodel.opening import SCALES, differences, dtype_name, foreign_types, more, recognised, some
 from sfmodel.opening import Weights as Weights
 from sfmodel.opening import open_weights as open_weights
 
+log = logging.getLogger(__name__)
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -41,8 +43,7 @@ def describe(path: Path) -> str:
     """What `open_weights` finds there, in a line such as "Wan2.1 DiT 1.3B (official), bfloat16,
     825 tensors, generator_ema + generator". Reads no weights. Raises ValueError as it does."""
     found = open_weights(path)
-    state = names.official(found.tensors)
-    _, label = names.kind(state)
+    state, (_, label) = recognised(found)
     is_official = state.keys() == {*map(clean_key, found.tensors)}
     words = [
         f"{label} ({'official' if is_official else 'diffusers'})"
@@ -145,8 +146,10 @@ def _checked(
     want = to_official(model.state_dict())
     wanted = names.kind(want)
     found = open_weights(path, weights, wanted.family)
-    got = names.official(found.tensors)
-    family, label = names.kind(got)
+    if found.passed:
+        instead = found.entry or "what is beside it"
+        log.warning("%s: %s is not a whole model: takes %s", path, found.passed, instead)
+    got, (family, label) = recognised(found)
     problems = []
     if label and label != wanted.label:
         problems += [f"it is {label}" + (f", not {wanted.label}" if wanted.label else "")]

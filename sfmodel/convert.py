@@ -26,7 +26,16 @@ from torch import Tensor
 from sfmodel import names
 from sfmodel.config import DiTConfig
 from sfmodel.files import atomic, cannot_write
-from sfmodel.opening import STEM, Weights, differences, foreign_types, open_weights
+from sfmodel.opening import (
+    STEM,
+    Weights,
+    differences,
+    foreign_types,
+    open_weights,
+    parse_json,
+    read_json,
+    recognised,
+)
 
 Form = Literal["official", "self-forcing", "diffusers"]
 State = Mapping[str, Tensor]
@@ -37,6 +46,7 @@ _FORMS: dict[str, tuple[Form, ...]] = {
     "VAE": ("official", "diffusers"),
     "tiny VAE": ("official",),
 }
+_ENTRIES = ("generator_ema", "generator", "critic")  # of self-forcing
 _PICKLED = (".pt", ".pth")
 _FILES = (".safetensors", *_PICKLED)
 _CODES = {
@@ -71,16 +81,18 @@ def convert(
             self-forcing form all that there are.
         shard_gb: The largest file of a folder in GB; a larger model is cut into several.
     """
+    if not shard_gb > 0:
+        raise ValueError(f"shard_gb={shard_gb}: must be more than 0")
     found = open_weights(source, weights)
     state, family = _recognised(source, found, to)
     _check_target(target, found, to, folder=family == "DiT")
     new = None if dtype is None else getattr(torch, dtype)
     content: dict[str, Any] = dict(state)
     if to == "self-forcing":
-        entries = (weights,) if weights else found.entries or ("generator",)
+        there = [weights] if weights else [each for each in _ENTRIES if each in found.entries]
         content = {}
-        for entry in entries:
-            one = open_weights(source, entry) if found.entries else found
+        for entry in there or ["generator"]:
+            one = open_weights(source, entry) if there else found
             each, _ = _recognised(source, one, to)
             content[entry] = {f"model.{k}": v for k, v in each.items()}
     total = sum(_bytes(v, new) for v in _tensors(content))
@@ -98,13 +110,12 @@ def convert(
             with _atomic_folder(target) as part:
                 (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
                 own = state if to == "official" else names.diffusers(state)
-                _write_shards(part, own, new, int(shard_gb * 1e9), tick)
+                _write_shards(part, own, new, int(min(shard_gb, 1e9) * 1e9), tick)
 
 
 def _recognised(source: Path, found: Weights, to: Form) -> tuple[State, str]:
     """The tensors under official names and the family of the model, whole and convertible."""
-    state = names.official(found.tensors)
-    family, label = names.kind(state)
+    state, (family, label) = recognised(found)
     if family not in _FORMS:
         raise ValueError(
             f"{source}: is {label or 'no model that is known here'}: must be a DiT or VAE of "
@@ -143,36 +154,44 @@ def _dit_config(source: Path, found: Weights, state: State) -> DiTConfig:
     """Sizes from shapes. What these do not tell is in the metadata or in the config.json beside the
     weights, in this project's words, official ones or those of diffusers; else it is as in Wan2.1.
     Raises ValueError where the number of heads is not known."""
-    dim, channels, *patch = state["patch_embedding.weight"].shape
+    dim, channels, *patch = _sizes(source, state, "patch_embedding.weight", 5)
     said: dict[str, Any] = {}
     try:
         beside = found.files[0].parent / "config.json"
-        text = found.metadata["config"] if "config" in found.metadata else beside.read_text()
-        said = json.loads(text)
-        heads = said.get("heads") or said.get("num_heads") or said.get("num_attention_heads")
-        width = said.get("dim") or said["num_attention_heads"] * said["attention_head_dim"]
+        kept = found.metadata.get("config")
+        said = read_json(beside) if kept is None else parse_json(kept)
+        heads = said.get("heads") or said.get("num_heads") or int(said["num_attention_heads"])
+        width = said.get("dim") or heads * int(said["attention_head_dim"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         heads = width = None
     if width != dim:  # there is none, or it is of another model
         said, heads = {}, None if dim % 128 else dim // 128
-    if not heads:
+    if not isinstance(heads, int) or heads < 1:
         raise ValueError(
             f"{source}: a DiT of width {dim} has an unknown number of heads: must be in a "
             "config.json beside it"
         )
     return DiTConfig(
         dim=dim,
-        ffn_dim=state["blocks.0.ffn.0.weight"].shape[0],
+        ffn_dim=_sizes(source, state, "blocks.0.ffn.0.weight", 2)[0],
         heads=heads,
         layers=names.blocks(state),
         channels=channels,
         patch=(patch[0], patch[1], patch[2]),
-        freq_dim=state["time_embedding.0.weight"].shape[1],
-        text_dim=state["text_embedding.0.weight"].shape[1],
+        freq_dim=_sizes(source, state, "time_embedding.0.weight", 2)[1],
+        text_dim=_sizes(source, state, "text_embedding.0.weight", 2)[1],
         text_len=said.get("text_len", 512),
         eps=said.get("eps", 1e-6),
         prediction=said.get("prediction", "flow"),
     )
+
+
+def _sizes(source: Path, state: State, name: str, dims: int) -> tuple[int, ...]:
+    """Of a tensor. Raises ValueError for another number of dimensions."""
+    shape = tuple(state[name].shape)
+    if len(shape) != dims:
+        raise ValueError(f"{source}: {name} has shape {[*shape]}: must have {dims} dimensions")
+    return shape
 
 
 def _config_json(source: Path, found: Weights, state: State, to: Form) -> dict[str, Any]:
@@ -180,8 +199,8 @@ def _config_json(source: Path, found: Weights, state: State, to: Form) -> dict[s
     if "conv2.weight" in state:
         return {
             "_class_name": "AutoencoderKLWan",
-            "base_dim": state["encoder.conv1.weight"].shape[0],
-            "z_dim": state["conv2.weight"].shape[0],
+            "base_dim": _sizes(source, state, "encoder.conv1.weight", 5)[0],
+            "z_dim": _sizes(source, state, "conv2.weight", 5)[0],
             "dim_mult": [1, 2, 4, 4],
             "num_res_blocks": 2,
             "attn_scales": [],

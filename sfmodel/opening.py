@@ -48,13 +48,15 @@ _BYTEARRAY = b"\nbytearray\n"  # in a pickle: makes an array of any size out of 
 class Weights(NamedTuple):
     """What a checkpoint holds. tensors: mapped into memory, by their names in the file. metadata:
     of a safetensors file. files: what was opened, an index first. entries: parts of a training
-    checkpoint, the best for generating first; tensors are those of one of them, `entry`."""
+    checkpoint, the best for generating first; tensors are those of one of them, `entry`. passed: a
+    better one, which is not a whole model."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
     files: tuple[Path, ...]
     entries: tuple[str, ...] = ()
     entry: str = ""
+    passed: str = ""
 
 
 def open_weights(path: str | Path, weights: str | None = None, family: str = "") -> Weights:
@@ -92,14 +94,14 @@ def open_weights(path: str | Path, weights: str | None = None, family: str = "")
     if not states:
         raise ValueError(f"{path}: {_nothing(found.tensors)}")
     entry, tensors = next((each for each in states if _is_whole(each[1])), states[0])
-    if entry == "generator_lora":
-        raise ValueError(f"{path}: holds generator_lora alone: it is {names.LORA}")
+    better = ENTRIES[: ENTRIES.index(entry)] if weights is None else ()
+    passed = next((each for each in better if each in entries or each in found.tensors), "")
     for name, tensor in tensors.items():
         if problem := _no_weight(tensor, path):
             raise ValueError(f"{path}: {name} {problem}")
     if len(names.official(tensors)) < len(tensors):
         raise ValueError(f"{path}: holds tensors twice: {_twice(tensors)}")
-    return found._replace(tensors=tensors, entries=entries, entry=entry)
+    return found._replace(tensors=tensors, entries=entries, entry=entry, passed=passed)
 
 
 def _nothing(loaded: dict[str, Any]) -> str:
@@ -163,6 +165,24 @@ def _twice(tensors: Mapping[str, Tensor]) -> str:
     return ""
 
 
+def generator_width(path: Path) -> tuple[int, bool]:
+    """The width of the generator in a checkpoint, 0 where it holds something else, and whether it
+    is a whole one. Reads no weights. Raises ValueError as `open_weights` does."""
+    found = open_weights(path)
+    state, (family, label) = recognised(found)
+    table = state.get("patch_embedding.weight")
+    if table is None or not table.dim() or found.entry == "critic" or (label and family != "DiT"):
+        return 0, False
+    return len(table), _is_whole(found.tensors)
+
+
+def recognised(found: Weights) -> tuple[dict[str, Tensor], names.Kind]:
+    """The tensors under official names, and which model they are of."""
+    state = names.official(found.tensors)
+    lora = found.entry == "generator_lora"
+    return state, names.Kind("", names.LORA) if lora else names.kind(state)
+
+
 def check_file(path: Path) -> None:
     """Raises ValueError for what is no file, and for what servers and Git leave in its place."""
     if not path.is_file():
@@ -202,7 +222,7 @@ def _missing_bytes(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = _json(file.read(length)) if length < min(size, JSON_BYTES) else {}
+            header = parse_json(file.read(length)) if length < min(size, JSON_BYTES) else {}
         ends = (v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
         want = 8 + length + max(ends, default=0)
         return f"{size:,} of its {want:,} bytes are there" if header and size < want else None
@@ -214,10 +234,10 @@ def read_json(path: Path) -> Any:
     """What a JSON file of moderate size holds. Raises ValueError, without the path, for another."""
     if not path.is_file() or path.stat().st_size > JSON_BYTES:
         raise ValueError(f"must be a file of at most {JSON_BYTES:,} bytes")
-    return _json(path.read_bytes())
+    return parse_json(path.read_bytes())
 
 
-def _json(text: bytes | str) -> Any:
+def parse_json(text: bytes | str) -> Any:
     """Raises ValueError for what is damaged, nested too deeply or ambiguous."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
