@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,23 @@ def reserve(path: Path) -> Path:
     except OSError as error:
         raise cannot_write(path, error) from error
     return part
+
+
+def check_writable(path: Path) -> None:
+    """Raises as `reserve` does where a file cannot be written, and leaves nothing: for what takes
+    long before it writes."""
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
+    above = next(each for each in path.absolute().parents if each.exists())
+    if not above.is_dir():
+        raise OSError(f"cannot write {path}: {above} is not a folder")
+    if path.exists() and not path.is_file():  # a device or a pipe
+        return
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def cannot_write(path: Path, error: Exception) -> OSError:

@@ -93,14 +93,13 @@ def open_weights(path: str | Path, weights: str | None = None, family: str = "")
             )
     if not states:
         raise ValueError(f"{path}: {_nothing(found.tensors)}")
-    entry, tensors = next((each for each in states if _is_whole(each[1])), states[0])
+    limit = sum(each.stat().st_size for each in found.files)
+    usable = (one for one in states if _is_whole(one[1]) and not _no_weights(one[1], limit))
+    entry, tensors = next(usable, states[0])
     better = ENTRIES[: ENTRIES.index(entry)] if weights is None else ()
     passed = next((each for each in better if each in entries or each in found.tensors), "")
-    for name, tensor in tensors.items():
-        if problem := _no_weight(tensor, path):
-            raise ValueError(f"{path}: {name} {problem}")
-    if len(names.official(tensors)) < len(tensors):
-        raise ValueError(f"{path}: holds tensors twice: {_twice(tensors)}")
+    if problem := _no_weights(tensors, limit) or _twice(tensors):
+        raise ValueError(f"{path}: {problem}")
     return found._replace(tensors=tensors, entries=entries, entry=entry, passed=passed)
 
 
@@ -109,7 +108,8 @@ def _nothing(loaded: dict[str, Any]) -> str:
     for key in _DICTS:
         if key in loaded and not isinstance(loaded[key], dict):
             return f"{key} holds a {type(loaded[key]).__name__}: must hold a dict of tensors"
-    return "holds no tensors" + (f", only {some(map(str, loaded))}" if loaded else "")
+    there = [key for key in loaded if isinstance(key, str)]
+    return "holds no tensors" + (f", only {some(there)}" if there else "")
 
 
 def _states(loaded: dict[str, Any]) -> list[tuple[str, dict[str, Tensor]]]:
@@ -141,16 +141,16 @@ def _is_whole(tensors: Mapping[str, Tensor]) -> bool:
     return state.keys() == names.expected(family, state)
 
 
-def _no_weight(tensor: Tensor, path: Path) -> str:
-    """Why a tensor is none that can be computed with, if so. One that repeats its memory, so that
-    it is larger than its file, would take any amount of memory once it is copied."""
-    if tensor.is_meta:
-        return "has a shape and no values (a meta tensor)"
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-        return "is sparse, quantized or nested: must be a dense tensor"
-    size = tensor.numel() * tensor.itemsize
-    if size > path.stat().st_size and not path.name.endswith(".json"):
-        return f"is said to have {size:,} bytes, more than the whole file"
+def _no_weights(tensors: Mapping[str, Tensor], limit: int) -> str:
+    """Which tensor cannot be computed with, if one cannot. One that repeats its memory, so that it
+    is larger than its file of `limit` bytes, would take any amount of memory once it is copied."""
+    for name, x in tensors.items():
+        if x.is_meta:
+            return f"{shown(name)} has a shape and no values (a meta tensor)"
+        if x.layout is not torch.strided or x.is_quantized or x.is_nested:
+            return f"{shown(name)} is sparse, quantized or nested: must be a dense tensor"
+        if x.numel() * x.itemsize > limit:
+            return f"{shown(name)} has shape {[*x.shape]}, more than there is in the whole file"
     return ""
 
 
@@ -160,7 +160,7 @@ def _twice(tensors: Mapping[str, Tensor]) -> str:
     for key, value in tensors.items():
         (name,) = names.official({key: value})
         if name in seen:
-            return f"{name} is {seen[name]} and {key}"
+            return f"holds {shown(name)} twice, as {shown(seen[name])} and as {shown(key)}"
         seen[name] = key
     return ""
 
@@ -273,7 +273,7 @@ def _open_shards(index: Path) -> Weights:
         shards[name] = _open_safetensors(path).tensors
     for name, shard in shard_of.items():
         if name not in shards[shard]:
-            raise ValueError(f"{index}: names {name} in {shard}, which lacks it")
+            raise ValueError(f"{index}: names {shown(name)} in {shard}, which lacks it")
     tensors = {name: shards[shard][name] for name, shard in shard_of.items()}
     return Weights(tensors, {}, (index, *paths.values()))
 
@@ -335,10 +335,8 @@ def foreign_types(state: Mapping[str, Tensor]) -> list[str]:
     k = min(foreign)
     scales = sorted({found[2] for found in map(SCALES.search, state) if found})
     what = f"8-bit weights with {' and '.join(scales)}, which are not read: " if scales else ""
-    kind = dtype_name(state[k].dtype)
-    return [
-        f"{what}{k} is of type {kind}: must be floating point of 16 bits or more{more(foreign, 1)}"
-    ]
+    got, want = dtype_name(state[k].dtype), "must be floating point of 16 bits or more"
+    return [f"{what}{shown(k)} is of type {got}: {want}{more(foreign, 1)}"]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -347,7 +345,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def some(keys: Iterable[str], count: int = 3) -> str:
     ordered = sorted(keys)
-    return ", ".join(ordered[:count]) + more(ordered, count)
+    return ", ".join(map(shown, ordered[:count])) + more(ordered, count)
+
+
+def shown(name: str) -> str:
+    """A name from a file, in one line."""
+    short = name if len(name) < 100 else f"{name[:100]}…"
+    return short if short.isprintable() else repr(short)
 
 
 def more(keys: Sequence[str], count: int) -> str:
