@@ -23,6 +23,8 @@ tune         searches launch settings on this GPU and writes sfkernels/tuned/sm_
 import importlib
 import sys
 
+from sfmodel.extras import require
+
 SUITES = ("quick", "gpu", "full", "verify")
 COMMANDS = ("kernels", "stream", "decode", "extrapolate", "cpu", "train", "predict", "report",
             "compare", "readme", "tune")  # fmt: skip
@@ -36,6 +38,8 @@ command = arguments[0].removeprefix("--")
 if command in ("help", "h", "-h"):
     print(__doc__)
     sys.exit(0)
+if command in (*SUITES, *COMMANDS):
+    require("python -m bench", "bench")
 if command in SUITES:
     from bench import suite
 
@@ -44,6 +48,7 @@ if command in COMMANDS:
     module = importlib.import_module(f"bench.{command}")
     sys.exit(module.main(arguments[1:]))
 if command in ("demo", "experiment"):  # those that need tyro and a video encoder
+    require("python -m bench", "model")
     from sfmodel.cli import run_command
 
     function = getattr(importlib.import_module(f"bench.{command}"), command)

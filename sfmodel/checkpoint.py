@@ -100,6 +100,13 @@ def checked(
     return load
 
 
+def check(build: Callable[[], nn.Module], path: str | Path) -> None:
+    """Raises ValueError as `matching` does for a file that is not of what `build` makes."""
+    with _Unfilled():
+        model = build()
+    _checked(model, path, None)
+
+
 class _Unfilled(TorchFunctionMode):
     """Parameters that a layer makes to be initialised or loaded take no memory and no time; what a
     module computes, such as a table, is real."""

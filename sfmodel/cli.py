@@ -10,6 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from sfmodel.extras import require
+
+require("sfmodel", "model")
+
 import tyro
 from rich.console import Console
 
