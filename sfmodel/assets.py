@@ -219,10 +219,11 @@ def _generators(folders: Iterable[Path], dim: int) -> tuple[Path, ...]:
     for path in _checkpoints(folders):
         try:
             width, whole = generator_width(path)
+            rank = 0 if whole else 1
         except (ValueError, OSError):  # perhaps half a download: it says so if it is needed
-            width, whole = dim, False
+            width, rank = dim, 2
         if width == dim:
-            ranked.append((not whole, "init" in path.stem, path))
+            ranked.append((rank, "init" in path.stem, path))
     return tuple(path for *_, path in sorted(ranked, key=lambda each: each[:2]))
 
 

@@ -24,7 +24,15 @@ from sfmodel.files import atomic
 from sfmodel.names import clean_key as clean_key
 from sfmodel.names import from_official as from_official
 from sfmodel.names import to_official as to_official
-from sfmodel.opening import SCALES, differences, dtype_name, foreign_types, more, recognised, some
+from sfmodel.opening import (
+    SCALES,
+    differences,
+    dtype_name,
+    foreign_types,
+    recognised,
+    some,
+    wrong_shapes,
+)
 from sfmodel.opening import Weights as Weights
 from sfmodel.opening import open_weights as open_weights
 
@@ -165,11 +173,7 @@ def _checked(
     if not label or family == wanted.family:
         scales = {k for k in got if foreign and SCALES.search(k)}
         problems += differences(got.keys() - scales, want.keys())
-        reshaped = [k for k in want.keys() & got.keys() if want[k].shape != got[k].shape]
-        if reshaped:
-            k = min(reshaped)
-            shapes = f"{[*got[k].shape]} (must be {[*want[k].shape]})"
-            problems += [f"wrong shape {k} {shapes}{more(reshaped, 1)}"]
+        problems += wrong_shapes(got, want)
     if problems:
         raise ValueError(f"{path}: not a checkpoint of this model: {'; '.join(problems)}")
     return got, found.metadata

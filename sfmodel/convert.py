@@ -21,10 +21,12 @@ import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfmodel import names
-from sfmodel.config import DiTConfig
+from sfmodel.checkpoint import to_official
+from sfmodel.config import DiTConfig, VAEConfig
+from sfmodel.dit import DiT
 from sfmodel.files import atomic, cannot_write
 from sfmodel.opening import (
     STEM,
@@ -35,7 +37,10 @@ from sfmodel.opening import (
     parse_json,
     read_json,
     recognised,
+    wrong_shapes,
 )
+from sfmodel.tiny_vae import TinyVAE
+from sfmodel.vae import WanVAE
 
 Form = Literal["official", "self-forcing", "diffusers"]
 State = Mapping[str, Tensor]
@@ -126,9 +131,24 @@ def _recognised(source: Path, found: Weights, to: Form) -> tuple[State, str]:
     problems = foreign_types(state)
     if family in names.TABLES:
         problems += differences(state, names.expected(family, state))
+    if not problems:
+        problems = wrong_shapes(state, _shapes(source, state, family))
     if problems:
         raise ValueError(f"{source}: is {label}, but not a whole one: {'; '.join(problems)}")
     return state, family
+
+
+def _shapes(source: Path, state: State, family: str) -> State:
+    """What a whole model of these sizes has, without values."""
+    model: nn.Module
+    with torch.device("meta"):
+        if family == "DiT":  # the number of heads does not show in the shapes
+            model = DiT(DiTConfig(heads=1, **_dit_sizes(source, state)))
+        elif family == "VAE":
+            model = WanVAE(VAEConfig(**_vae_sizes(source, state)))
+        else:
+            model = TinyVAE()
+    return to_official(model.state_dict())
 
 
 def _check_target(target: Path, found: Weights, to: Form, *, folder: bool) -> None:
@@ -154,7 +174,8 @@ def _dit_config(source: Path, found: Weights, state: State) -> DiTConfig:
     """Sizes from shapes. What these do not tell is in the metadata or in the config.json beside the
     weights, in this project's words, official ones or those of diffusers; else it is as in Wan2.1.
     Raises ValueError where the number of heads is not known."""
-    dim, channels, *patch = _sizes(source, state, "patch_embedding.weight", 5)
+    sizes = _dit_sizes(source, state)
+    dim = sizes["dim"]
     said: dict[str, Any] = {}
     try:
         beside = found.files[0].parent / "config.json"
@@ -172,18 +193,34 @@ def _dit_config(source: Path, found: Weights, state: State) -> DiTConfig:
             "config.json beside it"
         )
     return DiTConfig(
-        dim=dim,
-        ffn_dim=_sizes(source, state, "blocks.0.ffn.0.weight", 2)[0],
         heads=heads,
-        layers=names.blocks(state),
-        channels=channels,
-        patch=(patch[0], patch[1], patch[2]),
-        freq_dim=_sizes(source, state, "time_embedding.0.weight", 2)[1],
-        text_dim=_sizes(source, state, "text_embedding.0.weight", 2)[1],
         text_len=said.get("text_len", 512),
         eps=said.get("eps", 1e-6),
         prediction=said.get("prediction", "flow"),
+        **sizes,
     )
+
+
+def _dit_sizes(source: Path, state: State) -> dict[str, Any]:
+    """Those of a DiTConfig that shapes tell."""
+    dim, channels, *patch = _sizes(source, state, "patch_embedding.weight", 5)
+    return {
+        "dim": dim,
+        "ffn_dim": _sizes(source, state, "blocks.0.ffn.0.weight", 2)[0],
+        "layers": names.blocks(state),
+        "channels": channels,
+        "patch": (patch[0], patch[1], patch[2]),
+        "freq_dim": _sizes(source, state, "time_embedding.0.weight", 2)[1],
+        "text_dim": _sizes(source, state, "text_embedding.0.weight", 2)[1],
+    }
+
+
+def _vae_sizes(source: Path, state: State) -> dict[str, Any]:
+    """Those of a VAEConfig that shapes tell."""
+    return {
+        "dim": _sizes(source, state, "encoder.conv1.weight", 5)[0],
+        "channels": _sizes(source, state, "conv2.weight", 5)[0],
+    }
 
 
 def _sizes(source: Path, state: State, name: str, dims: int) -> tuple[int, ...]:
@@ -197,10 +234,11 @@ def _sizes(source: Path, state: State, name: str, dims: int) -> tuple[int, ...]:
 def _config_json(source: Path, found: Weights, state: State, to: Form) -> dict[str, Any]:
     """The config.json of a folder."""
     if "conv2.weight" in state:
+        sizes = _vae_sizes(source, state)
         return {
             "_class_name": "AutoencoderKLWan",
-            "base_dim": _sizes(source, state, "encoder.conv1.weight", 5)[0],
-            "z_dim": _sizes(source, state, "conv2.weight", 5)[0],
+            "base_dim": sizes["dim"],
+            "z_dim": sizes["channels"],
             "dim_mult": [1, 2, 4, 4],
             "num_res_blocks": 2,
             "attn_scales": [],

@@ -59,6 +59,10 @@ class Weights(NamedTuple):
     passed: str = ""
 
 
+class NoTensorsError(ValueError):
+    """A file is whole and holds something else."""
+
+
 def open_weights(path: str | Path, weights: str | None = None, family: str = "") -> Weights:
     """Opens a .safetensors, .pt or .pth file, the .index.json of one in shards, or a folder of
     Wan2.1 (official or of diffusers) or of a part of it. No pickled code is executed.
@@ -92,9 +96,9 @@ def open_weights(path: str | Path, weights: str | None = None, family: str = "")
                 f"{path}: has no {weights!r}: it has {', '.join(entries) or 'bare weights'}"
             )
     if not states:
-        raise ValueError(f"{path}: {_nothing(found.tensors)}")
+        raise NoTensorsError(f"{path}: {_nothing(found.tensors)}")
     limit = sum(each.stat().st_size for each in found.files)
-    usable = (one for one in states if _is_whole(one[1]) and not _no_weights(one[1], limit))
+    usable = (one for one in states if not _no_weights(one[1], limit) and _is_whole(one[1]))
     entry, tensors = next(usable, states[0])
     better = ENTRIES[: ENTRIES.index(entry)] if weights is None else ()
     passed = next((each for each in better if each in entries or each in found.tensors), "")
@@ -168,7 +172,10 @@ def _twice(tensors: Mapping[str, Tensor]) -> str:
 def generator_width(path: Path) -> tuple[int, bool]:
     """The width of the generator in a checkpoint, 0 where it holds something else, and whether it
     is a whole one. Reads no weights. Raises ValueError as `open_weights` does."""
-    found = open_weights(path)
+    try:
+        found = open_weights(path)
+    except NoTensorsError:
+        return 0, False
     state, (family, label) = recognised(found)
     table = state.get("patch_embedding.weight")
     if table is None or not table.dim() or found.entry == "critic" or (label and family != "DiT"):
@@ -325,6 +332,16 @@ def differences(got: Iterable[str], want: Iterable[str]) -> list[str]:
     missing, unexpected = {*want} - {*got}, {*got} - {*want}
     phrases = {"missing": missing, "unexpected": unexpected}
     return [f"{phrase} {some(keys)}" for phrase, keys in phrases.items() if keys]
+
+
+def wrong_shapes(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> list[str]:
+    """A phrase on the tensors that are of another shape than the same of `want`, if there are."""
+    wrong = sorted(k for k in want.keys() & got.keys() if want[k].shape != got[k].shape)
+    if not wrong:
+        return []
+    k = wrong[0]
+    shapes = f"{[*got[k].shape]} (must be {[*want[k].shape]})"
+    return [f"wrong shape {k} {shapes}{more(wrong, 1)}"]
 
 
 def foreign_types(state: Mapping[str, Tensor]) -> list[str]:

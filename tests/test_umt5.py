@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import pwd
 import sys
 from pathlib import Path
 
@@ -241,7 +242,22 @@ def test_the_cache_is_where_the_user_keeps_caches(
     assert made.cache == tmp_path / "sfmodel" / "text" and made.text_dim == DIM
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert UMT5Encoder(files / OFFICIAL, files / "tokenizer").cache.is_relative_to(tmp_path)
+    assert UMT5Encoder(files / OFFICIAL, files / "tokenizer").cache == (
+        tmp_path / ".cache" / "sfmodel" / "text"
+    )
+
+
+def test_without_a_home_nothing_is_kept(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a user whom the system does not know."""
+
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    encode = UMT5Encoder(files / OFFICIAL, files / "tokenizer")
+    assert encode.cache is None and encode(["a b"]).shape[0] == 1
 
 
 def test_parameters_stay_mapped_to_the_file(files: Path, tmp_path: Path) -> None:
