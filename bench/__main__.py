@@ -29,6 +29,8 @@ SUITES = ("quick", "gpu", "full", "verify")
 COMMANDS = ("kernels", "stream", "decode", "extrapolate", "cpu", "train", "predict", "report",
             "compare", "readme", "tune")  # fmt: skip
 
+TRAINED = ("demo", "experiment")  # those that need tyro and a video encoder
+
 arguments = sys.argv[1:]
 if not arguments:
     import torch
@@ -38,8 +40,8 @@ command = arguments[0].removeprefix("--")
 if command in ("help", "h", "-h"):
     print(__doc__)
     sys.exit(0)
-if command in (*SUITES, *COMMANDS):
-    require("python -m bench", "bench")
+if command in (*SUITES, *COMMANDS, *TRAINED):
+    require("python -m bench", "model" if command in ("cpu", "readme", *TRAINED) else "bench")
 if command in SUITES:
     from bench import suite
 
@@ -47,13 +49,12 @@ if command in SUITES:
 if command in COMMANDS:
     module = importlib.import_module(f"bench.{command}")
     sys.exit(module.main(arguments[1:]))
-if command in ("demo", "experiment"):  # those that need tyro and a video encoder
-    require("python -m bench", "model")
+if command in TRAINED:
     from sfmodel.cli import run_command
 
     function = getattr(importlib.import_module(f"bench.{command}"), command)
     run_command("python -m bench", {command: function}, [command, *arguments[1:]])
 else:
-    known = ", ".join((*(f"--{name}" for name in SUITES), *COMMANDS, "demo", "experiment"))
+    known = ", ".join((*(f"--{name}" for name in SUITES), *COMMANDS, *TRAINED))
     print(f"python -m bench: no command {arguments[0]!r}, must be one of {known}", file=sys.stderr)
     sys.exit(2)

@@ -93,7 +93,7 @@ def find(folder: Path | None = None, preset: str = "wan-1.3b") -> Assets:
 
 def _searched(folder: Path | None) -> list[Path]:
     root = default_folder() if folder is None else folder
-    cached = _cached() if folder is None and "SFMODEL_MODELS" not in os.environ else []
+    cached = _cached() if folder is None and not os.environ.get("SFMODEL_MODELS") else []
     if not root.is_dir() and not cached:
         raise ValueError(
             f"{root}: there is no such folder of models; `sfmodel doctor` says what to download"

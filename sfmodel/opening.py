@@ -24,7 +24,8 @@ from torch import Tensor
 from sfmodel import names
 
 # Parts of a training checkpoint, the best for generating first; "" is what is in none of them.
-ENTRIES = ("generator_ema", "generator", "ema", "", "critic", "generator_lora")
+GENERATORS = ("generator_ema", "generator", "ema", "")
+ENTRIES = (*GENERATORS, "critic", "generator_lora")
 _DICTS = (*names.PARTS, *names.WRAPPERS)
 STEM = "diffusion_pytorch_model"  # of the weights in official folders and those of diffusers
 # Where a model's weights are in a folder, by its family: the first that is there.
@@ -67,8 +68,8 @@ def open_weights(path: str | Path, weights: str | None = None, family: str = "")
     """Opens a .safetensors, .pt or .pth file, the .index.json of one in shards, or a folder of
     Wan2.1 (official or of diffusers) or of a part of it. No pickled code is executed.
 
-    weights: which part of a training checkpoint; None takes the first of `ENTRIES` that is a whole
-    model, or else the first that holds any tensor.
+    weights: which part of a training checkpoint; None takes the first of `GENERATORS` that is a
+    whole model, or else the first of `ENTRIES` that holds any tensor.
     family: which model of a folder with several (`names.Kind`); else the first of DiT, VAE, tiny
     VAE. Raises ValueError with one sentence for what is missing, truncated or foreign."""
     path = Path(path)
@@ -98,7 +99,11 @@ def open_weights(path: str | Path, weights: str | None = None, family: str = "")
     if not states:
         raise NoTensorsError(f"{path}: {_nothing(found.tensors)}")
     limit = sum(each.stat().st_size for each in found.files)
-    usable = (one for one in states if not _no_weights(one[1], limit) and _is_whole(one[1]))
+    usable = (
+        (name, state)
+        for name, state in states
+        if name in GENERATORS and not _no_weights(state, limit) and _is_whole(state)
+    )
     entry, tensors = next(usable, states[0])
     better = ENTRIES[: ENTRIES.index(entry)] if weights is None else ()
     passed = next((each for each in better if each in entries or each in found.tensors), "")

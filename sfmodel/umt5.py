@@ -193,8 +193,12 @@ class UMT5Encoder:
         """transformers' model. On the CPU its parameters are the memory-mapped tensors themselves
         where they have the right dtype: pages that the system reads and drops as it likes."""
         transformers = _library("transformers")
-        with torch.device("meta"):
-            model = transformers.UMT5EncoderModel(self._config(transformers))
+        config = self._config(transformers)
+        try:
+            with torch.device("meta"):
+                model = transformers.UMT5EncoderModel(config)
+        except Exception as error:  # the library's checks of a config raise any
+            raise ValueError(f"{self.weights}: no model has its config ({_line(error)})") from None
         want, got = model.state_dict(), self._state
         del want["encoder.embed_tokens.weight"]
         wrong = sorted(want.keys() ^ got.keys()) or sorted(
@@ -220,7 +224,7 @@ class UMT5Encoder:
                 if config.num_layers != len(blocks):
                     raise ValueError(f"num_layers={config.num_layers}: there are {len(blocks)}")
                 return config
-            except Exception as error:  # the library's checks raise any
+            except Exception as error:
                 raise ValueError(f"{self.weights}/config.json: {_line(error)}") from None
         first = "encoder.block.0.layer"
         try:

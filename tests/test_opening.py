@@ -107,6 +107,13 @@ def test_a_broken_part_does_not_hide_a_whole_one(
     assert "generator_ema is not a whole model: takes generator" in caplog.text
 
 
+def test_a_critic_does_not_stand_in_for_a_generator(official: State, tmp_path: Path) -> None:
+    broken = dict([*official.items()][1:])
+    torch.save({"generator": broken, "critic": official}, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="missing"):
+        checkpoint.load(DiT(CONFIG), tmp_path / "m.pt")
+
+
 def test_the_best_part_is_taken(official: State, tmp_path: Path) -> None:
     parts = ("critic", "state_dict", "ema", "generator", "generator_ema")
     content: dict[str, State] = {}
