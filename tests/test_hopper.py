@@ -147,6 +147,22 @@ def test_streaming_equals_one_pass() -> None:
     close_as_eager("o of a stream", torch.cat(outs, 1), eager, exact)
 
 
+def test_a_stream_that_went_nan_ends_with_a_reset() -> None:
+    """The last tile reads slots that are not valid yet, times zero."""
+    cache = RingKVCache(layers=1, batch=2, window=3, frame_tokens=35, heads=1, head_dim=64,
+                        dtype=FP16)  # fmt: skip
+    for ring in (cache.k, cache.v):
+        ring.fill_(torch.nan)
+    cache.commit(3)
+    cache.reset()
+    cache.k[0, :, :35], cache.v[0, :, :35] = torch.randn(2, 2, 35, 1, 64).half()
+    q, valid = torch.randn(2, 35, 1, 64).half(), cache.chunk(1).valid
+    with setting(hopper_fwd=TILES[0]), nan_filled(), emulate(random.randrange(1000)):
+        o = hopper.ring_attention(q, cache.k[0], cache.v[0], valid, 0.1)
+    want, _ = attend(q, cache.k[0, :, :35], cache.v[0, :, :35], torch.ones(35, 35).bool(), 0.1)
+    torch.testing.assert_close(o, want, rtol=2e-2, atol=2e-3)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_no_loads_of_tiles_that_see_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[object] = []

@@ -46,9 +46,20 @@ def test_nothing_moves_and_positions_stay_on_the_device() -> None:
         cache.commit(2)
     assert storage == (cache.k.data_ptr(), cache.v.data_ptr(), cache.start.data_ptr())
     assert int(cache.start) == 80
+
+
+def test_a_reset_ring_is_a_new_one_but_for_the_prompt() -> None:
+    """Also after a stream that went NaN, which no mask could keep out: NaN times zero is NaN."""
+    cache = RingKVCache(**SIZES, text_tokens=2)
+    storage = cache.k.data_ptr(), cache.v.data_ptr()
+    for tensor in (cache.k, cache.v):
+        tensor.fill_(torch.nan)
     cache.text_k.fill_(1)
+    cache.commit(4)
     cache.reset()
     assert int(cache.start) == 0 and cache.chunk(1).valid == 3
+    assert storage == (cache.k.data_ptr(), cache.v.data_ptr())
+    assert not cache.k.any() and not cache.v.any() and cache.text_k.all()
 
 
 def test_memory_is_known_before_it_is_taken() -> None:
