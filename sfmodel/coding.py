@@ -20,8 +20,10 @@ from torch import Tensor
 from sfmodel import checkpoint
 from sfmodel.codec import VideoCodec
 from sfmodel.config import Preset
+from sfmodel.files import check_writable
 from sfmodel.pretrained import (
     Vae,
+    checked_codec,
     default_device,
     find_preset,
     load_codec,
@@ -32,7 +34,7 @@ from sfmodel.pretrained import (
 from sfmodel.tensors import save_tensors
 from sfmodel.terminal import TerminalPlayer
 from sfmodel.train.data import prompt_beside, read_prompts, within
-from sfmodel.video import VIDEOS, ContactSheet, VideoWriter, covering_frames, to_pixels
+from sfmodel.video import VIDEOS, ContactSheet, VideoWriter, check_name, covering_frames, to_pixels
 
 CHUNK = 16  # pixel frames that go to the encoder at once
 LATENTS = 3  # latent frames that go to the decoder at once
@@ -68,6 +70,9 @@ def encode(
         width: The same.
     """
     settings, device = sized(find_preset(preset), height, width), default_device()
+    if frames is not None and frames < 1:
+        raise ValueError(f"frames={frames}: must be at least 1")
+    check_writable(output / f"{source.stem}.safetensors")
     text = load_text(preset, models)
     if source.suffix.lower() == ".txt":
         target = output / f"{source.stem}.safetensors"
@@ -87,10 +92,11 @@ def encode(
     # The text first: its encoder leaves the GPU before the video encoder comes. It is loaded once
     # for many prompts and keeps on disk what each is encoded as.
     prompts = [prompt_beside(each) for each, _ in todo]
+    load = checked_codec(preset, device, vae, models)
     with told("encoding the prompts"):
         for i in range(0, len(prompts), PROMPTS):
             text(prompts[i : i + PROMPTS], device)
-    codec = load_codec(preset, device, vae, models)
+    codec = load()
     for (each, target), prompt in zip(todo, prompts, strict=True):
         text_1TE = text([prompt], device)
         latents_1FCHW = _latents_of(each, codec, settings, frames, device)
@@ -126,12 +132,24 @@ def decode(
     """
     settings, device = find_preset(preset), default_device()
     latents_NFCHW = _read_latents(source, settings.dit.channels, axes)
+    count = len(latents_NFCHW)
+    names = [output.with_stem(f"{output.stem}-{i}") if count > 1 else output for i in range(count)]
+    check_outputs(names)
     codec = load_codec(preset, device, vae, models, tile)
     frames = 1 + codec.temporal_factor * (latents_NFCHW.shape[1] - 1)
-    for i, latents_1FCHW in enumerate(latents_NFCHW.split(1)):
-        name = output.with_stem(f"{output.stem}-{i}") if len(latents_NFCHW) > 1 else output
+    for name, latents_1FCHW in zip(names, latents_NFCHW.split(1), strict=True):
         chunks = _decoded(latents_1FCHW, codec, device)
         write_videos(chunks, [name], [source.name], settings.fps, frames, device)
+
+
+def check_outputs(names: Sequence[Path], watch: bool = False) -> None:
+    """Raises as `write_videos` does where it cannot write or show a video, and leaves nothing."""
+    for name in names:
+        check_name(name)
+        check_writable(name)
+        check_writable(name.with_suffix(".png"))
+    if watch:
+        TerminalPlayer(1)
 
 
 def write_videos(
@@ -233,6 +251,8 @@ def _read_latents(path: Path, channels: int, axes: str) -> Tensor:
     if x.dim() != 5 or not x.is_floating_point() or channels not in x.shape[1:3]:
         want = f"[N, frames, {channels}, height, width] or [N, {channels}, frames, height, width]"
         raise ValueError(f"{path}: {name} has shape {[*x.shape]}: must be {want}")
+    if 0 in x.shape:
+        raise ValueError(f"{path}: {name} has shape {[*x.shape]}: none may be 0")
     if axes == "auto" and x.shape[1] == x.shape[2]:
         raise ValueError(
             f"{path}: {name} has {channels} frames and as many channels: --axes must say which "

@@ -169,6 +169,23 @@ def alone(folder: Path) -> Iterator[None]:
                 each.rmdir()
 
 
+def check_writable(path: Path) -> None:
+    """Raises as `reserve` does where a file cannot be written, and leaves nothing: for what takes
+    long before it writes."""
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
+    above = next(each for each in path.absolute().parents if each.exists())
+    if not above.is_dir():
+        raise OSError(f"cannot write {path}: {above} is not a folder")
+    if path.exists() and not path.is_file():  # a device or a pipe
+        return
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 def cannot_write(path: Path, error: Exception) -> OSError:
     """The error to raise where writing `path` failed with `error`."""
     reason = getattr(error, "strerror", None) or str(error).split("\n")[0]

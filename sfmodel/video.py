@@ -49,6 +49,12 @@ def _enlarge(images_THWC: Images, scale: int) -> Images:
     return images_THWC.repeat(scale, axis=1).repeat(scale, axis=2) if scale > 1 else images_THWC
 
 
+def check_name(path: Path) -> None:
+    """Raises ValueError for a name that a VideoWriter does not write to."""
+    if path.suffix.lower() != ".mp4":
+        raise ValueError(f"path: {str(path)!r}, expected a name ending in .mp4")
+
+
 class VideoWriter:
     """Write an H.264 MP4 file frame by frame; use it as a context manager.
 
@@ -77,8 +83,7 @@ class VideoWriter:
         crf: int = 18,
     ) -> None:
         self.path = Path(path)
-        if self.path.suffix.lower() != ".mp4":
-            raise ValueError(f"path: {str(self.path)!r}, expected a name ending in .mp4")
+        check_name(self.path)
         if not 0 < fps < math.inf:
             raise ValueError(f"fps: {fps}, expected a positive number")
         if scale is not None and not (isinstance(scale, int) and scale >= 1):
