@@ -12,7 +12,7 @@ from torch import Tensor
 _PLAIN = (Tensor, torch.nn.Parameter)  # and no subclass, which may stand for something else
 _INTEGERS = (torch.int32, torch.int64)
 _FLOAT32 = torch.finfo(torch.float32)
-TOO_MANY = 2**31  # tokens of a pass, elements of a frame: kernels count them in 32 bits
+TOO_MANY = 2**31  # elements of a table or of a frame: kernels count them in 32 bits
 
 
 def is_plain(tensor: Any) -> bool:

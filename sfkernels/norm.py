@@ -300,7 +300,7 @@ def _rms_norm_silu(
     """The first output is empty without y."""
     if impl != "cpp":
         _choose_silu(impl, eps, x, weight, y, bias, before)
-    scale = weight[None, None]
+    scale = _as_modulation(weight)
     residual, out, stats = kernel(impl, "norm_fwd")(
         x, y, None, scale, None, eps, False, False, silu=True, bias_C=bias, before_BPC=before
     )
@@ -325,7 +325,7 @@ def _rms_norm_silu_bwd(
     dresidual: Tensor | None, dout: Tensor, x: Tensor, weight: Tensor, stats: Tensor, impl: str
 ) -> tuple[Tensor, Tensor]:
     """dx, dweight. x: with y and the bias in it."""
-    dout, scale = _dense(dout), weight[None, None]
+    dout, scale = _dense(dout), _as_modulation(weight)
     _check_op(impl, x, dict(weight=scale), dout=dout, stats=stats, dresidual=dresidual)
     dx, _, _, dscale, _ = kernel(impl, "norm_bwd")(
         *(dresidual, dout, x, None, None, scale, None, stats, False, False), silu=True
@@ -374,7 +374,13 @@ def _stats(x: Tensor) -> Tensor:
 
 def _dense(grad: Tensor) -> Tensor:
     """A gradient may come expanded or transposed; kernels want a contiguous last dimension."""
+    check_shape("the gradient", grad, ("B", "L", "C"))
     return grad if grad.shape[-1] == 1 or grad.stride(-1) == 1 else grad.contiguous()
+
+
+def _as_modulation(weight_C: Tensor) -> Tensor:
+    check_shape("weight", weight_C, ("C",))
+    return weight_C[None, None]
 
 
 def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:
