@@ -408,7 +408,8 @@ def _choose_silu(
     """As `_choose`, of what `rms_norm_silu` is given."""
     affine = {"weight": weight_C} | ({} if bias_C is None else {"bias": bias_C})
     _check_affine(x_BLC, **affine)
-    _check_residual(x_BLC, y=y_BLC)
+    if y_BLC is not None:
+        _check_residual(x_BLC, y=y_BLC)
     if before_BPC is not None:
         check_shape("before", before_BPC, (x_BLC.shape[0], "P", x_BLC.shape[2]))
         check_same("before", before_BPC, "x", x_BLC)
@@ -430,7 +431,7 @@ def _check_op(
     if impl == "cpp":
         return
     _check_modulation(x, **{name: m for name, m in modulations.items() if m is not None})
-    _check_residual(x, **residual)
+    _check_residual(x, **{name: t for name, t in residual.items() if t is not None})
     if dout is not None and stats is not None:
         check_shape("dout", dout, tuple(x.shape))
         check_shape("stats", stats, (*x.shape[:2], 2))
@@ -439,12 +440,11 @@ def _check_op(
     _choose(impl, eps, x, dout=dout, stats=stats, **residual, **modulations)
 
 
-def _check_residual(x_BLC: Tensor, **residual: Tensor | None) -> None:
+def _check_residual(x_BLC: Tensor, **residual: Tensor) -> None:
     check_shape("x", x_BLC, ("B", "L", "C"))
     for name, t in residual.items():
-        if t is not None:
-            check_shape(name, t, tuple(x_BLC.shape))
-            check_same(name, t, "x", x_BLC)
+        check_shape(name, t, tuple(x_BLC.shape))
+        check_same(name, t, "x", x_BLC)
 
 
 def _check_affine(x_BLC: Tensor, **affine: Tensor) -> None:

@@ -257,11 +257,11 @@ def _choose_step(
             continue
         if not isinstance(s, Tensor):
             raise ValueError(f"{name} is a {type(s).__name__}: must be a tensor")
-        if s.shape not in (x.shape[:0], x.shape[:1], x.shape[:2]) or not s.is_floating_point():
+        if s.shape not in (x.shape[:0], x.shape[:1], x.shape[:2]):
             raise ValueError(
-                f"{name} has shape {[*s.shape]} and dtype {s.dtype}: must be [], [{x.shape[0]}] or "
-                f"{[*x.shape[:2]]} and floating point"
+                f"{name} has shape {[*s.shape]}: must be [], [{x.shape[0]}] or {[*x.shape[:2]]}"
             )
+        check_floating(name, s)
         check_device(name, s, x.device)
     check_finite("guidance", guidance)
     return choose("sampler", impl, x.device, x=x, **tensors)

@@ -157,7 +157,7 @@ def rope_bwd(rng: random.Random, make: Make) -> list[Any]:
 def rope_reference(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, k_ring: Any,
                    v_ring: Any, slot: Any, eps: float,
                    rotate_k: bool = True) -> tuple[Any, ...]:  # fmt: skip
-    wide = [t.double() for t in (qkv, q_weight, k_weight, table)]
+    wide: Any = [t.double() for t in (qkv, q_weight, k_weight, table)]
     shape = (*qkv.shape[:2], -1, 2 * table.shape[1])
     if slot is None:
         k_ring = v_ring = torch.zeros(*shape[:2], qkv.shape[2] // 3).unflatten(-1, shape[2:])
@@ -206,12 +206,13 @@ def sampler_step(rng: random.Random, make: Make) -> list[Any]:
 def step_reference(x: Tensor, flow: Tensor, uncond: Any, sigma: Tensor, following: Any, noise: Any,
                    seed: Any, frame: Any, draw: int, guidance: float,
                    euler: bool) -> tuple[Any, ...]:  # fmt: skip
+    wide: Any
     wide = [None if t is None else t.double() for t in (x, flow, sigma, following, noise, uncond)]
     if euler:
-        return None, reference.euler_step(*wide[:4], wide[5], guidance)  # type: ignore[arg-type]
+        return None, reference.euler_step(*wide[:4], wide[5], guidance)
     if seed is not None:
         wide[4] = reference.normal(seed, frame, draw, x.shape).double()
-    x0, after = reference.sampler_step(*wide, guidance)  # type: ignore[arg-type]
+    x0, after = reference.sampler_step(*wide, guidance)
     return x0, None if following is None else after
 
 
