@@ -29,6 +29,8 @@ OTHERS = [
 ]
 INTEGERS = [-(2**63), -(2**31), -1, 0, 1, 2, 3, 7, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1]
 NUMBERS = [math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-300, 1e-30, 0.5, 1e30, 1e300]
+# Called with unpacked tensors, which mypy takes for arguments without end.
+exact: Any = reference
 GUARD = 64  # elements around every tensor
 
 
@@ -157,7 +159,7 @@ def rope_bwd(rng: random.Random, make: Make) -> list[Any]:
 def rope_reference(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, k_ring: Any,
                    v_ring: Any, slot: Any, eps: float,
                    rotate_k: bool = True) -> tuple[Any, ...]:  # fmt: skip
-    wide: Any = [t.double() for t in (qkv, q_weight, k_weight, table)]
+    wide = [t.double() for t in (qkv, q_weight, k_weight, table)]
     shape = (*qkv.shape[:2], -1, 2 * table.shape[1])
     if slot is None:
         k_ring = v_ring = torch.zeros(*shape[:2], qkv.shape[2] // 3).unflatten(-1, shape[2:])
@@ -165,7 +167,7 @@ def rope_reference(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tenso
     rings = k_ring.double().contiguous(), v_ring.double().contiguous()
     if not qkv.numel():
         return rings[0], *rings
-    return reference.qk_norm_rope_append(*wide, *rings, slot, eps, rotate_k), *rings
+    return exact.qk_norm_rope_append(*wide, *rings, slot, eps, rotate_k), *rings
 
 
 def rope_table(rng: random.Random, make: Make) -> list[Any]:
@@ -206,13 +208,12 @@ def sampler_step(rng: random.Random, make: Make) -> list[Any]:
 def step_reference(x: Tensor, flow: Tensor, uncond: Any, sigma: Tensor, following: Any, noise: Any,
                    seed: Any, frame: Any, draw: int, guidance: float,
                    euler: bool) -> tuple[Any, ...]:  # fmt: skip
-    wide: Any
     wide = [None if t is None else t.double() for t in (x, flow, sigma, following, noise, uncond)]
     if euler:
-        return None, reference.euler_step(*wide[:4], wide[5], guidance)
+        return None, exact.euler_step(*wide[:4], wide[5], guidance)
     if seed is not None:
         wide[4] = reference.normal(seed, frame, draw, x.shape).double()
-    x0, after = reference.sampler_step(*wide, guidance)
+    x0, after = exact.sampler_step(*wide, guidance)
     return x0, None if following is None else after
 
 

@@ -217,8 +217,8 @@ def test_tokens_of_a_ring(valid: int, impl: str) -> None:
         (lambda: sf.normal((NOISE.seed_B, FRAME, 0), (1, FRAMES)), "noise is a tuple"),  # type: ignore[arg-type]
         (lambda: sf.normal(NOISE._replace(draw=2**31), (1, FRAMES)), "draw=2147483648"),
         (lambda: sf.normal(NOISE._replace(draw=0.5), (1, FRAMES)), "draw=0.5"),  # type: ignore[arg-type]
-        (lambda: sf.sampler_step(LATENTS, LATENTS, 0.5), "sigma is a float"),  # type: ignore[arg-type]
-        (lambda: sf.euler_step(LATENTS, LATENTS, S, None), "next_sigma is a None"),  # type: ignore[arg-type]
+        (lambda: sf.sampler_step(LATENTS, LATENTS, 0.5), "sigma is 0.5: must be a tensor"),  # type: ignore[arg-type]
+        (lambda: sf.euler_step(LATENTS, LATENTS, S, None), "next_sigma is None: must be a tensor"),  # type: ignore[arg-type]
         (lambda: sf.quantize_rows(X, dtype=None), "dtype is None"),  # type: ignore[arg-type]
     ],
 )  # fmt: skip
