@@ -32,8 +32,8 @@ inline void require(bool holds, const Parts&... parts) {
   }
 }
 
-constexpr int64_t kAny = -1; // a size that may be any
-constexpr int64_t kTooMany = int64_t{1} << 31; // tokens of a pass, elements of a frame
+constexpr int64_t kAny = std::numeric_limits<int64_t>::min(); // a size that may be any
+constexpr int64_t kTooMany = int64_t{1} << 31; // elements of a table, of a frame
 
 // dtypes of tensors. Those of kFloats are what by_dtype of rows.h tells apart.
 using Dtypes = std::initializer_list<ScalarType>;
@@ -42,7 +42,7 @@ constexpr Dtypes kSigmas{
     ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double};
 constexpr Dtypes kIntegers{ScalarType::Int, ScalarType::Long};
 
-// Numbers as "[2, 3, ...]", those below 0 as "any".
+// Sizes, dtypes or other numbers as "[2, any, 3]".
 template <typename Numbers>
 struct Listed {
   const Numbers& numbers;
@@ -52,7 +52,7 @@ struct Listed {
     for (const auto number : listed.numbers) {
       to << between;
       if constexpr (std::is_same_v<std::decay_t<decltype(number)>, int64_t>) {
-        number < 0 ? to << "any" : to << number;
+        number == kAny ? to << "any" : to << number;
       } else {
         to << number;
       }
@@ -66,6 +66,7 @@ template <typename Numbers>
 Listed(const Numbers&) -> Listed<Numbers>;
 
 inline void check_dtype(const char* name, const Tensor& t, Dtypes dtypes) {
+  require(t.defined(), name, " is None: must be a tensor");
   require(t.is_cpu(), name, " is on another device: must be on the CPU");
   const ScalarType got = t.scalar_type();
   for (const ScalarType dtype : dtypes) {
@@ -131,13 +132,12 @@ struct Place {
   std::array<std::pair<int64_t, int64_t>, 4> steps{};
 
   explicit Place(const Tensor& t) : element(t.element_size()) {
+    if (t.numel() == 0) {
+      return;
+    }
     const auto sizes = t.sizes(), strides = t.strides();
     length = element;
     for (size_t d = 0; d < sizes.size(); ++d) {
-      if (sizes[d] == 0) {
-        length = 0;
-        return;
-      }
       if (sizes[d] > 1) {
         steps[d] = {strides[d] * element, sizes[d]};
         length += (sizes[d] - 1) * steps[d].first;
@@ -152,7 +152,7 @@ struct Place {
     int64_t reach = element;
     for (const auto& [stride, size] : steps) {
       if (size > 1 && stride < reach) {
-        return length > 0;
+        return true;
       }
       reach += std::max<int64_t>(size - 1, 0) * stride;
     }

@@ -104,9 +104,9 @@ std::tuple<Optional, Tensor, Tensor> norm_fwd(
     bool silu,
     const Optional& bias_C,
     const Optional& before_BPC) {
-  const bool residual_first = y_BLC.has_value();
+  const bool has_residual = y_BLC.has_value();
   const int64_t frames =
-      frames_of(x_BLC, residual_first, gate_BFC, scale_BFC, shift_BFC, centred, silu);
+      frames_of(x_BLC, has_residual, gate_BFC, scale_BFC, shift_BFC, centred, silu);
   const int64_t batch = x_BLC.size(0), tokens = x_BLC.size(1), channels = x_BLC.size(2);
   const Dtypes like_x{x_BLC.scalar_type()};
   check("y", y_BLC, {batch, tokens, channels}, like_x);
@@ -214,7 +214,7 @@ std::tuple<Optional, Tensor, Tensor> norm_fwd(
         run(form, begin, end);
       });
     };
-    by_form(centred, residual_first, gate_BFC.has_value(), silu, each);
+    by_form(centred, has_residual, gate_BFC.has_value(), silu, each);
   });
   return {residual_BLC, out_BLC, stats_BL2};
 }
@@ -231,9 +231,9 @@ std::tuple<Tensor, Optional, Optional, Tensor, Optional> norm_bwd(
     bool centred,
     bool plus_one,
     bool silu) {
-  const bool residual = dresidual_BLC.has_value();
+  const bool has_residual = dresidual_BLC.has_value();
   const int64_t frames =
-      frames_of(x_BLC, residual, gate_BFC, scale_BFC, shift_BFC, centred, silu);
+      frames_of(x_BLC, has_residual, gate_BFC, scale_BFC, shift_BFC, centred, silu);
   const int64_t batch = x_BLC.size(0), tokens = x_BLC.size(1), channels = x_BLC.size(2);
   const Dtypes like_x{x_BLC.scalar_type()};
   check("dresidual", dresidual_BLC, {batch, tokens, channels}, like_x);
@@ -356,7 +356,7 @@ std::tuple<Tensor, Optional, Optional, Tensor, Optional> norm_bwd(
         run(form, begin, end);
       });
     };
-    by_form(centred, residual, gate_BFC.has_value(), silu, each);
+    by_form(centred, has_residual, gate_BFC.has_value(), silu, each);
   });
   const auto over_strips = [&](const Floats& partial, const Tensor& like) {
     return sum_strips(partial, like, batch, frames, strips, channels);

@@ -321,22 +321,21 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(
   return {dqkv_BLC, over_strips(dq_weight, q_weight_C), over_strips(dk_weight, k_weight_C)};
 }
 
-constexpr int64_t kLongestHead = 65536;
-
 // Angles in double, each of an axis' positions once; the rest is copying.
 Tensor rope_table(const Tensor& frame_F, const Ints& grid, int64_t head_dim, double theta) {
   check("frame_F", frame_F, {kAny}, kIntegers, 0);
   const auto few = [](int64_t n) { return 1 <= n && n < kTooMany; };
   require(
       grid.size() == 2 && few(grid[0]) && few(grid[1]) && few(grid[0] * grid[1]), "grid is ",
-      Listed{grid}, ": must be two sizes of 1 or more, fewer than ", kTooMany, " tokens together");
+      Listed{grid}, ": must be two sizes of 1 or more, together of fewer than ", kTooMany, " tokens");
+  require(head_dim > 0 && head_dim % 2 == 0, "head_dim=", head_dim, ": must be even and positive");
   const int64_t count = frame_F.size(0), height = grid[0], width = grid[1];
+  const int64_t shown = std::max<int64_t>(count, 1);
   require(
-      count == 0 || (few(count) && few(count * height * width)), count, " frames of ",
-      height * width, " tokens: must be fewer than ", kTooMany, " together");
-  require(
-      head_dim % 2 == 0 && 2 <= head_dim && head_dim <= kLongestHead, "head_dim=", head_dim,
-      ": must be even, 2 to ", kLongestHead);
+      few(head_dim) && few(height * width * head_dim) && few(shown) &&
+          few(shown * height * width * head_dim),
+      "a table of ", count, " frames of ", height, " x ", width, " tokens and head_dim=", head_dim,
+      ": must have fewer than ", kTooMany, " elements");
   check_positive("theta", theta);
   const Ints frames = integers(frame_F);
   const int64_t pairs = head_dim / 2, across = pairs / 3, along = pairs - 2 * across;

@@ -345,7 +345,13 @@ struct Rows {
 };
 
 inline Tensor empty(const Tensor& like, const Ints& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+  try {
+    return torch::stable::new_empty(like, sizes, dtype);
+  } catch (const std::runtime_error&) { // which names a line of PyTorch's
+    std::ostringstream sentence;
+    sentence << "there is no memory for an output of shape " << Listed{sizes};
+    throw std::runtime_error(sentence.str());
+  }
 }
 
 inline Tensor empty(const Tensor& like, const Ints& sizes) {

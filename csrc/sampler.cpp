@@ -85,15 +85,6 @@ class Normals {
   }
 };
 
-// Of a tensor that has elements.
-int64_t elements_of(const Tensor& t, int64_t outer) {
-  int64_t count = 1;
-  for (int64_t d = outer; d < t.dim(); ++d) {
-    count *= t.size(d);
-  }
-  return count;
-}
-
 // Raises unless x has at least two dimensions, and the others its shape.
 void check_all(
     const Tensor& x, std::initializer_list<std::pair<const char*, Optional>> others) {
@@ -127,10 +118,16 @@ void check_noise(
   require(0 <= draw && draw < kTooMany, "draw=", draw, ": must be in 0..2^31 - 1");
 }
 
-// The counter of the noise has 32 bits for groups of four elements.
-void check_elements(int64_t elements) {
-  require(
-      elements < kTooMany, "a frame has ", elements, " elements: must have fewer than ", kTooMany);
+// The elements of a frame of a shape [B, F, ...]: the counter of the noise has 32 bits for groups of
+// four.
+int64_t elements_of_frame(const Ints& shape) {
+  int64_t count = 1;
+  for (size_t d = 2; d < shape.size(); ++d) {
+    require(shape[d] < kTooMany && count * shape[d] < kTooMany, "shape is ", Listed{shape},
+            ": a frame must have fewer than ", kTooMany, " elements");
+    count *= shape[d];
+  }
+  return count;
 }
 
 // Frames of [B, F, ...], or samples of [B, ...], whose elements lie side by side and are of type T:
@@ -258,8 +255,7 @@ std::tuple<Optional, Optional> sampler_step(
   if (x.numel() == 0) {
     return {x0, following};
   }
-  const int64_t elements = elements_of(x, 2);
-  check_elements(elements);
+  const int64_t elements = elements_of_frame(sizes_of(x));
   const Floats sigmas = by_frame(sigma, batch, frames);
   const Floats next_sigmas = by_frame(next_sigma, batch, frames);
   const Ints seeds = seed_B ? integers(*seed_B) : Ints{};
@@ -313,12 +309,12 @@ Tensor normal(const Tensor& seed_B, const Tensor& frame_F, int64_t draw, const I
     require(size >= 0, "shape has ", size, ": its sizes must be 0 or more");
   }
   check_noise(seed_B, frame_F, draw, shape[0], shape[1]);
+  const int64_t elements = elements_of_frame(shape);
   const Tensor out = empty(seed_B, shape, ScalarType::Float);
   if (out.numel() == 0) {
     return out;
   }
-  const int64_t frames = shape[1], elements = elements_of(out, 2);
-  check_elements(elements);
+  const int64_t frames = shape[1];
   const Ints seeds = integers(seed_B), indices = integers(frame_F);
   float* const to = data<float>(out);
   parallel_blocks(shape[0] * frames, elements, [&](int64_t frame, int64_t start, int64_t count) {
@@ -335,7 +331,7 @@ Tensor dmd_gradient(const Tensor& x, const Tensor& real_x0, const Tensor& fake_x
   if (x.numel() == 0) {
     return out;
   }
-  const int64_t batch = x.size(0), elements = elements_of(x, 1);
+  const int64_t batch = x.size(0), elements = x.numel() / batch;
   const int64_t blocks = (elements + kBlock - 1) / kBlock;
   Floats partial(batch * blocks);
   by_dtypes(x, {real_x0, fake_x0}, [&](auto of_out, auto in) {

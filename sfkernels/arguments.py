@@ -12,7 +12,7 @@ from torch import Tensor
 _PLAIN = (Tensor, torch.nn.Parameter)  # and no subclass, which may stand for something else
 _INTEGERS = (torch.int32, torch.int64)
 _FLOAT32 = torch.finfo(torch.float32)
-TOO_MANY = 2**31  # tokens of a pass, elements of a frame: kernels count them in 32 bits
+TOO_MANY = 2**31  # elements of a table or of a frame: kernels count them in 32 bits
 
 
 def is_plain(tensor: Any) -> bool:
@@ -28,10 +28,18 @@ def numbers(tensor: Tensor) -> list[int] | None:
     return None
 
 
-def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
-    """Unless `tensor` is one of `shape`, where a string stands for any size."""
+def check_tensor(name: str, tensor: Any) -> None:
+    """Unless it is a tensor, dense in memory."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is {_said(tensor)}: must be a tensor")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "nested" if tensor.is_nested else f"of layout {tensor.layout}"
+        raise ValueError(f"{name} is {kind}: must be a dense tensor")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
+    """Unless `tensor` is one of `shape`, where a string stands for any size."""
+    check_tensor(name, tensor)
     fits = tensor.dim() == len(shape) and all(
         isinstance(want, str) or got == want for got, want in zip(tensor.shape, shape, strict=True)
     )
@@ -55,13 +63,11 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Unless `tensor` is a dense one of floating-point numbers of 16 bits or more."""
+    """Unless `tensor` is of floating-point numbers of 16 bits or more."""
     if not tensor.is_floating_point() or tensor.itemsize == 1:
         raise ValueError(
             f"{name} is {tensor.dtype}: must be floating point, of 16 bits or more, and real"
         )
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name} has layout {tensor.layout}: must be dense; call .to_dense()")
 
 
 def check_integers(name: str, tensor: Tensor, size: int | str, device: torch.device) -> None:

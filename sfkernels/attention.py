@@ -17,6 +17,7 @@ from sfkernels.arguments import (
     check_positive,
     check_same,
     check_shape,
+    check_tensor,
     is_integer,
     numbers,
 )
@@ -144,8 +145,7 @@ def _choose_ring(
     """As `_choose`; raises ValueError for what `ring_attention` does not take."""
     _check_heads(q_BLHD, k_ring_BSHD, v_ring_BSHD, "k_ring", "v_ring")
     slots = k_ring_BSHD.shape[1]
-    if not isinstance(valid, Tensor):
-        raise ValueError(f"valid is {valid!r}: must be a tensor")
+    check_tensor("valid", valid)
     if valid.numel() != 1 or valid.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"valid is {valid.dtype} {[*valid.shape]}: must be one int32 or int64 number"

@@ -328,7 +328,7 @@ def _rms_norm_silu(
     """The first output is empty without y."""
     if impl != "cpp":
         _choose_silu(impl, eps, x, weight, y, bias, before)
-    scale = weight[None, None]
+    scale = _as_modulation(weight)
     residual, out, stats = kernel(impl, "norm_fwd")(
         x, y, None, scale, None, eps, False, False, silu=True, bias_C=bias, before_BPC=before
     )
@@ -353,7 +353,7 @@ def _rms_norm_silu_bwd(
     dresidual: Tensor | None, dout: Tensor, x: Tensor, weight: Tensor, stats: Tensor, impl: str
 ) -> tuple[Tensor, Tensor]:
     """dx, dweight. x: with y and the bias in it."""
-    dout, scale = _dense(dout), weight[None, None]
+    dout, scale = _dense(dout), _as_modulation(weight)
     _check_op(impl, x, dict(weight=scale), dout=dout, stats=stats, dresidual=dresidual)
     dx, _, _, dscale, _ = kernel(impl, "norm_bwd")(
         *(dresidual, dout, x, None, None, scale, None, stats, False, False), silu=True
@@ -410,7 +410,13 @@ def _stats(x: Tensor) -> Tensor:
 
 def _dense(grad: Tensor) -> Tensor:
     """A gradient may come expanded or transposed; kernels want a contiguous last dimension."""
+    check_shape("the gradient", grad, ("B", "L", "C"))
     return grad if grad.shape[-1] == 1 or grad.stride(-1) == 1 else grad.contiguous()
+
+
+def _as_modulation(weight_C: Tensor) -> Tensor:
+    check_shape("weight", weight_C, ("C",))
+    return weight_C[None, None]
 
 
 def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:
@@ -438,7 +444,8 @@ def _choose_silu(
     """As `_choose`, of what `rms_norm_silu` is given."""
     affine = {"weight": weight_C} | ({} if bias_C is None else {"bias": bias_C})
     _check_affine(x_BLC, **affine)
-    _check_residual(x_BLC, y=y_BLC)
+    if y_BLC is not None:
+        _check_residual(x_BLC, y=y_BLC)
     if before_BPC is not None:
         check_shape("before", before_BPC, (x_BLC.shape[0], "P", x_BLC.shape[2]))
         check_same("before", before_BPC, "x", x_BLC)
@@ -460,7 +467,7 @@ def _check_op(
     if impl == "cpp":
         return
     _check_modulation(x, **{name: m for name, m in modulations.items() if m is not None})
-    _check_residual(x, **residual)
+    _check_residual(x, **{name: t for name, t in residual.items() if t is not None})
     if dout is not None and stats is not None:
         check_shape("dout", dout, tuple(x.shape))
         check_shape("stats", stats, (*x.shape[:2], 2))
@@ -469,12 +476,11 @@ def _check_op(
     _choose(impl, eps, x, dout=dout, stats=stats, **residual, **modulations)
 
 
-def _check_residual(x_BLC: Tensor, **residual: Tensor | None) -> None:
+def _check_residual(x_BLC: Tensor, **residual: Tensor) -> None:
     check_shape("x", x_BLC, ("B", "L", "C"))
     for name, t in residual.items():
-        if t is not None:
-            check_shape(name, t, tuple(x_BLC.shape))
-            check_same(name, t, "x", x_BLC)
+        check_shape(name, t, tuple(x_BLC.shape))
+        check_same(name, t, "x", x_BLC)
 
 
 def _check_affine(x_BLC: Tensor, **affine: Tensor) -> None:

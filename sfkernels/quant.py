@@ -36,7 +36,7 @@ def _check(x_BLC: Tensor, dtype: torch.dtype, impl: str) -> str:
     check_floating("x", x_BLC)
     if not x_BLC.shape[2]:
         raise ValueError(f"x has shape {[*x_BLC.shape]}: its rows must have an element")
-    if dtype not in reference.LARGEST:
+    if not isinstance(dtype, torch.dtype) or dtype not in reference.LARGEST:
         wanted = " or ".join(map(str, reference.LARGEST))
         raise ValueError(f"dtype is {dtype}: must be {wanted}")
     return choose("quantize_rows", impl, x_BLC.device, x=x_BLC)

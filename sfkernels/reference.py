@@ -27,9 +27,9 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def layer_norm(x_BLC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(_wide(x_BLC), x_BLC.shape[-1:], _wide(weight_C), _wide(bias_C), eps).to(
-        x_BLC.dtype
-    )
+    x_wide = _wide(x_BLC)
+    weight_C, bias_C = (t.to(x_wide.dtype) for t in (weight_C, bias_C))
+    return F.layer_norm(x_wide, x_BLC.shape[-1:], weight_C, bias_C, eps).to(x_BLC.dtype)
 
 
 def adaln(x_BLC: Tensor, shift_BFC: Tensor, scale_BFC: Tensor, eps: float) -> Tensor:
@@ -295,7 +295,8 @@ def euler_step(
 def _guided(flow: Tensor, uncond_flow: Tensor | None, guidance: float) -> Tensor:
     if uncond_flow is None:
         return _wide(flow)
-    return torch.lerp(_wide(uncond_flow), _wide(flow), guidance)
+    dtype = torch.promote_types(_wide(flow).dtype, _wide(uncond_flow).dtype)
+    return torch.lerp(uncond_flow.to(dtype), flow.to(dtype), guidance)
 
 
 def per_frame(sigma: Tensor, x: Tensor) -> Tensor:

@@ -21,8 +21,6 @@ from sfkernels.arguments import (
 )
 from sfkernels.dispatch import choose, contiguous_like, derivatives, kernel, registered
 
-LONGEST_HEAD = 65536
-
 
 def rope_table(
     frame_F: Tensor,
@@ -37,7 +35,7 @@ def rope_table(
     frame_F: int32 or int64 tensor [F] of absolute latent-frame indices, on the device of the
     tokens. grid: (height, width) in tokens. The D/2 pairs split into D/2 − 2⌊D/6⌋ for time and
     ⌊D/6⌋ each for height and width (Wan2.1). Raises ValueError for another frame_F, an empty grid,
-    an odd head dim, a theta that is not positive and finite, and 2³¹ tokens or more."""
+    an odd head dim, a theta that is not positive and finite, and 2³¹ elements or more."""
     impl = _check_table(frame_F, *_sides(grid), head_dim, theta, impl)
     if impl == "reference":
         return reference.rope_table(frame_F, grid, head_dim, theta)
@@ -148,6 +146,8 @@ def _qk_norm_rope_bwd(
     rstd: Tensor,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    for name, t in (("dq", dq), ("dk", dk), ("dv", dv)):
+        check_shape(name, t, ("B", "L", "H", "D"))
     if impl != "cpp":
         _check_qkv(qkv, q_weight, k_weight, table)
         _choose(impl, qkv, q_weight, k_weight, table)
@@ -256,12 +256,13 @@ def _check_table(
     """The implementation to take."""
     check_shape("frame_F", frame_F, ("F",))
     check_integers("frame_F", frame_F, "F", frame_F.device)
-    check_count("height of the grid", height, most=TOO_MANY - 1)
-    check_count("width of the grid", width, most=TOO_MANY - 1)
-    check_count("tokens of the table", max(len(frame_F), 1) * height * width, most=TOO_MANY - 1)
-    check_count("head_dim", head_dim, 2, LONGEST_HEAD)
+    for name, size in (("height of the grid", height), ("width of the grid", width)):
+        check_count(name, size)
+    check_count("head_dim", head_dim)
     if head_dim % 2:
         raise ValueError(f"head_dim={head_dim}: must be even")
+    elements = max(len(frame_F), 1) * height * width * head_dim
+    check_count("elements of the table", elements, most=TOO_MANY - 1)
     check_positive("theta", theta)
     return choose("rope_table", impl, frame_F.device)
 

@@ -17,6 +17,7 @@ from sfkernels.arguments import (
     check_finite,
     check_floating,
     check_shape,
+    check_tensor,
 )
 from sfkernels.dispatch import choose, contiguous_like, kernel, registered
 
@@ -255,13 +256,13 @@ def _choose_step(
     for name, s in (("sigma", sigma), ("next_sigma", next_sigma)):
         if s is None and name == "next_sigma" and not euler:
             continue
-        if not isinstance(s, Tensor):
-            raise ValueError(f"{name} is a {type(s).__name__}: must be a tensor")
-        if s.shape not in (x.shape[:0], x.shape[:1], x.shape[:2]) or not s.is_floating_point():
+        check_tensor(name, s)
+        assert s is not None
+        if s.shape not in (x.shape[:0], x.shape[:1], x.shape[:2]):
             raise ValueError(
-                f"{name} has shape {[*s.shape]} and dtype {s.dtype}: must be [], [{x.shape[0]}] or "
-                f"{[*x.shape[:2]]} and floating point"
+                f"{name} has shape {[*s.shape]}: must be [], [{x.shape[0]}] or {[*x.shape[:2]]}"
             )
+        check_floating(name, s)
         check_device(name, s, x.device)
     check_finite("guidance", guidance)
     return choose("sampler", impl, x.device, x=x, **tensors)
@@ -270,12 +271,12 @@ def _choose_step(
 def _choose_normal(noise: Noise, shape: Sequence[int], impl: str) -> str:
     if not isinstance(noise, Noise):
         raise ValueError(f"noise is a {type(noise).__name__}: must be a Noise")
-    if len(shape) < 2:
-        raise ValueError(f"shape is {[*shape]}: must be [B, F, ...]")
+    if not isinstance(shape, Sequence) or len(shape) < 2:
+        raise ValueError(f"shape is {shape}: must be [B, F, ...]")
     for size in shape:
         check_count("a size of the noise", size, least=0)
     _check_elements(shape)
-    check_shape("seed_B", noise.seed_B, ("B",))
+    check_tensor("seed_B", noise.seed_B)
     _check_noise(noise, shape, noise.seed_B.device)
     return choose("sampler", impl, noise.seed_B.device)
 
@@ -287,8 +288,9 @@ def _choose_gradient(x: Tensor, real_x0: Tensor, fake_x0: Tensor, impl: str) -> 
 
 def _check_alike(sizes: str, x: Tensor, **others: Any) -> None:
     """Raises ValueError unless x is [sizes, ...] and the others have its shape and device."""
-    if not isinstance(x, Tensor) or x.dim() < 2:
-        check_shape("x", x, (sizes, "..."))
+    check_tensor("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x has shape {[*x.shape]}: must be [{sizes}, ...]")
     check_floating("x", x)
     for name, other in others.items():
         check_shape(name, other, tuple(x.shape))
