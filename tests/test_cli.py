@@ -135,7 +135,7 @@ def nothing_heavy(monkeypatch: pytest.MonkeyPatch) -> None:
         ("train --attention-impl x", "attention_impl='x': must be one of auto"),
         ("train --init {0}/none.pt", "there is no such checkpoint file"),
         ("train --recipe sf+dmd --critic {0}/lora.pt", "it is a LoRA"),
-        ("train --output /proc/none", "cannot write /proc/none/config.json"),
+        ("train --output /proc/none", "cannot write /proc/none"),
         ("evaluate --output /proc/none", "cannot write /proc/none/evaluation.json"),
         ("evaluate --chunk 0", "chunk=0: must be at least 1"),
         ("evaluate --window 2", "window=2 is smaller than a chunk of 3"),
