@@ -19,17 +19,17 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sfmodel import checkpoint
 from sfmodel.codec import VideoCodec
 from sfmodel.config import Preset
-from sfmodel.files import atomic, within
+from sfmodel.files import check_writable, within
 from sfmodel.footage import VIDEOS, covering_frames, to_pixels
 from sfmodel.pretrained import (
     TextEncoder,
     Vae,
+    checked_codec,
     chosen_vae,
     default_device,
     find_preset,
@@ -39,9 +39,10 @@ from sfmodel.pretrained import (
     told,
 )
 from sfmodel.prompts import continued, prompt_beside, prompts_in
+from sfmodel.tensors import save_tensors
 from sfmodel.terminal import TerminalPlayer
 from sfmodel.text import ToyTextEncoder
-from sfmodel.video import ContactSheet, VideoWriter
+from sfmodel.video import ContactSheet, VideoWriter, check_name
 
 CHUNK = 16  # pixel frames that go to the encoder at once
 LATENTS = 3  # latent frames that go to the decoder at once
@@ -83,9 +84,11 @@ def encode(
         fps: Frames a second that the videos run at, where their files say it wrongly.
     """
     settings, device = sized(find_preset(preset), height, width), default_device()
-    for name, value in (("frames", frames), ("fps", fps)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name}={value}: must be positive")
+    if frames is not None and frames < 1:
+        raise ValueError(f"frames={frames}: must be at least 1")
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"fps={fps}: must be positive")
+    check_writable(output / f"{source.stem}.safetensors")
     text = load_text(preset, models)
     same: dict[str, Any] = {"preset": preset, "text": text.identity[:16]}
     if source.suffix.lower() == ".txt":
@@ -128,10 +131,11 @@ def encode(
     there = len(videos) - len(todo) - skipped
     # The text first: its encoder leaves the GPU before the video encoder comes. It is loaded once
     # for many prompts and keeps on disk what each is encoded as.
+    load = checked_codec(preset, device, vae, models)
     with told("encoding the prompts"):
         for _ in text.rows((job.prompt for job in todo), device):
             pass
-    codec = load_codec(preset, device, vae, models) if todo else None
+    codec = load() if todo else None
     for job in todo:
         assert codec is not None
         name = job.of["file"]
@@ -296,12 +300,24 @@ def decode(
     """
     settings, device = find_preset(preset), default_device()
     latents_NFCHW = _read_latents(source, settings.dit.channels, axes)
+    count = len(latents_NFCHW)
+    names = [output.with_stem(f"{output.stem}-{i}") if count > 1 else output for i in range(count)]
+    check_outputs(names)
     codec = load_codec(preset, device, vae, models, tile)
     frames = 1 + codec.temporal_factor * (latents_NFCHW.shape[1] - 1)
-    for i, latents_1FCHW in enumerate(latents_NFCHW.split(1)):
-        name = output.with_stem(f"{output.stem}-{i}") if len(latents_NFCHW) > 1 else output
+    for name, latents_1FCHW in zip(names, latents_NFCHW.split(1), strict=True):
         chunks = _decoded(latents_1FCHW, codec, device)
         write_videos(chunks, [name], [source.name], settings.fps, frames, device)
+
+
+def check_outputs(names: Sequence[Path], watch: bool = False) -> None:
+    """Raises as `write_videos` does where it cannot write or show a video, and leaves nothing."""
+    for name in names:
+        check_name(name)
+        check_writable(name)
+        check_writable(name.with_suffix(".png"))
+    if watch:
+        TerminalPlayer(1)
 
 
 def write_videos(
@@ -409,6 +425,8 @@ def _read_latents(path: Path, channels: int, axes: str) -> Tensor:
     if x.dim() != 5 or not x.is_floating_point() or channels not in x.shape[1:3]:
         want = f"[N, frames, {channels}, height, width] or [N, {channels}, frames, height, width]"
         raise ValueError(f"{path}: {name} has shape {[*x.shape]}: must be {want}")
+    if 0 in x.shape:
+        raise ValueError(f"{path}: {name} has shape {[*x.shape]}: none may be 0")
     if axes == "auto" and x.shape[1] == x.shape[2]:
         raise ValueError(
             f"{path}: {name} has {channels} frames and as many channels: --axes must say which "
@@ -428,10 +446,8 @@ def _save(
     settings: dict[str, Any],
     of: dict[str, Any],
 ) -> None:
-    state = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     encoded = json.dumps({"settings": settings, "of": of})
-    with atomic(path) as part:
-        save_file(state, part, {"prompts": json.dumps(prompts), "encoded": encoded})
+    save_tensors(path, tensors, {"prompts": json.dumps(prompts), "encoded": encoded})
 
 
 def _progress(name: str) -> Progress:

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sfmodel import checkpoint
-from sfmodel.files import atomic
+from sfmodel.opening import read_json
+from sfmodel.tensors import save_tensors
 
 GIB = 2**30
 END = 1  # the token that ends every text
@@ -50,10 +50,10 @@ _OFFICIAL = {
 }
 
 
-def default_cache() -> Path:
-    """`sfmodel/text` in the user's cache folder."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(caches) / "sfmodel" / "text"
+def default_cache() -> Path | None:
+    """`sfmodel/text` in the user's cache folder; None for a user without a home."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return None if caches.startswith("~") else Path(caches) / "sfmodel" / "text"
 
 
 def clean(sentence: str) -> str:
@@ -94,7 +94,8 @@ class UMT5Encoder:
 
     weights, tokenizer: as `sfmodel.assets.find` has them. dtype: of weights and arithmetic, and of
     what the cache keeps; the public code computes in bfloat16. cache: a folder, `default_cache()`
-    if None. Raises ValueError with one sentence where the files are not those of an encoder."""
+    if None; without that either, nothing is kept. Raises ValueError with one sentence where the
+    files are not those of an encoder."""
 
     text_len = 512
 
@@ -154,8 +155,8 @@ class UMT5Encoder:
                             f"{self.weights}: damaged: {text[:60]!r} becomes NaN or infinity"
                         )
                     try:
-                        with atomic(self._kept(text)) as part:
-                            save_file({"text": text_TE}, part, {"tokens": str(count)})
+                        if kept := self._kept(text):
+                            save_tensors(kept, {"text": text_TE}, {"tokens": str(count)})
                     except (OSError, ValueError) as error:
                         if keeps:
                             warnings.warn(
@@ -214,8 +215,12 @@ class UMT5Encoder:
         """transformers' model. On the CPU its parameters are the memory-mapped tensors themselves
         where they have the right dtype: pages that the system reads and drops as it likes."""
         transformers = _library("transformers")
-        with torch.device("meta"):
-            model = transformers.UMT5EncoderModel(self._config(transformers))
+        config = self._config(transformers)
+        try:
+            with torch.device("meta"):
+                model = transformers.UMT5EncoderModel(config)
+        except Exception as error:  # the library's checks of a config raise any
+            raise ValueError(f"{self.weights}: no model has its config ({_line(error)})") from None
         want, got = model.state_dict(), self._state
         del want["encoder.embed_tokens.weight"]
         wrong = sorted(want.keys() ^ got.keys()) or sorted(
@@ -234,12 +239,15 @@ class UMT5Encoder:
 
     def _config(self, transformers: Any) -> Any:
         """Of a folder its own; of the official file what the shapes of its tensors say."""
+        blocks = {name.split(".")[2] for name in self._state if name.startswith("encoder.block.")}
         if self.weights.is_dir():
             try:
-                return transformers.UMT5Config.from_pretrained(self.weights, local_files_only=True)
-            except (OSError, ValueError) as error:
+                config = transformers.UMT5Config.from_dict(read_json(self.weights / "config.json"))
+                if config.num_layers != len(blocks):
+                    raise ValueError(f"num_layers={config.num_layers}: there are {len(blocks)}")
+                return config
+            except Exception as error:
                 raise ValueError(f"{self.weights}/config.json: {_line(error)}") from None
-        blocks = {name.split(".")[2] for name in self._state if name.startswith("encoder.block.")}
         first = "encoder.block.0.layer"
         try:
             buckets, heads = self._state[
@@ -247,12 +255,15 @@ class UMT5Encoder:
             ].shape
             inner = len(self._state[f"{first}.0.SelfAttention.q.weight"])
             d_ff = len(self._state[f"{first}.1.DenseReluDense.wi_0.weight"])
+            d_kv = inner // heads
         except KeyError as error:
             raise ValueError(f"{self.weights}: not a whole UMT5 text encoder: no {error}") from None
+        except (ValueError, TypeError, ZeroDivisionError):
+            raise ValueError(f"{self.weights}: not a UMT5 text encoder: has wrong shapes") from None
         return transformers.UMT5Config(
             vocab_size=len(self._state["shared.weight"]),
             d_model=self.text_dim,
-            d_kv=inner // heads,
+            d_kv=d_kv,
             d_ff=d_ff,
             num_layers=len(blocks),
             num_heads=heads,
@@ -262,15 +273,20 @@ class UMT5Encoder:
     # The cache: a file for each text, whose name stands for the text and for all that makes its
     # embedding.
 
-    def _kept(self, text: str) -> Path:
+    def _kept(self, text: str) -> Path | None:
+        if self.cache is None:
+            return None
         name = hashlib.sha256(f"{self.identity}\n{text}".encode()).hexdigest()
         return self.cache / f"{name}.safetensors"
 
     def _recall(self, text: str) -> Tensor | None:
         """The embedding [T, E] kept of a text; None where there is none, or a damaged one, or one
         that does not say whether it is of a text that was cut."""
+        kept = self._kept(text)
+        if kept is None or not kept.is_file():
+            return None
         try:
-            with safe_open(self._kept(text), "pt") as file:
+            with safe_open(kept, "pt") as file:
                 text_TE: Tensor = file.get_tensor("text")
                 unsaid = len(text_TE) if len(text_TE) < self.text_len else -1
                 count = int((file.metadata() or {}).get("tokens", unsaid))

@@ -25,7 +25,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from sfmodel.files import atomic, cannot_write, reserve
+from sfmodel.files import Part, atomic, cannot_write
 from sfmodel.footage import VIDEOS as VIDEOS
 from sfmodel.footage import Images
 from sfmodel.footage import covering_frames as covering_frames
@@ -65,6 +65,12 @@ def _enlarge(images_THWC: Images, scale: int) -> Images:
     return images_THWC.repeat(scale, axis=1).repeat(scale, axis=2) if scale > 1 else images_THWC
 
 
+def check_name(path: Path) -> None:
+    """Raises ValueError for a name that a VideoWriter does not write to."""
+    if path.suffix.lower() != ".mp4":
+        raise ValueError(f"path: {str(path)!r}, expected a name ending in .mp4")
+
+
 class VideoWriter:
     """Write an H.264 MP4 file frame by frame; use it as a context manager.
 
@@ -93,8 +99,7 @@ class VideoWriter:
         crf: int = 18,
     ) -> None:
         self.path = Path(path)
-        if self.path.suffix.lower() != ".mp4":
-            raise ValueError(f"path: {str(self.path)!r}, expected a name ending in .mp4")
+        check_name(self.path)
         if not 0 < fps < math.inf:
             raise ValueError(f"fps: {fps}, expected a positive number")
         if scale is not None and not (isinstance(scale, int) and scale >= 1):
@@ -110,7 +115,7 @@ class VideoWriter:
         self._closed = False
         self._error: OSError | None = None
         self._pending: Future[None] | None = None
-        self._part = reserve(self.path)
+        self._part = Part(self.path)
         self._container: av.container.OutputContainer | None = None
         self._stream: av.VideoStream | None = None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="video")
@@ -173,7 +178,7 @@ class VideoWriter:
 
     def _open(self, height: int, width: int) -> None:
         self._container = av.open(
-            str(self._part), "w", format="mp4", options={"movflags": "+faststart"}
+            str(self._part.path), "w", format="mp4", options={"movflags": "+faststart"}
         )
         stream = self._container.add_stream("libx264", rate=self.fps)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -217,12 +222,12 @@ class VideoWriter:
         if self._error is not None:
             raise self._error
         if self._container is None or self._stream is None:
-            self._part.unlink(missing_ok=True)
+            self._part.discard()
             return
         try:
             self._container.mux(self._stream.encode(None))
             self._container.close()
-            os.replace(self._part, self.path)
+            self._part.commit()
         except Exception as error:  # whatever it is, the caller has to hear of it
             raise self._abandon(error) from error
 
@@ -232,7 +237,7 @@ class VideoWriter:
         if self._container is not None:
             with suppress(av.FFmpegError, OSError):
                 self._container.close()
-        self._part.unlink(missing_ok=True)
+        self._part.discard()
         return self._error
 
 

@@ -209,7 +209,7 @@ def test_an_output_folder_is_of_one_kind(
     saved("latents/mine.safetensors", torch.zeros(1, 1, 4, 8, 8))
     write_video(Path("mine.mp4"), 5)
     assert "mine.safetensors is there and not of this command" in said("mine.mp4")
-    assert "frames=0: must be positive" in said("videos", "--frames", 0)
+    assert "frames=0: must be at least 1" in said("videos", "--frames", 0)
     assert "fps=-1.0: must be positive" in said("videos", "--fps", -1)
 
 
