@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,12 +18,27 @@ import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfmodel import names
-from sfmodel.checkpoint import STEM, Weights, differences, foreign_types, open_weights
-from sfmodel.config import DiTConfig
-from sfmodel.files import atomic, cannot_write
+from sfmodel.checkpoint import to_official
+from sfmodel.config import DiTConfig, VAEConfig
+from sfmodel.dit import DiT
+from sfmodel.files import atomic, atomic_folder
+from sfmodel.opening import (
+    STEM,
+    Weights,
+    differences,
+    foreign_types,
+    open_weights,
+    parse_json,
+    read_json,
+    recognised,
+    wrong_shapes,
+)
+from sfmodel.tensors import size_of, write_tensors
+from sfmodel.tiny_vae import TinyVAE
+from sfmodel.vae import WanVAE
 
 Form = Literal["official", "self-forcing", "diffusers"]
 State = Mapping[str, Tensor]
@@ -37,14 +49,9 @@ _FORMS: dict[str, tuple[Form, ...]] = {
     "VAE": ("official", "diffusers"),
     "tiny VAE": ("official",),
 }
+_ENTRIES = ("generator_ema", "generator", "critic")  # of self-forcing
 _PICKLED = (".pt", ".pth")
 _FILES = (".safetensors", *_PICKLED)
-_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-}
 _LARGE = 1_000_000_000  # bytes that take long enough to show how far it is
 
 
@@ -71,19 +78,21 @@ def convert(
             self-forcing form all that there are.
         shard_gb: The largest file of a folder in GB; a larger model is cut into several.
     """
+    if not shard_gb > 0:
+        raise ValueError(f"shard_gb={shard_gb}: must be more than 0")
     found = open_weights(source, weights)
     state, family = _recognised(source, found, to)
     _check_target(target, found, to, folder=family == "DiT")
     new = None if dtype is None else getattr(torch, dtype)
     content: dict[str, Any] = dict(state)
     if to == "self-forcing":
-        entries = (weights,) if weights else found.entries or ("generator",)
+        there = [weights] if weights else [each for each in _ENTRIES if each in found.entries]
         content = {}
-        for entry in entries:
-            one = open_weights(source, entry) if found.entries else found
+        for entry in there or ["generator"]:
+            one = open_weights(source, entry) if there else found
             each, _ = _recognised(source, one, to)
             content[entry] = {f"model.{k}": v for k, v in each.items()}
-    total = sum(_bytes(v, new) for v in _tensors(content))
+    total = sum(size_of(v, new) for v in _tensors(content))
     with _progress(target, total) as tick:
         if target.suffix in _PICKLED:
             _write_pickle(target, content, new, tick)
@@ -91,20 +100,19 @@ def convert(
             metadata = {"format": "pt"} | found.metadata
             if family == "DiT":
                 metadata["config"] = json.dumps(asdict(_dit_config(source, found, state)))
-            with atomic(target) as part:
-                _write_safetensors(part, state, new, metadata, tick)
+            with atomic(target) as part, _Counting(part, tick) as file:
+                write_tensors(file, state, metadata, new)
         else:
             config = _config_json(source, found, state, to)
-            with _atomic_folder(target) as part:
+            with atomic_folder(target) as part:
                 (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
                 own = state if to == "official" else names.diffusers(state)
-                _write_shards(part, own, new, int(shard_gb * 1e9), tick)
+                _write_shards(part, own, new, int(min(shard_gb, 1e9) * 1e9), tick)
 
 
 def _recognised(source: Path, found: Weights, to: Form) -> tuple[State, str]:
     """The tensors under official names and the family of the model, whole and convertible."""
-    state = names.official(found.tensors)
-    family, label = names.kind(state)
+    state, (family, label) = recognised(found)
     if family not in _FORMS:
         raise ValueError(
             f"{source}: is {label or 'no model that is known here'}: must be a DiT or VAE of "
@@ -115,9 +123,24 @@ def _recognised(source: Path, found: Weights, to: Form) -> tuple[State, str]:
     problems = foreign_types(state)
     if family in names.TABLES:
         problems += differences(state, names.expected(family, state))
+    if not problems:
+        problems = wrong_shapes(state, _shapes(source, state, family))
     if problems:
         raise ValueError(f"{source}: is {label}, but not a whole one: {'; '.join(problems)}")
     return state, family
+
+
+def _shapes(source: Path, state: State, family: str) -> State:
+    """What a whole model of these sizes has, without values."""
+    model: nn.Module
+    with torch.device("meta"):
+        if family == "DiT":  # the number of heads does not show in the shapes
+            model = DiT(DiTConfig(heads=1, **_dit_sizes(source, state)))
+        elif family == "VAE":
+            model = WanVAE(VAEConfig(**_vae_sizes(source, state)))
+        else:
+            model = TinyVAE()
+    return to_official(model.state_dict())
 
 
 def _check_target(target: Path, found: Weights, to: Form, *, folder: bool) -> None:
@@ -143,45 +166,71 @@ def _dit_config(source: Path, found: Weights, state: State) -> DiTConfig:
     """Sizes from shapes. What these do not tell is in the metadata or in the config.json beside the
     weights, in this project's words, official ones or those of diffusers; else it is as in Wan2.1.
     Raises ValueError where the number of heads is not known."""
-    dim, channels, *patch = state["patch_embedding.weight"].shape
+    sizes = _dit_sizes(source, state)
+    dim = sizes["dim"]
     said: dict[str, Any] = {}
     try:
         beside = found.files[0].parent / "config.json"
-        text = found.metadata["config"] if "config" in found.metadata else beside.read_text()
-        said = json.loads(text)
-        heads = said.get("heads") or said.get("num_heads") or said.get("num_attention_heads")
-        width = said.get("dim") or said["num_attention_heads"] * said["attention_head_dim"]
+        kept = found.metadata.get("config")
+        said = read_json(beside) if kept is None else parse_json(kept)
+        heads = said.get("heads") or said.get("num_heads") or int(said["num_attention_heads"])
+        width = said.get("dim") or heads * int(said["attention_head_dim"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         heads = width = None
     if width != dim:  # there is none, or it is of another model
         said, heads = {}, None if dim % 128 else dim // 128
-    if not heads:
+    if not isinstance(heads, int) or heads < 1:
         raise ValueError(
             f"{source}: a DiT of width {dim} has an unknown number of heads: must be in a "
             "config.json beside it"
         )
     return DiTConfig(
-        dim=dim,
-        ffn_dim=state["blocks.0.ffn.0.weight"].shape[0],
         heads=heads,
-        layers=names.blocks(state),
-        channels=channels,
-        patch=(patch[0], patch[1], patch[2]),
-        freq_dim=state["time_embedding.0.weight"].shape[1],
-        text_dim=state["text_embedding.0.weight"].shape[1],
         text_len=said.get("text_len", 512),
         eps=said.get("eps", 1e-6),
         prediction=said.get("prediction", "flow"),
+        **sizes,
     )
+
+
+def _dit_sizes(source: Path, state: State) -> dict[str, Any]:
+    """Those of a DiTConfig that shapes tell."""
+    dim, channels, *patch = _sizes(source, state, "patch_embedding.weight", 5)
+    return {
+        "dim": dim,
+        "ffn_dim": _sizes(source, state, "blocks.0.ffn.0.weight", 2)[0],
+        "layers": names.blocks(state),
+        "channels": channels,
+        "patch": (patch[0], patch[1], patch[2]),
+        "freq_dim": _sizes(source, state, "time_embedding.0.weight", 2)[1],
+        "text_dim": _sizes(source, state, "text_embedding.0.weight", 2)[1],
+    }
+
+
+def _vae_sizes(source: Path, state: State) -> dict[str, Any]:
+    """Those of a VAEConfig that shapes tell."""
+    return {
+        "dim": _sizes(source, state, "encoder.conv1.weight", 5)[0],
+        "channels": _sizes(source, state, "conv2.weight", 5)[0],
+    }
+
+
+def _sizes(source: Path, state: State, name: str, dims: int) -> tuple[int, ...]:
+    """Of a tensor. Raises ValueError for another number of dimensions."""
+    shape = tuple(state[name].shape)
+    if len(shape) != dims:
+        raise ValueError(f"{source}: {name} has shape {[*shape]}: must have {dims} dimensions")
+    return shape
 
 
 def _config_json(source: Path, found: Weights, state: State, to: Form) -> dict[str, Any]:
     """The config.json of a folder."""
     if "conv2.weight" in state:
+        sizes = _vae_sizes(source, state)
         return {
             "_class_name": "AutoencoderKLWan",
-            "base_dim": state["encoder.conv1.weight"].shape[0],
-            "z_dim": state["conv2.weight"].shape[0],
+            "base_dim": sizes["dim"],
+            "z_dim": sizes["channels"],
             "dim_mult": [1, 2, 4, 4],
             "num_res_blocks": 2,
             "attn_scales": [],
@@ -233,26 +282,6 @@ class _Counting(io.BufferedWriter):
         return count
 
 
-def _write_safetensors(
-    path: Path, state: State, new: torch.dtype | None, metadata: Mapping[str, str], tick: Tick
-) -> None:
-    """As the library does, but with one converted tensor in memory and not all of them."""
-    header: dict[str, Any] = {"__metadata__": {**metadata}}
-    # The widest types first, so that every tensor lies at a multiple of its type's size.
-    order = sorted(state.items(), key=lambda item: (-(new or item[1].dtype).itemsize, item[0]))
-    end = 0
-    for name, value in order:
-        begin, end = end, end + _bytes(value, new)
-        code = _CODES[new or value.dtype]
-        header[name] = {"dtype": code, "shape": [*value.shape], "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with _Counting(path, tick) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, value in order:
-            file.write(_alone(value, new).flatten().view(torch.uint8).numpy().data)
-
-
 def _write_shards(
     folder: Path, state: State, new: torch.dtype | None, limit: int, tick: Tick
 ) -> None:
@@ -260,19 +289,19 @@ def _write_shards(
     shards: list[dict[str, Tensor]] = [{}]
     room = limit
     for name, value in state.items():
-        room -= _bytes(value, new)
+        room -= size_of(value, new)
         if room < 0 and shards[-1]:
             shards.append({})
-            room = limit - _bytes(value, new)
+            room = limit - size_of(value, new)
         shards[-1][name] = value
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         part = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         weight_map |= dict.fromkeys(shard, f"{STEM}{part}.safetensors")
-        file = folder / f"{STEM}{part}.safetensors"
-        _write_safetensors(file, shard, new, {"format": "pt"}, tick)
+        with _Counting(folder / f"{STEM}{part}.safetensors", tick) as file:
+            write_tensors(file, shard, {"format": "pt"}, new)
     if len(shards) > 1:
-        total = sum(_bytes(value, new) for value in state.values())
+        total = sum(size_of(value, new) for value in state.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
@@ -297,10 +326,6 @@ def _alone(value: Tensor, new: torch.dtype | None) -> Tensor:
     return data.view(value.dtype).view(value.shape)
 
 
-def _bytes(value: Tensor, new: torch.dtype | None) -> int:
-    return value.numel() * (new or value.dtype).itemsize
-
-
 def _tensors(content: Mapping[str, Any]) -> Iterator[Tensor]:
     for value in content.values():
         if isinstance(value, Tensor):
@@ -316,21 +341,3 @@ def _progress(target: Path, total: int) -> Iterator[Tick]:
     with Progress(*columns, console=console, disable=total < _LARGE) as progress:
         task = progress.add_task(target.name, total=total)
         yield lambda count: progress.advance(task, count)
-
-
-@contextmanager
-def _atomic_folder(target: Path) -> Iterator[Path]:
-    """As `sfmodel.files.atomic`, for a folder that is new or empty."""
-    target = Path(os.path.abspath(target))
-    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        for path in part.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        part.rename(target)
-    except OSError as error:
-        raise cannot_write(target, error) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from sfmodel import world
 from sfmodel.codec import check_latents, check_pixels
-from sfmodel.files import atomic
+from sfmodel.tensors import save_tensors
 
 WEIGHTS = Path(__file__).parent / "weights" / "toy_vae.safetensors"
 
@@ -238,12 +238,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     arguments = parser.parse_args()
-    from safetensors.torch import save_file
-
     vae = train(arguments.steps, arguments.seed)
     settings = {"steps": arguments.steps, "seed": arguments.seed}
-    with atomic(arguments.out) as temporary:
-        save_file(vae.state_dict(), temporary, {"training": json.dumps(settings)})
+    save_tensors(arguments.out, vae.state_dict(), {"training": json.dumps(settings)})
     print(f"wrote {arguments.out}")
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -282,11 +282,11 @@ def test_an_interrupted_folder_is_not_there(
     save_file(dit, tmp_path / "m.safetensors", {"config": json.dumps({"dim": 16, "heads": 2})})
     written = []
 
-    def interrupted(path: Path, *arguments: Any) -> None:
-        written.append(path)
+    def interrupted(file: BinaryIO, *arguments: Any) -> None:
+        written.append(file.name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sfmodel.convert._write_safetensors", interrupted)
+    monkeypatch.setattr("sfmodel.convert.write_tensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "m.safetensors", tmp_path / "new", to="diffusers")
     assert written and [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
@@ -312,3 +312,25 @@ def test_files_are_described(
     )
     with pytest.raises(ValueError, match="there is no such checkpoint"):
         checkpoint.describe(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,)])
+@pytest.mark.parametrize(
+    "name", ["head.head.bias", "blocks.0.ffn.0.weight", "patch_embedding.bias"]
+)
+def test_wrong_shapes_are_refused(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    state = checkpoint.to_official(DiT(CONFIG).state_dict()) | {name: torch.zeros(shape)}
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=name):
+        convert(tmp_path / "m.pt", tmp_path / "to.pt", to="official")
+    assert not (tmp_path / "to.pt").exists()
+
+
+@pytest.mark.parametrize("heads", ["a", [1], 0, -2, 1.5, 10**40])
+def test_a_config_with_odd_heads_is_one_sentence(tmp_path: Path, heads: object) -> None:
+    state = checkpoint.to_official(DiT(CONFIG).state_dict())
+    torch.save(state, tmp_path / "m.pt")
+    config = {"num_heads": heads, "dim": CONFIG.dim}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="heads"):
+        convert(tmp_path / "m.pt", tmp_path / "to", to="diffusers")

@@ -1,17 +1,12 @@
-"""Training: every recipe runs, a stopped run goes on bit for bit, a broken one loses nothing."""
+"""Training: every recipe runs and learns, and what does not fit is refused."""
 
 from __future__ import annotations
 
 import json
 import math
-import random
 import re
-import resource
-import shutil
-import signal
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +17,10 @@ from torch import nn
 
 from sfmodel import checkpoint, cli
 from sfmodel.dit import DiT
-from sfmodel.train import loop, parallel, recipes
+from sfmodel.train import loop, parallel
 from sfmodel.train.config import RECIPES, defaults
 from sfmodel.train.loop import train
-from tests.tiny_runs import TINY, config, saved, tiny, weights
-
-PLOT, SAMPLE = loop.plot, loop._Report.sample
-RESUMED = [("tf", "muon"), ("sf+dmd", "adamw"), ("sf+gan", "muon")]
+from tests.tiny_runs import TINY, config, draw_pictures, logged, steps, tiny, weights
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +31,7 @@ def _tiny() -> Iterator[None]:
 
 @pytest.fixture
 def pictures(_tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are drawn after all."""
-    monkeypatch.setattr(loop, "plot", PLOT)
-    monkeypatch.setattr(loop._Report, "sample", SAMPLE)
+    draw_pictures(monkeypatch)
 
 
 @pytest.fixture
@@ -58,49 +48,11 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[loop.Run]:
     return made
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """The folder of an uninterrupted run."""
-    folder = tmp_path_factory.mktemp("whole")
-
-    def run(recipe: str, optimizer: str) -> Path:
-        path = folder / f"{recipe} {optimizer}"
-        if not path.exists():
-            with tiny():
-                train(config(path, recipe, optimizer=optimizer), device="cpu")
-        return path
-
-    return run
-
-
-def steps(folder: Path) -> list[str]:
-    """The names of all that lies among a run's checkpoints."""
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
-
-
-def logged(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def assert_same(one: Path, other: Path) -> None:
-    """Bit for bit: everything in the last checkpoints, the averaged weights, the log."""
-    a, b = (saved(folder / "checkpoints" / "step-000004") for folder in (one, other))
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        same = torch.equal(value, b[name]) if isinstance(value, torch.Tensor) else value == b[name]
-        assert same, name
-    assert any("exp_avg" in name for name in a) and any("/average/" in name for name in a)
-    first, second = (checkpoint.read(folder / "model.safetensors")[0] for folder in (one, other))
-    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-    lines = [[{k: v for k, v in r.items() if "seconds" not in k} for r in logged(folder)]
-             for folder in (one, other)]  # fmt: skip
-    assert lines[0] == lines[1]
-
-
-def stir() -> None:
-    """Nothing may hang on the global generators."""
-    random.seed()
-    torch.seed()
+@pytest.fixture
+def ended(tmp_path: Path) -> Path:
+    """The folder of a run that is over."""
+    train(config(tmp_path / "ended", steps=1), device="cpu")
+    return tmp_path / "ended"
 
 
 def is_file(model: nn.Module, path: Path) -> dict[str, bool]:
@@ -173,252 +125,6 @@ def test_training_learns(tmp_path: Path) -> None:
     train(settings, device="cpu")
     losses = [line["loss"] for line in logged(tmp_path / "run")]
     assert len(losses) == 6 and losses[-1] < 0.7 * losses[0]
-
-
-@pytest.mark.parametrize(("recipe", "optimizer"), RESUMED)
-def test_an_interrupt_ends_the_update_and_the_run_goes_on_as_if_there_was_none(
-    recipe: str,
-    optimizer: str,
-    tmp_path: Path,
-    whole: Callable[[str, str], Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Ctrl-C in the middle of the third update: between the update of some weights and that of the
-    others."""
-    settings = config(tmp_path / "parts", recipe, optimizer=optimizer)
-    with monkeypatch.context() as patch:
-        update = torch.optim.AdamW.step
-
-        def interrupted(self: torch.optim.AdamW) -> None:
-            update(self)
-            calls.append(1)
-            if len(calls) == (6 if RECIPES[recipe].distils else 3):  # the critic has one more
-                signal.raise_signal(signal.SIGINT)
-
-        calls: list[int] = []
-        patch.setattr(torch.optim.AdamW, "step", interrupted)
-        stir()
-        with pytest.raises(KeyboardInterrupt):
-            train(settings, device="cpu")
-    assert "stopped at update 3" in capsys.readouterr().out
-    assert steps(tmp_path / "parts") == ["step-000002", "step-000003"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    stir()
-    train(settings, resume=True, device="cpu")
-    assert steps(tmp_path / "parts") == ["step-000003", "step-000004"]
-    assert_same(tmp_path / "parts", whole(recipe, optimizer))
-
-
-@pytest.mark.parametrize(("recipe", "optimizer"), RESUMED)
-def test_a_run_that_ended_goes_on_to_more_steps(
-    recipe: str, optimizer: str, tmp_path: Path, whole: Callable[[str, str], Path]
-) -> None:
-    """With what changes nothing changed on the way."""
-    stir()
-    short = config(tmp_path / "run", recipe, optimizer=optimizer, steps=1)
-    train(short, device="cpu")
-    stir()
-    more = config(tmp_path / "run", recipe, optimizer=optimizer, micro_batch=4, save_every=1)
-    train(more, resume=True, device="cpu")
-    assert_same(tmp_path / "run", whole(recipe, optimizer))
-
-
-def test_a_second_interrupt_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the last checkpoint as it is."""
-    step = loop.Run.train_step
-
-    def interrupted(self: loop.Run) -> loop.Record:
-        if self.step == 3:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
-        return step(self)
-
-    monkeypatch.setattr(loop.Run, "train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(config(tmp_path / "run"), device="cpu")
-    assert steps(tmp_path / "run") == ["step-000002"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from sfmodel.train import parallel
-from sfmodel.train.loop import train
-from tests.tiny_runs import config, tiny
-
-torch.set_num_threads(1)
-folder, moment = Path(sys.argv[1]), sys.argv[2]
-write, replace = parallel.write, os.replace
-
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def half(state, checkpoint_id, **more):
-    if "4" not in checkpoint_id.name:
-        return write(state, checkpoint_id=checkpoint_id, **more)
-    (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
-    die()
-
-if moment == "in the data":
-    parallel.write = half
-else:
-    parallel.os.replace = lambda a, b: die() if "step-000004" in str(a) else replace(a, b)
-with tiny():
-    train(config(folder, optimizer="muon"), device="cpu")
-"""
-
-
-@pytest.mark.parametrize("moment", ["in the data", "before the name"])
-def test_a_run_killed_while_it_saves_goes_on(
-    moment: str, tmp_path: Path, whole: Callable[[str, str], Path]
-) -> None:
-    script, folder = tmp_path / "killed.py", tmp_path / "run"
-    script.write_text(KILLED)
-    words = [sys.executable, str(script), str(folder), moment]
-    root = str(Path(__file__).parent.parent)
-    ended = subprocess.run(words, capture_output=True, text=True, env={"PYTHONPATH": root})
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
-    half = {"in the data": {"__0_0.distcp"}, "before the name": {"__0_0.distcp", ".metadata",
-            "run.json"}}[moment]  # fmt: skip
-    assert steps(folder) == [".step-000004.part", "step-000002"]
-    part = folder / "checkpoints" / ".step-000004.part"
-    assert {path.name for path in part.iterdir()} == half
-    assert [path.name for path in parallel.checkpoints(folder / "checkpoints")] == ["step-000002"]
-    # Another that is never saved again.
-    shutil.copytree(part, part.with_name(".step-000003.part"))
-    train(config(folder, optimizer="muon"), resume=True, device="cpu")
-    assert steps(folder) == ["step-000002", "step-000004"]
-    assert_same(folder, whole("tf", "muon"))
-
-
-@pytest.mark.usefixtures("pictures")
-def test_a_full_disk_keeps_the_last_checkpoint(
-    tmp_path: Path, whole: Callable[[str, str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "run"
-    train(config(folder, optimizer="muon", steps=2), device="cpu")
-    before = {p: p.read_bytes() for p in folder.rglob("*") if "step-" in str(p) and p.is_file()}
-    averaged = (folder / "model.safetensors").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # of a file: no curves either
-    try:
-        with pytest.raises(OSError, match=r"^cannot write .*step-000004: File too large$"):
-            train(config(folder, optimizer="muon"), resume=True, device="cpu")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert steps(folder) == ["step-000002"] and all(p.read_bytes() == b for p, b in before.items())
-    assert (folder / "model.safetensors").read_bytes() == averaged
-    assert not [path for path in folder.rglob("*.part")]
-    train(config(folder, optimizer="muon"), resume=True, device="cpu")
-    assert_same(folder, whole("tf", "muon"))
-
-
-@pytest.fixture
-def ended(tmp_path: Path, whole: Callable[[str, str], Path]) -> Path:
-    """A copy of a run with checkpoints of updates 2 and 4."""
-    run = whole("tf", "muon")
-    return Path(shutil.copytree(run, run.with_name(tmp_path.name)))
-
-
-def cut(path: Path) -> None:
-    """At half its length."""
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-DAMAGE: dict[str, Callable[[Path], None]] = {
-    "data cut": lambda path: cut(path / "__0_0.distcp"),
-    "no data": lambda path: (path / "__0_0.distcp").unlink(),
-    "table cut": lambda path: cut(path / ".metadata"),
-    "no table": lambda path: (path / ".metadata").unlink(),
-    "facts cut": lambda path: cut(path / "run.json"),
-    "no facts": lambda path: (path / "run.json").unlink(),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_named_with_the_one_before(
-    kind: str, tmp_path: Path, ended: Path, whole: Callable[[str, str], Path]
-) -> None:
-    newest = ended / "checkpoints" / "step-000004"
-    DAMAGE[kind](newest)
-    files = {path: path.stat().st_mtime_ns for path in ended.rglob("*")}
-    settings = config(ended, optimizer="muon")
-    with pytest.raises(ValueError) as raised:
-        train(settings, resume=True, device="cpu")
-    said = str(raised.value)
-    assert said.startswith(f"{newest}: not a whole checkpoint (") and "\n" not in said
-    assert said.endswith("; without it the run goes on from step-000002")
-    assert files == {path: path.stat().st_mtime_ns for path in ended.rglob("*")}
-    if kind == "data cut":
-        shutil.rmtree(newest)
-        train(settings, resume=True, device="cpu")
-        assert_same(ended, whole("tf", "muon"))
-
-
-def test_folders_of_other_runs_are_left_alone(tmp_path: Path, ended: Path) -> None:
-    with pytest.raises(ValueError, match="none: holds no run to resume"):
-        train(config(tmp_path / "none"), resume=True, device="cpu")
-    assert not (tmp_path / "none").exists()
-    files = {path: path.stat().st_mtime_ns for path in ended.rglob("*")}
-    with pytest.raises(ValueError, match=f"{ended.name}: holds a run already"):
-        train(config(ended, optimizer="muon", steps=9), device="cpu")
-    for change, said in (
-        (dict(lr=2e-3), r"lr=0\.001"),
-        (dict(seed=1, batch=8), "batch=4, seed=0"),
-        (dict(frames=(4, 1)), r"frames=\[4\]"),
-    ):
-        with pytest.raises(ValueError, match=f"step-000004: is of a run with {said}: resume with"):
-            train(config(ended, optimizer="muon", **change), resume=True, device="cpu")
-    assert files == {path: path.stat().st_mtime_ns for path in ended.rglob("*")}
-
-
-@pytest.mark.parametrize(
-    ("recipe", "which", "loss", "gradient"),
-    [("tf", "generator", math.nan, 1.0), ("sf+dmd", "critic", 1.0, math.inf)],
-)
-def test_a_loss_that_is_not_finite_stops_the_run_at_once(
-    recipe: str,
-    which: str,
-    loss: float,
-    gradient: float,
-    tmp_path: Path,
-    whole: Callable[[str, str], Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    name = "learn" if which == "generator" else "learn_critic"
-    learn = getattr(recipes.Part, name)
-
-    def exploding(self: recipes.Part, share: float) -> float:
-        value = learn(self, share)
-        if self.update.step < 2:
-            return value
-        model = self.models.generator if which == "generator" else self.models.critic
-        assert model is not None
-        for parameter in model.parameters():
-            assert parameter.grad is not None
-            parameter.grad *= gradient
-        return value * loss
-
-    folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(recipes.Part, name, exploding)
-        with pytest.raises(FloatingPointError) as raised:
-            train(config(folder, recipe), device="cpu")
-    failed = folder / "checkpoints" / "failed-step-000002"
-    said = str(raised.value)
-    assert said.startswith(f"{which}: loss is ") and said.endswith(f"before it is in {failed}")
-    assert "in update 3;" in said
-    assert [path.name for path in parallel.checkpoints(failed.parent)] == ["step-000002"]
-    before, after = saved(failed), saved(failed.with_name("step-000002"))
-    assert before.keys() == after.keys()
-    for key, value in before.items():
-        assert not isinstance(value, torch.Tensor) or torch.equal(value, after[key]), key
-    assert [line["step"] for line in logged(folder)] == [1, 2]
-    train(config(folder, recipe), resume=True, device="cpu")  # the fault does not come again
-    assert_same(folder, whole(recipe, "adamw"))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -17,17 +19,18 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from sfmodel import checkpoint
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
-from sfmodel.train import loop
+from sfmodel.train import report
 from sfmodel.train.config import TrainConfig
 
 TOY = PRESETS["toy"]
+PLOT, SAMPLE = report.plot, report.Report.sample
 TINY = replace(TOY, dit=replace(TOY.dit, dim=64, heads=1, ffn_dim=64, layers=1))
 
 
 @contextmanager
 def tiny() -> Iterator[None]:
     """In the body the toy model is tiny, and no pictures are drawn, which takes longer."""
-    plot, sample = mock.patch.object(loop, "plot"), mock.patch.object(loop._Report, "sample")
+    plot, sample = mock.patch.object(report, "plot"), mock.patch.object(report.Report, "sample")
     with mock.patch.dict(PRESETS, toy=TINY), plot, sample:
         yield
 
@@ -84,3 +87,18 @@ def apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
         elif not torch.equal(value, other[name]):
             most = max(most, float((value - other[name]).norm() / value.norm()))
     return most
+
+
+def steps(folder: Path) -> list[str]:
+    """The names of all that lies among a run's checkpoints."""
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def draw_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are drawn after all."""
+    monkeypatch.setattr(report, "plot", PLOT)
+    monkeypatch.setattr(report.Report, "sample", SAMPLE)

@@ -12,14 +12,14 @@ from unittest import mock
 
 import torch
 
-from sfmodel.train import loop, parallel
+from sfmodel.train import parallel, report
 from sfmodel.train.config import TrainConfig
 from sfmodel.train.loop import train
 from sfmodel.train.trajectories import IN_FILE
 from tests.tiny_runs import config, tiny
 
 CPU = "cpu"
-SAMPLE = loop._Report.sample
+SAMPLE = report.Report.sample
 RECIPES = "tf", "sf+dmd", "sf+gan"
 SHORT: dict[str, Any] = {"steps": 2, "save_every": 1, "chunks": (3,)}
 REFUSED: dict[str, dict[str, Any]] = {
@@ -45,7 +45,7 @@ def main(folder: Path) -> None:
             train(resumed, resume=True, device=CPU)
         copies = config(folder / "copies", "sf+dmd", **SHORT, shard=1, micro_batch=1)
         train(copies, device=CPU)
-        with mock.patch.object(loop._Report, "sample", SAMPLE):
+        with mock.patch.object(report.Report, "sample", SAMPLE):
             train(trajectories(folder / "two trajectories"), device=CPU)
         for name, change in REFUSED.items():
             try:

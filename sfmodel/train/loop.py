@@ -7,19 +7,14 @@ bit for bit the run that was not.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -32,22 +27,18 @@ from sfmodel import checkpoint
 from sfmodel.config import PRESETS, DiTConfig
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
+from sfmodel.process import noting
 from sfmodel.schedule import FlowSchedule
-from sfmodel.stream import stream
 from sfmodel.text import ToyTextEncoder
 from sfmodel.toy_vae import ToyVAE
 from sfmodel.train import parallel
 from sfmodel.train.config import TrainConfig
-from sfmodel.train.data import Prompts, Source, open_source, skipped_report
+from sfmodel.train.data import Prompts, Source, open_source
 from sfmodel.train.discriminator import Discriminator
 from sfmodel.train.parallel import Ranks
 from sfmodel.train.recipes import Draw, Models, Part, Setting, Update, seed_of
+from sfmodel.train.report import Record, Report, means
 from sfmodel.train.trajectories import Trajectories, guided, solve
-from sfmodel.video import contact_sheet_of_rows
-
-Record = dict[str, float]
-# Of the samples that a run of the toy world shows.
-PROMPTS = ("a large red ball moves up slowly", "a small bright blue ball moves right fast", "")
 
 
 class Learner:
@@ -89,6 +80,11 @@ class Learner:
                 group["lr"] = self.rate * share
             optimizer.step()
 
+    def forget(self) -> None:
+        """Makes the optimisers as they were before the first update."""
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+
     def state(self) -> dict[str, Any]:
         return {
             "weights": get_model_state_dict(self.whole),
@@ -108,6 +104,7 @@ class Run:
     def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
         self.config, self.ranks, self.preset = config, ranks, config.model
         kind = config.kind
+        config.check_files()
         if config.optimizer == "muon" and ranks.world > 1:
             raise ValueError("optimizer='muon' runs on one rank: use 'adamw' on several")
         for frames in config.frames:
@@ -172,6 +169,9 @@ class Run:
         )
         self.step = 0
         self.seconds = 0.0
+        self.of_critic: list[Record] = []  # its updates of the step that is not over
+        self.recent: list[Record] = []  # of steps since the last line of the log
+        self.asked: Callable[[], bool] = lambda: False  # whether to stop, the same on all ranks
 
     def _dit(self, sizes: DiTConfig, weights: Path | None, frozen: bool = False) -> DiT:
         """Of a file's weights, or drawn from the run's seed; the same on all ranks. frozen: in the
@@ -246,15 +246,18 @@ class Run:
 
     def train_step(self) -> Record:
         """The critic's updates and one of the generator; returns means over the ranks. Raises
-        FloatingPointError, with the state before this update saved, where one is not finite."""
+        FloatingPointError, with the state before this update saved, where one is not finite, and
+        Stopped where it is asked to: called again, also after `resume`, it goes on."""
         config = self.config
         record: Record = {}
         began = time.perf_counter()
         if "critic" in self.learners:
             count = config.critic_steps + (0 if self.step else config.critic_warmup)
-            each = [self._update("critic", f"critic {i}", 1.0) for i in range(count)]
-            record = _means(each[-config.critic_steps :])
+            while (i := len(self.of_critic)) < count:
+                self.of_critic.append(self._update("critic", f"critic {i}", 1.0))
+            record = means(self.of_critic[-config.critic_steps :])
         record |= self._update("generator", "generator", _rate(self.step, config))
+        self.of_critic = []
         self.step += 1
         after = self.step - config.ema_start
         decay = min(config.ema, (1 + after) / (10 + after)) if after > 0 else 0.0
@@ -272,6 +275,10 @@ class Run:
         loss = 0.0
         with self.autocast():
             for each in rows:
+                # An update may take minutes, of which a node that is taken back leaves less.
+                if self.asked():
+                    learner.zero_grad()
+                    raise Stopped
                 part = Part(update, each)
                 learn = part.learn if which == "generator" else part.learn_critic
                 loss += learn(1 / len(rows)) / len(rows)
@@ -298,27 +305,56 @@ class Run:
     def save(self, prefix: str = "") -> Path:
         """A checkpoint of everything that a resumed run needs, and, unless it has a prefix, the
         averaged weights."""
-        folder = self.config.output
-        facts = {"config": self.config.plain(), "seconds": self.seconds, "ranks": self.ranks.world}
-        path = parallel.save(
-            folder / "checkpoints", self.step, self.state(), facts, self.ranks, prefix
-        )
+        facts = {
+            "config": self.config.plain(),
+            "seconds": self.seconds,
+            "ranks": self.ranks.world,
+            "critic": self.of_critic,
+            "recent": self.recent,
+        }
+        folder = self.config.output / "checkpoints"
+        path = parallel.save(folder, self.step, self.state(), facts, self.ranks, prefix)
         if not prefix:
-            weights = parallel.full_state(self.average, self.ranks)
-            if self.ranks.first:
-                extra = {"step": self.step, "recipe": self.config.recipe}
-                name = folder / "model.safetensors"
-                checkpoint.save(weights, name, self.preset.dit, **extra)
+            self._save_weights()
         return path
 
+    @property
+    def weights(self) -> Path:
+        """The file of the averaged weights."""
+        return self.config.output / "model.safetensors"
+
+    def _save_weights(self) -> None:
+        weights = parallel.full_state(self.average, self.ranks)
+        if self.ranks.first:
+            extra = {"step": self.step, "recipe": self.config.recipe}
+            checkpoint.save(weights, self.weights, self.preset.dit, **extra)
+
+    def _has_weights(self) -> bool:
+        """Whether the file of the averaged weights is of this step."""
+        try:
+            return int(checkpoint.read(self.weights)[1]["step"]) == self.step
+        except (ValueError, KeyError, TypeError, OSError):
+            return False
+
     def resume(self) -> None:
-        """Continues from the newest checkpoint of the run's folder. Raises ValueError where there
-        is none, or it is damaged or of a run of other settings."""
+        """Continues from the newest checkpoint of the run's folder, with its weights in their file
+        if a kill came between the two; without one from the beginning. Raises ValueError where it
+        is damaged or of a run of other settings."""
         found = parallel.checkpoints(self.config.output / "checkpoints")
         if not found:
-            raise ValueError(f"{self.config.output}: holds no run to resume")
+            return
         facts = parallel.facts(found[-1])
-        saved = facts["config"]
+        try:
+            saved, seconds = {**facts["config"]}, float(facts["seconds"])
+            of_critic, recent = (
+                [
+                    {key: float(value) for key, value in record.items()}
+                    for record in facts.get(name, [])
+                ]
+                for name in ("critic", "recent")
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise parallel.damaged(found[-1], error) from None
         if other := self.config.differing(saved):
             was = ", ".join(f"{name}={saved.get(name)!r}" for name in other)
             raise ValueError(f"{found[-1]}: is of a run with {was}: resume with the same settings")
@@ -327,203 +363,84 @@ class Run:
         for name, learner in self.learners.items():
             learner.restore(state[name])
         set_model_state_dict(self.average, state["average"])
-        self.step, self.seconds = facts["step"], facts["seconds"]
+        self.step, self.seconds = facts["step"], seconds
+        self.of_critic, self.recent = of_critic, recent
+        if self.step == 0:
+            # It has not learned yet. To save its state, PyTorch made its optimisers step.
+            self.learners["generator"].forget()
+        if self.ranks.any(self.ranks.first and not self._has_weights()):
+            self._save_weights()
+
+
+class Stopped(Exception):
+    """An update was left where what the run holds is whole."""
 
 
 def train(
     config: TrainConfig, *, resume: bool = False, device: torch.device | str | None = None
 ) -> Path:
-    """Runs to `config.steps` with progress, and returns the path of the averaged weights. Ctrl-C
-    ends the update and saves first. Raises ValueError where the folder holds another run and
-    `resume` is not set."""
+    """Runs to `config.steps` with progress, and returns the path of the averaged weights.
+
+    `process.STOPS` stop it before the next micro-batch: it saves what whole updates of generator or
+    critic have learned and raises KeyboardInterrupt. Raises ValueError where the folder holds
+    another run and `resume` is not set, or another process trains there."""
     if config.threads:
         torch.set_num_threads(config.threads)
+    with (
+        parallel.started(config.shard, device, config.patience) as ranks,
+        parallel.alone(config.output, ranks),
+    ):
+        return _train(config, resume, ranks)
+
+
+def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Path:
     folder = config.output
-    with parallel.started(config.shard, device) as ranks:
-        if not resume and parallel.checkpoints(folder / "checkpoints"):
-            raise ValueError(f"{folder}: holds a run already: resume it or name another folder")
-        ranks.wait()
-        run = Run(config, ranks)
-        if resume:
-            run.resume()
-        if ranks.first:
-            with atomic(folder / "config.json") as part:
-                part.write_text(json.dumps(config.plain(), indent=1) + "\n")
-        with _Report(run) as report, _held_interrupts() as interrupts:
+    if not resume and parallel.checkpoints(folder / "checkpoints"):
+        raise ValueError(f"{folder}: holds a run already: resume it or name another folder")
+    ranks.wait()
+    run = Run(config, ranks)
+    if resume:
+        run.resume()
+    if ranks.first:
+        with atomic(folder / "config.json") as part:
+            part.write_text(json.dumps(config.plain(), indent=1) + "\n")
+    with Report(run) as report, noting() as signals:
 
-            def told(done: int) -> None:
-                report.preparing(done)
-                if ranks.any(bool(interrupts)):
-                    raise KeyboardInterrupt  # what is made so far is kept
+        def asked() -> bool:
+            return ranks.any(bool(signals) or report.failed is not None)
 
-            run.prepare(told)
-            report.began = time.perf_counter()
+        def told(done: int) -> None:
+            report.preparing(done)
+            if asked():
+                raise KeyboardInterrupt  # what is made so far is kept
+
+        if resume and not (run.step or run.of_critic):
+            report.say(f"{folder}: holds no checkpoint to resume: a new run")
+        run.prepare(told)
+        report.began = time.perf_counter()
+        run.asked = asked
+        try:
             while run.step < config.steps:
                 report.update(run.train_step())
                 last = run.step == config.steps
-                stop = ranks.any(bool(interrupts))
-                if last or stop or run.step % config.save_every == 0:
+                if last or run.step % config.save_every == 0:
                     run.save()
-                if stop and not last:
-                    report.say(f"stopped at update {run.step}; saved in {folder}")
-                    raise KeyboardInterrupt
-                if last or (config.sample_every and run.step % config.sample_every == 0):
+                if config.sample_every and run.step % config.sample_every == 0:
                     report.sample()
-    return folder / "model.safetensors"
-
-
-class _Report:
-    """What a run shows while it goes on, on its first rank: progress in a terminal, plain lines
-    elsewhere; log.jsonl with the means of every few updates; at the end curves.png."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.config = run, run.config
-        self.first = run.ranks.first
-        self.path = run.config.output / "log.jsonl"
-        self.console = Console(quiet=not self.first)
-        columns = (TextColumn("{task.description}"), BarColumn())
-        more = (TextColumn("{task.completed}/{task.total} {task.fields[said]}"),)
-        live = self.console.is_terminal and self.first
-        self.progress = Progress(
-            *columns, *more, TimeRemainingColumn(), console=self.console, disable=not live
-        )
-        self.live = live
-        self.records: list[Record] = []  # logged
-        self.recent: list[Record] = []  # since then
-        self.began, self.done = time.perf_counter(), 0  # of updates
-
-    def __enter__(self) -> _Report:
-        run = self.run
-        if self.first:
-            if run.step and self.path.exists():
-                for text in self.path.read_text().splitlines():
-                    with contextlib.suppress(json.JSONDecodeError):  # a kill's unfinished line
-                        self.records.append(json.loads(text))
-                self.records = [line for line in self.records if line["step"] <= run.step]
-            # A resumed run writes again what it logged after its checkpoint.
-            with atomic(self.path) as part:
-                part.write_text("".join(json.dumps(each) + "\n" for each in self.records))
-            self.skipped = skipped_report(run.source)
-            if self.skipped:
-                self.say(self.skipped)
-        self.progress.start()
-        name = self.config.recipe
-        self.task = self.progress.add_task(
-            name, total=self.config.steps, completed=run.step, said=""
-        )
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.progress.stop()
-        # Some files show that they are bad only when a clip of theirs is drawn.
-        if self.first and (report := skipped_report(self.run.source)) != self.skipped:
-            self.say(report)
-        if self.first and self.records:
-            # On a full disk, what failed first is what is said.
-            with contextlib.suppress(*([] if kind is None else [OSError])):
-                plot(self.records, self.config.output / "curves.png", self.config.recipe)
-
-    def say(self, text: str) -> None:
-        if self.first:
-            self.progress.print(text) if self.live else print(text, flush=True)
-
-    def preparing(self, done: int) -> None:
-        """So many of the teacher's trajectories are there."""
-        said = f"trajectory {done} of {self.config.pairs}"
-        if self.live:
-            self.progress.update(self.task, said=said)
+        except Stopped:
+            learned = run.step or run.of_critic
+            if learned:
+                run.save()
+            if report.failed is None:
+                saved = f"saved in {folder}" if learned else "nothing was learned yet"
+                report.say(f"stopped at update {run.step}; {saved}")
+                raise KeyboardInterrupt from None
         else:
-            self.say(said)
-
-    def update(self, record: Record) -> None:
-        step, steps = self.run.step, self.config.steps
-        self.recent.append(record)
-        self.done += 1
-        if step % self.config.log_every and step != steps:
-            self.progress.update(self.task, completed=step)
-            return
-        means = _means(self.recent)
-        rate = (time.perf_counter() - self.began) / self.done
-        line = {"step": step, **means, "seconds": self.run.seconds, "seconds_per_step": rate}
-        if self.run.ranks.device.type == "cuda":
-            line["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self.recent = []
-        self.records.append(line)
-        if self.first:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        said = "  ".join(f"{key} {value:.4g}" for key, value in means.items())
-        self.progress.update(self.task, completed=step, said=said)
-        if not self.live:
-            left = (steps - step) * rate / 60
-            self.say(f"update {step}/{steps}  {said}  {rate:.2f} s each  {left:.0f} min left")
-
-    def sample(self) -> None:
-        """A contact sheet of what the averaged weights generate, where there is a decoder."""
-        run, config = self.run, self.config
-        if run.codec is None or run.text is None or config.kind.context == "whole":
-            return
-        # Under FSDP a model is whole only inside its own forward pass.
-        state = parallel.full_state(run.average, run.ranks)
-        if not self.first:
-            return
-        model = DiT(run.preset.dit, config.impl, config.attention_impl)
-        model.load_state_dict(state)
-        preset = replace(
-            run.preset, chunk=config.chunks[-1], window=max(config.windows), sink=config.sink
-        )
-        text = run.text(PROMPTS, run.ranks.device)
-        model = model.to(run.ranks.device).eval()
-        frames = 1 + run.codec.temporal_factor * (2 * max(config.frames) - 1)
-        options = {"frames": frames, "seed": config.seed, "batch": len(PROMPTS)}
-        videos = torch.cat([*stream(model, run.codec, text, preset, **options)], 1)
-        path = config.output / "samples" / f"update-{run.step:06d}.png"
-        labels = [prompt or "(no prompt)" for prompt in PROMPTS]
-        contact_sheet_of_rows(videos, path, labels, f"{config.recipe}, update {run.step}")
-
-
-@contextlib.contextmanager
-def _held_interrupts() -> Iterator[list[int]]:
-    """Ctrl-C in the body is only noted, so that it never falls between two halves of an update and
-    what is then saved is whole. A second one stops at once, with the last checkpoint as it is."""
-    noted: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def plot(records: list[Record], path: Path, title: str) -> None:
-    """The losses and the norms of the gradients of a run as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for ax, what in zip(axes, ("loss", "norm"), strict=True):
-        for prefix, name in (("", "generator"), ("critic_", "critic")):
-            if prefix + what in records[-1]:
-                values = [(r["step"], r[prefix + what]) for r in records]
-                ax.plot(*zip(*values, strict=True), label=name, linewidth=1.2)
-        positive = all(r[key] > 0 for r in records for key in r if key.endswith(what))
-        ax.set_yscale("log" if positive else "linear")
-        ax.set_xlabel("update of the generator")
-        ax.set_ylabel(f"{what} of the gradient" if what == "norm" else what)
-        ax.grid(alpha=0.3, which="both")
-        ax.legend()
-    figure.suptitle(title)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-
-
-def _means(records: list[Record]) -> Record:
-    return {key: sum(each[key] for each in records) / len(records) for key in records[0]}
+            if not report.sampled():  # also of a run that was killed before it was
+                report.sample()
+        if report.failed is not None:
+            raise report.failed
+    return run.weights
 
 
 def _rate(step: int, config: TrainConfig) -> float:

@@ -8,8 +8,13 @@ that whatever carries that name can be resumed, on any number of ranks.
 from __future__ import annotations
 
 import contextlib
+import datetime
+import io
 import json
 import os
+import pathlib
+import pickle
+import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +25,10 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -36,11 +44,15 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from sfmodel import files
 from sfmodel.dit import DiT
 from sfmodel.files import cannot_write
+from sfmodel.train.config import PATIENCE
 
 Model = TypeVar("Model", bound=nn.Module)
 FACTS = "run.json"  # of a checkpoint: its step and the settings of its run
+_NAME = re.compile(r"step-([0-9]{6}|[1-9][0-9]{6,})")
+_PART = re.compile(rf"\.(failed-)?{_NAME.pattern}\.part")
 
 
 @dataclass(frozen=True)
@@ -78,9 +90,12 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def started(shard: int = 0, device: torch.device | str | None = None) -> Iterator[Ranks]:
+def started(
+    shard: int = 0, device: torch.device | str | None = None, patience: float = PATIENCE
+) -> Iterator[Ranks]:
     """The ranks that torchrun started; without it, one alone. shard: how many ranks share a copy of
-    the weights (0: all; fewer, such as those of a node: copies of it are kept equal)."""
+    the weights (0: all; fewer, such as those of a node: copies of it are kept equal). patience:
+    seconds that a rank waits for another. Raises ConnectionError where one ended or hangs."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
     here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0)
@@ -94,19 +109,49 @@ def started(shard: int = 0, device: torch.device | str | None = None) -> Iterato
     if cuda:
         torch.cuda.set_device(here)
     own = not dist.is_initialized()
-    if own:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     # Outputs that are views are read here, never written.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     try:
+        if own:
+            backend, wait = "cpu:gloo,cuda:nccl" if cuda else "gloo", datetime.timedelta
+            dist.init_process_group(backend, timeout=wait(seconds=patience))
         shape, names = ((world,), ("shard",)) if size == world else (
             (world // size, size), ("replicate", "shard"))  # fmt: skip
         mesh = init_device_mesh(here.type, shape, mesh_dim_names=names)
         yield Ranks(dist.get_rank(), world, here, mesh)
         dist.barrier()  # a rank that leaves while another one still works would take it down
+    except RuntimeError as error:
+        if not _lost(error):
+            raise
+        raise ConnectionError(
+            f"rank {os.environ['RANK']} of {world}: another rank ended, or did not answer for "
+            f"{patience:g} seconds"
+        ) from None
     finally:
-        if own:
+        if own and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether an error says that another rank is not there. gloo's are plain ones."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
+@contextlib.contextmanager
+def alone(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """As `files.alone`, which the first rank asks; where it is refused, all are."""
+    refused: Exception | None = None
+    with contextlib.ExitStack() as stack:
+        if ranks.first:
+            try:
+                stack.enter_context(files.alone(folder))
+            except (ValueError, OSError) as error:
+                refused = error
+        if ranks.any(refused is not None):
+            raise refused or ValueError(f"{folder}: the first rank may not write there")
+        yield
 
 
 def place(
@@ -169,14 +214,16 @@ def save(
     part = folder / f".{path.name}.part"
     if ranks.any(path.exists()):
         return path
-    if ranks.first:
-        for left in folder.glob(".*.part"):  # of a run that was killed while it wrote
-            shutil.rmtree(left, ignore_errors=True)
+    if ranks.first and folder.exists():
+        for left in folder.iterdir():  # of a run that was killed while it wrote
+            if _PART.fullmatch(left.name):
+                shutil.rmtree(left, ignore_errors=True)
     ranks.wait()
     try:
         part.mkdir(parents=True, exist_ok=True)
         with _alone():
-            write(state, checkpoint_id=part, no_dist=ranks.world == 1)
+            writer = _Writer(part)
+            write(state, checkpoint_id=part, storage_writer=writer, no_dist=ranks.world == 1)
         if ranks.first:
             (part / FACTS).write_text(json.dumps({"step": step, **facts}))
             for name in [*part.iterdir(), part]:
@@ -184,8 +231,12 @@ def save(
             os.replace(part, path)
             _sync(folder)
             for old in checkpoints(folder)[:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
+                going = folder / f".{old.name}.part"  # never half of it under its own name
+                os.replace(old, going)
+                shutil.rmtree(going, ignore_errors=True)
     except (OSError, RuntimeError, CheckpointException) as error:
+        if _lost(error):
+            raise
         shutil.rmtree(part, ignore_errors=True)
         raise cannot_write(path, _cause(error)) from error
     ranks.wait()
@@ -193,28 +244,109 @@ def save(
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Those that are there, the newest last."""
-    return sorted(folder.glob("step-*"))
+    """Those of a run that are there, the newest last. What else lies there does not count."""
+    return sorted((path for path in folder.glob("step-*") if _step(path) >= 0), key=_step)
+
+
+def _step(path: Path) -> int:
+    """The update of a run's own checkpoint, -1 for what is none."""
+    named = _NAME.fullmatch(path.name)
+    return int(named[1]) if named and path.is_dir() else -1
 
 
 def facts(path: Path) -> dict[str, Any]:
     """What `save` was told of a checkpoint. Raises ValueError where that cannot be read."""
     try:
-        return json.loads((path / FACTS).read_text())
-    except (OSError, ValueError) as error:
-        raise _damaged(path, error) from None
+        for each in path.iterdir():
+            if each.is_symlink():
+                raise ValueError(f"{each.name} is a link, which leads out of it")
+        found = json.loads((path / FACTS).read_text())
+        if not isinstance(found, dict) or found.get("step") != _step(path):
+            raise ValueError(f"{FACTS} is not of this step")
+        return found
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(path, error) from None
 
 
 def load(path: Path, state: dict[str, Any], ranks: Ranks) -> None:
     """Fills `state` in place. Raises ValueError for a checkpoint that is damaged or of something
     else."""
     if not (path / ".metadata").is_file():
-        raise _damaged(path, ValueError("it has no .metadata"))
+        raise damaged(path, ValueError("it has no .metadata"))
     try:
         with _alone():
-            read(state, checkpoint_id=path, no_dist=ranks.world == 1)
+            read(
+                state, checkpoint_id=path, storage_reader=_Reader(path), planner=_Planner(),
+                no_dist=ranks.world == 1,
+            )  # fmt: skip
     except (Exception, CheckpointException) as error:
-        raise _damaged(path, _cause(error)) from None
+        if _lost(error):
+            raise
+        raise damaged(path, _cause(error)) from None
+
+
+class _Writer(filesystem.FileSystemWriter):
+    """Writes no names of its own into the index: equal runs write equal files."""
+
+    def storage_meta(self) -> None:
+        return None
+
+
+class _Reader(filesystem.FileSystemReader):
+    """Runs no code of a checkpoint, and reads no file outside its folder."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        index = _Index(io.BytesIO((path / ".metadata").read_bytes())).load()
+        if not isinstance(index, metadata.Metadata) or not isinstance(index.storage_data, dict):
+            raise ValueError("its .metadata is no index")
+        for info in index.storage_data.values():
+            name = info.relative_path
+            if not isinstance(name, str) or Path(name).name != name or info.transform_descriptors:
+                raise ValueError(f"its .metadata names {name!r}, which is not in its folder")
+        self.index = index
+
+    def read_metadata(self, *_: Any, **__: Any) -> metadata.Metadata:
+        return self.index
+
+
+_INDEX: dict[tuple[str, str], Any] = {
+    (known.__module__, known.__qualname__): known
+    for known in (
+        metadata.Metadata, metadata.MetadataIndex, metadata.StorageMeta, torch.Size,
+        metadata.TensorStorageMetadata, metadata.BytesStorageMetadata,
+        metadata.ChunkStorageMetadata, metadata.TensorProperties, metadata._MEM_FORMAT_ENCODING,
+        filesystem._StorageInfo, torch.serialization._get_layout,
+    )
+}  # fmt: skip
+_INDEX |= {(module, "PosixPath"): pathlib.PosixPath for module in ("pathlib", "pathlib._local")}
+
+
+class _Index(pickle._Unpickler):
+    """Reads pickles of what the index of a checkpoint consists of, and of nothing else. That of C
+    would make room for as many objects as a pickle claims to have."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        if (module, name) not in _INDEX:
+            raise pickle.UnpicklingError(f"its .metadata names {module}:{name}")
+        return _INDEX[module, name]
+
+
+class _Planner(DefaultLoadPlanner):
+    """Takes values of the types that they have in this run."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        name = read_item.dest_index.fqn
+        found, own = torch.load(value, weights_only=True), self.state_dict[name]
+        if type(found) is not type(own):
+            raise ValueError(f"{name} is of type {type(found).__name__}")
+        plain = io.BytesIO()
+        torch.save(found, plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
 
 
 @contextlib.contextmanager
@@ -225,8 +357,9 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
-    before = [p.name for p in checkpoints(path.parent) if p.name < path.name]
+def damaged(path: Path, error: Exception) -> ValueError:
+    """The error to raise for a checkpoint that cannot be read, which says what there is else."""
+    before = [p.name for p in checkpoints(path.parent) if _step(p) < _step(path)]
     instead = f"; without it the run goes on from {before[-1]}" if before else ""
     reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
     return ValueError(f"{path}: not a whole checkpoint ({reason}){instead}")

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
 from sfmodel.schedule import TRAIN_STEPS, FlowSchedule
+from sfmodel.tensors import save_tensors
 from sfmodel.train.parallel import Ranks
 
 IN_FILE = 64  # trajectories
@@ -98,8 +98,7 @@ class Trajectories:
                 continue
             points, text = solve(rows)
             if begin + ranks.rank < len(files) and not path.exists():
-                with atomic(path) as part:
-                    save_file({"points": points.cpu().contiguous(), "text": text.cpu()}, part)
+                save_tensors(path, {"points": points, "text": text}, {})
             told(files[min(begin + ranks.world, len(files)) - 1][1].stop)
         ranks.wait()
 
