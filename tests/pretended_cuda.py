@@ -236,9 +236,12 @@ def patch_triton() -> None:
 
 def spare_time() -> None:
     """What is not asked for by name runs in eager PyTorch, as the interpreter takes seconds for a
-    pass of a toy; what is, in few large tiles, as it takes its time for each."""
+    pass of a toy; what is, in few large tiles, as it takes its time for each. The bench measures
+    with a GPU's sizes no more."""
+    from bench import timing
     from sfkernels import dispatch, launch
 
+    timing.MATMUL, timing.LARGE_COPY, timing.COLD_BYTES, timing.ROUNDS = 64, 2**16, 2**12, 2
     for devices in dispatch._AUTO.values():
         devices["cuda"] = "reference"
     rows = launch.rows
@@ -308,6 +311,7 @@ def install() -> None:
     for name in ("end", "replay", "destroy"):
         getattr(lib, name).argtypes = [ctypes.c_void_p]
     lib.install()
+    torch.set_num_threads(1)  # a second one waits longer than it computes
     CUDAGraph.lib = lib
     patch_torch(lib)
     patch_triton()
