@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfkernels.arguments import numbers
 from sfkernels.layout import BlockLayout
 
 
@@ -253,13 +254,13 @@ def _cached_rows_by_shape(
 def ring_attention(
     q_BLHD: Tensor, k_ring_BSHD: Tensor, v_ring_BSHD: Tensor, valid: Tensor, scale: float
 ) -> Tensor:
-    # Reading the length costs nothing on the CPU, except under torch.compile.
-    if valid.device.type == "cpu" and not torch.compiler.is_compiling():
-        count = int(valid)
-        return attention(q_BLHD, k_ring_BSHD[:, :count], v_ring_BSHD[:, :count], scale)
+    # Reading the length costs nothing on the CPU, except where a graph is made.
+    if counts := numbers(valid):
+        seen = slice(counts[0])
+        return attention(q_BLHD, k_ring_BSHD[:, seen], v_ring_BSHD[:, seen], scale)
     q, k, v = (t.transpose(1, 2) for t in (q_BLHD, k_ring_BSHD, v_ring_BSHD))
-    seen = torch.arange(k.shape[2], device=k.device) < valid.clamp(min=1)
-    mask = seen.expand(q.shape[2], -1)
+    mask = torch.arange(k.shape[2], device=k.device) < valid.clamp(min=1)
+    mask = mask.expand(q.shape[2], -1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
