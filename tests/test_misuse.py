@@ -204,6 +204,8 @@ def test_tokens_of_a_ring(valid: int, impl: str) -> None:
         (lambda: sf.block_causal_attention(Q, Q, Q, None), "layout is a NoneType"),  # type: ignore[arg-type]
         (lambda: block(prefix=(Q, Q)), "must be a Prefix"),
         (lambda: block(prefix=Prefix(Q, Q, ((0,),))), "pairs of integers"),  # type: ignore[arg-type]
+        (lambda: block(prefix=Prefix(Q, Q, (0, 2))), "pairs of integers"),  # type: ignore[arg-type]
+        (lambda: block(prefix=Prefix(Q, Q, 2)), "pairs of integers"),  # type: ignore[arg-type]
         (lambda: block(prefix=Prefix(Q, Q, ((0.5, 2),))), "pairs of integers"),  # type: ignore[arg-type]
         (lambda: block(prefix=Prefix(Q, Q, ((-1, 2),))), "inside 0..6"),
         (lambda: block(prefix=Prefix(Q, Q[..., :2])), "prefix v has shape"),
