@@ -47,6 +47,7 @@ _AUTO = {
 }
 _ALWAYS_FLOAT32 = ("k_table",)
 _HALF = (torch.bfloat16, torch.float16)
+_ANY = frozenset({torch.float64, torch.float32, *_HALF})
 _DTYPES = {
     "triton": (torch.float32, *_HALF),
     "cpp": (torch.float32, *_HALF),
@@ -68,8 +69,11 @@ def choose(
     dimension. On a CPU "auto" leaves others to the reference, and all of them where the C++ is not
     built."""
     for name, t in tensors.items():
-        if t is not None:
+        if t is None:
+            continue
+        if t.device != device:
             check_device(name, t, device)
+        if t.dtype not in _ANY:
             check_floating(name, t)
     if impl == "auto":
         impl = _AUTO[op].get(device.type, "reference")

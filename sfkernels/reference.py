@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfkernels.arguments import numbers
 from sfkernels.dispatch import cached_tensors
 from sfkernels.layout import BlockLayout
 
@@ -252,10 +253,10 @@ def _cached_rows_by_shape(
 def ring_attention(
     q_BLHD: Tensor, k_ring_BSHD: Tensor, v_ring_BSHD: Tensor, valid: Tensor, scale: float
 ) -> Tensor:
-    # Reading the length costs nothing on the CPU, except under torch.compile.
-    if valid.device.type == "cpu" and not torch.compiler.is_compiling():
-        count = int(valid)
-        return attention(q_BLHD, k_ring_BSHD[:, :count], v_ring_BSHD[:, :count], scale)
+    # Reading the length costs nothing on the CPU, except where a graph is made.
+    if counts := numbers(valid):
+        seen = slice(counts[0])
+        return attention(q_BLHD, k_ring_BSHD[:, seen], v_ring_BSHD[:, seen], scale)
     seen_S = torch.arange(k_ring_BSHD.shape[1], device=valid.device) < valid.clamp(min=1)
     # A mask alone would let a NaN through, which is one times zero too.
     k, v = (torch.where(seen_S[:, None, None], t, 0) for t in (k_ring_BSHD, v_ring_BSHD))
