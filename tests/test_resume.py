@@ -243,8 +243,9 @@ def test_a_run_killed_while_it_saves_goes_on(moment: str, tmp_path: Path, whole:
     assert [path.name for path in parallel.checkpoints(folder / "checkpoints")] == ["step-000002"]
     # Another that is never saved again.
     shutil.copytree(part, part.with_name(".step-000003.part"))
+    shutil.copytree(part, part.with_name(".mine.part"))
     train(config(folder, optimizer="muon"), resume=True, device="cpu")
-    assert steps(folder) == ["step-000002", "step-000004"]
+    assert steps(folder) == [".mine.part", "step-000002", "step-000004"]
     assert_same(folder, whole("tf", "muon"))
 
 
@@ -385,7 +386,7 @@ def state(path: Path, **change: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
 
 
-DAMAGE: dict[str, Callable[[Path], None]] = {
+DAMAGE: dict[str, Callable[[Path], object]] = {
     "data cut": lambda path: cut(path / "__0_0.distcp"),
     "no data": lambda path: (path / "__0_0.distcp").unlink(),
     "table cut": lambda path: cut(path / ".metadata"),
@@ -434,6 +435,26 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before(
         shutil.rmtree(newest)
         train(settings, resume=True, device="cpu")
         assert_same(ended, whole("tf", "muon"))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_interrupt_in_a_checkpoint_is_one(
+    resume: bool, tmp_path: Path, ended: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library makes it an error of its own."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parallel._Planner, "load_bytes", interrupted)
+    monkeypatch.setattr(parallel._Writer, "write_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            config(ended if resume else tmp_path / "new", optimizer="muon"),
+            resume=resume,
+            device="cpu",
+        )
+    assert not [*tmp_path.rglob("*.part")]
 
 
 def test_folders_of_other_runs_are_left_alone(tmp_path: Path, ended: Path) -> None:
@@ -510,7 +531,6 @@ def test_checkpoints_are_in_the_order_of_updates_and_only_a_runs_own(tmp_path: P
     for name in others:
         shutil.copytree(own, tmp_path / name)
     (tmp_path / "step-000009").touch()  # a file
-    (tmp_path / ".step-000003.part").mkdir()
     for step in (999_998, 999_999, 1_000_000, 1_000_001):
         save(step)
     found = [path.name for path in parallel.checkpoints(tmp_path)]
