@@ -132,7 +132,8 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
         defaults are those of the preset and the recipe. Under torchrun, on all its ranks.
 
         Args:
-            resume: Continue the run in the output folder, bit for bit as if it had not stopped.
+            resume: Continue the run in the output folder, bit for bit as if it had not stopped, or
+                start it where there is none.
         """
         weights = train(config, resume=resume)
         if os.environ.get("RANK", "0") == "0":
