@@ -29,7 +29,7 @@ test: $(READY)
 # sanitizer reports there and ends the process.
 SANITIZED := build/sanitized
 CHECKS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
-CPP_TESTS := norm rope sampler quant registration cpp
+CPP_TESTS := norm rope sampler quant registration cpp cpp_fuzz
 sanitize: PY := $(CURDIR)/$(VENV)/bin/python
 sanitize: $(READY)
 	@rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
@@ -37,7 +37,7 @@ sanitize: $(READY)
 	@cd $(SANITIZED) && CXXFLAGS="$(CHECKS) -O0 -g" LDFLAGS="$(CHECKS)" \
 	    $(PY) setup.py -q build_ext --inplace
 	@cd $(SANITIZED) && sets="default $$(grep -oE 'avx2|avx512' /proc/cpuinfo | sort -u)" && \
-	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	export FUZZ_CALLS=1000 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" && \
 	for ATEN_CPU_CAPABILITY in $$sets; do export ATEN_CPU_CAPABILITY; \
 	    $(PY) -c 'import sys; from sfkernels import cpp; print(cpp.summary()); sys.exit(not cpp.LOADED)' && \

@@ -23,11 +23,13 @@ tune         searches launch settings on this GPU and writes sfkernels/tuned/sm_
 import importlib
 import sys
 
+from sfmodel.extras import require
 from sfmodel.process import prepared
 
 SUITES = ("quick", "gpu", "full", "verify")
 COMMANDS = ("kernels", "stream", "decode", "extrapolate", "cpu", "train", "predict", "report",
             "compare", "readme", "tune")  # fmt: skip
+TRAINED = ("demo", "experiment")  # those that need tyro and a video encoder
 
 
 def main(arguments: list[str]) -> int:
@@ -39,6 +41,9 @@ def main(arguments: list[str]) -> int:
     if command in ("help", "h", "-h"):
         print(__doc__)
         return 0
+    if command in (*SUITES, *COMMANDS, *TRAINED):
+        needs_all = command in ("cpu", "readme", *TRAINED)
+        require("python -m bench", "model" if needs_all else "bench")
     if command in SUITES:
         from bench import suite
 
@@ -46,13 +51,13 @@ def main(arguments: list[str]) -> int:
     if command in COMMANDS:
         module = importlib.import_module(f"bench.{command}")
         return module.main(arguments[1:])
-    if command in ("demo", "experiment"):  # those that need tyro and a video encoder
+    if command in TRAINED:
         from sfmodel.cli import run_command
 
         function = getattr(importlib.import_module(f"bench.{command}"), command)
         run_command("python -m bench", {command: function}, [command, *arguments[1:]])
         return 0
-    known = ", ".join((*(f"--{name}" for name in SUITES), *COMMANDS, "demo", "experiment"))
+    known = ", ".join((*(f"--{name}" for name in SUITES), *COMMANDS, *TRAINED))
     print(f"python -m bench: no command {arguments[0]!r}, must be one of {known}", file=sys.stderr)
     return 2
 

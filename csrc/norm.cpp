@@ -7,8 +7,6 @@
 namespace sfkernels {
 namespace {
 
-using Optional = std::optional<Tensor>;
-
 // The forms of the norm that sfkernels has. centred: LayerNorm, which has a shift; else RMSNorm,
 // which has none. gated: the residual is added by a gate.
 template <bool Centred, bool Residual, bool Gated, bool Silu>
@@ -17,11 +15,7 @@ struct Form {
 };
 
 template <typename F>
-void by_form(bool centred, bool shifted, bool residual, bool gated, bool silu, const F& f) {
-  STD_TORCH_CHECK(
-      centred == shifted && (centred || !gated) && (centred || silu || !residual) &&
-          (residual || !gated) && !(centred && silu),
-      "no norm of sfkernels has this form");
+void by_form(bool centred, bool residual, bool gated, bool silu, const F& f) {
   if (silu && residual) {
     f(Form<false, true, false, true>{});
   } else if (silu) {
@@ -57,10 +51,39 @@ struct Modulation {
   }
 };
 
-int64_t frames_of(const Optional& gate, const Optional& scale, const Optional& shift) {
+// The frames that x [B, L, C] has by its modulations, which are checked with it and the form.
+int64_t frames_of(
+    const Tensor& x,
+    bool residual,
+    const Optional& gate,
+    const Optional& scale,
+    const Optional& shift,
+    bool centred,
+    bool silu) {
+  check("x", x, {kAny, kAny, kAny}, kFloats);
+  require(
+      scale.has_value() && centred == shift.has_value() && (residual || !gate) &&
+          (centred ? !silu : !gate && (silu || !residual)),
+      "no norm of sfkernels has this form: a LayerNorm has scale and shift, perhaps a residual and "
+      "its gate, and no SiLU; an RMSNorm has a scale, and with SiLU perhaps a residual");
+  const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2);
+  require(channels > 0, "x has shape ", Listed{x.sizes()}, ": its rows must have an element");
+  const std::array<std::pair<const char*, const Optional&>, 3> modulations{
+      {{"gate", gate}, {"scale", scale}, {"shift", shift}}};
   int64_t frames = 1;
-  for (const Optional& t : {gate, scale, shift}) {
-    frames = std::max(frames, t ? t->size(1) : 1);
+  for (const auto& [name, m] : modulations) {
+    check(name, m, {kAny, kAny, channels}, kFloats);
+    frames = std::max(frames, m ? m->size(1) : 1);
+  }
+  for (const auto& [name, m] : modulations) {
+    if (!m) {
+      continue;
+    }
+    require(
+        (m->size(0) == 1 || m->size(0) == batch) && (m->size(1) == 1 || m->size(1) == frames) &&
+            tokens % frames == 0,
+        name, " has shape ", Listed{m->sizes()}, ": must be [1 or ", batch, ", frames, ", channels,
+        "] with frames 1 or the same for all, a divisor of the ", tokens, " tokens");
   }
   return frames;
 }
@@ -81,8 +104,17 @@ std::tuple<Optional, Tensor, Tensor> norm_fwd(
     bool silu,
     const Optional& bias_C,
     const Optional& before_BPC) {
+  const bool has_residual = y_BLC.has_value();
+  const int64_t frames =
+      frames_of(x_BLC, has_residual, gate_BFC, scale_BFC, shift_BFC, centred, silu);
   const int64_t batch = x_BLC.size(0), tokens = x_BLC.size(1), channels = x_BLC.size(2);
-  const int64_t per_frame = tokens / frames_of(gate_BFC, scale_BFC, shift_BFC);
+  const Dtypes like_x{x_BLC.scalar_type()};
+  check("y", y_BLC, {batch, tokens, channels}, like_x);
+  check("before", before_BPC, {batch, kAny, channels}, like_x);
+  check("bias", bias_C, {channels}, kFloats);
+  require(silu || !bias_C, "bias is given without SiLU: no norm of sfkernels has this form");
+  check_positive("eps", eps);
+  const int64_t per_frame = tokens / frames;
   const int64_t ahead = before_BPC ? before_BPC->size(1) : 0, rows = ahead + tokens;
   Optional residual_BLC;
   if (y_BLC) {
@@ -182,7 +214,7 @@ std::tuple<Optional, Tensor, Tensor> norm_fwd(
         run(form, begin, end);
       });
     };
-    by_form(centred, shift_BFC.has_value(), y_BLC.has_value(), gate_BFC.has_value(), silu, each);
+    by_form(centred, has_residual, gate_BFC.has_value(), silu, each);
   });
   return {residual_BLC, out_BLC, stats_BL2};
 }
@@ -199,8 +231,16 @@ std::tuple<Tensor, Optional, Optional, Tensor, Optional> norm_bwd(
     bool centred,
     bool plus_one,
     bool silu) {
+  const bool has_residual = dresidual_BLC.has_value();
+  const int64_t frames =
+      frames_of(x_BLC, has_residual, gate_BFC, scale_BFC, shift_BFC, centred, silu);
   const int64_t batch = x_BLC.size(0), tokens = x_BLC.size(1), channels = x_BLC.size(2);
-  const int64_t frames = frames_of(gate_BFC, scale_BFC, shift_BFC);
+  const Dtypes like_x{x_BLC.scalar_type()};
+  check("dresidual", dresidual_BLC, {batch, tokens, channels}, like_x);
+  check("dout", dout_BLC, {batch, tokens, channels}, kFloats);
+  check("stats", stats_BL2, {batch, tokens, 2}, {ScalarType::Float}, 3);
+  require(y_BLC.has_value() || !gate_BFC, "gate is given without y, which its gradient needs");
+  check("y", y_BLC, {batch, tokens, channels}, like_x);
   const int64_t per_frame = tokens / frames, strips = (per_frame + kStrip - 1) / kStrip;
   const int64_t units = batch * frames * strips;
   Tensor dx_BLC = empty(x_BLC, {batch, tokens, channels});
@@ -214,7 +254,7 @@ std::tuple<Tensor, Optional, Optional, Tensor, Optional> norm_bwd(
   // Another dtype than x's only where x is the wider sum of a 16-bit tensor and a bias.
   const Tensor dout = dout_BLC.scalar_type() == x_BLC.scalar_type()
       ? dout_BLC
-      : torch::stable::to(dout_BLC, x_BLC.scalar_type());
+      : torch::stable::contiguous(torch::stable::to(dout_BLC, x_BLC.scalar_type()));
 
   by_dtype(x_BLC.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -316,8 +356,7 @@ std::tuple<Tensor, Optional, Optional, Tensor, Optional> norm_bwd(
         run(form, begin, end);
       });
     };
-    const bool residual = dresidual_BLC.has_value();
-    by_form(centred, shift_BFC.has_value(), residual, gate_BFC.has_value(), silu, each);
+    by_form(centred, has_residual, gate_BFC.has_value(), silu, each);
   });
   const auto over_strips = [&](const Floats& partial, const Tensor& like) {
     return sum_strips(partial, like, batch, frames, strips, channels);

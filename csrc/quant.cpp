@@ -75,6 +75,12 @@ void scale_and_round(const T* x, float inverse, uint8_t* q, int64_t channels) {
 }
 
 std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_BLC, ScalarType dtype) {
+  check("x", x_BLC, {kAny, kAny, kAny}, kFloats);
+  require(
+      x_BLC.size(2) > 0, "x has shape ", Listed{x_BLC.sizes()}, ": its rows must have an element");
+  require(
+      dtype == ScalarType::Char || dtype == ScalarType::Float8_e4m3fn, "dtype is ", dtype,
+      ": must be Char (int8) or Float8_e4m3fn");
   const int64_t batch = x_BLC.size(0), tokens = x_BLC.size(1), channels = x_BLC.size(2);
   const Tensor q_BLC = empty(x_BLC, {batch, tokens, channels}, dtype);
   const Tensor scale_BL = empty(x_BLC, {batch, tokens}, ScalarType::Float);

@@ -91,32 +91,93 @@ void copy(const Output<T>& out, T* to, const T* from, int64_t channels) {
   });
 }
 
-std::tuple<Tensor, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>
-qk_norm_rope_fwd(
+// Raises unless these are the projection of a pass [B, L, 3·H·D] and what goes with it.
+void check_qkv(
+    const Tensor& qkv_BLC,
+    const Tensor& q_weight_C,
+    const Tensor& k_weight_C,
+    const Tensor& table_LP2) {
+  check("qkv", qkv_BLC, {kAny, kAny, kAny}, kFloats);
+  check("table", table_LP2, {qkv_BLC.size(1), kAny, 2}, kFloats, 3);
+  const int64_t of_all = qkv_BLC.size(2), pairs = table_LP2.size(1);
+  require(pairs > 0 && pairs < kTooMany, "table has ", pairs, " pairs: must have one or more");
+  require(
+      of_all > 0 && of_all % (6 * pairs) == 0, "qkv has ", of_all,
+      " channels: must be a multiple of 3 × head dim ", 2 * pairs);
+  check("q_weight", q_weight_C, {of_all / 3}, kFloats);
+  check("k_weight", k_weight_C, {of_all / 3}, kFloats);
+}
+
+// Raises unless a chunk's frames can be written to slots of their own in two rings that share no
+// memory with each other or with what is read meanwhile. Returns the slots.
+Ints check_rings(
+    const Tensor& k_ring_BSHD,
+    const Tensor& v_ring_BSHD,
+    const Tensor& slot_F,
+    std::initializer_list<const Tensor*> read,
+    int64_t head_dim) {
+  const Tensor& qkv_BLC = **read.begin();
+  const int64_t batch = qkv_BLC.size(0), tokens = qkv_BLC.size(1);
+  const int64_t heads = qkv_BLC.size(2) / 3 / head_dim;
+  check("slot_F", slot_F, {kAny}, kIntegers, 0);
+  const int64_t frames = slot_F.size(0), held = k_ring_BSHD.dim() > 1 ? k_ring_BSHD.size(1) : 0;
+  require(
+      tokens > 0 && frames > 0 && tokens % frames == 0 && held % (tokens / frames) == 0,
+      "slot_F names ", frames, " frames: ", tokens, " tokens and a ring of ", held,
+      " must be whole frames");
+  const auto check_ring = [&](const char* name, const Tensor& ring) {
+    check(name, ring, {batch, held, heads, head_dim}, {qkv_BLC.scalar_type()}, 2);
+    const Place place(ring);
+    require(!place.overlaps_itself(), name, " has strides ", Listed{ring.strides()},
+            ": writing one of its rows changes another");
+    for (const Tensor* t : read) {
+      require(!place.overlaps(Place(*t)), name, " shares memory with what is read to fill it");
+    }
+    return place;
+  };
+  const Place k_place = check_ring("k_ring", k_ring_BSHD);
+  const Place v_place = check_ring("v_ring", v_ring_BSHD);
+  require(!k_place.overlaps(v_place), "k_ring and v_ring share memory: must be two rings");
+  const Ints slots = integers(slot_F);
+  const int64_t last = held / (tokens / frames) - 1;
+  for (const int64_t slot : slots) {
+    require(0 <= slot && slot <= last, "slot_F has ", slot, ": the ring's slots are 0 to ", last);
+  }
+  Ints sorted = slots;
+  std::sort(sorted.begin(), sorted.end());
+  const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
+  require(twice == sorted.end(), "slot_F is ", Listed{slots}, ": each frame needs a slot of its own");
+  return slots;
+}
+
+std::tuple<Tensor, Optional, Optional, Optional> qk_norm_rope_fwd(
     const Tensor& qkv_BLC,
     const Tensor& q_weight_C,
     const Tensor& k_weight_C,
     const Tensor& table_LP2,
-    const std::optional<Tensor>& k_ring_BSHD,
-    const std::optional<Tensor>& v_ring_BSHD,
-    const std::optional<Tensor>& slot_F,
+    const Optional& k_ring_BSHD,
+    const Optional& v_ring_BSHD,
+    const Optional& slot_F,
     double eps,
     bool rotate_k) {
+  check_qkv(qkv_BLC, q_weight_C, k_weight_C, table_LP2);
+  check_positive("eps", eps);
   const int64_t batch = qkv_BLC.size(0), tokens = qkv_BLC.size(1), channels = qkv_BLC.size(2) / 3;
   const int64_t head_dim = 2 * table_LP2.size(1), heads = channels / head_dim;
+  require(
+      k_ring_BSHD.has_value() == slot_F.has_value() &&
+          v_ring_BSHD.has_value() == slot_F.has_value(),
+      "k_ring, v_ring and slot_F belong together: give all or none");
   const Ints shape{batch, tokens, heads, head_dim};
   const Tensor q_BLHD = empty(qkv_BLC, shape);
   const Tensor k_BSHD = k_ring_BSHD ? *k_ring_BSHD : empty(qkv_BLC, shape);
   const Tensor v_BSHD = v_ring_BSHD ? *v_ring_BSHD : empty(qkv_BLC, shape);
-  std::optional<Tensor> rstd_BL2;
+  Optional rstd_BL2;
   Ints slots{0};
   if (slot_F) {
-    slots = integers(*slot_F);
-    const int64_t held = k_BSHD.size(1) * static_cast<int64_t>(slots.size()) / tokens;
-    for (const int64_t slot : slots) {
-      STD_TORCH_CHECK(
-          0 <= slot && slot < held, "slot_F has ", slot, ": the ring's slots are 0 to ", held - 1);
-    }
+    slots = check_rings(
+        *k_ring_BSHD, *v_ring_BSHD, *slot_F,
+        {&qkv_BLC, &q_weight_C, &k_weight_C, &table_LP2, &*slot_F}, head_dim);
   } else {
     rstd_BL2 = empty(qkv_BLC, {batch, tokens, 2}, ScalarType::Float);
   }
@@ -188,8 +249,15 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(
     const Tensor& k_weight_C,
     const Tensor& table_LP2,
     const Tensor& rstd_BL2) {
+  check_qkv(qkv_BLC, q_weight_C, k_weight_C, table_LP2);
   const int64_t batch = qkv_BLC.size(0), tokens = qkv_BLC.size(1), channels = qkv_BLC.size(2) / 3;
-  const int64_t heads = channels / (2 * table_LP2.size(1));
+  const int64_t head_dim = 2 * table_LP2.size(1), heads = channels / head_dim;
+  const std::array<std::pair<const char*, const Tensor&>, 3> gradients{
+      {{"dq", dq_BLHD}, {"dk", dk_BLHD}, {"dv", dv_BLHD}}};
+  for (const auto& [name, t] : gradients) {
+    check(name, t, {batch, tokens, heads, head_dim}, {qkv_BLC.scalar_type()}, 2);
+  }
+  check("rstd", rstd_BL2, {batch, tokens, 2}, {ScalarType::Float}, 3);
   const int64_t strips = (tokens + kStrip - 1) / kStrip, units = batch * strips;
   const Tensor dqkv_BLC = empty(qkv_BLC, {batch, tokens, 3 * channels});
   const float* const stats = data<float>(rstd_BL2);
@@ -255,10 +323,26 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(
 
 // Angles in double, each of an axis' positions once; the rest is copying.
 Tensor rope_table(const Tensor& frame_F, const Ints& grid, int64_t head_dim, double theta) {
+  check("frame_F", frame_F, {kAny}, kIntegers, 0);
+  const auto few = [](int64_t n) { return 1 <= n && n < kTooMany; };
+  require(
+      grid.size() == 2 && few(grid[0]) && few(grid[1]) && few(grid[0] * grid[1]), "grid is ",
+      Listed{grid}, ": must be two sizes of 1 or more, together of fewer than ", kTooMany, " tokens");
+  require(head_dim > 0 && head_dim % 2 == 0, "head_dim=", head_dim, ": must be even and positive");
+  const int64_t count = frame_F.size(0), height = grid[0], width = grid[1];
+  const int64_t shown = std::max<int64_t>(count, 1);
+  require(
+      few(head_dim) && few(height * width * head_dim) && few(shown) &&
+          few(shown * height * width * head_dim),
+      "a table of ", count, " frames of ", height, " x ", width, " tokens and head_dim=", head_dim,
+      ": must have fewer than ", kTooMany, " elements");
+  check_positive("theta", theta);
   const Ints frames = integers(frame_F);
-  const int64_t count = static_cast<int64_t>(frames.size()), height = grid[0], width = grid[1];
   const int64_t pairs = head_dim / 2, across = pairs / 3, along = pairs - 2 * across;
   const Tensor table_LP2 = empty(frame_F, {count * height * width, pairs, 2}, ScalarType::Float);
+  if (count == 0) {
+    return table_LP2;
+  }
   float* const out = data<float>(table_LP2);
   const auto angles = [theta](int64_t axis_pairs, int64_t positions, const auto& position_of) {
     Floats values(positions * axis_pairs * 2);

@@ -1,7 +1,7 @@
 // What the ops of this folder share: rows of tensors as vectors of float, and how work is split.
 //
 // The ops are the CPU's launchers: the functions of sfkernels/gpu, by the same names and with the
-// same arguments, which sfkernels has checked. Shapes are named as in sfkernels/reference.py.
+// same arguments, which each op checks (check.h). Shapes are named as in sfkernels/reference.py.
 // Everything is computed in float and rounded once, as it is stored.
 //
 // Each source is compiled once for every instruction set, into a library of its own;
@@ -16,6 +16,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "check.h"
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -28,8 +30,6 @@
 
 namespace sfkernels {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Vec = at::vec::Vectorized<float>;
 using Ints = std::vector<int64_t>;
 using Floats = std::vector<float>;
@@ -104,7 +104,7 @@ class Output {
   // Rows of `channels` elements.
   Output(const Tensor& t, int64_t channels)
       : Output(static_cast<T*>(t.data_ptr()), t.numel(), {channels}) {}
-  Output(const std::optional<Tensor>& t, int64_t channels)
+  Output(const Optional& t, int64_t channels)
       : Output(t ? Output(*t, channels) : Output()) {}
 
   // Where an offset is; nowhere if there is no output.
@@ -336,11 +336,7 @@ struct Rows {
       : start(data<T>(t)),
         stride_b(t.size(0) == 1 ? 0 : t.stride(0)),
         stride_l(t.size(1) == 1 ? 0 : t.stride(1)) {}
-  explicit Rows(const std::optional<Tensor>& t) : Rows(t ? Rows(*t) : Rows()) {}
-
-  explicit operator bool() const {
-    return start != nullptr;
-  }
+  explicit Rows(const Optional& t) : Rows(t ? Rows(*t) : Rows()) {}
 
   // None where there are no rows.
   T* at(int64_t b, int64_t l) const {
@@ -349,7 +345,13 @@ struct Rows {
 };
 
 inline Tensor empty(const Tensor& like, const Ints& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+  try {
+    return torch::stable::new_empty(like, sizes, dtype);
+  } catch (const std::runtime_error&) { // which names a line of PyTorch's
+    std::ostringstream sentence;
+    sentence << "there is no memory for an output of shape " << Listed{sizes};
+    throw std::runtime_error(sentence.str());
+  }
 }
 
 inline Tensor empty(const Tensor& like, const Ints& sizes) {

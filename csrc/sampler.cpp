@@ -85,10 +85,47 @@ class Normals {
   }
 };
 
-int64_t elements_of(const Tensor& t, int64_t outer) {
+// Raises unless x has at least two dimensions, and the others its shape.
+void check_all(
+    const Tensor& x, std::initializer_list<std::pair<const char*, Optional>> others) {
+  check_dtype("x", x, kFloats);
+  require(x.dim() >= 2, "x has shape ", Listed{x.sizes()}, ": must have two dimensions or more");
+  for (const auto& [name, t] : others) {
+    if (t) {
+      check_dtype(name, *t, kFloats);
+      require(
+          sizes_of(*t) == sizes_of(x), name, " has shape ", Listed{t->sizes()}, ": must be ",
+          Listed{x.sizes()});
+    }
+  }
+}
+
+void check_sigma(const char* name, const Tensor& sigma, const Tensor& x) {
+  check_dtype(name, sigma, kSigmas);
+  const auto sizes = sigma.sizes();
+  bool fits = sizes.size() <= 2;
+  for (size_t d = 0; fits && d < sizes.size(); ++d) {
+    fits = sizes[d] == x.size(d);
+  }
+  require(fits, name, " has shape ", Listed{sizes}, ": must be [], [", x.size(0), "] or [",
+          x.size(0), ", ", x.size(1), "]");
+}
+
+void check_noise(
+    const Tensor& seed_B, const Tensor& frame_F, int64_t draw, int64_t batch, int64_t frames) {
+  check("seed", seed_B, {batch}, {ScalarType::Long}, 0);
+  check("frame", frame_F, {frames}, kIntegers, 0);
+  require(0 <= draw && draw < kTooMany, "draw=", draw, ": must be in 0..2^31 - 1");
+}
+
+// The elements of a frame of a shape [B, F, ...]: the counter of the noise has 32 bits for groups of
+// four.
+int64_t elements_of_frame(const Ints& shape) {
   int64_t count = 1;
-  for (int64_t d = outer; d < t.dim(); ++d) {
-    count *= t.size(d);
+  for (size_t d = 2; d < shape.size(); ++d) {
+    require(shape[d] < kTooMany && count * shape[d] < kTooMany, "shape is ", Listed{shape},
+            ": a frame must have fewer than ", kTooMany, " elements");
+    count *= shape[d];
   }
   return count;
 }
@@ -98,7 +135,7 @@ int64_t elements_of(const Tensor& t, int64_t outer) {
 template <typename T>
 class Frames {
  public:
-  Frames(const std::optional<Tensor>& t, int64_t outer) {
+  Frames(const Optional& t, int64_t outer) {
     if (!t) {
       return;
     }
@@ -125,7 +162,7 @@ class Frames {
   }
 
  private:
-  std::optional<Tensor> held_;
+  Optional held_;
   const T* start_ = nullptr;
   int64_t stride_b_ = 0, stride_f_ = 0;
 
@@ -139,7 +176,7 @@ class Frames {
 // f(out, in) with a value of x's type and one of the type that all tensors are read in: theirs, or
 // float where they differ.
 template <typename F>
-void by_dtypes(const Tensor& x, std::initializer_list<std::optional<Tensor>> others, const F& f) {
+void by_dtypes(const Tensor& x, std::initializer_list<Optional> others, const F& f) {
   const bool same = std::all_of(others.begin(), others.end(), [&](const auto& t) {
     return !t || t->scalar_type() == x.scalar_type();
   });
@@ -153,7 +190,7 @@ void by_dtypes(const Tensor& x, std::initializer_list<std::optional<Tensor>> oth
 }
 
 // A sigma of shape [], [B] or [B, F], as floats [B, F].
-Floats by_frame(const std::optional<Tensor>& sigma, int64_t batch, int64_t frames) {
+Floats by_frame(const Optional& sigma, int64_t batch, int64_t frames) {
   Floats values;
   if (!sigma) {
     return values;
@@ -181,26 +218,44 @@ void parallel_blocks(int64_t frames, int64_t elements, const F& f) {
   });
 }
 
-std::tuple<std::optional<Tensor>, std::optional<Tensor>> sampler_step(
+std::tuple<Optional, Optional> sampler_step(
     const Tensor& x,
     const Tensor& flow,
-    const std::optional<Tensor>& uncond_flow,
+    const Optional& uncond_flow,
     const Tensor& sigma,
-    const std::optional<Tensor>& next_sigma,
-    const std::optional<Tensor>& noise,
-    const std::optional<Tensor>& seed_B,
-    const std::optional<Tensor>& frame_F,
+    const Optional& next_sigma,
+    const Optional& noise,
+    const Optional& seed_B,
+    const Optional& frame_F,
     int64_t draw,
     double guidance,
     bool euler) {
-  const int64_t batch = x.size(0), frames = x.size(1), elements = elements_of(x, 2);
-  std::optional<Tensor> x0, following;
+  check_all(x, {{"flow", flow}, {"uncond_flow", uncond_flow}, {"noise", noise}});
+  const int64_t batch = x.size(0), frames = x.size(1);
+  check_sigma("sigma", sigma, x);
+  if (next_sigma) {
+    check_sigma("next_sigma", *next_sigma, x);
+  }
+  require(seed_B.has_value() == frame_F.has_value(), "seed and frame belong together");
+  if (seed_B) {
+    check_noise(*seed_B, *frame_F, draw, batch, frames);
+  }
+  require(
+      euler ? next_sigma && !noise && !seed_B
+            : next_sigma.has_value() == (noise || seed_B) && !(noise && seed_B),
+      "next_sigma and one noise, given or drawn, belong together; an Euler step has no noise");
+  check_finite("guidance", guidance);
+  Optional x0, following;
   if (!euler) {
     x0 = empty(x, sizes_of(x));
   }
   if (next_sigma) {
     following = empty(x, sizes_of(x));
   }
+  if (x.numel() == 0) {
+    return {x0, following};
+  }
+  const int64_t elements = elements_of_frame(sizes_of(x));
   const Floats sigmas = by_frame(sigma, batch, frames);
   const Floats next_sigmas = by_frame(next_sigma, batch, frames);
   const Ints seeds = seed_B ? integers(*seed_B) : Ints{};
@@ -249,8 +304,17 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>> sampler_step(
 }
 
 Tensor normal(const Tensor& seed_B, const Tensor& frame_F, int64_t draw, const Ints& shape) {
+  require(shape.size() >= 2, "shape is ", Listed{shape}, ": must be [B, F, ...]");
+  for (const int64_t size : shape) {
+    require(size >= 0, "shape has ", size, ": its sizes must be 0 or more");
+  }
+  check_noise(seed_B, frame_F, draw, shape[0], shape[1]);
+  const int64_t elements = elements_of_frame(shape);
   const Tensor out = empty(seed_B, shape, ScalarType::Float);
-  const int64_t frames = shape[1], elements = elements_of(out, 2);
+  if (out.numel() == 0) {
+    return out;
+  }
+  const int64_t frames = shape[1];
   const Ints seeds = integers(seed_B), indices = integers(frame_F);
   float* const to = data<float>(out);
   parallel_blocks(shape[0] * frames, elements, [&](int64_t frame, int64_t start, int64_t count) {
@@ -262,9 +326,13 @@ Tensor normal(const Tensor& seed_B, const Tensor& frame_F, int64_t draw, const I
 }
 
 Tensor dmd_gradient(const Tensor& x, const Tensor& real_x0, const Tensor& fake_x0) {
-  const int64_t batch = x.size(0), elements = elements_of(x, 1);
-  const int64_t blocks = (elements + kBlock - 1) / kBlock;
+  check_all(x, {{"real_x0", real_x0}, {"fake_x0", fake_x0}});
   const Tensor out = empty(x, sizes_of(x));
+  if (x.numel() == 0) {
+    return out;
+  }
+  const int64_t batch = x.size(0), elements = x.numel() / batch;
+  const int64_t blocks = (elements + kBlock - 1) / kBlock;
   Floats partial(batch * blocks);
   by_dtypes(x, {real_x0, fake_x0}, [&](auto of_out, auto in) {
     using T = decltype(of_out);

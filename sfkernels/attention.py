@@ -4,7 +4,6 @@ Shapes are named as in reference.py."""
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,17 @@ import torch
 from torch import Tensor
 
 from sfkernels import dense, reference
-from sfkernels.dispatch import check_device, check_same, check_shape, choose, kernel, registered
+from sfkernels.arguments import (
+    check_device,
+    check_floating,
+    check_positive,
+    check_same,
+    check_shape,
+    check_tensor,
+    is_integer,
+    numbers,
+)
+from sfkernels.dispatch import choose, kernel, registered
 from sfkernels.layout import BlockLayout, Row, Span
 
 
@@ -44,6 +53,8 @@ def block_causal_attention(
     q, k, v [B, layout.tokens, H, D]; scale defaults to D^-½; prefix: what all queries see as well.
     Returns [B, L, H, D]. Raises ValueError for shapes that do not fit the layout or each other
     (grouped-query attention, fewer key heads than query heads, is not offered)."""
+    if not isinstance(layout, BlockLayout):
+        raise ValueError(f"layout is a {type(layout).__name__}: must be a BlockLayout")
     _check_heads(q_BLHD, k_BLHD, v_BLHD)
     check_shape("q", q_BLHD, ("B", layout.tokens, "H", "D"))
     check_shape("k", k_BLHD, tuple(q_BLHD.shape))
@@ -83,34 +94,21 @@ def ring_attention(
     q [B, L, H, D]; k_ring, v_ring [B, S, H, D], keys already rotated, so that their order does not
     matter; valid: an int32 or int64 scalar tensor on the same device, the tokens written so far,
     1 to S. Every query sees every valid slot. scale defaults to D^-½. Returns [B, L, H, D].
+    A valid out of range raises ValueError; on a GPU, where looking would make the host wait, and
+    under torch.compile it counts as the nearest in range.
 
     k_table: the rotation [S, D/2, 2] (see `rope_table`) of the position that each slot has now, for
     rings whose keys are stored unrotated and positions move with the window; the queries come
     rotated. Raises ValueError for shapes that do not fit. For training, see `Prefix`: this function
     has a gradient under impl="reference" and "sdpa" only."""
-    _check_heads(q_BLHD, k_ring_BSHD, v_ring_BSHD, "k_ring", "v_ring")
-    if valid.numel() != 1 or valid.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"valid is {valid.dtype} {[*valid.shape]}: must be one int32 or int64 number"
-        )
-    check_device("valid", valid, q_BLHD.device)
-    if k_table_SP2 is not None:
-        check_shape("k_table", k_table_SP2, (k_ring_BSHD.shape[1], q_BLHD.shape[3] // 2, 2))
+    impl = _choose_ring(impl, q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, k_table_SP2)
     scale = _scale(scale, q_BLHD)
-    named = dict(k_ring=k_ring_BSHD, v_ring=v_ring_BSHD, k_table=k_table_SP2)
-    impl = _choose("ring_attention", impl, q_BLHD, **named)
     if impl in ("reference", *dense.IMPLS):
         if k_table_SP2 is not None:
             k_ring_BSHD = reference.rope(k_ring_BSHD, k_table_SP2)
         if impl == "reference":
             return reference.ring_attention(q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, scale)
         return dense.ring_attention(q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, scale, impl)
-    side_by_side = k_ring_BSHD.stride(2) == k_ring_BSHD.shape[3]
-    if k_table_SP2 is not None and not (k_table_SP2.is_contiguous() and side_by_side):
-        raise ValueError(
-            f"k_table has strides {k_table_SP2.stride()} and k_ring {k_ring_BSHD.stride()}: the "
-            "table must be contiguous and the heads of a slot lie side by side"
-        )
     return _ring_attention(q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, k_table_SP2, scale, impl)
 
 
@@ -135,10 +133,48 @@ def cross_attention(
     return _attention(q_BLHD, k_BSHD, v_BSHD, None, None, rows, [], scale, impl)[0]
 
 
+def _choose_ring(
+    impl: str,
+    q_BLHD: Tensor,
+    k_ring_BSHD: Tensor,
+    v_ring_BSHD: Tensor,
+    valid: Tensor,
+    k_table_SP2: Tensor | None,
+) -> str:
+    """As `_choose`; raises ValueError for what `ring_attention` does not take."""
+    _check_heads(q_BLHD, k_ring_BSHD, v_ring_BSHD, "k_ring", "v_ring")
+    slots = k_ring_BSHD.shape[1]
+    check_tensor("valid", valid)
+    if valid.numel() != 1 or valid.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"valid is {valid.dtype} {[*valid.shape]}: must be one int32 or int64 number"
+        )
+    check_device("valid", valid, q_BLHD.device)
+    for count in numbers(valid) or ():
+        if not 1 <= count <= slots:
+            raise ValueError(f"valid is {count}: must be 1 to {slots}, the tokens of the ring")
+    if k_table_SP2 is not None:
+        if q_BLHD.shape[3] % 2:
+            raise ValueError(f"heads of {q_BLHD.shape[3]}: must be even to be rotated by k_table")
+        check_shape("k_table", k_table_SP2, (slots, q_BLHD.shape[3] // 2, 2))
+    named = dict(k_ring=k_ring_BSHD, v_ring=v_ring_BSHD, k_table=k_table_SP2)
+    impl = _choose("ring_attention", impl, q_BLHD, **named)
+    if impl in ("reference", *dense.IMPLS):
+        return impl
+    side_by_side = k_ring_BSHD.stride(2) == k_ring_BSHD.shape[3]
+    if k_table_SP2 is not None and not (k_table_SP2.is_contiguous() and side_by_side):
+        raise ValueError(
+            f"k_table has strides {k_table_SP2.stride()} and k_ring {k_ring_BSHD.stride()}: the "
+            "table must be contiguous and the heads of a slot lie side by side"
+        )
+    return impl
+
+
 def _check_heads(
     q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, k_name: str = "k", v_name: str = "v"
 ) -> None:
     check_shape("q", q_BLHD, ("B", "L", "H", "D"))
+    check_floating("q", q_BLHD)
     batch, _, heads, head_dim = q_BLHD.shape
     check_shape(k_name, k_BSHD, ("B", "S", "H", "D"))
     if k_BSHD.shape[2] != heads:
@@ -160,18 +196,29 @@ def _check_prefix(prefix: Prefix | None, q_BLHD: Tensor) -> tuple[Span, ...]:
     """The spans of the prefix that are seen."""
     if prefix is None:
         return ()
+    if not isinstance(prefix, Prefix):
+        raise ValueError(f"prefix is a {type(prefix).__name__}: must be a Prefix")
     _check_heads(q_BLHD, prefix.k_BPHD, prefix.v_BPHD, "prefix k", "prefix v")
     tokens = prefix.k_BPHD.shape[1]
     spans = ((0, tokens),) if prefix.spans is None else prefix.spans
-    before = 0
-    for lo, hi in spans:
-        if not before <= lo < hi <= tokens:
-            raise ValueError(
-                f"prefix spans {spans}: must be non-empty, in order, apart from each other and "
-                f"inside 0..{tokens}"
-            )
-        before = hi
+    if not isinstance(spans, Sequence) or not _in_order(spans, tokens):
+        raise ValueError(
+            f"prefix spans {spans}: must be non-empty pairs of integers, in order, apart from each "
+            f"other and inside 0..{tokens}"
+        )
     return spans
+
+
+def _in_order(spans: Sequence[Any], tokens: int) -> bool:
+    """Whether these are spans inside 0..tokens, one behind the other."""
+    before = 0
+    for span in spans:
+        if not isinstance(span, Sequence) or len(span) != 2 or not all(map(is_integer, span)):
+            return False
+        if not before <= span[0] < span[1] <= tokens:
+            return False
+        before = span[1]
+    return True
 
 
 def _choose(op: str, impl: str, q_BLHD: Tensor, **others: Tensor | None) -> str:
@@ -193,8 +240,7 @@ def _choose(op: str, impl: str, q_BLHD: Tensor, **others: Tensor | None) -> str:
 def _scale(scale: float | None, q_BLHD: Tensor) -> float:
     if scale is None:
         return float(q_BLHD.shape[-1] ** -0.5)
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"scale={scale}: must be positive and finite")
+    check_positive("scale", scale)
     return scale
 
 
@@ -218,12 +264,21 @@ def _cached_flat_rows(layout: BlockLayout) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _rows(flat: tuple[int, ...]) -> tuple[Row, ...]:
-    rows, at = [], 0
+def _rows(flat: tuple[int, ...], queries: int, keys: int) -> tuple[Row, ...]:
+    """Raises ValueError unless the rows cover all queries in order and see keys that are there."""
+    rows, at, before = [], 0, 0
     while at < len(flat):
-        end = at + 3 + 2 * flat[at + 2]
-        rows.append(Row((flat[at], flat[at + 1]), _spans(flat[at + 3 : end])))
-        at = end
+        end = at + 3 + 2 * (flat[at + 2] if at + 2 < len(flat) else len(flat))
+        row = Row((before, flat[at + 1]), _spans(flat[at + 3 : end])) if end <= len(flat) else None
+        if row is None or flat[at] != before or not row.keys or not _in_order(row.keys, keys):
+            raise ValueError(
+                f"rows={flat}: must be of each row its first query, the one past its last, how "
+                f"many spans of the {keys} keys it sees, and those"
+            )
+        rows.append(row)
+        at, before = end, row.queries[1]
+    if before != queries or not all(row.queries[0] < row.queries[1] for row in rows):
+        raise ValueError(f"rows={flat}: must cover the {queries} queries in order")
     return tuple(rows)
 
 
@@ -244,9 +299,8 @@ def _attention(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """o, and the logarithm of each query's sum of exponentials, which has no gradient."""
-    o, lse = kernel(impl, "attention_fwd")(
-        q, k, v, _rows(tuple(rows)), k_prefix, v_prefix, _spans(prefix), scale
-    )
+    seen = _check_pattern(q, k, v, k_prefix, v_prefix, rows, prefix, scale, impl)
+    o, lse = kernel(impl, "attention_fwd")(q, k, v, seen, k_prefix, v_prefix, _spans(prefix), scale)
     return o, lse
 
 
@@ -272,9 +326,19 @@ def _attention_bwd(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    seen = _check_pattern(q, k, v, k_prefix, v_prefix, rows, prefix, scale, impl)
+    for name, t in (("do", do), ("o", o)):
+        check_shape(name, t, tuple(q.shape))
+        check_same(name, t, "q", q)
+    check_shape("lse", lse, (q.shape[0], q.shape[2], q.shape[1]))
+    if lse.dtype != torch.float32 or not lse.is_contiguous() or not o.is_contiguous():
+        raise ValueError(
+            f"lse is {lse.dtype} of strides {lse.stride()}, o has {o.stride()}: both must be "
+            "contiguous, lse in float32"
+        )
     do = do if do.stride()[2:] == (do.shape[3], 1) else do.contiguous()
     dq, dk, dv = kernel(impl, "attention_bwd")(
-        do, q, k, v, o, lse, _rows(tuple(rows)), k_prefix, v_prefix, _spans(prefix), scale
+        do, q, k, v, o, lse, seen, k_prefix, v_prefix, _spans(prefix), scale
     )
     return dq, dk, dv
 
@@ -282,6 +346,16 @@ def _attention_bwd(
 @_attention_bwd.register_fake
 def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> Any:
+    raise RuntimeError(
+        "kernels of attention have no second derivative: take it with impl='reference' inside "
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+    )
+
+
+_attention_bwd.register_autograd(_no_second_derivative)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -310,6 +384,8 @@ def _ring_attention(
     scale: float,
     impl: str,
 ) -> Tensor:
+    _choose_ring(impl, q, k_ring, v_ring, valid, k_table)
+    check_positive("scale", scale)
     if k_table is not None:
         k_ring = kernel("triton", "rotate_ring")(k_ring, k_table, valid)
     o: Tensor = kernel(impl, "ring_attention")(q, k_ring, v_ring, valid, scale)
@@ -319,6 +395,29 @@ def _ring_attention(
 @_ring_attention.register_fake
 def _(q: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _check_pattern(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_prefix: Tensor | None,
+    v_prefix: Tensor | None,
+    rows: Sequence[int],
+    prefix: Sequence[int],
+    scale: float,
+    impl: str,
+) -> tuple[Row, ...]:
+    """The rows of a pattern. Raises ValueError for what an op does not take, which may be called
+    without its function."""
+    _check_heads(q, k, v)
+    if k_prefix is not None and v_prefix is not None:
+        _check_prefix(Prefix(k_prefix, v_prefix, _spans(prefix)), q)
+    elif prefix or k_prefix is not None or v_prefix is not None:
+        raise ValueError("k_prefix, v_prefix and the spans of prefix belong together")
+    check_positive("scale", scale)
+    _choose("block_causal_attention", impl, q, k=k, v=v, prefix_k=k_prefix, prefix_v=v_prefix)
+    return _rows(tuple(rows), q.shape[1], k.shape[1])
 
 
 def _no_gradient(ctx: Any, do: Tensor) -> Any:

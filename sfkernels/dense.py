@@ -67,7 +67,7 @@ def ring_attention(
             "impl='flash': ring_attention needs flash_attn_with_kvcache of flash-attn 2 or 3, and "
             "only version 4 is installed"
         )
-    lengths_B = valid.reshape(1).to(torch.int32).expand(len(q_BLHD)).contiguous()
+    lengths_B = _length(k_ring_BSHD, valid).expand(len(q_BLHD)).contiguous()
     out = with_cache(q_BLHD, k_ring_BSHD, v_ring_BSHD, cache_seqlens=lengths_B, softmax_scale=scale)
     return _first(out)
 
@@ -82,12 +82,17 @@ def _varlen_ring_attention(
     if scale != head_dim**-0.5:  # not every version takes a scale
         q_BLHD = q_BLHD * (scale * head_dim**0.5)
     q_ends = torch.arange(2, dtype=torch.int32, device=q_BLHD.device) * queries
-    k_ends = F.pad(valid.reshape(1).to(torch.int32), (1, 0))
+    k_ends = F.pad(_length(k_ring_BSHD, valid), (1, 0))
     outs = [
         _first(varlen_attn(q, k, v, q_ends, k_ends, queries, slots))
         for q, k, v in zip(q_BLHD, k_ring_BSHD, v_ring_BSHD, strict=True)
     ]
     return torch.stack(outs)
+
+
+def _length(k_ring_BSHD: Tensor, valid: Tensor) -> Tensor:
+    """How many keys are seen, in range whatever `valid` is; int32 [1]."""
+    return valid.reshape(1).clamp(1, k_ring_BSHD.shape[1]).to(torch.int32)
 
 
 def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:

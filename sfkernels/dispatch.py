@@ -1,5 +1,5 @@
-"""The choice of implementation, made once per call and never silently, and the checks of arguments
-that every op shares."""
+"""The choice of implementation, made once per call and never silently, and the way ops are
+registered."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import functools
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from sfkernels import cpp
+from sfkernels.arguments import check_device, check_floating, is_plain
+
+T = TypeVar("T")
 
 IMPLS = ("auto", "triton", "gluon", "sdpa", "flash", "cpp", "reference")
 
@@ -41,9 +45,9 @@ _AUTO = {
     **{op: {"cuda": "triton"} for op in _ATTENTION},
     "cross_attention": {"cuda": "sdpa"},
 }
-_PLAIN = (Tensor, torch.nn.Parameter)  # and no subclass, which may stand for something else
 _ALWAYS_FLOAT32 = ("k_table",)
 _HALF = (torch.bfloat16, torch.float16)
+_ANY = frozenset({torch.float64, torch.float32, *_HALF})
 _DTYPES = {
     "triton": (torch.float32, *_HALF),
     "cpp": (torch.float32, *_HALF),
@@ -60,9 +64,17 @@ def choose(
     below, if there is such.
 
     Raises ValueError for a name that does not exist, an implementation that lacks the op, and
-    tensors it cannot take: kernels want float32 (not all), bfloat16 or float16 on one device that
-    they run on, with a contiguous last dimension. On a CPU "auto" leaves others to the reference,
-    and all of them where the C++ is not built."""
+    tensors it cannot take: they must be dense, of floating-point numbers and on one device; kernels
+    want float32 (not all), bfloat16 or float16 on a device that they run on, with a contiguous last
+    dimension. On a CPU "auto" leaves others to the reference, and all of them where the C++ is not
+    built."""
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if t.device != device:
+            check_device(name, t, device)
+        if t.dtype not in _ANY:
+            check_floating(name, t)
     if impl == "auto":
         impl = _AUTO[op].get(device.type, "reference")
         if impl == "cpp":
@@ -77,7 +89,11 @@ def choose(
 
 
 def kernel(impl: str, launcher: str) -> Callable[..., Any]:
-    """The launcher of an implementation other than the reference."""
+    """The launcher of an implementation other than the reference. Raises ValueError for another
+    name, which a registered op may be called with."""
+    if impl not in _MODULES:
+        taken = ", ".join(_MODULES)
+        raise ValueError(f"impl={impl!r}: a registered op takes {taken}; its function takes others")
     return getattr(importlib.import_module(_MODULES[impl]), launcher)
 
 
@@ -99,12 +115,7 @@ class Op:
         self.register_autograd = self.registered.register_autograd
 
     def __call__(self, *args: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-            or args[-1] != "cpp"
-            or torch.is_grad_enabled()
-            or type(args[0]) not in _PLAIN
-        ):
+        if args[-1] != "cpp" or torch.is_grad_enabled() or not is_plain(args[0]):
             return self.registered(*args)
         out = self.function(*args)
         for i in self.mutated:
@@ -143,11 +154,9 @@ def _refusal(impl: str, device: torch.device, tensors: dict[str, Tensor | None])
     for name, t in tensors.items():
         if t is None:
             continue
-        if t.device != device:
-            return _elsewhere(name, t, device)
         if t.dtype not in _DTYPES[impl] and name not in _ALWAYS_FLOAT32:
             taken = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[impl])
-            return f"{name} is {t.dtype}: impl={impl!r} takes {taken} (impl='reference' takes any)"
+            return f"{name} is {t.dtype}: impl={impl!r} takes {taken}; use impl='reference'"
         if t.dim() and t.shape[-1] > 1 and t.stride(-1) != 1:
             return (
                 f"{name} has stride {t.stride(-1)} in its last dimension: impl={impl!r} takes a "
@@ -156,32 +165,42 @@ def _refusal(impl: str, device: torch.device, tensors: dict[str, Tensor | None])
     return ""
 
 
-def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
-    """Raises ValueError unless `tensor` has `shape`, where a string stands for any size."""
-    fits = tensor.dim() == len(shape) and all(
-        isinstance(want, str) or got == want for got, want in zip(tensor.shape, shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join(str(s) for s in shape)
-        raise ValueError(f"{name} has shape {[*tensor.shape]}: must be [{wanted}]")
+def cached_tensors(maxsize: int | None = None) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Decorates a function that makes tensors out of numbers, so that it makes them once: as normal
+    tensors, which a backward pass can save, also where the first call is in inference mode; anew
+    under FakeTensorMode (torch.export), for its tensors hold no numbers. maxsize: calls kept."""
+
+    def decorate(make: Callable[..., T]) -> Callable[..., T]:
+        normal = torch.inference_mode(False)(make)
+        cached = functools.lru_cache(maxsize)(normal)
+
+        @functools.wraps(make)
+        def call(*args: Any) -> T:
+            return normal(*args) if detect_fake_mode() else cached(*args)
+
+        return call
+
+    return decorate
 
 
-def check_same(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    """Raises ValueError unless both tensors share a device and a dtype."""
-    for what in ("device", "dtype"):
-        got, want = getattr(tensor, what), getattr(like, what)
-        if got != want:
-            raise ValueError(f"{name} has {what} {got}: must be {want}, as {like_name}")
-
-
-def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    """Raises ValueError unless `tensor` is on `device`."""
-    if tensor.device != device:
-        raise ValueError(_elsewhere(name, tensor, device))
-
-
-def _elsewhere(name: str, tensor: Tensor, device: torch.device) -> str:
-    return f"{name} is on {tensor.device}: must be on {device}, as the others"
+def derivatives(
+    function: Callable[..., Any], inputs: Sequence[Tensor | None], *grads: Tensor | None
+) -> list[Any]:
+    """The gradients of function(*inputs), a tensor or a tuple of them, that have gradients
+    themselves: for a backward pass under create_graph=True, as kernels have first derivatives only.
+    `grads` are those of its outputs. None where an input, or the gradient of an output, is."""
+    # Views: one input may have been computed from another, and only the way to here counts.
+    views = [
+        t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+        for t in inputs
+    ]
+    outs = function(*views)
+    outs = (outs,) if isinstance(outs, Tensor) else outs
+    given = [(out, grad) for out, grad in zip(outs, grads, strict=True) if grad is not None]
+    ends, upstream = zip(*given, strict=True)
+    wanted = [t for t in views if t is not None]
+    found = iter(torch.autograd.grad(ends, wanted, upstream, create_graph=True))
+    return [None if t is None else next(found) for t in views]
 
 
 def contiguous_like(tensor: Tensor, *_: Any) -> Tensor:

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sfkernels.arguments import check_count, check_shape
 from sfkernels.layout import check_window
 
 
 class RingChunk(NamedTuple):
     """Where the current chunk of F frames stands; int32 tensors on the cache's device.
 
-    frame_F: absolute index of each frame. slot_F: its frame slot in the ring. valid: tokens of the
-    ring that attention may read once the chunk is written.
+    frame_F: absolute index of each frame (`RingKVCache` says how long). slot_F: its frame slot in
+    the ring. valid: tokens of the ring that attention may read once the chunk is written.
     """
 
     frame_F: Tensor
@@ -41,7 +42,12 @@ class RingKVCache:
 
     k, v: [layers, batch, window · frame_tokens, heads, head_dim].
     text_k, text_v: [layers, batch, text_tokens, heads, head_dim].
-    start: int32 [], absolute index of the first frame of the current chunk.
+    start: int32 [], absolute index of the first frame of the current chunk. A stream is endless:
+    where the index would not fit in 32 bits, after 17 years at four latent frames a second, it goes
+    back by a multiple of the ring's period, window − sink, to a number of at least `window`. Slots,
+    the sink and what is visible go on as before. Frames then count, for RoPE and for noise, from
+    about `window` on, while keys in the ring keep the positions they were rotated at: for one
+    window of frames, distances to those outside the sink are wrong.
 
     Raises ValueError for sizes that do not fit together and MemoryError, before anything is
     allocated, where the device has too little free memory.
@@ -63,8 +69,10 @@ class RingKVCache:
     ) -> None:
         sizes = dict(layers=layers, batch=batch, heads=heads, head_dim=head_dim)
         for name, size in (sizes | dict(window=window, frame_tokens=frame_tokens)).items():
-            if size < 1:
-                raise ValueError(f"{name}={size}: must be at least 1")
+            check_count(name, size)
+        check_count("text_tokens", text_tokens, least=0)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype}: must be floating point")
         check_window(window, sink, chunk=1)
         self.window, self.sink, self.frame_tokens = window, sink, frame_tokens
         need = self.bytes_needed(
@@ -111,22 +119,32 @@ class RingKVCache:
     def chunk(self, frames: int) -> RingChunk:
         """Places the next `frames` frames, computed on the device. Raises ValueError where there
         are none or they do not fit beside the sink."""
-        if frames < 1:
-            raise ValueError(f"frames={frames}: a chunk must have at least 1")
         check_window(self.window, self.sink, frames)
-        frame_F = self.start + torch.arange(frames, dtype=torch.int32, device=self.start.device)
+        start = self._wrapped_start()
+        frame_F = start + torch.arange(frames, dtype=torch.int32, device=start.device)
         rolling = self.sink + (frame_F - self.sink) % (self.window - self.sink)
         slot_F = torch.where(frame_F < self.sink, frame_F, rolling)
-        valid = (self.start + frames).clamp(max=self.window) * self.frame_tokens
+        valid = (start + frames).clamp(max=self.window) * self.frame_tokens
         return RingChunk(frame_F, slot_F, valid)
 
     def commit(self, frames: int) -> None:
-        """Makes the current chunk of `frames` frames past. Its keys and values stay in place."""
-        self.start += frames
+        """Makes the current chunk of `frames` frames past. Its keys and values stay in place.
+        Raises ValueError as `chunk` does."""
+        check_window(self.window, self.sink, frames)
+        self.start.copy_(self._wrapped_start() + frames)
+
+    def _wrapped_start(self) -> Tensor:
+        """`start`, so far back that 32 bits hold two windows more."""
+        last = 2**31 - 1 - 2 * self.window
+        period = self.window - self.sink
+        back = (last - self.window) // period * period
+        return torch.where(self.start > last, self.start - back, self.start)
 
     def reset(self) -> None:
-        """Back to an empty ring, without touching the memory; the prompt stays."""
-        self.start.zero_()
+        """Back to an empty ring; the prompt stays. The ring is filled with zeros, as it was made: a
+        stream that went NaN must not reach the next one through a slot that is not valid yet."""
+        for tensor in (self.k, self.v, self.start):
+            tensor.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """The cache's tensors (not copies) and geometry, for `torch.save` or `load_state_dict`."""
@@ -135,19 +153,25 @@ class RingKVCache:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copies a saved state in. Raises ValueError, changing nothing, if it does not fit."""
-        missing = {*_TENSORS, "geometry"} - state.keys()
+        keys = {*_TENSORS, "geometry"}
+        missing = keys - state.keys() if isinstance(state, dict) else keys
         if missing:
             raise ValueError(f"not a saved KV cache: {', '.join(sorted(missing))} missing")
         mine = (self.window, self.sink, self.frame_tokens)
-        if tuple(state["geometry"]) != mine:
+        saved = state["geometry"]
+        if not isinstance(saved, (tuple, list)) or tuple(saved) != mine:
             raise ValueError(
-                f"saved with (window, sink, frame_tokens) {tuple(state['geometry'])}: this cache "
-                f"has {mine}"
+                f"saved with (window, sink, frame_tokens) {saved}: this cache has {mine}"
             )
         for name in _TENSORS:
-            got, want = state[name].shape, getattr(self, name).shape
-            if got != want:
-                raise ValueError(f"saved {name} has shape {[*got]}: this cache has {[*want]}")
+            got, want = state[name], getattr(self, name)
+            check_shape(f"saved {name}", got, tuple(want.shape))
+            if got.dtype != want.dtype or got.is_meta:
+                raise ValueError(
+                    f"saved {name} is {got.dtype} on {got.device}: must be {want.dtype}, in memory"
+                )
+        if int(state["start"]) < 0:
+            raise ValueError(f"saved start is {int(state['start'])}: must be 0 or more frames")
         for name in _TENSORS:
             getattr(self, name).copy_(state[name])
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from sfkernels.arguments import check_count
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -63,12 +65,13 @@ class BlockLayout:
     hide_first: bool = False
 
     def __post_init__(self) -> None:
-        if not self.chunks or any(c < 1 for c in self.chunks):
+        sized = isinstance(self.chunks, tuple) and all(isinstance(c, int) for c in self.chunks)
+        if not sized or not self.chunks or min(self.chunks) < 1:
             raise ValueError(
-                f"chunks={self.chunks}: at least one chunk, each of at least one latent frame"
+                f"chunks={self.chunks}: a tuple of at least one chunk, each of at least one latent "
+                "frame"
             )
-        if self.frame_tokens < 1:
-            raise ValueError(f"frame_tokens={self.frame_tokens}: must be at least 1")
+        check_count("frame_tokens", self.frame_tokens)
         check_window(self.window, self.sink, max(self.chunks))
 
     @classmethod
@@ -210,8 +213,8 @@ def chunk_sizes(frames: int, chunk: int, first: int | None = None) -> tuple[int,
     """Splits `frames` latent frames into chunks of `chunk`, the first of size `first` if given.
     Raises ValueError where they do not divide."""
     first = chunk if first is None else first
-    if frames < 1 or chunk < 1 or first < 1:
-        raise ValueError(f"frames={frames}, chunk={chunk}, first={first}: each must be at least 1")
+    for name, size in (("frames", frames), ("chunk", chunk), ("first", first)):
+        check_count(name, size)
     if frames < first or (frames - first) % chunk:
         raise ValueError(
             f"frames={frames}: must be {first} plus a multiple of the chunk size {chunk}"
@@ -222,10 +225,11 @@ def chunk_sizes(frames: int, chunk: int, first: int | None = None) -> tuple[int,
 def check_window(window: int | None, sink: int, chunk: int) -> None:
     """Raises ValueError unless a window of `window` latent frames with `sink` pinned ones can hold
     a chunk of `chunk` frames beside them."""
-    if sink < 0:
-        raise ValueError(f"sink={sink}: must be 0 or more latent frames")
+    check_count("sink", sink, least=0)
+    check_count("chunk", chunk)
     if window is None:
         return
+    check_count("window", window)
     if window < chunk:
         raise ValueError(
             f"window={window} is smaller than a chunk of {chunk} latent frames: it must be at "

@@ -7,21 +7,15 @@ connection before the norm `sfkernels::residual_norm`, and with SiLU after it
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sfkernels import reference
-from sfkernels.dispatch import (
-    check_device,
-    check_same,
-    check_shape,
-    choose,
-    contiguous_like,
-    kernel,
-    registered,
-)
+from sfkernels.arguments import check_positive, check_same, check_shape, check_tensor
+from sfkernels.dispatch import choose, contiguous_like, derivatives, kernel, registered
 
 
 def layer_norm(
@@ -30,7 +24,7 @@ def layer_norm(
     """LayerNorm over the last dimension with weight and bias [C]; returns [B, L, C].
     Raises ValueError for shapes that do not fit."""
     _check_affine(x_BLC, weight=weight_C, bias=bias_C)
-    impl = choose("norm", impl, x_BLC.device, x=x_BLC, weight=weight_C, bias=bias_C)
+    impl = _choose(impl, eps, x_BLC, weight=weight_C, bias=bias_C)
     if impl == "reference":
         return reference.layer_norm(x_BLC, weight_C, bias_C, eps)
     return _norm(x_BLC, weight_C[None, None], bias_C[None, None], eps, True, False, impl)[0]
@@ -40,7 +34,7 @@ def rms_norm(x_BLC: Tensor, weight_C: Tensor, *, eps: float = 1e-6, impl: str = 
     """`x / sqrt(mean(x²) + eps) · weight` over the last dimension; returns [B, L, C].
     Raises ValueError for shapes that do not fit."""
     _check_affine(x_BLC, weight=weight_C)
-    impl = choose("norm", impl, x_BLC.device, x=x_BLC, weight=weight_C)
+    impl = _choose(impl, eps, x_BLC, weight=weight_C)
     if impl == "reference":
         return reference.rms_norm(x_BLC, weight_C, eps)
     return _norm(x_BLC, weight_C[None, None], None, eps, False, False, impl)[0]
@@ -55,7 +49,7 @@ def adaln(
     a larger modulation and in a wider dtype. Returns [B, L, C] in x's dtype. Raises ValueError for
     shapes that do not fit."""
     _check_modulation(x_BLC, shift=shift_BFC, scale=scale_BFC)
-    impl = choose("norm", impl, x_BLC.device, x=x_BLC, shift=shift_BFC, scale=scale_BFC)
+    impl = _choose(impl, eps, x_BLC, shift=shift_BFC, scale=scale_BFC)
     if impl == "reference":
         return reference.adaln(x_BLC, shift_BFC, scale_BFC, eps)
     return _norm(x_BLC, scale_BFC, shift_BFC, eps, True, True, impl)[0]
@@ -76,18 +70,10 @@ def gated_adaln(
 
     x, y [B, L, C]; gate, shift, scale [B or 1, F or 1, C]. Raises ValueError for shapes that do
     not fit."""
-    _check_residual(x_BLC, y_BLC)
-    _check_modulation(x_BLC, gate=gate_BFC, shift=shift_BFC, scale=scale_BFC)
-    impl = choose(
-        "norm",
-        impl,
-        x_BLC.device,
-        x=x_BLC,
-        y=y_BLC,
-        gate=gate_BFC,
-        shift=shift_BFC,
-        scale=scale_BFC,
-    )
+    _check_residual(x_BLC, y=y_BLC)
+    modulations = dict(gate=gate_BFC, shift=shift_BFC, scale=scale_BFC)
+    _check_modulation(x_BLC, **modulations)
+    impl = _choose(impl, eps, x_BLC, y=y_BLC, **modulations)
     if impl == "reference":
         return reference.gated_adaln(x_BLC, y_BLC, gate_BFC, shift_BFC, scale_BFC, eps)
     args = gate_BFC, scale_BFC, shift_BFC
@@ -110,12 +96,11 @@ def gated_layer_norm(
 
     x, y [B, L, C]; gate [B or 1, F or 1, C] or None; weight, bias [C]. Raises ValueError for shapes
     that do not fit."""
-    _check_residual(x_BLC, y_BLC)
+    _check_residual(x_BLC, y=y_BLC)
     _check_modulation(x_BLC, gate=gate_BFC)
     _check_affine(x_BLC, weight=weight_C, bias=bias_C)
-    impl = choose(
-        "norm", impl, x_BLC.device, x=x_BLC, y=y_BLC, gate=gate_BFC, weight=weight_C, bias=bias_C
-    )
+    tensors = dict(y=y_BLC, gate=gate_BFC, weight=weight_C, bias=bias_C)
+    impl = _choose(impl, eps, x_BLC, **tensors)
     if impl == "reference":
         return reference.gated_layer_norm(x_BLC, y_BLC, gate_BFC, weight_C, bias_C, eps)
     args = gate_BFC, weight_C[None, None], bias_C[None, None]
@@ -140,15 +125,7 @@ def rms_norm_silu(
     which need not add it in a pass of its own; before [B, P, C], what this function gave for the
     frames that the convolution looks back at; weight [C]. Returns [B, L, C] and [B, P + L, C].
     Raises ValueError for shapes that do not fit."""
-    affine = {"weight": weight_C} | ({} if bias_C is None else {"bias": bias_C})
-    _check_affine(x_BLC, **affine)
-    if y_BLC is not None:
-        _check_residual(x_BLC, y_BLC)
-    if before_BPC is not None:
-        check_shape("before", before_BPC, (x_BLC.shape[0], "P", x_BLC.shape[2]))
-        check_same("before", before_BPC, "x", x_BLC)
-    tensors = {**affine, "x": x_BLC, "y": y_BLC, "before": before_BPC}
-    impl = choose("norm", impl, x_BLC.device, **tensors)
+    impl = _choose_silu(impl, eps, x_BLC, weight_C, y_BLC, bias_C, before_BPC)
     if impl == "reference":
         out = reference.rms_norm_silu(x_BLC, weight_C, y_BLC, bias_C, before_BPC, eps)
     else:
@@ -172,6 +149,7 @@ def _norm(
     plus_one: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
+    _check_op(impl, x, dict(scale=scale, shift=shift), eps=eps)
     _, out, stats = kernel(impl, "norm_fwd")(x, None, None, scale, shift, eps, centred, plus_one)
     return out, stats
 
@@ -193,8 +171,10 @@ def _norm_bwd(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dscale, dshift (empty without a shift)."""
+    dout = _dense(dout)
+    _check_op(impl, x, dict(scale=scale, shift=shift), dout=dout, stats=stats)
     dx, _, _, dscale, dshift = kernel(impl, "norm_bwd")(
-        None, _dense(dout), x, None, None, scale, shift, stats, centred, plus_one
+        None, dout, x, None, None, scale, shift, stats, centred, plus_one
     )
     return dx, dscale, x.new_empty(0) if dshift is None else dshift
 
@@ -205,7 +185,7 @@ def _(dout: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, *_: Any) -> 
 
 
 def _norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, scale, shift, _, *ctx.rest = inputs
+    x, scale, shift, ctx.eps, *ctx.rest = inputs
     ctx.save_for_backward(x, scale, shift, output[1])
     ctx.set_materialize_grads(False)
 
@@ -213,8 +193,24 @@ def _norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _norm_backward(ctx: Any, dout: Tensor | None, _: None) -> Any:
     x, scale, shift, stats = ctx.saved_tensors
     dout = torch.zeros_like(x) if dout is None else dout
-    dx, dscale, dshift = _norm_bwd(dout, x, scale, shift, stats, *ctx.rest)
+    if torch.is_grad_enabled():
+        plain = functools.partial(_plain_norm, ctx.eps, *ctx.rest[:2])
+        dx, dscale, dshift = derivatives(plain, (x, scale, shift), dout)
+    else:
+        dx, dscale, dshift = _norm_bwd(dout, x, scale, shift, stats, *ctx.rest)
     return dx, dscale, None if shift is None else dshift, None, None, None, None
+
+
+def _plain_norm(
+    eps: float, centred: bool, plus_one: bool, x: Tensor, scale: Tensor, shift: Tensor | None
+) -> Tensor:
+    """The reference of `_norm`, for derivatives of its derivatives."""
+    if shift is None:
+        assert not centred and not plus_one
+        return reference.rms_norm(x, scale[0, 0], eps)
+    if plus_one:
+        return reference.adaln(x, shift, scale, eps)
+    return reference.layer_norm(x, scale[0, 0], shift[0, 0], eps)
 
 
 _norm.register_autograd(_norm_backward, setup_context=_norm_setup)
@@ -231,6 +227,7 @@ def _residual_norm(
     plus_one: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_op(impl, x, dict(gate=gate, scale=scale, shift=shift), eps=eps, y=y)
     residual, out, stats = kernel(impl, "norm_fwd")(x, y, gate, scale, shift, eps, True, plus_one)
     return residual, out, stats
 
@@ -254,8 +251,13 @@ def _residual_norm_bwd(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dy, dgate, dscale, dshift; dy (which is dx) and dgate are empty without a gate."""
+    dresidual, dout = _dense(dresidual), _dense(dout)
+    if gate is not None and y is None:
+        raise ValueError("gate is given without y, which its gradient needs")
+    modulations = dict(gate=gate, scale=scale, shift=shift)
+    _check_op(impl, residual, modulations, dout=dout, stats=stats, y=y, dresidual=dresidual)
     dx, dy, dgate, dscale, dshift = kernel(impl, "norm_bwd")(
-        _dense(dresidual), _dense(dout), residual, y, gate, scale, shift, stats, True, plus_one
+        dresidual, dout, residual, y, gate, scale, shift, stats, True, plus_one
     )
     if gate is None:
         dy, dgate = residual.new_empty(0), residual.new_empty(0)
@@ -279,7 +281,7 @@ def _(
 
 
 def _residual_norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    _, y, gate, scale, shift, _, *ctx.rest = inputs
+    _, y, gate, scale, shift, ctx.eps, *ctx.rest = inputs
     residual, _, stats = output
     # Without a gate the backward pass does not need y.
     ctx.save_for_backward(residual, None if gate is None else y, gate, scale, shift, stats)
@@ -290,9 +292,20 @@ def _residual_norm_backward(
     ctx: Any, dresidual: Tensor | None, dout: Tensor | None, _: None
 ) -> Any:
     saved = ctx.saved_tensors  # once: checkpointing recomputes what is asked for and drops it
-    residual, _, gate, *_ = saved
+    residual, y, gate, scale, shift, _ = saved
     dresidual = torch.zeros_like(residual) if dresidual is None else dresidual
     dout = torch.zeros_like(residual) if dout is None else dout
+    if torch.is_grad_enabled():
+
+        def plain(x: Tensor, *modulation: Tensor) -> tuple[Tensor, Tensor]:
+            return x, _plain_norm(ctx.eps, True, ctx.rest[0], x, *modulation)
+
+        dx, dscale, dshift = derivatives(plain, (residual, scale, shift), dresidual, dout)
+        dy, dgate = dx, None
+        if gate is not None:
+            branch = functools.partial(reference.residual, torch.zeros_like(residual))
+            dy, dgate = derivatives(branch, (y, gate), dx)
+        return dx, dy, dgate, dscale, dshift, None, None, None
     dx, dy, dgate, dscale, dshift = _residual_norm_bwd(dresidual, dout, *saved, *ctx.rest)
     if gate is None:
         dy, dgate = dx, None
@@ -313,7 +326,9 @@ def _rms_norm_silu(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The first output is empty without y."""
-    scale = weight[None, None]
+    if impl != "cpp":
+        _choose_silu(impl, eps, x, weight, y, bias, before)
+    scale = _as_modulation(weight)
     residual, out, stats = kernel(impl, "norm_fwd")(
         x, y, None, scale, None, eps, False, False, silu=True, bias_C=bias, before_BPC=before
     )
@@ -338,9 +353,10 @@ def _rms_norm_silu_bwd(
     dresidual: Tensor | None, dout: Tensor, x: Tensor, weight: Tensor, stats: Tensor, impl: str
 ) -> tuple[Tensor, Tensor]:
     """dx, dweight. x: with y and the bias in it."""
+    dout, scale = _dense(dout), _as_modulation(weight)
+    _check_op(impl, x, dict(weight=scale), dout=dout, stats=stats, dresidual=dresidual)
     dx, _, _, dscale, _ = kernel(impl, "norm_bwd")(
-        *(dresidual, _dense(dout), x, None, None, weight[None, None], None, stats, False, False),
-        silu=True,
+        *(dresidual, dout, x, None, None, scale, None, stats, False, False), silu=True
     )
     return dx, dscale.view(weight.shape)
 
@@ -351,7 +367,7 @@ def _(dresidual: Tensor | None, dout: Tensor, x: Tensor, weight: Tensor, *_: Any
 
 
 def _rms_norm_silu_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, y, bias, before, _, ctx.impl = inputs
+    x, weight, y, bias, before, ctx.eps, ctx.impl = inputs
     residual, _, stats = output
     # The sum as it was stored; else it is taken again.
     ctx.save_for_backward(x if y is None else residual, weight, bias, stats)
@@ -370,7 +386,15 @@ def _rms_norm_silu_backward(
     if dout is None:
         dout = x.new_zeros(x.shape[0], ctx.rows + x.shape[1], x.shape[2])
     dresidual = _dense(dresidual) if ctx.residual and dresidual is not None else None
-    dx, dweight = _rms_norm_silu_bwd(dresidual, dout[:, ctx.rows :], x, weight, stats, ctx.impl)
+    dnormed = dout[:, ctx.rows :]
+    if torch.is_grad_enabled():
+
+        def plain(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            return reference.rms_norm_silu(x, weight, None, None, None, ctx.eps)
+
+        dx, dweight = derivatives(plain, (x, weight), dresidual, dnormed.to(x.dtype))
+    else:
+        dx, dweight = _rms_norm_silu_bwd(dresidual, dnormed, x, weight, stats, ctx.impl)
     dbias = None if bias is None else dx.sum((0, 1), dtype=torch.float32).to(bias.dtype)
     dx = dx.to(dtype)
     dbefore = dout[:, : ctx.rows] if ctx.looks_back else None
@@ -386,7 +410,13 @@ def _stats(x: Tensor) -> Tensor:
 
 def _dense(grad: Tensor) -> Tensor:
     """A gradient may come expanded or transposed; kernels want a contiguous last dimension."""
+    check_shape("the gradient", grad, ("B", "L", "C"))
     return grad if grad.shape[-1] == 1 or grad.stride(-1) == 1 else grad.contiguous()
+
+
+def _as_modulation(weight_C: Tensor) -> Tensor:
+    check_shape("weight", weight_C, ("C",))
+    return weight_C[None, None]
 
 
 def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:
@@ -394,22 +424,78 @@ def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if t is None else contiguous_like(t)
 
 
-def _check_residual(x_BLC: Tensor, y_BLC: Tensor) -> None:
-    check_shape("y", y_BLC, tuple(x_BLC.shape))
-    check_same("y", y_BLC, "x", x_BLC)
+def _choose(impl: str, eps: float, x_BLC: Tensor, **tensors: Tensor | None) -> str:
+    """As `choose`; raises ValueError for what no norm takes."""
+    check_positive("eps", eps)
+    if not x_BLC.shape[2]:
+        raise ValueError(f"x has shape {[*x_BLC.shape]}: its rows must have an element")
+    return choose("norm", impl, x_BLC.device, x=x_BLC, **tensors)
+
+
+def _choose_silu(
+    impl: str,
+    eps: float,
+    x_BLC: Tensor,
+    weight_C: Tensor,
+    y_BLC: Tensor | None,
+    bias_C: Tensor | None,
+    before_BPC: Tensor | None,
+) -> str:
+    """As `_choose`, of what `rms_norm_silu` is given."""
+    affine = {"weight": weight_C} | ({} if bias_C is None else {"bias": bias_C})
+    _check_affine(x_BLC, **affine)
+    if y_BLC is not None:
+        _check_residual(x_BLC, y=y_BLC)
+    if before_BPC is not None:
+        check_shape("before", before_BPC, (x_BLC.shape[0], "P", x_BLC.shape[2]))
+        check_same("before", before_BPC, "x", x_BLC)
+    return _choose(impl, eps, x_BLC, **affine, y=y_BLC, before=before_BPC)
+
+
+def _check_op(
+    impl: str,
+    x: Tensor,
+    modulations: dict[str, Tensor | None],
+    *,
+    eps: float = 1.0,
+    dout: Tensor | None = None,
+    stats: Tensor | None = None,
+    **residual: Tensor | None,
+) -> None:
+    """Raises ValueError for what an op does not take that is called without its function. The C++
+    looks for itself."""
+    if impl == "cpp":
+        return
+    _check_modulation(x, **{name: m for name, m in modulations.items() if m is not None})
+    _check_residual(x, **{name: t for name, t in residual.items() if t is not None})
+    if dout is not None and stats is not None:
+        check_shape("dout", dout, tuple(x.shape))
+        check_shape("stats", stats, (*x.shape[:2], 2))
+        if stats.dtype != torch.float32 or not stats.is_contiguous():
+            raise ValueError(f"stats is {stats.dtype}, {stats.stride()}: must be dense float32")
+    _choose(impl, eps, x, dout=dout, stats=stats, **residual, **modulations)
+
+
+def _check_residual(x_BLC: Tensor, **residual: Tensor) -> None:
+    check_shape("x", x_BLC, ("B", "L", "C"))
+    for name, t in residual.items():
+        check_shape(name, t, tuple(x_BLC.shape))
+        check_same(name, t, "x", x_BLC)
 
 
 def _check_affine(x_BLC: Tensor, **affine: Tensor) -> None:
     check_shape("x", x_BLC, ("B", "L", "C"))
     for name, t in affine.items():
         check_shape(name, t, (x_BLC.shape[-1],))
-        check_device(name, t, x_BLC.device)
 
 
-def _check_modulation(x_BLC: Tensor, **modulation: Tensor | None) -> None:
+def _check_modulation(x_BLC: Tensor, **modulation: Any) -> None:
+    """Of these only the gate may be None."""
     check_shape("x", x_BLC, ("B", "L", "C"))
     batch, tokens, channels = x_BLC.shape
-    given = {name: m for name, m in modulation.items() if m is not None}
+    given = {name: m for name, m in modulation.items() if m is not None or name != "gate"}
+    for name, m in given.items():
+        check_tensor(name, m)
     frames = max([1, *(m.shape[1] for m in given.values() if m.dim() == 3)])
     for name, m in given.items():
         fits = (
@@ -424,4 +510,3 @@ def _check_modulation(x_BLC: Tensor, **modulation: Tensor | None) -> None:
                 f"{name} has shape {[*m.shape]}: must be [1 or {batch}, frames, {channels}] with "
                 f"frames 1 or the same for all, a divisor of the {tokens} tokens"
             )
-        check_device(name, m, x_BLC.device)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sfkernels import reference
-from sfkernels.dispatch import check_shape, choose, kernel, registered
+from sfkernels.arguments import check_floating, check_shape
+from sfkernels.dispatch import choose, kernel, registered
 
 
 @torch.no_grad()
@@ -22,23 +23,29 @@ def quantize_rows(
     largest / amax overflows, as in a row of zeros, q is 0. In a row that has a NaN or an infinity,
     so is the scale (NaN if it has both) and q is unspecified. Returns tensors without a graph.
     Raises ValueError for shapes and dtypes that do not fit."""
-    check_shape("x", x_BLC, ("B", "L", "C"))
-    if not x_BLC.is_floating_point() or x_BLC.itemsize == 1:
-        raise ValueError(f"x is {x_BLC.dtype}: must be floating point, of 16 bits or more")
-    if not x_BLC.shape[2]:
-        raise ValueError(f"x has shape {[*x_BLC.shape]}: its rows must have an element")
-    if dtype not in reference.LARGEST:
-        wanted = " or ".join(map(str, reference.LARGEST))
-        raise ValueError(f"dtype is {dtype}: must be {wanted}")
-    impl = choose("quantize_rows", impl, x_BLC.device, x=x_BLC)
+    impl = _check(x_BLC, dtype, impl)
     if impl == "reference":
         return reference.quantize_rows(x_BLC, dtype)
     q_BLC, scale_BL = _quantize_rows(x_BLC, dtype, impl)
     return q_BLC, scale_BL
 
 
+def _check(x_BLC: Tensor, dtype: torch.dtype, impl: str) -> str:
+    """The implementation to take."""
+    check_shape("x", x_BLC, ("B", "L", "C"))
+    check_floating("x", x_BLC)
+    if not x_BLC.shape[2]:
+        raise ValueError(f"x has shape {[*x_BLC.shape]}: its rows must have an element")
+    if not isinstance(dtype, torch.dtype) or dtype not in reference.LARGEST:
+        wanted = " or ".join(map(str, reference.LARGEST))
+        raise ValueError(f"dtype is {dtype}: must be {wanted}")
+    return choose("quantize_rows", impl, x_BLC.device, x=x_BLC)
+
+
 @registered("quantize_rows")
 def _quantize_rows(x: Tensor, dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor]:
+    if impl != "cpp":  # which looks for itself
+        _check(x, dtype, impl)
     q, scale = kernel(impl, "quantize_rows")(x, dtype)
     return q, scale
 

@@ -9,7 +9,6 @@ F of a modulation may be 1.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfkernels.arguments import numbers
+from sfkernels.dispatch import cached_tensors
 from sfkernels.layout import BlockLayout
 
 
@@ -27,9 +28,9 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def layer_norm(x_BLC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(_wide(x_BLC), x_BLC.shape[-1:], _wide(weight_C), _wide(bias_C), eps).to(
-        x_BLC.dtype
-    )
+    x_wide = _wide(x_BLC)
+    weight_C, bias_C = (t.to(x_wide.dtype) for t in (weight_C, bias_C))
+    return F.layer_norm(x_wide, x_BLC.shape[-1:], weight_C, bias_C, eps).to(x_BLC.dtype)
 
 
 def adaln(x_BLC: Tensor, shift_BFC: Tensor, scale_BFC: Tensor, eps: float) -> Tensor:
@@ -47,7 +48,7 @@ def gated_adaln(
     scale_BFC: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    x_BLC = _residual(x_BLC, y_BLC, gate_BFC)
+    x_BLC = residual(x_BLC, y_BLC, gate_BFC)
     return x_BLC, adaln(x_BLC, shift_BFC, scale_BFC, eps)
 
 
@@ -59,11 +60,11 @@ def gated_layer_norm(
     bias_C: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    x_BLC = _residual(x_BLC, y_BLC, gate_BFC)
+    x_BLC = residual(x_BLC, y_BLC, gate_BFC)
     return x_BLC, layer_norm(x_BLC, weight_C, bias_C, eps)
 
 
-def _residual(x_BLC: Tensor, y_BLC: Tensor, gate_BFC: Tensor | None) -> Tensor:
+def residual(x_BLC: Tensor, y_BLC: Tensor, gate_BFC: Tensor | None) -> Tensor:
     if gate_BFC is None:
         return x_BLC + y_BLC
     x_BFNC, y_BFNC = _by_frame(x_BLC, gate_BFC), _by_frame(y_BLC, gate_BFC)
@@ -230,8 +231,7 @@ def _rows_by_shape(
 _rows_by_shape._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@functools.lru_cache(maxsize=32)
-@torch.inference_mode(False)  # cached indices may be needed for a backward pass later
+@cached_tensors(maxsize=32)
 def _cached_rows_by_shape(
     layout: BlockLayout, device: torch.device
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
@@ -239,11 +239,11 @@ def _cached_rows_by_shape(
     attention, as token indices [R, Q] and [R, S]; and where each token's output then is, [L]."""
     groups: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
     for (q0, q1), spans in layout.rows:
-        query = torch.arange(q0, q1)
-        key = torch.cat([torch.arange(lo, hi) for lo, hi in spans])
+        query = torch.arange(q0, q1, device=device)
+        key = torch.cat([torch.arange(lo, hi, device=device) for lo, hi in spans])
         groups.setdefault((len(query), len(key)), []).append((query, key))
     stacked = [
-        (torch.stack([q for q, _ in rows]).to(device), torch.stack([k for _, k in rows]).to(device))
+        (torch.stack([q for q, _ in rows]), torch.stack([k for _, k in rows]))
         for rows in groups.values()
     ]
     order = torch.cat([q.flatten() for q, _ in stacked])
@@ -253,13 +253,15 @@ def _cached_rows_by_shape(
 def ring_attention(
     q_BLHD: Tensor, k_ring_BSHD: Tensor, v_ring_BSHD: Tensor, valid: Tensor, scale: float
 ) -> Tensor:
-    # Reading the length costs nothing on the CPU, except under torch.compile.
-    if valid.device.type == "cpu" and not torch.compiler.is_compiling():
-        count = int(valid)
-        return attention(q_BLHD, k_ring_BSHD[:, :count], v_ring_BSHD[:, :count], scale)
-    q, k, v = (t.transpose(1, 2) for t in (q_BLHD, k_ring_BSHD, v_ring_BSHD))
-    seen = torch.arange(k.shape[2], device=k.device) < valid
-    mask = seen.expand(q.shape[2], -1)
+    # Reading the length costs nothing on the CPU, except where a graph is made.
+    if counts := numbers(valid):
+        seen = slice(counts[0])
+        return attention(q_BLHD, k_ring_BSHD[:, seen], v_ring_BSHD[:, seen], scale)
+    seen_S = torch.arange(k_ring_BSHD.shape[1], device=valid.device) < valid.clamp(min=1)
+    # A mask alone would let a NaN through, which is one times zero too.
+    k, v = (torch.where(seen_S[:, None, None], t, 0) for t in (k_ring_BSHD, v_ring_BSHD))
+    q, k, v = (t.transpose(1, 2) for t in (q_BLHD, k, v))
+    mask = seen_S.expand(q.shape[2], -1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
@@ -294,7 +296,8 @@ def euler_step(
 def _guided(flow: Tensor, uncond_flow: Tensor | None, guidance: float) -> Tensor:
     if uncond_flow is None:
         return _wide(flow)
-    return torch.lerp(_wide(uncond_flow), _wide(flow), guidance)
+    dtype = torch.promote_types(_wide(flow).dtype, _wide(uncond_flow).dtype)
+    return torch.lerp(uncond_flow.to(dtype), flow.to(dtype), guidance)
 
 
 def per_frame(sigma: Tensor, x: Tensor) -> Tensor:

@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from sfkernels import reference
-from sfkernels.dispatch import (
+from sfkernels.arguments import (
+    TOO_MANY,
+    check_apart,
+    check_count,
     check_device,
+    check_integers,
+    check_positive,
     check_same,
     check_shape,
-    choose,
-    contiguous_like,
-    kernel,
-    registered,
+    numbers,
 )
+from sfkernels.dispatch import choose, contiguous_like, derivatives, kernel, registered
 
 
 def rope_table(
@@ -30,17 +33,11 @@ def rope_table(
 ) -> Tensor:
     """Cosine and sine of every token's rotation, [L, D/2, 2] float32 with L = F · height · width.
 
-    frame_F: integer tensor [F] of absolute latent-frame indices, any size, on the device of the
+    frame_F: int32 or int64 tensor [F] of absolute latent-frame indices, on the device of the
     tokens. grid: (height, width) in tokens. The D/2 pairs split into D/2 − 2⌊D/6⌋ for time and
-    ⌊D/6⌋ each for height and width (Wan2.1). Raises ValueError for an odd head dim or a frame_F
-    that is not a list of integers."""
-    if frame_F.dim() != 1 or frame_F.is_floating_point():
-        raise ValueError(
-            f"frame_F is {frame_F.dtype} of shape {[*frame_F.shape]}: must be an integer tensor [F]"
-        )
-    if head_dim % 2:
-        raise ValueError(f"head_dim={head_dim}: must be even")
-    impl = choose("rope_table", impl, frame_F.device)
+    ⌊D/6⌋ each for height and width (Wan2.1). Raises ValueError for another frame_F, an empty grid,
+    an odd head dim, a theta that is not positive and finite, and 2³¹ elements or more."""
+    impl = _check_table(frame_F, *_sides(grid), head_dim, theta, impl)
     if impl == "reference":
         return reference.rope_table(frame_F, grid, head_dim, theta)
     return _rope_table(frame_F, *grid, head_dim, theta, impl)
@@ -62,7 +59,7 @@ def qk_norm_rope(
     v, each [B, L, H, D]; v may be a view of qkv. The table takes no gradient. Raises ValueError for
     shapes that do not fit."""
     args = qkv_BLC, q_weight_C, k_weight_C, table_LP2
-    _check_qkv(*args)
+    _check_qkv(*args, eps)
     impl = _choose(impl, *args)
     if impl == "reference":
         return reference.qk_norm_rope(*args, eps)
@@ -87,37 +84,17 @@ def qk_norm_rope_append(
     returns q [B, L, H, D]. rotate_k=False stores keys unrotated, for `ring_attention` to rotate by
     a table of its own.
 
-    k_ring, v_ring [B, S, H, D] with S a multiple of the tokens of a frame; slot_F, an int32 or
-    int64 tensor [F] on the same device, names the frame slot of each frame of the chunk. Raises
-    ValueError for shapes that do not fit or a ring smaller than the chunk."""
-    _check_qkv(qkv_BLC, q_weight_C, k_weight_C, table_LP2)
-    batch, tokens, channels = qkv_BLC.shape
-    head_dim = 2 * table_LP2.shape[1]
-    for name, ring in (("k_ring", k_ring_BSHD), ("v_ring", v_ring_BSHD)):
-        check_shape(name, ring, (batch, "S", channels // 3 // head_dim, head_dim))
-        check_same(name, ring, "qkv", qkv_BLC)
-        if ring.shape[1] < tokens:
-            raise ValueError(
-                f"{name} holds {ring.shape[1]} tokens: must hold the chunk's {tokens} at least"
-            )
-    if slot_F.dim() != 1 or slot_F.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"slot_F is {slot_F.dtype} {[*slot_F.shape]}: must be an integer tensor [F]"
-        )
-    if (
-        not tokens
-        or not len(slot_F)
-        or tokens % len(slot_F)
-        or k_ring_BSHD.shape[1] % (tokens // len(slot_F))
-    ):
-        raise ValueError(
-            f"slot_F names {len(slot_F)} frames: {tokens} tokens and a ring of "
-            f"{k_ring_BSHD.shape[1]} must be whole frames"
-        )
-    check_device("slot_F", slot_F, qkv_BLC.device)
+    k_ring, v_ring [B, S, H, D] with S a multiple of the tokens of a frame, sharing no memory;
+    slot_F, an int32 or int64 tensor [F] on the same device, names the frame slot of each frame of
+    the chunk, each another. Raises ValueError for shapes that do not fit, a ring smaller than the
+    chunk, and slots out of range or named twice: on a GPU, where looking would make the host wait,
+    and under torch.compile a frame without a slot is not written by the kernels, and of two with
+    the same one either."""
     args = qkv_BLC, q_weight_C, k_weight_C, table_LP2, k_ring_BSHD, v_ring_BSHD
+    _check_rings(*args, slot_F, eps)
     impl = _choose(impl, *args)
     if impl == "reference":
+        _check_memory(*args, slot_F)
         return reference.qk_norm_rope_append(*args, slot_F, eps, rotate_k)
     return _qk_norm_rope_append(*args, slot_F, eps, rotate_k, impl)
 
@@ -126,6 +103,8 @@ def qk_norm_rope_append(
 def _rope_table(
     frame: Tensor, height: int, width: int, head_dim: int, theta: float, impl: str
 ) -> Tensor:
+    if impl != "cpp":  # which looks for itself, as below
+        _check_table(frame, height, width, head_dim, theta, impl)
     table: Tensor = kernel(impl, "rope_table")(frame, (height, width), head_dim, theta)
     return table
 
@@ -141,6 +120,9 @@ def _qk_norm_rope(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, eps: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v, and what the backward pass needs of each row, which has no gradient."""
+    if impl != "cpp":
+        _check_qkv(qkv, q_weight, k_weight, table, eps)
+        _choose(impl, qkv, q_weight, k_weight, table)
     q, k, v, rstd = kernel(impl, "qk_norm_rope_fwd")(
         qkv, q_weight, k_weight, table, None, None, None, eps
     )
@@ -165,6 +147,17 @@ def _qk_norm_rope_bwd(
     rstd: Tensor,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    for name, t in (("dq", dq), ("dk", dk), ("dv", dv)):
+        check_shape(name, t, ("B", "L", "H", "D"))
+    if impl != "cpp":
+        _check_qkv(qkv, q_weight, k_weight, table)
+        _choose(impl, qkv, q_weight, k_weight, table)
+        for name, t in (("dq", dq), ("dk", dk), ("dv", dv)):
+            check_shape(name, t, tuple(_heads(qkv, table).shape))
+            check_same(name, t, "qkv", qkv)
+        check_shape("rstd", rstd, (*qkv.shape[:2], 2))
+        if rstd.dtype != torch.float32 or not rstd.is_contiguous():
+            raise ValueError(f"rstd is {rstd.dtype}, {rstd.stride()}: must be dense float32")
     grads = (t if t.stride()[2:] == (t.shape[3], 1) else t.contiguous() for t in (dq, dk, dv))
     dqkv, dq_weight, dk_weight = kernel(impl, "qk_norm_rope_bwd")(
         *grads, qkv, q_weight, k_weight, table, rstd
@@ -179,15 +172,21 @@ def _(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, *weights_and_rest: Any) -
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, _, ctx.impl = inputs
+    *tensors, ctx.eps, ctx.impl = inputs
     ctx.save_for_backward(*tensors, output[3])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> Any:
     saved = ctx.saved_tensors  # once: checkpointing recomputes what is asked for and drops it
-    qkv, _, _, table, _ = saved
-    given = (_heads(qkv, table).zero_() if g is None else g for g in grads[:3])
+    qkv, q_weight, k_weight, table, _ = saved
+    given = [_heads(qkv, table).zero_() if g is None else g for g in grads[:3]]
+    if torch.is_grad_enabled():
+
+        def plain(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, ...]:
+            return reference.qk_norm_rope(qkv, q_weight, k_weight, table, ctx.eps)
+
+        return *derivatives(plain, (qkv, q_weight, k_weight), *given), None, None, None
     return *_qk_norm_rope_bwd(*given, *saved, ctx.impl), None, None, None
 
 
@@ -207,6 +206,11 @@ def _qk_norm_rope_append(
     rotate_k: bool,
     impl: str,
 ) -> Tensor:
+    if impl != "cpp":
+        args = qkv, q_weight, k_weight, table, k_ring, v_ring
+        _check_rings(*args, slot, eps)
+        _choose(impl, *args)
+        _check_memory(*args, slot)
     q: Tensor = kernel(impl, "qk_norm_rope_fwd")(
         qkv, q_weight, k_weight, table, k_ring, v_ring, slot, eps, rotate_k
     )[0]
@@ -241,13 +245,96 @@ def _refusal(named: dict[str, Tensor]) -> str:
     return ""
 
 
-def _check_qkv(qkv_BLC: Tensor, q_weight_C: Tensor, k_weight_C: Tensor, table_LP2: Tensor) -> None:
+def _sides(grid: Any) -> tuple[int, int]:
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        raise ValueError(f"grid is {grid}: must be (height, width) in tokens")
+    return grid[0], grid[1]
+
+
+def _check_table(
+    frame_F: Tensor, height: int, width: int, head_dim: int, theta: float, impl: str
+) -> str:
+    """The implementation to take."""
+    check_integers("frame_F", frame_F, "F")
+    for name, size in (("height of the grid", height), ("width of the grid", width)):
+        check_count(name, size)
+    check_count("head_dim", head_dim)
+    if head_dim % 2:
+        raise ValueError(f"head_dim={head_dim}: must be even")
+    elements = max(len(frame_F), 1) * height * width * head_dim
+    check_count("elements of the table", elements, most=TOO_MANY - 1)
+    check_positive("theta", theta)
+    return choose("rope_table", impl, frame_F.device)
+
+
+def _check_qkv(
+    qkv_BLC: Tensor, q_weight_C: Tensor, k_weight_C: Tensor, table_LP2: Tensor, eps: float = 1.0
+) -> None:
     check_shape("qkv", qkv_BLC, ("B", "L", "3·H·D"))
     check_shape("table", table_LP2, (qkv_BLC.shape[1], "D/2", 2))
     channels, head_dim = qkv_BLC.shape[2], 2 * table_LP2.shape[1]
-    if channels % (3 * head_dim):
+    if not head_dim:
+        raise ValueError(
+            f"table has shape {[*table_LP2.shape]}: must have a pair or more to rotate"
+        )
+    if not channels or channels % (3 * head_dim):
         raise ValueError(
             f"qkv has {channels} channels: must be a multiple of 3 × head dim {head_dim}"
         )
     check_shape("q_weight", q_weight_C, (channels // 3,))
     check_shape("k_weight", k_weight_C, (channels // 3,))
+    check_positive("eps", eps)
+
+
+def _check_rings(
+    qkv_BLC: Tensor,
+    q_weight_C: Tensor,
+    k_weight_C: Tensor,
+    table_LP2: Tensor,
+    k_ring_BSHD: Tensor,
+    v_ring_BSHD: Tensor,
+    slot_F: Tensor,
+    eps: float,
+) -> None:
+    _check_qkv(qkv_BLC, q_weight_C, k_weight_C, table_LP2, eps)
+    batch, tokens, channels = qkv_BLC.shape
+    head_dim = 2 * table_LP2.shape[1]
+    for name, ring in (("k_ring", k_ring_BSHD), ("v_ring", v_ring_BSHD)):
+        check_shape(name, ring, (batch, "S", channels // 3 // head_dim, head_dim))
+        check_same(name, ring, "qkv", qkv_BLC)
+        if ring.shape[1] < tokens:
+            raise ValueError(
+                f"{name} holds {ring.shape[1]} tokens: must hold the chunk's {tokens} at least"
+            )
+    check_shape("v_ring", v_ring_BSHD, tuple(k_ring_BSHD.shape))
+    check_integers("slot_F", slot_F, "F")
+    check_device("slot_F", slot_F, qkv_BLC.device)
+    frames, held = len(slot_F), k_ring_BSHD.shape[1]
+    if not tokens or not frames or tokens % frames or held % (tokens // frames):
+        raise ValueError(
+            f"slot_F names {frames} frames: {tokens} tokens and a ring of {held} must be whole "
+            "frames"
+        )
+
+
+def _check_memory(
+    qkv_BLC: Tensor,
+    q_weight_C: Tensor,
+    k_weight_C: Tensor,
+    table_LP2: Tensor,
+    k_ring_BSHD: Tensor,
+    v_ring_BSHD: Tensor,
+    slot_F: Tensor,
+) -> None:
+    """Raises ValueError unless each frame is written where nothing else is. The C++ looks for
+    itself."""
+    read = dict(qkv=qkv_BLC, q_weight=q_weight_C, k_weight=k_weight_C, table=table_LP2, slot=slot_F)
+    check_apart("k_ring", k_ring_BSHD, v_ring=v_ring_BSHD, **read)
+    check_apart("v_ring", v_ring_BSHD, **read)
+    slots = numbers(slot_F)
+    last = k_ring_BSHD.shape[1] * len(slot_F) // qkv_BLC.shape[1] - 1
+    for slot in slots or ():
+        if not 0 <= slot <= last:
+            raise ValueError(f"slot_F has {slot}: the ring's slots are 0 to {last}")
+    if slots and len({*slots}) < len(slots):
+        raise ValueError(f"slot_F is {slots}: each frame needs a slot of its own")

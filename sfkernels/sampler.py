@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,14 +10,16 @@ import torch
 from torch import Tensor
 
 from sfkernels import reference
-from sfkernels.dispatch import (
+from sfkernels.arguments import (
+    TOO_MANY,
+    check_count,
     check_device,
+    check_finite,
+    check_floating,
     check_shape,
-    choose,
-    contiguous_like,
-    kernel,
-    registered,
+    check_tensor,
 )
+from sfkernels.dispatch import choose, contiguous_like, kernel, registered
 
 
 class Noise(NamedTuple):
@@ -41,10 +44,7 @@ def normal(noise: Noise, shape: Sequence[int], *, impl: str = "auto") -> Tensor:
     (i, frame index, draw, 0), words of 32 bits, makes elements 4i to 4i + 3 of a frame: with
     u = (⌊word / 2⁹⌋ + 1/2) / 2²³, words (0, 1) give √(−2 ln u₀) · (cos 2πu₁, sin 2πu₁), words
     (2, 3) likewise. Raises ValueError for shapes that do not fit."""
-    if len(shape) < 2:
-        raise ValueError(f"shape is {[*shape]}: must be [B, F, ...]")
-    _check_noise(noise, shape, noise.seed_B.device)
-    impl = choose("sampler", impl, noise.seed_B.device)
+    impl = _choose_normal(noise, shape, impl)
     if impl == "reference":
         return reference.normal(*noise, shape)
     return _normal(*noise, shape, impl)
@@ -70,16 +70,8 @@ def sampler_step(
     uncond + guidance·(cond − uncond). Kernels read frames that are dense in memory where they are,
     others from a copy; they give gradients to x, flow and uncond_flow alone. Raises ValueError for
     shapes that do not fit or a next_sigma without noise."""
-    if (next_sigma is None) != (noise is None):
-        raise ValueError(
-            "next_sigma and noise belong together: give both, or neither at the last step"
-        )
     given, drawn = (None, noise) if isinstance(noise, Noise) else (noise, None)
-    tensors = dict(flow=flow, noise=given, uncond_flow=uncond_flow)
-    _check_step(x, tensors, dict(sigma=sigma, next_sigma=next_sigma))
-    if drawn is not None:
-        _check_noise(drawn, x.shape, x.device)
-    impl = choose("sampler", impl, x.device, x=x, **tensors)
+    impl = _choose_step(impl, x, flow, uncond_flow, sigma, next_sigma, guidance, given, drawn)
     if impl == "reference":
         if drawn is not None:
             given = reference.normal(*drawn, x.shape)
@@ -103,9 +95,7 @@ def euler_step(
 ) -> Tensor:
     """One step of a sampler of many: x + (σ_next − σ)·flow. The arguments, gradients and errors are
     those of `sampler_step`."""
-    tensors = dict(flow=flow, uncond_flow=uncond_flow)
-    _check_step(x, tensors, dict(sigma=sigma, next_sigma=next_sigma))
-    impl = choose("sampler", impl, x.device, x=x, **tensors)
+    impl = _choose_step(impl, x, flow, uncond_flow, sigma, next_sigma, guidance, euler=True)
     if impl == "reference":
         return reference.euler_step(x, flow, sigma, next_sigma, uncond_flow, guidance)
     return _euler_step(x, flow, uncond_flow, sigma, next_sigma, float(guidance), impl)
@@ -120,12 +110,7 @@ def dmd_gradient(x: Tensor, real_x0: Tensor, fake_x0: Tensor, *, impl: str = "au
     noising; all [B, ...]. NaN becomes 0 and an infinity the largest number, as by
     `torch.nan_to_num`. Returns [B, ...] in x's dtype, without a graph: it is itself a gradient.
     Raises ValueError for shapes that do not fit."""
-    if x.dim() < 2:
-        raise ValueError(f"x has shape {[*x.shape]}: must be [B, ...]")
-    for name, other in (("real_x0", real_x0), ("fake_x0", fake_x0)):
-        check_shape(name, other, tuple(x.shape))
-        check_device(name, other, x.device)
-    impl = choose("sampler", impl, x.device, x=x, real_x0=real_x0, fake_x0=fake_x0)
+    impl = _choose_gradient(x, real_x0, fake_x0, impl)
     if impl == "reference":
         return reference.dmd_gradient(x, real_x0, fake_x0)
     return _dmd_gradient(x, real_x0, fake_x0, impl)
@@ -136,6 +121,8 @@ def dmd_gradient(x: Tensor, real_x0: Tensor, fake_x0: Tensor, *, impl: str = "au
 
 @registered("normal")
 def _normal(seed_B: Tensor, frame_F: Tensor, draw: int, shape: Sequence[int], impl: str) -> Tensor:
+    if impl != "cpp":  # which looks for itself, as below
+        _choose_normal(Noise(seed_B, frame_F, draw), shape, impl)
     out: Tensor = kernel(impl, "normal")(seed_B, frame_F, draw, shape)
     return out
 
@@ -160,6 +147,9 @@ def _sampler_step(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """x0, x_next (empty without a next_sigma)."""
+    if impl != "cpp":
+        drawn = None if seed_B is None or frame_F is None else Noise(seed_B, frame_F, draw)
+        _choose_step(impl, x, flow, uncond_flow, sigma, next_sigma, guidance, noise, drawn)
     x0, following = kernel(impl, "sampler_step")(
         *(x, flow, uncond_flow, sigma, next_sigma),
         *(noise, seed_B, frame_F, draw, guidance, False),
@@ -184,6 +174,8 @@ def _euler_step(
     guidance: float,
     impl: str,
 ) -> Tensor:
+    if impl != "cpp":
+        _choose_step(impl, x, flow, uncond_flow, sigma, next_sigma, guidance, euler=True)
     following: Tensor = kernel(impl, "sampler_step")(
         x, flow, uncond_flow, sigma, next_sigma, None, None, None, 0, guidance, True
     )[1]
@@ -192,6 +184,8 @@ def _euler_step(
 
 @registered("dmd_gradient")
 def _dmd_gradient(x: Tensor, real_x0: Tensor, fake_x0: Tensor, impl: str) -> Tensor:
+    if impl != "cpp":
+        _choose_gradient(x, real_x0, fake_x0, impl)
     out: Tensor = kernel(impl, "dmd_gradient")(x, real_x0, fake_x0)
     return out
 
@@ -237,28 +231,82 @@ _sampler_step.register_autograd(_sampler_step_backward, setup_context=_setup)
 _euler_step.register_autograd(_euler_step_backward, setup_context=_setup)
 
 
-def _check_step(
-    x: Tensor, tensors: dict[str, Tensor | None], sigmas: dict[str, Tensor | None]
-) -> None:
-    if x.dim() < 2:
-        raise ValueError(f"x has shape {[*x.shape]}: must be [B, F, ...]")
-    for name, other in tensors.items():
-        if other is not None:
-            check_shape(name, other, tuple(x.shape))
-            check_device(name, other, x.device)
-    for name, s in sigmas.items():
-        if s is None:
+def _choose_step(
+    impl: str,
+    x: Tensor,
+    flow: Tensor,
+    uncond_flow: Tensor | None,
+    sigma: Tensor,
+    next_sigma: Tensor | None,
+    guidance: float,
+    given: Tensor | None = None,
+    drawn: Noise | None = None,
+    euler: bool = False,
+) -> str:
+    """The implementation to take. given, drawn: the noise, if there is one."""
+    if not euler and (next_sigma is not None) != ((given is not None) != (drawn is not None)):
+        raise ValueError(
+            "next_sigma and noise belong together: give both, or neither at the last step"
+        )
+    tensors = dict(flow=flow, uncond_flow=uncond_flow, noise=given)
+    _check_alike("B, F", x, **{k: t for k, t in tensors.items() if t is not None or k == "flow"})
+    _check_elements(x.shape)
+    if drawn is not None:
+        _check_noise(drawn, x.shape, x.device)
+    for name, s in (("sigma", sigma), ("next_sigma", next_sigma)):
+        if s is None and name == "next_sigma" and not euler:
             continue
-        if s.shape not in (x.shape[:0], x.shape[:1], x.shape[:2]) or not s.is_floating_point():
+        check_tensor(name, s)
+        assert s is not None
+        if s.shape not in (x.shape[:0], x.shape[:1], x.shape[:2]):
             raise ValueError(
-                f"{name} has shape {[*s.shape]} and dtype {s.dtype}: must be [], [{x.shape[0]}] or "
-                f"{[*x.shape[:2]]} and floating point"
+                f"{name} has shape {[*s.shape]}: must be [], [{x.shape[0]}] or {[*x.shape[:2]]}"
             )
+        check_floating(name, s)
         check_device(name, s, x.device)
+    check_finite("guidance", guidance)
+    return choose("sampler", impl, x.device, x=x, **tensors)
+
+
+def _choose_normal(noise: Noise, shape: Sequence[int], impl: str) -> str:
+    if not isinstance(noise, Noise):
+        raise ValueError(f"noise is a {type(noise).__name__}: must be a Noise")
+    if not isinstance(shape, Sequence) or len(shape) < 2:
+        raise ValueError(f"shape is {shape}: must be [B, F, ...]")
+    for size in shape:
+        check_count("a size of the noise", size, least=0)
+    _check_elements(shape)
+    check_tensor("seed_B", noise.seed_B)
+    _check_noise(noise, shape, noise.seed_B.device)
+    return choose("sampler", impl, noise.seed_B.device)
+
+
+def _choose_gradient(x: Tensor, real_x0: Tensor, fake_x0: Tensor, impl: str) -> str:
+    _check_alike("B", x, real_x0=real_x0, fake_x0=fake_x0)
+    return choose("sampler", impl, x.device, x=x, real_x0=real_x0, fake_x0=fake_x0)
+
+
+def _check_alike(sizes: str, x: Tensor, **others: Any) -> None:
+    """Raises ValueError unless x is [sizes, ...] and the others have its shape and device."""
+    check_tensor("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x has shape {[*x.shape]}: must be [{sizes}, ...]")
+    check_floating("x", x)
+    for name, other in others.items():
+        check_shape(name, other, tuple(x.shape))
+        check_floating(name, other)
+        check_device(name, other, x.device)
+
+
+def _check_elements(shape: Sequence[int]) -> None:
+    """The counter of the noise has 32 bits for groups of four elements."""
+    check_count("elements of a frame", math.prod(shape[2:]), 0, TOO_MANY - 1)
 
 
 def _check_noise(noise: Noise, shape: Sequence[int], device: torch.device) -> None:
     seed_B, frame_F, draw = noise
+    check_shape("seed_B", seed_B, ("B",))
+    check_shape("frame_F", frame_F, ("F",))
     if seed_B.shape != (shape[0],) or seed_B.dtype != torch.int64:
         raise ValueError(
             f"seed_B is {seed_B.dtype} {[*seed_B.shape]}: must be torch.int64 [{shape[0]}], a seed "
@@ -269,7 +317,6 @@ def _check_noise(noise: Noise, shape: Sequence[int], device: torch.device) -> No
             f"frame_F is {frame_F.dtype} {[*frame_F.shape]}: must be torch.int32 or torch.int64 "
             f"[{shape[1]}], the index of each frame"
         )
-    if not 0 <= draw < 2**31:
-        raise ValueError(f"draw={draw}: must be in 0..2³¹ − 1")
+    check_count("draw", draw, 0, TOO_MANY - 1)
     for name, t in (("seed_B", seed_B), ("frame_F", frame_F)):
         check_device(name, t, device)

@@ -6,7 +6,6 @@ Names decide, and the small config.json beside a model. No weights are read.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from sfmodel.config import PRESETS
+from sfmodel.opening import generator_width, read_json
 
 T = TypeVar("T")
 DEEP = 2  # levels of subfolders that are searched
@@ -56,7 +56,8 @@ class Assets:
 
     dit: weights of the base model, which is the teacher in training; of a model in shards the
     .index.json. text_encoder: a .pth file or a folder of transformers. tokenizer: a folder.
-    generators: .pt files of few-step models, those that are only a start for training last."""
+    generators: .pt files of few-step models of the preset's width, the best to take first: whole
+    ones before others and before those that cannot be opened; a mere start for training last."""
 
     dit: Path | None = None
     vae: Path | None = None
@@ -72,27 +73,42 @@ def default_folder() -> Path:
 
 
 def find(folder: Path | None = None, preset: str = "wan-1.3b") -> Assets:
-    """What lies in `folder` (None: `default_folder()`) and two levels of its subfolders for a
-    preset. Of several, the one in the folder that is less deep and comes first by name.
+    """What lies in `folder` and two levels of its subfolders for a preset; None: in
+    `default_folder()`, then in the cache of Hugging Face. A cache may also be inside a folder. Of
+    several, the one in the folder that is less deep and comes first by name.
 
     Raises ValueError for a folder that does not exist and for a preset without public weights."""
-    root = default_folder() if folder is None else folder
     if preset not in PUBLIC:
         raise ValueError(f"preset={preset!r}: must be one of {', '.join(PUBLIC)}")
-    if not root.is_dir():
-        raise ValueError(
-            f"{root}: there is no such folder of models; `sfmodel doctor` says what to download"
-        )
-    folders, dim = [*_folders([root], DEEP)], PRESETS[preset].dit.dim
-    generators = [path for each in folders for path in _inside(each) if path.suffix == ".pt"]
+    folders, dim = _searched(folder), PRESETS[preset].dit.dim
     return Assets(
         dit=_first(_base_model(each, dim) for each in folders),
         vae=_first(_vae(each) for each in folders),
         tiny_vae=_first(_one_of(each, "taew2_1.safetensors", "taew2_1.pth") for each in folders),
         text_encoder=_first(_text_encoder(each) for each in folders),
         tokenizer=_first(_tokenizer(each) for each in folders),
-        generators=tuple(sorted(generators, key=lambda path: "init" in path.stem)),
+        generators=_generators(folders, dim),
     )
+
+
+def _searched(folder: Path | None) -> list[Path]:
+    root = default_folder() if folder is None else folder
+    cached = _cached() if folder is None and not os.environ.get("SFMODEL_MODELS") else []
+    if not root.is_dir() and not cached:
+        raise ValueError(
+            f"{root}: there is no such folder of models; `sfmodel doctor` says what to download"
+        )
+    return [*_folders([root], DEEP), *_folders(cached, DEEP)]
+
+
+def _cached() -> list[Path]:
+    """The repositories of PUBLIC that Hugging Face's tools have downloaded to their cache."""
+    hub, home = os.environ.get("HF_HUB_CACHE"), os.environ.get("HF_HOME")
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    root = Path(hub or Path(home or Path(caches, "huggingface"), "hub"))
+    known = dict.fromkeys(one.where for public in PUBLIC.values() for one in public.values())
+    paths = [root / f"models--{where.replace('/', '--')}" for where in known]
+    return [path for path in paths if path.is_dir()]
 
 
 def download_command(names: Sequence[str], preset: str, folder: Path) -> str:
@@ -117,13 +133,14 @@ class Found(NamedTuple):
     usable: bool
 
 
-def examine(folder: Path) -> list[Found]:
-    """All that `find` finds for any preset, opened as far as it takes to know what it is. Raises
-    ValueError for a folder that does not exist."""
+def examine(folder: Path | None) -> list[Found]:
+    """All that `find` finds for any preset, opened as far as it takes to know what it is, and the
+    other .pt files. Raises ValueError for a folder that does not exist."""
     bases = [find(folder, preset).dit for preset in PUBLIC]
     there = find(folder)
+    others = [path for path in _checkpoints(_searched(folder)) if path not in there.generators]
     paths: list[tuple[str, Path | None]] = [("dit", base) for base in bases]
-    paths += [("generators", path) for path in there.generators]
+    paths += [("generators", path) for path in (*there.generators, *others)]
     paths += [(name, getattr(there, name)) for name in _SHARED]
     out = []
     for field, path in paths:
@@ -158,26 +175,56 @@ def _opened(path: Path, field: str) -> tuple[str, str | None]:
     said = checkpoint.describe(path)
     if field in _SHARED:
         return said, ""
-    embedding = "patch_embedding.weight"  # in the official layout and in that of diffusers
-    widths = [len(v) for k, v in checkpoint.read(path)[0].items() if k.endswith(embedding)]
-    return said, _first(preset for preset in PUBLIC if widths == [PRESETS[preset].dit.dim])
+    width, _ = generator_width(path)
+    return said, _first(preset for preset in PUBLIC if width == PRESETS[preset].dit.dim)
 
 
 # --- Finding
 
 
-def _folders(level: list[Path], deep: int) -> Iterator[Path]:
-    """The folders `level` and their subfolders, level by level, by name."""
-    yield from level
+def _folders(level: list[Path], deep: int, cache: bool = False) -> Iterator[Path]:
+    """The folders `level` and their subfolders, level by level, by name. cache: they are within
+    what stands for one repository in the cache of Hugging Face."""
+    stored = [] if cache else [path for path in level if path.name.startswith("models--")]
+    plain = [path for path in level if path not in stored]
+    yield from plain
     if deep:
-        below = [path for each in level for path in _inside(each) if path.is_dir()]
-        yield from _folders([path for path in below if not path.name.startswith(".")], deep - 1)
+        below = [path for each in plain for path in _inside(each) if path.is_dir()]
+        below = [path for path in below if not path.name.startswith(".")]
+        yield from _folders(below, deep - 1, cache)
+    for each in stored:
+        yield from _folders(_snapshots(each), DEEP, cache=True)
+
+
+def _snapshots(repository: Path) -> list[Path]:
+    """Folders of links to a repository's files, one for each version; that of main first."""
+    main = ""
+    with suppress(OSError, ValueError):
+        main = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
+    return sorted(_inside(repository / "snapshots"), key=lambda path: path.name != main)
 
 
 def _inside(folder: Path) -> list[Path]:
     with suppress(OSError):  # not ours to read
         return sorted(folder.iterdir())
     return []
+
+
+def _checkpoints(folders: Iterable[Path]) -> list[Path]:
+    return [path for each in folders for path in _inside(each) if path.suffix == ".pt"]
+
+
+def _generators(folders: Iterable[Path], dim: int) -> tuple[Path, ...]:
+    ranked = []
+    for path in _checkpoints(folders):
+        try:
+            width, whole = generator_width(path)
+            rank = 0 if whole else 1
+        except (ValueError, OSError):  # perhaps half a download: it says so if it is needed
+            width, rank = dim, 2
+        if width == dim:
+            ranked.append((rank, "init" in path.stem, path))
+    return tuple(path for *_, path in sorted(ranked, key=lambda each: each[:2]))
 
 
 def _first(found: Iterable[T | None]) -> T | None:
@@ -190,7 +237,7 @@ def _one_of(folder: Path, *names: str) -> Path | None:
 
 def _config(folder: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         return config if isinstance(config, dict) else {}
     return {}
 
@@ -202,13 +249,13 @@ def _weights(folder: Path, stem: str = WEIGHTS) -> Path | None:
 def _base_model(folder: Path, dim: int) -> Path | None:
     for each in (folder, folder / "transformer"):
         config = _config(each)
-        width = config.get("num_attention_heads", 0) * config.get("attention_head_dim", 0)
-        width = config.get("dim", width)
+        heads, size = (config.get(a) for a in ("num_attention_heads", "attention_head_dim"))
+        width = config.get("dim", (heads, size))
         channels = [config.get(f"{a}_dim", config.get(f"{a}_channels")) for a in ("in", "out")]
         text_to_video = config.get("model_type", "t2v") == "t2v" and channels[0] == channels[1]
         # Wan2.2 has two models of these sizes, each for some of the noise levels.
         half = "noise_model" in each.name or (each.parent / "transformer_2").is_dir()
-        if width == dim and text_to_video and not half:
+        if width in (dim, (dim // 128, 128)) and text_to_video and not half:
             return _weights(each)
     return None
 

@@ -5,28 +5,34 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from sfmodel.extras import require
+
+require("sfmodel", "model")
+
 import tyro
 from rich.console import Console
+from torch.nn.utils.rnn import pad_sequence
 
-from sfmodel.coding import decode, encode, write_videos
-from sfmodel.config import PRESETS
+from sfmodel.coding import check_outputs, decode, encode, write_videos
+from sfmodel.config import PRESETS, check_seed
 from sfmodel.convert import convert
 from sfmodel.doctor import doctor
 from sfmodel.evaluate import Sampling, draw, held_out, judge, seen_in, table
 from sfmodel.evaluate import evaluate as measure_model
-from sfmodel.files import atomic
+from sfmodel.files import atomic, check_writable
 from sfmodel.pretrained import (
     TOY_WEIGHTS,
     Vae,
+    checked_codec,
+    checked_model,
     default_device,
     find_preset,
-    load_codec,
-    load_model,
     load_text,
     load_toy,
     sized,
@@ -89,24 +95,33 @@ def generate(
         sink=settings.sink if sink is None else sink,
         chunk=settings.chunk if chunk is None else chunk,
     )
+    if frames != "endless" and frames < 1:
+        raise ValueError(f"frames={frames}: must be at least 1")
     prompts = [prompt] if prompt_file is None else read_prompts(prompt_file)
-    device = default_device()
-    # The text first: its encoder leaves the GPU before the model comes.
-    with told("encoding the prompt" + "s" * (len(prompts) > 1)):
-        embeddings = load_text(preset, models)(prompts, device)
-    model = load_model(preset, checkpoint, device, models)
-    codec = load_codec(preset, device, vae, models, tile)
+    check_seed(seed, len(prompts))
     names = (
         [output]
         if len(prompts) == 1
         else [output.with_stem(f"{output.stem}-{i}") for i in range(len(prompts))]
     )
-    # Videos of the toy fit side by side, of a large model one after the other.
-    together = len(prompts) if preset == "toy" else 1
+    check_outputs(names, watch)
+    device = default_device()
+    # All files are checked before one is loaded. Then the text comes first: its encoder leaves the
+    # GPU before the model comes. It keeps on disk what each of many prompts is encoded as.
+    text = load_text(preset, models)
+    load_model = checked_model(preset, checkpoint, device, models)
+    load_codec = checked_codec(preset, device, vae, models, tile)
+    with told("encoding the prompt" + "s" * (len(prompts) > 1)):
+        last = deque(text.rows(prompts, device), maxlen=1)
+    model, codec = load_model(), load_codec()
+    # A few videos of the toy fit side by side, of a large model one after the other.
+    together = 16 if preset == "toy" else 1
     for i in range(0, len(prompts), together):
         few = slice(i, i + together)
+        rows = last if len(prompts) == 1 else text.rows(prompts[few], device)
+        text_BTE = pad_sequence([row.float() for row in rows], batch_first=True).to(device)
         chunks = stream(
-            model, codec, embeddings[few], settings, seed=seed + i, batch=len(prompts[few]),
+            model, codec, text_BTE, settings, seed=seed + i, batch=len(prompts[few]),
             frames=None if frames == "endless" else frames,
         )  # fmt: skip
         write_videos(chunks, names[few], prompts[few], settings.fps, frames, device, watch)
@@ -173,18 +188,18 @@ def evaluate(
         least = {"videos": 16, "trained": 2, "frames": trained}[name]
         if value < least:
             raise ValueError(f"{name}={value}: must be at least {least}")
-    settings = replace(PRESETS["toy"], chunk=chunk, window=window, sink=sink)
+    sampling = Sampling(replace(PRESETS["toy"], chunk=chunk, window=window, sink=sink), euler)
+    for name in ("evaluation.json", "evaluation.png"):
+        check_writable(output / name)
     model, codec, _ = load_toy(checkpoint)
     held = held_out(codec, frames, videos, split)
     floor = judge(seen_in(codec, held.latents_BFCHW), held.real_NFD)
     console = Console(width=None if Console().is_terminal else 120)
     with console.status("generating") as status:
-        result = measure_model(
-            model, Sampling(settings, euler), codec, held, trained, told=status.update
-        )
+        result = measure_model(model, sampling, codec, held, trained, told=status.update)
     facts = {
         "checkpoint": str(checkpoint or TOY_WEIGHTS),
-        "preset": asdict(settings),
+        "preset": asdict(sampling.preset),
         "floor": floor,
     }
     with atomic(output / "evaluation.json") as part:

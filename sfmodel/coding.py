@@ -4,24 +4,33 @@ videos. What `encode` writes is what training at full size reads."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
+import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sfmodel import checkpoint
 from sfmodel.codec import VideoCodec
 from sfmodel.config import Preset
+from sfmodel.files import check_writable, within
+from sfmodel.footage import VIDEOS, covering_frames, to_pixels
 from sfmodel.pretrained import (
+    TextEncoder,
     Vae,
+    checked_codec,
+    chosen_vae,
     default_device,
     find_preset,
     load_codec,
@@ -29,14 +38,15 @@ from sfmodel.pretrained import (
     sized,
     told,
 )
+from sfmodel.prompts import continued, prompt_beside, prompts_in
 from sfmodel.tensors import save_tensors
 from sfmodel.terminal import TerminalPlayer
-from sfmodel.train.data import prompt_beside, read_prompts, within
-from sfmodel.video import VIDEOS, ContactSheet, VideoWriter, covering_frames, to_pixels
+from sfmodel.text import ToyTextEncoder
+from sfmodel.video import ContactSheet, VideoWriter, check_name
 
 CHUNK = 16  # pixel frames that go to the encoder at once
 LATENTS = 3  # latent frames that go to the decoder at once
-PROMPTS = 256  # whose embeddings are in memory at once
+SHARD = 2**24  # bytes of embeddings in a file, and in memory at once
 
 
 @torch.no_grad()
@@ -49,56 +59,220 @@ def encode(
     frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
+    fps: float | None = None,
 ) -> None:
     """Encode videos into latents, or prompts into embeddings, as training reads them.
 
     A video NAME.mp4 becomes NAME.safetensors with its latents and, from NAME.txt, the embedding of
-    its prompt; a text file with one prompt a line becomes one file of embeddings. What is there
-    already is left, so that a run that was stopped goes on.
+    its prompt, of subfolders in subfolders; where another video of that name is there it becomes
+    NAME.mp4.safetensors. A text file with one prompt a line becomes NAME.safetensors and, if it is
+    long, NAME-00001.safetensors and so on. Videos that cannot be read are named and left out.
+
+    What is there already and whole is left, so that a run that was stopped goes on. The settings
+    are kept in each file, and an output folder with files of others is refused.
 
     Args:
         source: A video, a folder of videos, or a .txt file of prompts.
         output: Folder to write to.
-        preset: Whose video encoder, text encoder and size: toy, wan-1.3b or wan-14b.
+        preset: Whose video encoder, text encoder, size and frame rate: toy, wan-1.3b or wan-14b.
         models: Folder of the public weights; models, or what SFMODEL_MODELS names, if not given.
         vae: Wan2.1's own encoder, the tiny one, or the first of the two that is there.
         frames: Latent frames of each video, from its first on; all if not given.
         height: In pixels, which frames are scaled to cover and cropped to; the preset's if not
             given.
         width: The same.
+        fps: Frames a second that the videos run at, where their files say it wrongly.
     """
     settings, device = sized(find_preset(preset), height, width), default_device()
+    if frames is not None and frames < 1:
+        raise ValueError(f"frames={frames}: must be at least 1")
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"fps={fps}: must be positive")
+    check_writable(output / f"{source.stem}.safetensors")
     text = load_text(preset, models)
+    same: dict[str, Any] = {"preset": preset, "text": text.identity[:16]}
     if source.suffix.lower() == ".txt":
-        target = output / f"{source.stem}.safetensors"
-        prompts = read_prompts(source)
-        with told(f"encoding {len(prompts)} prompts"):
-            embeddings_NTE = text(prompts, device)
-        _save(target, {"text": embeddings_NTE}, prompts)
-        print(f"{len(prompts)} prompts: {target}")
+        _encode_prompts(source, output, text, same, device)
         return
     if not source.exists():
         raise ValueError(f"{source}: there is no such file or folder")
     videos = within(source, VIDEOS)
     if not videos:
         raise ValueError(f"{source}: holds no video: must be a file or folder of {VIDEOS}")
-    todo = [(each, output / f"{each.stem}.safetensors") for each in videos]
-    todo = [(each, target) for each, target in todo if not target.exists()]
+    same |= {
+        "vae": "toy" if preset == "toy" else chosen_vae(preset, vae, models),
+        "latents": [frames, settings.height, settings.width],
+        "fps": [settings.fps, fps],
+    }
+    whole = _whole(output, same)
+    root = source if source.is_dir() else source.parent
+    names = [each.relative_to(root).as_posix() for each in videos]
+    todo: list[_Job] = []
+    skipped = 0
+
+    def skip(name: str, error: ValueError) -> None:
+        nonlocal skipped
+        if not source.is_dir():
+            raise ValueError(f"{source}: {error}") from None
+        skipped += 1
+        print(f"{name}: skipped: {error}", file=sys.stderr, flush=True)
+
+    for video, name, target in zip(videos, names, _targets(names, output), strict=True):
+        try:
+            prompt = prompt_beside(video)
+            if isinstance(text, ToyTextEncoder):
+                text.words(prompt)  # is all it takes to encode them
+            of = {"file": name, "bytes": video.stat().st_size if video.exists() else 0}
+            job = _Job(video, target, prompt, of)
+            if not _is_done(whole.get(target), job, names):
+                todo.append(job)
+        except ValueError as error:
+            skip(name, error)
+    there = len(videos) - len(todo) - skipped
     # The text first: its encoder leaves the GPU before the video encoder comes. It is loaded once
     # for many prompts and keeps on disk what each is encoded as.
-    prompts = [prompt_beside(each) for each, _ in todo]
+    load = checked_codec(preset, device, vae, models)
     with told("encoding the prompts"):
-        for i in range(0, len(prompts), PROMPTS):
-            text(prompts[i : i + PROMPTS], device)
-    codec = load_codec(preset, device, vae, models)
-    for (each, target), prompt in zip(todo, prompts, strict=True):
-        text_1TE = text([prompt], device)
-        latents_1FCHW = _latents_of(each, codec, settings, frames, device)
-        _save(target, {"latents": latents_1FCHW, "text": text_1TE}, [prompt])
+        for _ in text.rows((job.prompt for job in todo), device):
+            pass
+    codec = load() if todo else None
+    for job in todo:
+        assert codec is not None
+        name = job.of["file"]
+        try:
+            latents_1FCHW = _latents_of(job.video, codec, settings, frames, fps, device)
+        except ValueError as error:
+            skip(name, error)
+            continue
+        text_TE = next(text.rows([job.prompt], device))
+        tensors = {"latents": latents_1FCHW, "text": _small(text_TE)[None]}
+        _save(job.target, tensors, [job.prompt], same, job.of)
         count = latents_1FCHW.shape[1]
-        print(f"{each.name}: {count} latent frames, {prompt or '(no prompt)'}: {target}")
-    if len(todo) < len(videos):
-        print(f"{len(videos) - len(todo)} of {len(videos)} were there already")
+        print(f"{name}: {count} latent frames, {job.prompt or '(no prompt)'}: {job.target}")
+    if there:
+        print(f"{there} of {len(videos)} were there already")
+    if skipped:
+        raise ValueError(f"{skipped} of {len(videos)} videos were skipped, each named above")
+
+
+class _Job(NamedTuple):
+    """A video to encode. of: what its file will say it was made of."""
+
+    video: Path
+    target: Path
+    prompt: str
+    of: dict[str, Any]
+
+
+def _targets(names: Sequence[str], output: Path) -> Iterator[Path]:
+    """A file for each video, by its sorted name in the source: no two the same."""
+    taken: set[Path] = set()
+    for name in map(Path, names):
+        stem = output / name.with_suffix(".safetensors")
+        target = output / f"{name}.safetensors" if stem in taken else stem
+        taken.add(target)
+        yield target
+
+
+class _Made(NamedTuple):
+    """What `encode` says in a file of its own: by which settings, of what, and the prompts. Empty
+    for a file of another's."""
+
+    settings: dict[str, Any]
+    of: dict[str, Any]
+    prompts: list[str]
+
+
+def _made(path: Path) -> _Made | None:
+    """None for a file that is not there or not whole."""
+    try:
+        if not path.is_file():
+            return None
+        with safe_open(path, "pt") as file:
+            said = file.metadata() or {}
+        made = json.loads(said["encoded"])
+        return _Made(dict(made["settings"]), dict(made["of"]), json.loads(said["prompts"]))
+    except (SafetensorError, OSError):
+        return None
+    except (ValueError, KeyError, TypeError):
+        return _Made({}, {}, [])
+
+
+def _whole(output: Path, settings: dict[str, Any]) -> dict[Path, _Made]:
+    """The files in a folder and its subfolders. Raises ValueError if one is of other settings."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output}: must be a folder")
+    out = {}
+    for path in within(output, (".safetensors",)) if output.exists() else []:
+        made = _made(path)
+        if made is not None:
+            other = [k for k in settings if made.settings.get(k, settings[k]) != settings[k]]
+            if other:
+                was = ", ".join(f"{k}={made.settings[k]} (now {settings[k]})" for k in other)
+                raise ValueError(f"{path}: was encoded with {was}: must be another --output")
+            out[path] = made
+    return out
+
+
+def _is_done(there: _Made | None, job: _Job, names: Sequence[str]) -> bool:
+    """Whether a video's file is there; one of another prompt, or of another of the videos `names`,
+    is written anew. Raises ValueError if that would lose what is not of these videos."""
+    if there is None or there.of == job.of:
+        return there is not None and there.prompts == [job.prompt]
+    other = there.of.get("file")
+    if other == job.of["file"] or other not in names:
+        was = f"of another {other}" if other else "not of this command, or of an older version"
+        raise ValueError(f"{job.target} is there and {was}: must be another --output")
+    return False
+
+
+def _encode_prompts(
+    source: Path, output: Path, text: TextEncoder, settings: dict[str, Any], device: torch.device
+) -> None:
+    """Into files of SHARD bytes, with the memory of one."""
+    if source.exists() and not source.is_file():
+        raise ValueError(f"prompt file {source}: must be a regular file, because it is read twice")
+    digest, count = hashlib.sha256(), 0
+    for prompt in prompts_in(source):
+        count += 1
+        digest.update(f"{prompt}\n".encode())
+        if isinstance(text, ToyTextEncoder):
+            text.words(prompt)  # raises for one that it does not know
+    of = {"file": source.name, "sha256": digest.hexdigest(), "prompts": count}
+    first = output / f"{source.stem}.safetensors"
+    there = _whole(output, settings)
+    for path, made in there.items():
+        if made.of != of and (path == first or made.of.get("file") == source.name):
+            raise ValueError(f"{path} is there and of other prompts: must be another --output")
+    files = itertools.chain([first], (continued(first, i) for i in itertools.count(1)))
+    target, done = next(files), 0
+    while target in there and there[target].of == of:  # by a run that was stopped
+        done += len(there[target].prompts)
+        target = next(files)
+
+    def left() -> Iterator[str]:
+        return itertools.islice(prompts_in(source), done, None)
+
+    few: list[str] = []
+    rows: list[Tensor] = []
+    with told(f"encoding {count - done} prompts"):
+        for prompt, text_TE in zip(left(), text.rows(left(), device), strict=True):
+            few.append(prompt)
+            rows.append(_small(text_TE))
+            done += 1
+            if done == count or sum(row.nbytes for row in rows) >= SHARD:
+                if target in there and there[target].of != of:
+                    raise ValueError(f"{target} is there and of other prompts")
+                lengths = torch.tensor([len(row) for row in rows], dtype=torch.int32)
+                _save(target, {"text": torch.cat(rows), "lengths": lengths}, few, settings, of)
+                few, rows, target = [], [], next(files)
+    print(f"{count} prompts: {first}")
+
+
+def _small(text_TE: Tensor) -> Tensor:
+    """In bfloat16, which public encoders compute in, where nothing is lost by it."""
+    small_TE = text_TE.bfloat16()
+    return small_TE if torch.equal(small_TE.float(), text_TE.float()) else text_TE
 
 
 @torch.no_grad()
@@ -126,12 +300,24 @@ def decode(
     """
     settings, device = find_preset(preset), default_device()
     latents_NFCHW = _read_latents(source, settings.dit.channels, axes)
+    count = len(latents_NFCHW)
+    names = [output.with_stem(f"{output.stem}-{i}") if count > 1 else output for i in range(count)]
+    check_outputs(names)
     codec = load_codec(preset, device, vae, models, tile)
     frames = 1 + codec.temporal_factor * (latents_NFCHW.shape[1] - 1)
-    for i, latents_1FCHW in enumerate(latents_NFCHW.split(1)):
-        name = output.with_stem(f"{output.stem}-{i}") if len(latents_NFCHW) > 1 else output
+    for name, latents_1FCHW in zip(names, latents_NFCHW.split(1), strict=True):
         chunks = _decoded(latents_1FCHW, codec, device)
         write_videos(chunks, [name], [source.name], settings.fps, frames, device)
+
+
+def check_outputs(names: Sequence[Path], watch: bool = False) -> None:
+    """Raises as `write_videos` does where it cannot write or show a video, and leaves nothing."""
+    for name in names:
+        check_name(name)
+        check_writable(name)
+        check_writable(name.with_suffix(".png"))
+    if watch:
+        TerminalPlayer(1)
 
 
 def write_videos(
@@ -145,13 +331,14 @@ def write_videos(
 ) -> None:
     """Videos that come as chunks [B, T, 3, H, W] from `device` into an MP4 and a contact sheet
     each. frames: how many will come, or "endless". watch: play the first one in the terminal.
-    Ctrl-C ends them there and is raised again."""
+    Ctrl-C ends them there and is raised again; so does a frame with NaN or infinity, with
+    FloatingPointError. What came before is kept."""
     sheets = [ContactSheet() for _ in names]
     player = TerminalPlayer(fps) if watch else None
-    done, began, first = 0, time.perf_counter(), 0.0
+    done, shown, began, first = 0, 0, time.perf_counter(), 0.0
     console = Console()
     columns = (SpinnerColumn(), TextColumn("{task.fields[said]}"))
-    interrupted = False
+    stopped: BaseException | None = None
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(VideoWriter(name, fps)) for name in names]
         progress = stack.enter_context(
@@ -165,53 +352,58 @@ def write_videos(
                 for writer, sheet, video in zip(writers, sheets, pixels, strict=True):
                     writer.write(video)
                     sheet.add(video)
+                shown = done
                 rate = done / (time.perf_counter() - began)
                 status = f"frame {done} of {'∞' if frames == 'endless' else frames}, {rate:.1f} FPS"
                 progress.update(task, said=status)
                 if player:
                     player.show(pixels[0], f"{titles[0]}  {status}")
-        except KeyboardInterrupt:
-            if not done:
+        except (KeyboardInterrupt, FloatingPointError) as error:
+            if not shown:
                 raise
-            interrupted = True
+            stopped = error
     for sheet, name, title in zip(sheets, names, titles, strict=True):
         sheet.save(name.with_suffix(".png"), title=title or "(no prompt)")
     seconds = time.perf_counter() - began
     print(
-        f"{'stopped after ' if interrupted else ''}{done} frames in {seconds:.2f} s "
-        f"({len(names) * done / seconds:.1f} FPS; first frame after {first:.3f} s), "
+        f"{'stopped after ' if stopped else ''}{shown} frames in {seconds:.2f} s "
+        f"({len(names) * shown / seconds:.1f} FPS; first frame after {first:.3f} s), "
         f"{device}: {', '.join(str(name) for name in names)}"
     )
-    if interrupted:
-        raise KeyboardInterrupt
+    if stopped:
+        raise stopped
 
 
 def _latents_of(
-    path: Path, codec: VideoCodec, preset: Preset, frames: int | None, device: torch.device
+    path: Path,
+    codec: VideoCodec,
+    preset: Preset,
+    frames: int | None,
+    fps: float | None,
+    device: torch.device,
 ) -> Tensor:
-    """[1, F, C, h, w]. Pixel frames at the end that do not fill a latent frame are left out."""
+    """[1, F, C, h, w]. Pixel frames at the end that do not fill a latent frame are left out. Raises
+    ValueError, without the name, for a video that cannot be read, is too short or gives NaN."""
     scale, group = codec.spatial_factor, codec.temporal_factor
     size = preset.height * scale, preset.width * scale
     count = None if frames is None else 1 + group * (frames - 1)
-    images = itertools.islice(covering_frames(path, *size), count)
-    latents, state, first = [], None, 1
+    images = itertools.islice(covering_frames(path, *size, preset.fps, fps), count)
+    latents, state, first, done = [], None, 1, 0
     with _progress(path.name) as progress:
-        try:
-            while chunk := [*itertools.islice(images, first or CHUNK)]:
-                whole = len(chunk) if first else len(chunk) // group * group
-                if whole:
-                    pixels_1TCHW = to_pixels(chunk[:whole])[None].to(device)
-                    latents_1FCHW, state = codec.encode_chunk(pixels_1TCHW, state)
-                    latents.append(latents_1FCHW.cpu())
-                first = 0
-                done = sum(each.shape[1] for each in latents)
-                said = f"{path.name}: {done} latent frames"
-                progress.update(progress.task_ids[0], description=said)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    done = sum(each.shape[1] for each in latents)
+        while chunk := [*itertools.islice(images, first or CHUNK)]:
+            whole = len(chunk) if first else len(chunk) // group * group
+            if whole:
+                pixels_1TCHW = to_pixels(chunk[:whole])[None].to(device)
+                latents_1FCHW, state = codec.encode_chunk(pixels_1TCHW, state)
+                latents.append(latents_1FCHW.cpu())
+                if not latents[-1].isfinite().all():
+                    raise ValueError(f"its latents hold NaN or infinity from frame {done} on")
+                done += latents_1FCHW.shape[1]
+            first = 0
+            said = f"{path.name}: {done} latent frames"
+            progress.update(progress.task_ids[0], description=said)
     if not latents or (frames is not None and done < frames):
-        raise ValueError(f"{path}: has {done} latent frames: must have {frames or 1} or more")
+        raise ValueError(f"has {done} latent frames: must have {frames or 1} or more")
     return torch.cat(latents, 1)
 
 
@@ -233,6 +425,8 @@ def _read_latents(path: Path, channels: int, axes: str) -> Tensor:
     if x.dim() != 5 or not x.is_floating_point() or channels not in x.shape[1:3]:
         want = f"[N, frames, {channels}, height, width] or [N, {channels}, frames, height, width]"
         raise ValueError(f"{path}: {name} has shape {[*x.shape]}: must be {want}")
+    if 0 in x.shape:
+        raise ValueError(f"{path}: {name} has shape {[*x.shape]}: none may be 0")
     if axes == "auto" and x.shape[1] == x.shape[2]:
         raise ValueError(
             f"{path}: {name} has {channels} frames and as many channels: --axes must say which "
@@ -245,8 +439,15 @@ def _read_latents(path: Path, channels: int, axes: str) -> Tensor:
     return x
 
 
-def _save(path: Path, tensors: dict[str, Tensor], prompts: list[str]) -> None:
-    save_tensors(path, tensors, {"prompts": json.dumps(prompts)})
+def _save(
+    path: Path,
+    tensors: dict[str, Tensor],
+    prompts: list[str],
+    settings: dict[str, Any],
+    of: dict[str, Any],
+) -> None:
+    encoded = json.dumps({"settings": settings, "of": of})
+    save_tensors(path, tensors, {"prompts": json.dumps(prompts), "encoded": encoded})
 
 
 def _progress(name: str) -> Progress:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sfkernels.layout import check_window
+
 
 @dataclass(frozen=True)
 class DiTConfig:
@@ -118,6 +120,14 @@ class Preset:
     sink: int = 0
     fps: int = 16
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for sizes that do not fit together."""
+        for name in ("height", "width", "chunk", "first"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        check_window(self.window, self.sink, max(self.chunk, self.first or 1))
+
     @property
     def grid(self) -> tuple[int, int]:
         """(height, width) of a frame in tokens."""
@@ -150,3 +160,10 @@ PRESETS = {
     "wan-1.3b": Preset(DiTConfig(1536, 8960, 12, 30), height=60, width=104),
     "wan-14b": Preset(DiTConfig(5120, 13824, 40, 40), height=60, width=104),
 }
+
+
+def check_seed(seed: int, videos: int = 1) -> None:
+    """Raises ValueError where the seeds of so many videos, from this one on, do not fit into the 64
+    bits that the noise is drawn from."""
+    if not -(2**63) <= seed < 2**63 - videos:
+        raise ValueError(f"seed={seed}: must be at least -2**63 and less than 2**63 - {videos}")

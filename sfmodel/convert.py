@@ -18,13 +18,27 @@ import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfmodel import names
-from sfmodel.checkpoint import STEM, Weights, differences, foreign_types, open_weights
-from sfmodel.config import DiTConfig
+from sfmodel.checkpoint import to_official
+from sfmodel.config import DiTConfig, VAEConfig
+from sfmodel.dit import DiT
 from sfmodel.files import atomic, atomic_folder
+from sfmodel.opening import (
+    STEM,
+    Weights,
+    differences,
+    foreign_types,
+    open_weights,
+    parse_json,
+    read_json,
+    recognised,
+    wrong_shapes,
+)
 from sfmodel.tensors import size_of, write_tensors
+from sfmodel.tiny_vae import TinyVAE
+from sfmodel.vae import WanVAE
 
 Form = Literal["official", "self-forcing", "diffusers"]
 State = Mapping[str, Tensor]
@@ -35,6 +49,7 @@ _FORMS: dict[str, tuple[Form, ...]] = {
     "VAE": ("official", "diffusers"),
     "tiny VAE": ("official",),
 }
+_ENTRIES = ("generator_ema", "generator", "critic")  # of self-forcing
 _PICKLED = (".pt", ".pth")
 _FILES = (".safetensors", *_PICKLED)
 _LARGE = 1_000_000_000  # bytes that take long enough to show how far it is
@@ -63,16 +78,18 @@ def convert(
             self-forcing form all that there are.
         shard_gb: The largest file of a folder in GB; a larger model is cut into several.
     """
+    if not shard_gb > 0:
+        raise ValueError(f"shard_gb={shard_gb}: must be more than 0")
     found = open_weights(source, weights)
     state, family = _recognised(source, found, to)
     _check_target(target, found, to, folder=family == "DiT")
     new = None if dtype is None else getattr(torch, dtype)
     content: dict[str, Any] = dict(state)
     if to == "self-forcing":
-        entries = (weights,) if weights else found.entries or ("generator",)
+        there = [weights] if weights else [each for each in _ENTRIES if each in found.entries]
         content = {}
-        for entry in entries:
-            one = open_weights(source, entry) if found.entries else found
+        for entry in there or ["generator"]:
+            one = open_weights(source, entry) if there else found
             each, _ = _recognised(source, one, to)
             content[entry] = {f"model.{k}": v for k, v in each.items()}
     total = sum(size_of(v, new) for v in _tensors(content))
@@ -90,13 +107,12 @@ def convert(
             with atomic_folder(target) as part:
                 (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
                 own = state if to == "official" else names.diffusers(state)
-                _write_shards(part, own, new, int(shard_gb * 1e9), tick)
+                _write_shards(part, own, new, int(min(shard_gb, 1e9) * 1e9), tick)
 
 
 def _recognised(source: Path, found: Weights, to: Form) -> tuple[State, str]:
     """The tensors under official names and the family of the model, whole and convertible."""
-    state = names.official(found.tensors)
-    family, label = names.kind(state)
+    state, (family, label) = recognised(found)
     if family not in _FORMS:
         raise ValueError(
             f"{source}: is {label or 'no model that is known here'}: must be a DiT or VAE of "
@@ -107,9 +123,24 @@ def _recognised(source: Path, found: Weights, to: Form) -> tuple[State, str]:
     problems = foreign_types(state)
     if family in names.TABLES:
         problems += differences(state, names.expected(family, state))
+    if not problems:
+        problems = wrong_shapes(state, _shapes(source, state, family))
     if problems:
         raise ValueError(f"{source}: is {label}, but not a whole one: {'; '.join(problems)}")
     return state, family
+
+
+def _shapes(source: Path, state: State, family: str) -> State:
+    """What a whole model of these sizes has, without values."""
+    model: nn.Module
+    with torch.device("meta"):
+        if family == "DiT":  # the number of heads does not show in the shapes
+            model = DiT(DiTConfig(heads=1, **_dit_sizes(source, state)))
+        elif family == "VAE":
+            model = WanVAE(VAEConfig(**_vae_sizes(source, state)))
+        else:
+            model = TinyVAE()
+    return to_official(model.state_dict())
 
 
 def _check_target(target: Path, found: Weights, to: Form, *, folder: bool) -> None:
@@ -135,45 +166,71 @@ def _dit_config(source: Path, found: Weights, state: State) -> DiTConfig:
     """Sizes from shapes. What these do not tell is in the metadata or in the config.json beside the
     weights, in this project's words, official ones or those of diffusers; else it is as in Wan2.1.
     Raises ValueError where the number of heads is not known."""
-    dim, channels, *patch = state["patch_embedding.weight"].shape
+    sizes = _dit_sizes(source, state)
+    dim = sizes["dim"]
     said: dict[str, Any] = {}
     try:
         beside = found.files[0].parent / "config.json"
-        text = found.metadata["config"] if "config" in found.metadata else beside.read_text()
-        said = json.loads(text)
-        heads = said.get("heads") or said.get("num_heads") or said.get("num_attention_heads")
-        width = said.get("dim") or said["num_attention_heads"] * said["attention_head_dim"]
+        kept = found.metadata.get("config")
+        said = read_json(beside) if kept is None else parse_json(kept)
+        heads = said.get("heads") or said.get("num_heads") or int(said["num_attention_heads"])
+        width = said.get("dim") or heads * int(said["attention_head_dim"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         heads = width = None
     if width != dim:  # there is none, or it is of another model
         said, heads = {}, None if dim % 128 else dim // 128
-    if not heads:
+    if not isinstance(heads, int) or heads < 1:
         raise ValueError(
             f"{source}: a DiT of width {dim} has an unknown number of heads: must be in a "
             "config.json beside it"
         )
     return DiTConfig(
-        dim=dim,
-        ffn_dim=state["blocks.0.ffn.0.weight"].shape[0],
         heads=heads,
-        layers=names.blocks(state),
-        channels=channels,
-        patch=(patch[0], patch[1], patch[2]),
-        freq_dim=state["time_embedding.0.weight"].shape[1],
-        text_dim=state["text_embedding.0.weight"].shape[1],
         text_len=said.get("text_len", 512),
         eps=said.get("eps", 1e-6),
         prediction=said.get("prediction", "flow"),
+        **sizes,
     )
+
+
+def _dit_sizes(source: Path, state: State) -> dict[str, Any]:
+    """Those of a DiTConfig that shapes tell."""
+    dim, channels, *patch = _sizes(source, state, "patch_embedding.weight", 5)
+    return {
+        "dim": dim,
+        "ffn_dim": _sizes(source, state, "blocks.0.ffn.0.weight", 2)[0],
+        "layers": names.blocks(state),
+        "channels": channels,
+        "patch": (patch[0], patch[1], patch[2]),
+        "freq_dim": _sizes(source, state, "time_embedding.0.weight", 2)[1],
+        "text_dim": _sizes(source, state, "text_embedding.0.weight", 2)[1],
+    }
+
+
+def _vae_sizes(source: Path, state: State) -> dict[str, Any]:
+    """Those of a VAEConfig that shapes tell."""
+    return {
+        "dim": _sizes(source, state, "encoder.conv1.weight", 5)[0],
+        "channels": _sizes(source, state, "conv2.weight", 5)[0],
+    }
+
+
+def _sizes(source: Path, state: State, name: str, dims: int) -> tuple[int, ...]:
+    """Of a tensor. Raises ValueError for another number of dimensions."""
+    shape = tuple(state[name].shape)
+    if len(shape) != dims:
+        raise ValueError(f"{source}: {name} has shape {[*shape]}: must have {dims} dimensions")
+    return shape
 
 
 def _config_json(source: Path, found: Weights, state: State, to: Form) -> dict[str, Any]:
     """The config.json of a folder."""
     if "conv2.weight" in state:
+        sizes = _vae_sizes(source, state)
         return {
             "_class_name": "AutoencoderKLWan",
-            "base_dim": state["encoder.conv1.weight"].shape[0],
-            "z_dim": state["conv2.weight"].shape[0],
+            "base_dim": sizes["dim"],
+            "z_dim": sizes["channels"],
             "dim_mult": [1, 2, 4, 4],
             "num_res_blocks": 2,
             "attn_scales": [],

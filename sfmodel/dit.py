@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sfkernels as sf
-from sfkernels.dispatch import check_shape
+from sfkernels.arguments import check_shape
 from sfkernels.kv_cache import RingChunk
 from sfmodel.config import DiTConfig
 from sfmodel.schedule import TRAIN_STEPS
@@ -80,16 +80,19 @@ class SelfAttention(nn.Module):
         self.norm_k = nn.Parameter(torch.ones(config.dim))
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
-        norm = (self.qkv(x_BLD), self.norm_q, self.norm_k, context.rope_LP2)
+        qkv_BLC, norm = self.qkv(x_BLD), (self.norm_q, self.norm_k, context.rope_LP2)
         if context.cache is not None and context.chunk is not None:
             ring = context.cache.k[self.layer], context.cache.v[self.layer]
             q = sf.qk_norm_rope_append(
-                *norm, *ring, context.chunk.slot_F, eps=self.eps, impl=self.impl
+                qkv_BLC.to(ring[0].dtype),  # another one under autocast
+                *(*norm, *ring, context.chunk.slot_F),
+                eps=self.eps,
+                impl=self.impl,
             )
             out = sf.ring_attention(q, *ring, context.chunk.valid, impl=self.attention_impl)
         else:
             assert context.layout is not None
-            q, k, v = sf.qk_norm_rope(*norm, eps=self.eps, impl=self.impl)
+            q, k, v = sf.qk_norm_rope(qkv_BLC, *norm, eps=self.eps, impl=self.impl)
             past, prefix = context.past, None
             if past is not None:
                 prefix = sf.Prefix(past.k[self.layer], past.v[self.layer], past.spans)
@@ -130,7 +133,7 @@ class CrossAttention(nn.Module):
             # By the class: under FSDP the module's own gathers weights that are here already.
             keys = CrossAttention.keys_values(self, context.text)
         k, v = (each.expand(len(x_BLD), -1, -1, -1) for each in keys)
-        q = q.unflatten(-1, (self.heads, -1))
+        q = q.unflatten(-1, (self.heads, -1)).to(k.dtype)
         out = sf.cross_attention(q, k, v, impl=self.attention_impl)
         return self.o(out.flatten(2))
 
@@ -375,7 +378,10 @@ class DiT(nn.Module):
     def new_cache(
         self, batch: int, window: int, grid: tuple[int, int], sink: int = 0
     ) -> sf.RingKVCache:
-        """An empty cache for streams of this model; grid: (height, width) of a frame in tokens."""
+        """An empty cache for streams of this model, in its dtype or, under autocast, in that of its
+        linear layers; grid: (height, width) of a frame in tokens."""
+        kind = self.device.type
+        autocast = torch.is_autocast_enabled(kind)
         return sf.RingKVCache(
             layers=self.config.layers,
             batch=batch,
@@ -385,7 +391,7 @@ class DiT(nn.Module):
             heads=self.config.heads,
             head_dim=self.config.head_dim,
             text_tokens=self.config.text_len,
-            dtype=self.dtype,
+            dtype=torch.get_autocast_dtype(kind) if autocast else self.dtype,
             device=self.device,
         )
 

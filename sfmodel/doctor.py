@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sysconfig
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +25,7 @@ from rich.text import Text
 from sfkernels import cpp
 from sfmodel import assets
 from sfmodel.config import PRESETS
-from sfmodel.files import atomic
+from sfmodel.files import atomic, check_writable
 
 GIB = 2**30
 OLDEST = (8, 0)  # compute capability that the kernels are written for
@@ -57,7 +58,9 @@ def doctor(
     """
     if models is not None and not models.is_dir():
         raise ValueError(f"{models}: there is no such folder of models")
-    found = examine(assets.default_folder() if models is None else models)
+    if json_path is not None:
+        check_writable(json_path)
+    found = examine(models)
     if json_path is not None:
         with atomic(json_path) as part:
             part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -65,11 +68,13 @@ def doctor(
     report(found, console if console.is_terminal else Console(width=160))
 
 
-def examine(folder: Path) -> dict[str, Any]:
-    """Everything that `report` shows, as JSON holds it. A folder of models that does not exist
-    holds nothing."""
-    here = _machine(folder)
-    files = assets.examine(folder) if folder.is_dir() else []
+def examine(models: Path | None) -> dict[str, Any]:
+    """Everything that `report` shows, as JSON holds it. models: as in `assets.find`; a folder that
+    does not exist holds nothing."""
+    folder = assets.default_folder() if models is None else models
+    here, files = _machine(folder), []
+    with suppress(ValueError):
+        files = assets.examine(models)
     found: dict[str, Any] = {
         "machine": here,
         "libraries": [
@@ -250,7 +255,7 @@ def report(found: dict[str, Any], console: Console) -> None:
             f"Found in {models}",
             ("what", "preset", "file", "is"),
             (
-                (each["field"], each["preset"], os.path.relpath(each["path"], models),
+                (each["field"], each["preset"], each["path"].removeprefix(f"{models}{os.sep}"),
                  ("" if each["usable"] else "not usable: ") + each["said"])
                 for each in found["files"]
             ),

@@ -27,9 +27,9 @@ from rich.table import Table
 from torch import Tensor
 
 from sfkernels import Noise, normal
-from sfkernels.layout import check_window, chunk_sizes
+from sfkernels.layout import chunk_sizes
 from sfmodel import world
-from sfmodel.config import Preset
+from sfmodel.config import Preset, check_seed
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
 from sfmodel.schedule import FlowSchedule
@@ -128,6 +128,10 @@ class Sampling:
     preset: Preset
     euler: int = 0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.euler <= 1000:
+            raise ValueError(f"euler={self.euler}: must be 0 to 1000 steps")
+
     @property
     def steps(self) -> tuple[int, ...]:
         if not self.euler:
@@ -148,7 +152,7 @@ def roll(
     """Latents [B, F, C, H, W] that a model generates chunk by chunk, on its own past, or, where
     real latents are given as context, every chunk on theirs."""
     preset, batch = sampling.preset, len(text_BTE)
-    check_window(preset.window, preset.sink, max(preset.chunk, preset.first or 1))
+    check_seed(seed, batch)
     cache = model.new_cache(batch, preset.window, preset.grid, preset.sink)
     model.set_text(cache, text_BTE)
     sampler = FewStepSampler(model, cache, FlowSchedule(preset.shift), sampling.steps)
@@ -195,7 +199,13 @@ def held_out(codec: ToyVAE, frames: int, videos: int, split: str = "test") -> He
 
 @torch.no_grad()
 def seen_in(codec: ToyVAE, latents_BFCHW: Tensor) -> Seen:
-    """What decoded latents show."""
+    """What decoded latents show. Raises FloatingPointError where one holds NaN or infinity."""
+    bad = (~latents_BFCHW.isfinite()).flatten(2).any(2).nonzero().tolist()
+    if bad:
+        raise FloatingPointError(
+            f"video {bad[0][0]} holds NaN or infinity from latent frame {bad[0][1]} on: the "
+            "weights are damaged, or the arithmetic overflows"
+        )
     parts = [look(codec.decode_chunk(part)[0].cpu()) for part in latents_BFCHW.split(BATCH)]
     return Seen(*(torch.cat(each) for each in zip(*parts, strict=True)))
 

@@ -19,14 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-try:
-    from safetensors import SafetensorError
-except ImportError:  # what writes only text, such as the benches, needs no more than PyTorch
-
-    class SafetensorError(Exception):  # type: ignore[no-redef]
-        pass
-
-
 PARTS = 8  # of one file, which are looked for
 LONGEST = 255  # bytes of a name on common file systems
 LOCK = ".lock"
@@ -43,8 +35,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield part.path
         part.commit()
-    # PyTorch and safetensors report a full disk in their own ways.
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as the latter
         raise cannot_write(part.target, error) from error
     finally:
         part.discard()
@@ -169,6 +160,23 @@ def alone(folder: Path) -> Iterator[None]:
                 each.rmdir()
 
 
+def check_writable(path: Path) -> None:
+    """Raises as `Part` does where a file cannot be written, and leaves nothing: for what takes
+    long before it writes."""
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
+    above = next(each for each in path.absolute().parents if each.exists())
+    if not above.is_dir():
+        raise OSError(f"cannot write {path}: {above} is not a folder")
+    if path.exists() and not path.is_file():  # a device or a pipe
+        return
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 def cannot_write(path: Path, error: Exception) -> OSError:
     """The error to raise where writing `path` failed with `error`."""
     reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
@@ -259,3 +267,25 @@ def _locked(path: Path, create: int = 0) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)  # it was removed or replaced meanwhile
+
+
+def within(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """A file itself, or what ends so in a folder and its subfolders, by name: files, and what only
+    looks like one (a FIFO, a link to nothing), for its reader to refuse. Hidden ones are left out;
+    a folder that links lead to is searched once. Raises OSError for a folder that is not
+    readable."""
+    if not path.is_dir():
+        return [path]
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    seen: set[str] = set()
+    out: list[Path] = []
+    for folder, folders, names in os.walk(path, onerror=stop, followlinks=True):
+        new = os.path.realpath(folder) not in seen
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(name for name in folders if new and not name.startswith("."))
+        visible = (Path(folder, name) for name in names if new and not name.startswith("."))
+        out += [each for each in visible if each.suffix.lower() in suffixes]
+    return sorted(out)

@@ -6,6 +6,7 @@ keeps their shapes. This project's DiT fuses some projections; its VAEs carry th
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -20,9 +21,17 @@ _FUSED = {
 }
 # The RMSNorms' only parameter is the module's own here.
 _NORMS = tuple(f"{a}_attn.norm_{w}" for a in ("self", "cross") for w in "qk")
-# Wrappers of training code, anywhere in a key or before it.
+# Dicts of weights in the files of training code, or so many parts of one dict, and what may be
+# around them.
+PARTS = ("generator_ema", "generator", "ema", "critic", "generator_lora")
+WRAPPERS = ("model", "state_dict", "module")
+_PART = re.compile(rf"(?:(?:{'|'.join(WRAPPERS)})\.)*({'|'.join(PARTS)})\.")
+# Added by wrappers, anywhere in a key or before it; pipelines and ComfyUI have their own.
 _INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-_PREFIXES = ("model.", "net.", "module.")
+_PREFIXES = (
+    *(f"{name}." for name in (*PARTS, *WRAPPERS)),
+    *("net.", "diffusion_model.", "transformer.", "pipe.dit."),
+)
 
 
 def _layers(stems: Mapping[str, str]) -> dict[str, str]:
@@ -110,12 +119,18 @@ def _renamed(name: str, table: Mapping[str, str]) -> str:
 
 
 def clean_key(key: str) -> str:
-    """An official parameter name without what training wrappers add."""
+    """An official parameter name without what training wrappers and pipelines add."""
     for infix in _INFIXES:
         key = key.replace(infix, "")
-    while key.startswith(_PREFIXES):
-        key = key.split(".", 1)[1]
+    while prefix := next((each for each in _PREFIXES if key.startswith(each)), ""):
+        key = key.removeprefix(prefix)
     return key
+
+
+def part_of(key: str) -> str:
+    """The part of a training checkpoint that a name is of: one of PARTS, or empty."""
+    found = _PART.match(key)
+    return found[1] if found else ""
 
 
 def official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -184,9 +199,10 @@ class Kind(NamedTuple):
 
 # (width, blocks, width of the FFN) of the public DiTs.
 _SIZES = {(1536, 30, 8960): "1.3B", (5120, 40, 13824): "14B"}
+LORA = "a LoRA, the changes to a model, which must be merged into that model first"
 # What is recognised only to be named, by a name that it alone has.
 _OTHERS = {
-    r"(^|[._])lora_": "a LoRA, the changes to a model and not the model",
+    r"(^|[._])lora_": LORA,
     r"^vace_": "a VACE DiT",
     r"^(img_emb|condition_embedder\.image_embedder)\.": "an image-to-video DiT",
     r"^encoder\.downsamples\.0\.downsamples\.": "the VAE of Wan2.2",
@@ -200,21 +216,25 @@ def kind(state: Mapping[str, Tensor]) -> Kind:
     for pattern, label in _OTHERS.items():
         if any(re.search(pattern, name) for name in state):
             return Kind("", label)
-    patch, q = state.get("patch_embedding.weight"), state.get("blocks.0.self_attn.q.weight")
-    if patch is not None and q is not None and patch.dim() == 5:
-        (dim, channels), depth = patch.shape[:2], blocks(state)
-        out = state.get("head.head.bias", patch[0]).numel() / patch[0, 0].numel()
-        if out.is_integer() and out < channels:
+
+    def sizes(name: str, dims: int) -> tuple[int, ...]:
+        shape = tuple(state[name].shape) if name in state else ()
+        return shape if len(shape) == dims and 0 not in shape else ()
+
+    patch, q = sizes("patch_embedding.weight", 5), sizes("blocks.0.self_attn.q.weight", 2)
+    if patch and q:
+        (dim, channels, *size), depth = patch, blocks(state)
+        ffn = sum(sizes("blocks.0.ffn.0.bias", 1))
+        (out,) = sizes("head.head.bias", 1) or (channels * math.prod(size),)
+        if out % math.prod(size) == 0 and out < channels * math.prod(size):
             return Kind("", f"an image-to-video DiT, of {channels} input channels")
-        size = _SIZES.get((dim, depth, state.get("blocks.0.ffn.0.bias", q).shape[0]))
-        return Kind("DiT", f"Wan2.1 DiT {size}" if size else f"a DiT of {depth} blocks × {dim}")
-    norm = state.get("encoder.downsamples.0.residual.0.gamma")
-    if norm is not None:
-        width = norm.shape[0]
-        return Kind("VAE", "Wan2.1 VAE" if width == 96 else f"a VAE of width {width}")
+        known = _SIZES.get((dim, depth, ffn))
+        return Kind("DiT", f"Wan2.1 DiT {known}" if known else f"a DiT of {depth} blocks × {dim}")
+    if norm := sizes("encoder.downsamples.0.residual.0.gamma", 4):
+        return Kind("VAE", "Wan2.1 VAE" if norm[0] == 96 else f"a VAE of width {norm[0]}")
     if {"encoder.0.weight", "decoder.1.weight", "decoder.3.conv.0.weight"} <= state.keys():
-        channels = state["decoder.1.weight"].shape[1]
-        return Kind("tiny VAE", f"a tiny VAE (TAEHV) of {channels} channels")
+        width = sum(sizes("decoder.1.weight", 4)[1:2])
+        return Kind("tiny VAE", f"a tiny VAE (TAEHV) of {width} channels")
     return Kind("", "")
 
 

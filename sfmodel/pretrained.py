@@ -3,9 +3,10 @@ that the toy ships with or the public ones of Wan2.1 from a local folder (`sfmod
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from sfmodel.tiny_vae import TinyVAE
 from sfmodel.toy_vae import ToyVAE
 from sfmodel.vae import WanVAE
 
+log = logging.getLogger(__name__)
 TOY_WEIGHTS = Path(__file__).parent / "weights" / "toy.safetensors"
 Vae = Literal["auto", "wan", "tiny"]
 
@@ -36,7 +38,18 @@ class TextEncoder(Protocol):
     text_dim: int
     text_len: int
 
+    @property
+    def identity(self) -> str:
+        """Another one for another encoder."""
+        ...
+
     def __call__(self, sentences: Sequence[str], device: torch.device | str = "cpu") -> Tensor: ...
+
+    def rows(
+        self, sentences: Iterable[str], device: torch.device | str = "cpu"
+    ) -> Iterator[Tensor]:
+        """The embedding [T, text_dim] of each sentence as it comes, on the CPU."""
+        ...
 
 
 def default_device() -> torch.device:
@@ -89,6 +102,13 @@ def load_model(
 ) -> DiT:
     """The transformer of a preset with the weights at `path`; None: the shipped ones of the toy, or
     the first few-step generator in the folder of models. Raises ValueError where there is none."""
+    return checked_model(preset, path, device, models)()
+
+
+def checked_model(
+    preset: str, path: Path | None, device: torch.device, models: Path | None = None
+) -> Callable[[], DiT]:
+    """What does what `load_model` does, once it is called. Raises ValueError as that does, now."""
     config = find_preset(preset).dit
     toy = preset == "toy"
     if path is None and not toy and "generators" not in assets.PUBLIC[preset]:
@@ -96,8 +116,13 @@ def load_model(
     if path is None:
         path = TOY_WEIGHTS if toy else _needed("generators", preset, models)
     dtype = torch.float32 if toy else default_dtype(device)
-    with told(f"loading {path}"):
-        return checkpoints.load_model(lambda: DiT(config), path, device=device, dtype=dtype).eval()
+    load = checkpoints.checked(lambda: DiT(config), path, device=device, dtype=dtype)
+
+    def loaded() -> DiT:
+        with told(f"loading {path}"):
+            return load().eval()
+
+    return loaded
 
 
 def load_codec(
@@ -109,19 +134,45 @@ def load_codec(
 ) -> VideoCodec:
     """The video codec of a preset. vae: Wan2.1's own, TAEHV, or the first of the two that is there.
     tile: as in `WanVAE`. Raises ValueError where there is none."""
+    return checked_codec(preset, device, vae, models, tile)()
+
+
+def checked_codec(
+    preset: str,
+    device: torch.device,
+    vae: Vae = "auto",
+    models: Path | None = None,
+    tile: int | None = None,
+) -> Callable[[], VideoCodec]:
+    """What does what `load_codec` does, once it is called. Raises ValueError as that does, now."""
     if preset == "toy":
-        return ToyVAE.from_pretrained().to(device)
-    there = assets.find(models, preset)
-    if vae == "auto":
-        vae = "wan" if there.vae or not there.tiny_vae else "tiny"
+        if vae != "auto" or tile is not None:
+            raise ValueError(f"vae={vae!r}, tile={tile}: the toy has one codec, without tiles")
+        return lambda: ToyVAE.from_pretrained().to(device)
+    find_preset(preset)
+    vae = chosen_vae(preset, vae, models)
+    if tile is not None and vae == "tiny":
+        raise ValueError(f"tile={tile}: only Wan2.1's own decoder works in tiles")
     path = _needed("vae" if vae == "wan" else "tiny_vae", preset, models)
-    # Shapes repeat from chunk to chunk, so it is worth trying which algorithm is the fastest.
-    torch.backends.cudnn.benchmark = True
     build: Callable[[], WanVAE | TinyVAE]
     build = (lambda: WanVAE(tile=tile)) if vae == "wan" else TinyVAE
-    with told(f"loading {path}"):
-        codec = checkpoints.load_model(build, path, device=device, dtype=default_dtype(device))
-    return cast(VideoCodec, channels_last(codec).eval().requires_grad_(False))
+    load = checkpoints.checked(build, path, device=device, dtype=default_dtype(device))
+
+    def loaded() -> VideoCodec:
+        # Shapes repeat from chunk to chunk, so it is worth trying which algorithm is the fastest.
+        torch.backends.cudnn.benchmark = True
+        with told(f"loading {path}"):
+            return cast(VideoCodec, channels_last(load()).eval().requires_grad_(False))
+
+    return loaded
+
+
+def chosen_vae(preset: str, vae: Vae = "auto", models: Path | None = None) -> Vae:
+    """Which of the two `load_codec` loads for a preset other than the toy."""
+    there = assets.find(models, preset)
+    if vae == "auto":
+        return "wan" if there.vae or not there.tiny_vae else "tiny"
+    return vae
 
 
 def load_text(preset: str, models: Path | None = None) -> TextEncoder:
@@ -131,9 +182,11 @@ def load_text(preset: str, models: Path | None = None) -> TextEncoder:
         return ToyTextEncoder()
     from sfmodel.umt5 import UMT5Encoder
 
-    return UMT5Encoder(
-        _needed("text_encoder", preset, models), _needed("tokenizer", preset, models)
-    )
+    weights, width = _needed("text_encoder", preset, models), find_preset(preset).dit.text_dim
+    encoder = UMT5Encoder(weights, _needed("tokenizer", preset, models))
+    if encoder.text_dim != width:
+        raise ValueError(f"{weights}: its embeddings have {encoder.text_dim} numbers: not {width}")
+    return encoder
 
 
 def load_toy(path: Path | None = None) -> tuple[DiT, ToyVAE, ToyTextEncoder]:
@@ -146,6 +199,10 @@ def load_toy(path: Path | None = None) -> tuple[DiT, ToyVAE, ToyTextEncoder]:
 def _needed(field: str, preset: str, models: Path | None) -> Path:
     found = getattr(assets.find(models, preset), field)
     if field == "generators":
+        if len(found) > 1:
+            log.warning(
+                "of %d few-step generators: %s; --checkpoint names another", len(found), found[0]
+            )
         found = found[0] if found else None
     if found is None:
         # What all presets share is listed with the first.

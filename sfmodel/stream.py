@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from sfkernels import Noise, RingKVCache, normal, sampler_step
-from sfkernels.layout import check_window
 from sfmodel.codec import VideoDecoder
-from sfmodel.config import Preset
+from sfmodel.config import Preset, check_seed
 from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule
 
@@ -116,8 +115,8 @@ def stream_latents(
     implementation, up to rounding. Raises ValueError where sizes do not fit together and
     MemoryError where the cache does not fit.
     """
+    check_seed(seed, batch)
     first = preset.first or preset.chunk
-    check_window(preset.window, preset.sink, max(preset.chunk, first))
     cache = model.new_cache(batch, preset.window, preset.grid, preset.sink)
     model.set_text(cache, text_BTE)
     sampler = FewStepSampler(model, cache, FlowSchedule(preset.shift), preset.steps)

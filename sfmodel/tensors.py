@@ -56,8 +56,12 @@ def write_tensors(
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for _, value in order:
-        value = value.detach().to("cpu", dtype or value.dtype).contiguous()
-        file.write(value.flatten().view(torch.uint8).numpy().data)
+        file.write(_dense(value, dtype).flatten().view(torch.uint8).numpy().data)
+
+
+def _dense(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    # By no name where it is called, which would keep it in memory beside the next one.
+    return value.detach().to("cpu", dtype or value.dtype).contiguous()
 
 
 def size_of(value: Tensor, dtype: torch.dtype | None = None) -> int:

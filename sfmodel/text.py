@@ -6,7 +6,7 @@ Shapes: B sentences, L rows (words of the longest sentence), E text_dim.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class ToyTextEncoder:
 
     text_dim = 32
     text_len = 16
+    identity = "toy"
 
     def __call__(self, sentences: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
         """Embeddings [B, L, 32], float32. Short sentences end in rows of zeros; the empty sentence,
@@ -45,6 +46,13 @@ class ToyTextEncoder:
             for out_E, word in zip(out_LE, words, strict=False):
                 out_E[VOCABULARY.index(word)] = 1.0
         return out_BLE.to(device)
+
+    def rows(
+        self, sentences: Iterable[str], device: torch.device | str = "cpu"
+    ) -> Iterator[Tensor]:
+        """The embedding [T, 32] of each sentence as it comes, on the CPU."""
+        for sentence in sentences:
+            yield self([sentence])[0]
 
     def words(self, sentence: str) -> list[str]:
         """The words of a sentence, checked. Raises ValueError as `__call__` does."""

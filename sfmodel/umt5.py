@@ -15,7 +15,7 @@ import importlib
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sfmodel import checkpoint
+from sfmodel.opening import read_json
 from sfmodel.tensors import save_tensors
 
 GIB = 2**30
@@ -49,10 +50,10 @@ _OFFICIAL = {
 }
 
 
-def default_cache() -> Path:
-    """`sfmodel/text` in the user's cache folder."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(caches) / "sfmodel" / "text"
+def default_cache() -> Path | None:
+    """`sfmodel/text` in the user's cache folder; None for a user without a home."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return None if caches.startswith("~") else Path(caches) / "sfmodel" / "text"
 
 
 def clean(sentence: str) -> str:
@@ -93,7 +94,8 @@ class UMT5Encoder:
 
     weights, tokenizer: as `sfmodel.assets.find` has them. dtype: of weights and arithmetic, and of
     what the cache keeps; the public code computes in bfloat16. cache: a folder, `default_cache()`
-    if None. Raises ValueError with one sentence where the files are not those of an encoder."""
+    if None; without that either, nothing is kept. Raises ValueError with one sentence where the
+    files are not those of an encoder."""
 
     text_len = 512
 
@@ -116,49 +118,60 @@ class UMT5Encoder:
         """Embeddings [B, L, E], float32, on `device`. Short sentences end in rows of zeros, which
         stand for padding; what a sentence is encoded as does not depend on the others. The empty
         one is the end token's embedding, which is what the public Wan2.1 takes for "no condition".
-        Sentences of more than `text_len` tokens lose the rest, as there.
+        Sentences of more than `text_len` tokens lose the rest, as there, with a warning.
 
         A GPU also encodes where it has room for the weights, and is left without them. Raises
         ValueError as the class does, and where a library is missing."""
         if isinstance(sentences, str) or not sentences:
             raise ValueError(f"sentences={sentences!r}: must be a list of at least one sentence")
-        cleaned = [clean(sentence) for sentence in sentences]
-        found = {text: self._recall(text) for text in dict.fromkeys(cleaned)}
-        missing = [text for text, kept in found.items() if kept is None]
-        if missing:
-            found |= dict(zip(missing, self._encode(missing, torch.device(device)), strict=True))
-        rows = [kept.float() for text in cleaned if (kept := found[text]) is not None]
+        different = [*dict.fromkeys(sentences)]
+        found = dict(zip(different, self.rows(different, device), strict=True))
+        rows = [found[sentence].float() for sentence in sentences]
         return pad_sequence(rows, batch_first=True).to(device)
 
     @torch.no_grad()
-    def _encode(self, texts: list[str], device: torch.device) -> list[Tensor]:
-        """[T, E] of each text, on the CPU, kept in the cache. One at a time and without padding: in
-        a batch, what is rounded how would depend on the other texts."""
-        tokens = self._tokens(texts)
-        device = self._where(device)
-        model = self._load(device)
-        out: list[Tensor] = []
-        unkept: Exception | None = None
-        for text, ids in zip(texts, tokens, strict=True):
-            hidden_BTE = model(input_ids=torch.tensor([ids], device=device)).last_hidden_state
-            text_TE = hidden_BTE[0].cpu().contiguous()
-            if not text_TE.isfinite().all():
-                raise ValueError(f"{self.weights}: damaged: {text[:60]!r} becomes NaN or infinity")
-            out.append(text_TE)
-            try:
-                save_tensors(self._kept(text), {"text": text_TE}, {})
-            except (OSError, ValueError) as error:
-                unkept = error
-        if unkept is not None:
-            warnings.warn(f"embeddings of prompts are not kept: {unkept}", stacklevel=3)
-        del model
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        return out
+    def rows(
+        self, sentences: Iterable[str], device: torch.device | str = "cpu"
+    ) -> Iterator[Tensor]:
+        """The embedding [T, E] of each sentence as it comes, on the CPU in the encoder's dtype: any
+        number of them in the memory of one. Raises ValueError as `__call__` does."""
+        device = torch.device(device)
+        tokenizer = model = None
+        keeps = True
+        try:
+            for text in map(clean, sentences):
+                text_TE = self._recall(text)
+                if text_TE is None:
+                    if model is None:
+                        tokenizer, device = self._tokenizer(), self._where(device)
+                        model = self._load(device)
+                    ids, count = self._tokens(tokenizer, text)
+                    # One at a time and without padding: in a batch, what is rounded how would
+                    # depend on the other texts.
+                    ids_1T = torch.tensor([ids], device=device)
+                    text_TE = model(input_ids=ids_1T).last_hidden_state[0].cpu().contiguous()
+                    if not text_TE.isfinite().all():
+                        raise ValueError(
+                            f"{self.weights}: damaged: {text[:60]!r} becomes NaN or infinity"
+                        )
+                    try:
+                        if kept := self._kept(text):
+                            save_tensors(kept, {"text": text_TE}, {"tokens": str(count)})
+                    except (OSError, ValueError) as error:
+                        if keeps:
+                            warnings.warn(
+                                f"embeddings of prompts are not kept: {error}", stacklevel=2
+                            )
+                        keeps = False
+                yield text_TE
+        finally:
+            del model
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
 
-    def _tokens(self, texts: list[str]) -> list[list[int]]:
-        """Of each text, the end token last. Read by `tokenizers`, as AutoTokenizer of transformers
-        4 does: that of transformers 5 takes a T5 tokenizer's vocabulary and rebuilds the rest."""
+    def _tokenizer(self) -> Any:
+        """Read by `tokenizers`, as AutoTokenizer of transformers 4 does: that of transformers 5
+        takes a T5 tokenizer's vocabulary and rebuilds the rest."""
         file = self.tokenizer / "tokenizer.json"
         library = _library("tokenizers")
         try:
@@ -166,14 +179,28 @@ class UMT5Encoder:
         except Exception as error:  # the library raises no narrower one
             raise ValueError(f"{file}: not a tokenizer ({_line(error)})") from None
         tokenizer.no_padding()
-        tokenizer.enable_truncation(self.text_len)
-        tokens: list[list[int]] = [tokenizer.encode(text).ids for text in texts]
+        tokenizer.no_truncation()
+        return tokenizer
+
+    def _tokens(self, tokenizer: Any, text: str) -> tuple[list[int], int]:
+        """Those that are read, the end token last, and how many the text has."""
+        ids: list[int] = tokenizer.encode(text).ids
         rows = len(self._state["shared.weight"])
-        if any(ids[-1:] != [END] or max(ids) >= rows for ids in tokens):
+        if ids[-1:] != [END] or max(ids) >= rows:
             raise ValueError(
-                f"{file}: not this encoder's tokenizer: texts must end in token {END} of {rows}"
+                f"{self.tokenizer / 'tokenizer.json'}: not this encoder's tokenizer: texts must "
+                f"end in token {END} of {rows}"
             )
-        return tokens
+        self._tell_if_cut(text, len(ids))
+        return [*ids[:-1][: self.text_len - 1], END], len(ids)
+
+    def _tell_if_cut(self, text: str, count: int) -> None:
+        if count > self.text_len:
+            warnings.warn(
+                f"the prompt {text[:60]!r}… has {count:,} tokens: the first {self.text_len} are "
+                "used",
+                stacklevel=3,
+            )
 
     def _where(self, device: torch.device) -> torch.device:
         """The GPU if its memory has room for the weights and a GiB to compute in, or the CPU."""
@@ -188,8 +215,12 @@ class UMT5Encoder:
         """transformers' model. On the CPU its parameters are the memory-mapped tensors themselves
         where they have the right dtype: pages that the system reads and drops as it likes."""
         transformers = _library("transformers")
-        with torch.device("meta"):
-            model = transformers.UMT5EncoderModel(self._config(transformers))
+        config = self._config(transformers)
+        try:
+            with torch.device("meta"):
+                model = transformers.UMT5EncoderModel(config)
+        except Exception as error:  # the library's checks of a config raise any
+            raise ValueError(f"{self.weights}: no model has its config ({_line(error)})") from None
         want, got = model.state_dict(), self._state
         del want["encoder.embed_tokens.weight"]
         wrong = sorted(want.keys() ^ got.keys()) or sorted(
@@ -208,12 +239,15 @@ class UMT5Encoder:
 
     def _config(self, transformers: Any) -> Any:
         """Of a folder its own; of the official file what the shapes of its tensors say."""
+        blocks = {name.split(".")[2] for name in self._state if name.startswith("encoder.block.")}
         if self.weights.is_dir():
             try:
-                return transformers.UMT5Config.from_pretrained(self.weights, local_files_only=True)
-            except (OSError, ValueError) as error:
+                config = transformers.UMT5Config.from_dict(read_json(self.weights / "config.json"))
+                if config.num_layers != len(blocks):
+                    raise ValueError(f"num_layers={config.num_layers}: there are {len(blocks)}")
+                return config
+            except Exception as error:
                 raise ValueError(f"{self.weights}/config.json: {_line(error)}") from None
-        blocks = {name.split(".")[2] for name in self._state if name.startswith("encoder.block.")}
         first = "encoder.block.0.layer"
         try:
             buckets, heads = self._state[
@@ -221,12 +255,15 @@ class UMT5Encoder:
             ].shape
             inner = len(self._state[f"{first}.0.SelfAttention.q.weight"])
             d_ff = len(self._state[f"{first}.1.DenseReluDense.wi_0.weight"])
+            d_kv = inner // heads
         except KeyError as error:
             raise ValueError(f"{self.weights}: not a whole UMT5 text encoder: no {error}") from None
+        except (ValueError, TypeError, ZeroDivisionError):
+            raise ValueError(f"{self.weights}: not a UMT5 text encoder: has wrong shapes") from None
         return transformers.UMT5Config(
             vocab_size=len(self._state["shared.weight"]),
             d_model=self.text_dim,
-            d_kv=inner // heads,
+            d_kv=d_kv,
             d_ff=d_ff,
             num_layers=len(blocks),
             num_heads=heads,
@@ -236,19 +273,30 @@ class UMT5Encoder:
     # The cache: a file for each text, whose name stands for the text and for all that makes its
     # embedding.
 
-    def _kept(self, text: str) -> Path:
+    def _kept(self, text: str) -> Path | None:
+        if self.cache is None:
+            return None
         name = hashlib.sha256(f"{self.identity}\n{text}".encode()).hexdigest()
         return self.cache / f"{name}.safetensors"
 
     def _recall(self, text: str) -> Tensor | None:
-        """The embedding [T, E] kept of a text; None where there is none, or a damaged one."""
+        """The embedding [T, E] kept of a text; None where there is none, or a damaged one, or one
+        that does not say whether it is of a text that was cut."""
+        kept = self._kept(text)
+        if kept is None or not kept.is_file():
+            return None
         try:
-            with safe_open(self._kept(text), "pt") as file:
+            with safe_open(kept, "pt") as file:
                 text_TE: Tensor = file.get_tensor("text")
-        except (OSError, SafetensorError):
+                unsaid = len(text_TE) if len(text_TE) < self.text_len else -1
+                count = int((file.metadata() or {}).get("tokens", unsaid))
+        except (OSError, SafetensorError, ValueError):
             return None
         fits = text_TE.dtype == self.dtype and text_TE.shape[1:] == (self.text_dim,)
-        return text_TE if fits and 0 < len(text_TE) <= self.text_len else None
+        if not fits or len(text_TE) != min(count, self.text_len):
+            return None
+        self._tell_if_cut(text, count)
+        return text_TE
 
     @cached_property
     def identity(self) -> str:

@@ -15,7 +15,6 @@ whichever is meant: pixels are 8 times as high and wide as latents.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sfkernels as sf
+from sfkernels.dispatch import cached_tensors
 from sfmodel import convolution
 from sfmodel.codec import Memory, State, check_before, check_latents, check_pixels
 from sfmodel.config import VAEConfig
@@ -365,7 +365,7 @@ class WanVAE(nn.Module):
         return pixels_BTHWC.movedim(-1, 2), memory.state()
 
 
-@functools.cache
+@cached_tensors()
 def _statistics(device: torch.device, channels: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of latents [C]; once a device, so that a CUDA graph copies none
     from the host."""

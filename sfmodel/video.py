@@ -1,4 +1,4 @@
-"""Video files: write frames as they are generated, draw contact sheets, read videos back.
+"""Video files: write frames as they are generated, draw contact sheets. `footage.py` reads them.
 
 Frames are float tensors [T, 3, H, W] with values in [-1, 1] (red, green, blue). Shape suffixes:
 T frames, H height and W width in pixels, C the three colours.
@@ -10,43 +10,65 @@ import math
 import os
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 
 import av
 import numpy as np
-import numpy.typing as npt
 import torch
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from sfmodel.files import Part, atomic, cannot_write
+from sfmodel.footage import VIDEOS as VIDEOS
+from sfmodel.footage import Images
+from sfmodel.footage import covering_frames as covering_frames
+from sfmodel.footage import opened_video as opened_video
+from sfmodel.footage import read_video as read_video
+from sfmodel.footage import to_pixels as to_pixels
 
-Images = npt.NDArray[np.uint8]
-
-VIDEOS = (".mp4", ".mkv", ".webm", ".mov")  # names of files that are read
 BT709 = 1  # the code of HD television in ITU-T H.273, for primaries and transfer alike
 MIN_SHORT_SIDE = 256  # px: smaller videos are enlarged, players would blur them on a screen
 
 
-def _to_images(frames: Tensor) -> Images:
-    """Float frames [T, 3, H, W] in [-1, 1] on any device to bytes [T, H, W, 3]."""
+def _to_images(frames: Tensor, numbers: Sequence[int], name: str = "") -> Images:
+    """Float frames [T, 3, H, W] in [-1, 1] on any device to bytes [T, H, W, 3].
+
+    Raises FloatingPointError, with the name and the frame's number, for one that holds NaN or
+    infinity. Whether it does comes in one copy with the bytes: the host waits once."""
     if frames.ndim != 4 or frames.shape[1] != 3 or 0 in frames.shape[2:]:
         raise ValueError(f"frames: shape {list(frames.shape)}, expected [T, 3, H, W]")
     if not frames.is_floating_point():
         raise ValueError(f"frames: dtype {frames.dtype}, expected floating point in [-1, 1]")
-    bytes_TCHW = frames.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    images: Images = bytes_TCHW.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    return images
+    T, C, H, W = frames.shape
+    frames = frames.detach().float()
+    bytes_TCHW = frames.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    finite_T1 = frames.isfinite().flatten(1).all(1, keepdim=True)
+    both_TN = torch.cat([bytes_TCHW.permute(0, 2, 3, 1).flatten(1), finite_T1.byte()], 1)
+    rows_TN: Images = both_TN.cpu().numpy()
+    for number, row_N in zip(numbers, rows_TN, strict=True):
+        if not row_N[-1]:
+            raise FloatingPointError(
+                f"{name}{': ' * bool(name)}frame {number} holds NaN or infinity: the weights are "
+                "damaged, or the arithmetic overflows"
+            )
+    return rows_TN[:, :-1].reshape(T, H, W, C)
 
 
 def _enlarge(images_THWC: Images, scale: int) -> Images:
     return images_THWC.repeat(scale, axis=1).repeat(scale, axis=2) if scale > 1 else images_THWC
+
+
+def check_name(path: Path) -> None:
+    """Raises ValueError for a name that a VideoWriter does not write to."""
+    if path.suffix.lower() != ".mp4":
+        raise ValueError(f"path: {str(path)!r}, expected a name ending in .mp4")
 
 
 class VideoWriter:
@@ -77,8 +99,7 @@ class VideoWriter:
         crf: int = 18,
     ) -> None:
         self.path = Path(path)
-        if self.path.suffix.lower() != ".mp4":
-            raise ValueError(f"path: {str(self.path)!r}, expected a name ending in .mp4")
+        check_name(self.path)
         if not 0 < fps < math.inf:
             raise ValueError(f"fps: {fps}, expected a positive number")
         if scale is not None and not (isinstance(scale, int) and scale >= 1):
@@ -89,6 +110,7 @@ class VideoWriter:
         self.scale = scale
         self.crf = crf
         self.frame_count = 0  # encoded so far
+        self._given = 0
         self._size: tuple[int, int] | None = None  # H, W of the frames as given
         self._closed = False
         self._error: OSError | None = None
@@ -102,11 +124,13 @@ class VideoWriter:
         """Append float frames [T, 3, H, W] in [-1, 1]; values beyond are clamped.
 
         Returns when the frames given before are encoded, so that at most one batch waits. The
-        tensor may be overwritten afterwards. Raises ValueError for another shape than before.
+        tensor may be overwritten afterwards. Raises ValueError for another shape than before, and
+        FloatingPointError, without writing any of them, for frames with NaN or infinity.
         """
         if self._closed:
             raise ValueError(f"{self.path} is closed, no more frames can be written")
-        images_THWC = _to_images(frames)
+        numbers = range(self._given, self._given + len(frames))
+        images_THWC = _to_images(frames, numbers, str(self.path))
         size = (images_THWC.shape[1], images_THWC.shape[2])
         if self._size is None:
             self._size = size
@@ -115,6 +139,7 @@ class VideoWriter:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+        self._given += len(frames)
         self._pending = self._worker.submit(self._encode, images_THWC)
 
     def close(self) -> None:
@@ -242,9 +267,9 @@ class ContactSheet:
     def add(self, frames: Tensor) -> None:
         """Take the next frames of the stream, float [T, 3, H, W] in [-1, 1]."""
         first = -self.seen % self.every
-        # One copy for the batch, of what may be kept: on a GPU each copy makes the host wait.
-        images_THWC = _to_images(frames[first :: self.every])
         indices = range(self.seen + first, self.seen + len(frames), self.every)
+        # One copy for the batch, of what may be kept: on a GPU each copy makes the host wait.
+        images_THWC = _to_images(frames[first :: self.every], indices)
         for index, image_HWC in zip(indices, images_THWC, strict=True):
             if index % self.every:  # the spacing has grown within this batch
                 continue
@@ -277,16 +302,16 @@ def contact_sheet(
     """Write a PNG grid of evenly chosen frames, each with its number (from 0) under it.
 
     frames: float [T, 3, H, W] in [-1, 1]; at most `limit` are shown, the first and last included.
-    columns: frames in a row, by default up to 8. title: one line above.
-    Raises ValueError for arguments out of range, OSError where the path cannot be written.
+    columns: frames in a row, by default up to 8. title: above, in lines as wide as the frames.
+    Raises ValueError for arguments out of range, FloatingPointError for frames with NaN or
+    infinity, OSError where the path cannot be written.
     """
     if limit < 1:
         raise ValueError(f"limit: {limit}, expected 1 or more")
     count = min(len(frames), limit)
     chosen = np.linspace(0, len(frames) - 1, count).round().astype(int).tolist()
-    _draw_sheet(
-        list(zip(chosen, _to_images(frames[chosen]), strict=True)), Path(path), columns, title
-    )
+    images_THWC = _to_images(frames[chosen], chosen)
+    _draw_sheet(list(zip(chosen, images_THWC, strict=True)), Path(path), columns, title)
 
 
 def contact_sheet_of_rows(
@@ -299,7 +324,8 @@ def contact_sheet_of_rows(
     """Write a PNG with a row for each of several videos, the same frames of all.
 
     videos: float [B, T, 3, H, W] in [-1, 1]; `columns` of their frames are shown, the first and
-    last included. labels: one for each. Raises OSError where the path cannot be written.
+    last included. labels: one for each, without formulas: a dollar is a dollar. Raises
+    FloatingPointError for frames with NaN or infinity, OSError where the path cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -308,11 +334,13 @@ def contact_sheet_of_rows(
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(videos), len(chosen), squeeze=False)
     for row, video, label in zip(axes, videos, labels, strict=True):
-        for ax, image_HWC in zip(row, _to_images(video[chosen.tolist()]), strict=True):
+        images_THWC = _to_images(video, range(len(video)), f"{path}: {label}")
+        for ax, image_HWC in zip(row, images_THWC[chosen], strict=True):
             ax.imshow(image_HWC)
             ax.set(xticks=[], yticks=[])
         words = textwrap.fill(label, 20)
-        row[0].set_ylabel(words, rotation=0, ha="right", va="center", fontsize=8)
+        style = {"ha": "right", "va": "center", "fontsize": 8, "parse_math": False}
+        row[0].set_ylabel(words, rotation=0, **style)
     for ax, frame in zip(axes[0], chosen, strict=True):
         ax.set_title(f"{frame}", fontsize=8)
     figure.suptitle(title, fontsize=9)
@@ -321,7 +349,8 @@ def contact_sheet_of_rows(
 
 
 TILE_MIN, TILE_MAX, GAP = 128, 320, 8  # px: short side at least, long side at most, distance
-TITLE_SIZE, LABEL_SIZE = 18, 14  # px
+TITLE_SIZE, TITLE_LINE, LABEL_SIZE = 18, 22, 14  # px
+TITLE_LINES = 100  # that are drawn
 
 
 def _draw_sheet(
@@ -339,14 +368,14 @@ def _draw_sheet(
 
     label_font = ImageFont.load_default(LABEL_SIZE)
     title_font = ImageFont.load_default(TITLE_SIZE)
-    top = GAP + (TITLE_SIZE + 2 * GAP if title else 0)
+    sheet_width = GAP + columns * (width + GAP)
+    lines = _wrapped(title or "", title_font, sheet_width - 2 * GAP)
+    top = GAP + (TITLE_SIZE + (len(lines) - 1) * TITLE_LINE + 2 * GAP if lines else 0)
     row_height = height + LABEL_SIZE + 2 * GAP
-    title_width = math.ceil(title_font.getlength(title)) if title else 0
-    sheet_width = GAP + max(columns * (width + GAP), title_width + GAP)
     sheet = Image.new("RGB", (sheet_width, top + rows * row_height), "white")
     draw = ImageDraw.Draw(sheet)
-    if title:
-        draw.text((GAP, GAP), title, fill="black", font=title_font)
+    for i, line in enumerate(lines):
+        draw.text((GAP, GAP + i * TITLE_LINE), line, fill="black", font=title_font)
     for place, ((index, _), tile) in enumerate(zip(numbered, tiles, strict=True)):
         left = GAP + place % columns * (width + GAP)
         upper = top + place // columns * row_height
@@ -363,6 +392,33 @@ def _draw_sheet(
         sheet.save(part, format="PNG")
 
 
+def _wrapped(
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> list[str]:
+    """Lines that are no wider, broken between words where that can be; without what has no shape,
+    such as control characters and half a surrogate pair."""
+
+    def wide(piece: str) -> int:
+        return math.ceil(font.getlength(piece))
+
+    lines: list[str] = []
+    for given in text.split("\n") if text else ():
+        lines.append("")
+        for word in given.split():
+            word = "".join(filter(str.isprintable, word))
+            longer = f"{lines[-1]} {word}".lstrip()
+            if len(longer) <= width and wide(longer) <= width:
+                lines[-1] = longer
+                continue
+            lines += [""] if lines[-1] else []
+            while word and len(lines) <= TITLE_LINES:
+                starts = [word[:n] for n in range(1, min(len(word), width) + 1)]
+                lines[-1] = starts[max(0, bisect_right(starts, width, key=wide) - 1)]
+                word = word.removeprefix(lines[-1])
+                lines += [""] if word else []
+    return lines if len(lines) <= TITLE_LINES else [*lines[:TITLE_LINES], "…"]
+
+
 def _tile(image_HWC: Images) -> Image.Image:
     """Small frames are enlarged pixel by pixel, large ones are shrunk smoothly."""
     scale = math.ceil(TILE_MIN / min(image_HWC.shape[:2]))
@@ -370,72 +426,3 @@ def _tile(image_HWC: Images) -> Image.Image:
     if scale == 1:
         tile.thumbnail((TILE_MAX, TILE_MAX), Image.Resampling.LANCZOS)
     return tile
-
-
-def read_video(path: str | os.PathLike[str], max_frames: int | None = None) -> tuple[Tensor, float]:
-    """Read a video file: float32 frames [T, 3, H, W] in [-1, 1] and the frames per second.
-
-    path: any format that FFmpeg reads. max_frames: stop after that many; all are held in memory.
-    Raises FileNotFoundError for a missing file, ValueError for one that is damaged or no video.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no such file: {path}")
-    if max_frames is not None and max_frames < 1:
-        raise ValueError(f"max_frames: {max_frames}, expected 1 or more")
-    images: list[Images] = []
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path} holds no video")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            expected, rate = stream.frames, stream.average_rate or stream.guessed_rate
-            for frame in container.decode(stream):
-                images.append(frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False))
-                if len(images) == max_frames:
-                    break
-    except (av.FFmpegError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} is damaged or no video: {reason}") from error
-    if not images or rate is None:
-        raise ValueError(f"{path} is damaged: no frame can be decoded")
-    # A file that was cut off decodes without an error up to its end; its header knows better.
-    if len(images) < min(expected, max_frames or expected):
-        raise ValueError(f"{path} is damaged: it holds {len(images)} of {expected} frames")
-    return to_pixels(images).contiguous(), float(rate)
-
-
-@contextmanager
-def opened_video(
-    path: Path,
-) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """A file and its first video. Raises ValueError, without the name, if it is damaged or none."""
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError("holds no video")
-            stream = container.streams.video[0]
-            stream.thread_type = "NONE"  # threads of frames pass over what is damaged
-            yield container, stream
-    except (av.FFmpegError, OSError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"damaged or no video: {reason}") from None
-
-
-def covering_frames(path: Path, height: int, width: int) -> Iterator[Images]:
-    """The frames of a video one by one [H, W, 3], scaled to cover H × W and cropped around the
-    centre. Raises ValueError as `opened_video` does."""
-    with opened_video(path) as (container, stream):
-        for frame in container.decode(stream):
-            scale = max(height / frame.height, width / frame.width)
-            H, W = round(scale * frame.height), round(scale * frame.width)
-            image_HWC = frame.to_ndarray(format="rgb24", height=H, width=W, interpolation="BICUBIC")
-            top, left = (H - height) // 2, (W - width) // 2
-            yield image_HWC[top : top + height, left : left + width].astype(np.uint8, copy=False)
-
-
-def to_pixels(images: Sequence[Images]) -> Tensor:
-    """Bytes [H, W, 3] of each frame to float32 [T, 3, H, W] in [-1, 1]."""
-    pixels_TCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    return pixels_TCHW.float().div(127.5).sub(1)

@@ -27,7 +27,7 @@ FEWEST_CHANNELS, FEWEST_PIXELS = 32, 256
 
 def _both_sides(matrix: list[list[float]]) -> Tensor:
     """The transform of rows and columns of a tile, as one matrix over its entries."""
-    one = torch.tensor(matrix, dtype=torch.float64)
+    one = torch.tensor(matrix, dtype=torch.float64, device="cpu")
     return torch.kron(one, one).float()
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from sfmodel import assets
+from sfmodel import assets, checkpoint
 from sfmodel.assets import Assets, download_command, find
+from sfmodel.config import PRESETS
+from sfmodel.dit import DiT
 
 OFFICIAL = {"dim": 1536, "in_dim": 16, "out_dim": 16, "model_type": "t2v"}
 DIFFUSERS = {
@@ -119,6 +123,100 @@ def test_few_step_models_and_taehv_beside_all_that(tmp_path: Path) -> None:
     ]
 
 
+def test_the_first_usable_generator_is_taken(tmp_path: Path) -> None:
+    """Other files are none, whatever their names; one that cannot be opened comes last."""
+    (tmp_path / "a_half.pt").write_bytes(b"PK")
+    torch.save({"x": torch.zeros(1)}, tmp_path / "b_detector.pt")
+    table = {"model.patch_embedding.weight": torch.zeros(1536, 16, 1, 2, 2)}
+    torch.save({"critic": table}, tmp_path / "c_critic.pt")
+    lora = {"model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(1, 1)}
+    torch.save({"generator_lora": lora}, tmp_path / "d_lora.pt")
+    torch.save({"state": {0: {"exp_avg": torch.zeros(1)}}}, tmp_path / "e_optimizer.pt")
+    table_14b = {"patch_embedding.weight": torch.zeros(5120, 16, 1, 2, 2)}
+    torch.save(table_14b, tmp_path / "f_14b.pt")
+    with torch.device("meta"):
+        names = checkpoint.to_official(DiT(PRESETS["wan-1.3b"].dit).state_dict())
+    whole = {name: torch.zeros(1) for name in names} | table
+    del whole["patch_embedding.weight"]
+    whole |= {"blocks.0.self_attn.q.weight": torch.zeros(1, 1)}
+    torch.save({"generator_ema": whole}, tmp_path / "z.pt")
+
+    assert [path.name for path in find(tmp_path).generators] == ["z.pt", "a_half.pt"]
+    assert [path.name for path in find(tmp_path, "wan-14b").generators] == ["f_14b.pt", "a_half.pt"]
+    said = {one.path.name: one.said for one in assets.examine(tmp_path) if not one.usable}
+    assert "LoRA" in said["d_lora.pt"] and "its end is missing" in said["a_half.pt"]
+    assert "b_detector.pt" in said
+
+
+def cached(hub: Path, where: str, files: Path, version: str = "1") -> Path:
+    """A folder of files as the cache of Hugging Face keeps it: links to blobs."""
+    repository = hub / f"models--{where.replace('/', '--')}"
+    snapshot = repository / "snapshots" / version
+    (repository / "blobs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / "main").write_text(version)
+    for i, file in enumerate(path for path in files.rglob("*") if path.is_file()):
+        blob = repository / "blobs" / f"{version}-{i}"
+        blob.write_bytes(file.read_bytes())
+        link = snapshot / file.relative_to(files)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+@pytest.mark.parametrize("deep", ["", "hub"])
+@pytest.mark.parametrize("layout", [official, diffusers])
+def test_the_cache_of_hugging_face(
+    tmp_path: Path, layout: Callable[[Path], Path], deep: str
+) -> None:
+    """As a folder of models, or in one."""
+    hub, want = tmp_path / "models" / deep, layout(tmp_path / "files")
+    plain = find(want)
+    put(tmp_path / "old", WEIGHTS, "Wan2.1_VAE.pth", config=OFFICIAL)
+    cached(hub, "Wan-AI/Wan2.1-T2V-1.3B", tmp_path / "old", "0")
+    there = cached(hub, "Wan-AI/Wan2.1-T2V-1.3B", want)
+    few = put(tmp_path / "few", "checkpoints/self_forcing_dmd.pt")
+    (there / "models--x").symlink_to(tmp_path / "models")  # a circle
+    generators = cached(hub, "gdhe17/Self-Forcing", few) / "checkpoints/self_forcing_dmd.pt"
+    found = find(tmp_path / "models")
+    for name in ("dit", "vae", "text_encoder", "tokenizer"):
+        assert getattr(found, name) == there / getattr(plain, name).relative_to(want)
+    assert found.generators == (generators,)
+
+
+def test_without_a_folder_the_own_cache_is_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = official(tmp_path / "files")
+    mine = cached(tmp_path / "hub", "Wan-AI/Wan2.1-T2V-1.3B", files)
+    cached(tmp_path / "hub", "someone/else", put(tmp_path / "few", "x.pt"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SFMODEL_MODELS", raising=False)
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert find().vae == mine / "Wan2.1_VAE.pth" and not find().generators
+    official(tmp_path / "models")
+    assert find().vae == Path("models/Wan2.1_VAE.pth")
+    assert not find(put(tmp_path / "empty", config={})).vae
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
+    assert find().vae == Path("models/Wan2.1_VAE.pth")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[" * 100_000,
+        b'{"num_attention_heads": [1], "attention_head_dim": 99999999999}',
+        b'{"dim": 1536, "dim": 1536, "in_dim": 16, "out_dim": 16}',
+        b"\xff\xfe",
+    ],
+)
+def test_a_config_that_is_none_hides_the_model(tmp_path: Path, text: bytes) -> None:
+    put(tmp_path, WEIGHTS)
+    (tmp_path / "config.json").write_bytes(text)
+    assert find(tmp_path) == Assets()
+
+
 def test_of_two_the_first_by_name_is_taken(tmp_path: Path) -> None:
     official(tmp_path / "b"), official(tmp_path / "a")
     assert find(tmp_path).dit == tmp_path / "a" / WEIGHTS
@@ -130,6 +228,7 @@ def test_the_folder_is_models_unless_the_environment_names_one(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SFMODEL_MODELS", raising=False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
     with pytest.raises(ValueError, match="models: there is no such folder"):
         find()
     (tmp_path / "models").mkdir()

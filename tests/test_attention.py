@@ -230,6 +230,18 @@ def test_ring_says_how_to_train() -> None:
         ring(q, X, X, ONE).sum().backward()
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference", "sdpa", "compiled"])
+def test_slots_that_are_not_valid_are_not_read(impl: str) -> None:
+    """NaN in them, of a stream before, stays there."""
+    q, k, v = rand(1, 5, 2, 16, dtype=torch.float32), *rand(2, 1, 40, 2, 16, dtype=torch.float32)
+    valid = torch.tensor(21, dtype=torch.int32, device=DEVICE)
+    want = reference.attention(q, k[:, :21], v[:, :21], 0.25)
+    k[:, 21:], v[:, 21:] = torch.nan, torch.nan
+    named = functools.partial(ring_attention, impl="reference" if impl == "compiled" else impl)
+    op = torch.compile(named, backend="eager") if impl == "compiled" else named
+    torch.testing.assert_close(op(q, k, v, valid, scale=0.25), want)
+
+
 @pytest.mark.parametrize("parts", [1, 2, 7])
 def test_ring_in_parts(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sfkernels.gpu.attention.key_splits", lambda *_: parts)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,15 @@ def test_report_and_figure(
     demo.plot(result, tmp_path / "figure.png")
     with Image.open(tmp_path / "figure.png") as figure:
         assert figure.width > 1000
+
+
+@pytest.mark.parametrize("command", ["kernels", "--quick", "cpu", "demo"])
+def test_a_library_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setattr(sys, "argv", ["bench", command])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module("bench", run_name="__main__")
+    assert exit.value.code == 2
+    assert "needs rich, not installed: pip install 'sfkernels[" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import subprocess
 import sys
@@ -9,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sfmodel.cli import main
+from sfmodel.extras import EXTRAS
 from sfmodel.pretrained import TOY_WEIGHTS
 from sfmodel.video import read_video
 
@@ -89,6 +92,114 @@ def test_bad_input_is_one_sentence(
     assert "cannot write" in said("--output", blocked / "v.mp4")
     assert "expected a name ending in .mp4" in said("--output", tmp_path / "v.avi")
     assert not list(tmp_path.glob("*.mp4"))
+
+
+class Loaded(Exception):
+    """Something heavy was done."""
+
+
+@pytest.fixture
+def nothing_heavy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weights are read, no prompt is encoded, no model is built."""
+
+    def heavy(*_: object, **__: object) -> None:
+        raise Loaded
+
+    for name in ("checkpoint._fill", "toy_vae.ToyVAE.from_pretrained", "umt5.UMT5Encoder.__call__"):
+        monkeypatch.setattr(f"sfmodel.{name}", heavy)
+    monkeypatch.setattr("sfmodel.train.parallel.place", heavy)
+    monkeypatch.setattr("sfmodel.train.loop.open_source", heavy)
+
+
+@pytest.mark.usefixtures("nothing_heavy")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("generate --output {0}/a/v.gif", "expected a name ending in .mp4"),
+        ("generate --output /proc/none/v.mp4", "cannot write /proc/none/v.mp4"),
+        ("generate --output {0}/sheet.mp4", "sheet.png: it is a folder"),
+        ("generate --frames 0", "frames=0: must be at least 1"),
+        ("generate --chunk 0", "chunk=0: must be at least 1"),
+        ("generate --window 4 --sink 2", "leaves 2 latent frames, fewer than a chunk of 3"),
+        ("generate --height 100", "height=100: must be a multiple of 32"),
+        ("generate --tile 4", "tile=4: the toy has one codec"),
+        ("generate --preset wan-1.3b --models {0} --tile 0", "holds no text encoder"),
+        (f"generate --seed {2**63 - 1}", "seed=9223372036854775807: must be at least"),
+        (f"generate --seed -{2**64}", "seed=-18446744073709551616: must be at least"),
+        ("generate --watch", "not a terminal"),
+        ("generate --checkpoint {0}", "holds no weights"),
+        (f"train --seed {10**30}", "must be at least -2**63"),
+        ("train --lr nan", "lr=nan: must be at least 0"),
+        ("train --betas 0 2", "betas=(0.0, 2.0): must be at least 0 and at most 1"),
+        ("train --threads -1", "threads=-1: must be at least 0"),
+        ("train --attention-impl x", "attention_impl='x': must be one of auto"),
+        ("train --init {0}/none.pt", "there is no such checkpoint file"),
+        ("train --recipe sf+dmd --critic {0}/lora.pt", "it is a LoRA"),
+        ("train --output /proc/none", "cannot write /proc/none"),
+        ("evaluate --output /proc/none", "cannot write /proc/none/evaluation.json"),
+        ("evaluate --chunk 0", "chunk=0: must be at least 1"),
+        ("evaluate --window 2", "window=2 is smaller than a chunk of 3"),
+        ("evaluate --euler -1", "euler=-1: must be 0 to 1000"),
+        ("encode {0}/none.mp4 --preset toy --frames 0", "frames=0: must be at least 1"),
+        ("encode {0}/none.mp4 --preset toy --output /proc/none", "cannot write /proc/none"),
+        ("decode {0}/latents.pt --preset toy --output {0}/v.avi", "expected a name ending in .mp4"),
+        ("decode {0}/none.pt --preset toy", "there is no such checkpoint file"),
+        ("convert {0}/toy.safetensors {0}/to --to diffusers --shard-gb 0", "shard_gb=0.0"),
+        ("doctor --json {0}", "it is a folder"),
+    ],
+)
+def test_what_the_command_line_decides_is_checked_first(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    words: str,
+    said: str,
+) -> None:
+    """And nothing is left behind."""
+    torch.save({"generator_lora": {"w": torch.zeros(1)}}, tmp_path / "lora.pt")
+    torch.save(torch.zeros(1, 2, 4, 8, 8), tmp_path / "latents.pt")
+    (tmp_path / "toy.safetensors").symlink_to(TOY_WEIGHTS)
+    (tmp_path / "sheet.png").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    assert said in refused(monkeypatch, capsys, *words.format(tmp_path).split())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**63 - 2])
+def test_any_seed_of_64_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seed: int) -> None:
+    run(monkeypatch, "generate", "--frames", 1, "--seed", seed, "--output", tmp_path / "v.mp4")
+
+
+@pytest.mark.parametrize("module", ["tyro", "rich", "av", "PIL", "safetensors", "matplotlib"])
+def test_a_library_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "sfmodel.cli")
+    with pytest.raises(SystemExit) as exit:
+        importlib.import_module("sfmodel.cli")
+    said = capsys.readouterr().err.strip()
+    name = {"PIL": "pillow"}.get(module, module)
+    assert exit.value.code == 2
+    assert said == f"sfmodel: needs {name}, not installed: pip install 'sfkernels[model]'"
+
+
+def test_the_model_needs_no_library_of_the_commands() -> None:
+    missing = ", ".join(f"{name}=None" for name in EXTRAS["model"])
+    code = f"import sys; sys.modules.update({missing}); import sfmodel.stream, sfmodel.vae"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_latents_alone_in_a_file_are_decoded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    latents = torch.randn(1, 3, 4, 8, 8)
+    for x in (latents, latents[0], latents.transpose(1, 2), latents[0].transpose(0, 1)):
+        torch.save(x, tmp_path / "x.pt")
+        words = "decode", tmp_path / "x.pt", "--preset", "toy", "--output", tmp_path / "v.mp4"
+        run(monkeypatch, *words)
+        assert len(read_video(tmp_path / "v.mp4")[0]) == 9
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

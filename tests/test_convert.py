@@ -312,3 +312,25 @@ def test_files_are_described(
     )
     with pytest.raises(ValueError, match="there is no such checkpoint"):
         checkpoint.describe(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,)])
+@pytest.mark.parametrize(
+    "name", ["head.head.bias", "blocks.0.ffn.0.weight", "patch_embedding.bias"]
+)
+def test_wrong_shapes_are_refused(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    state = checkpoint.to_official(DiT(CONFIG).state_dict()) | {name: torch.zeros(shape)}
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=name):
+        convert(tmp_path / "m.pt", tmp_path / "to.pt", to="official")
+    assert not (tmp_path / "to.pt").exists()
+
+
+@pytest.mark.parametrize("heads", ["a", [1], 0, -2, 1.5, 10**40])
+def test_a_config_with_odd_heads_is_one_sentence(tmp_path: Path, heads: object) -> None:
+    state = checkpoint.to_official(DiT(CONFIG).state_dict())
+    torch.save(state, tmp_path / "m.pt")
+    config = {"num_heads": heads, "dim": CONFIG.dim}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="heads"):
+        convert(tmp_path / "m.pt", tmp_path / "to", to="diffusers")

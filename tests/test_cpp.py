@@ -256,7 +256,7 @@ def test_nothing_comes_of_nothing(sizes: tuple[int, int]) -> None:
     """A batch or a chunk without tokens: empty results, and gradients of 0 for what is there."""
     batch, tokens = sizes
     cases = norm_cases(batch, 1, tokens, 24) + sampler_cases(batch, tokens, 3)
-    for case in cases + rope_cases(batch, 1, (1, tokens), 2, 4)[: 2 if tokens else 1]:
+    for case in cases + (rope_cases(batch, 1, (1, tokens), 2, 4) if tokens else []):
         inputs = narrowed(case.tensors, torch.float32, case.wide)
         upstream: list[Tensor] = []
         got, want = (
@@ -317,7 +317,7 @@ def test_a_slot_that_is_not_there(wrong: int, dtype: torch.dtype) -> None:
     """Nothing is written, to the slots that are there neither."""
     rings = torch.zeros(2, 1, 9, 2, 4)
     slots = torch.tensor([0, wrong], dtype=dtype)
-    with pytest.raises(RuntimeError, match=f"slot_F has {wrong}: the ring's slots are 0 to 2"):
+    with pytest.raises(ValueError, match=f"slot_F has {wrong}: the ring's slots are 0 to 2"):
         qk_norm_rope_append(QKV, W, W, TABLE, *rings, slots, impl="cpp")
     assert not rings.any()
 
@@ -341,7 +341,7 @@ def test_auto_takes_what_it_can() -> None:
         assert choose("sampler", "auto", CPU, x=X.to(dtype), flow=None) == "cpp"
     for op in ("rope_table", "qk_norm_rope"):
         assert choose(op, "auto", CPU) == "cpp"
-    for x in (X.double(), X.int(), X.mT):
+    for x in (X.double(), X.mT):
         assert choose("norm", "auto", CPU, x=x, weight=V) == "reference"
     assert choose("cross_attention", "auto", CPU, q=X) == "reference"
     assert choose("norm", "auto", torch.device("meta"), x=X.to("meta")) == "reference"

@@ -430,12 +430,49 @@ def test_embeddings_need_no_text_encoder(tmp_path: Path) -> None:
         open_toy(path)
 
 
+def test_embeddings_without_padding(tmp_path: Path) -> None:
+    path, rows = tmp_path / "e.safetensors", torch.randn(6, 32).bfloat16()
+    lengths = torch.tensor([1, 3, 2])
+    prompts = {"prompts": json.dumps(["one", "two", "three"])}
+    save_file({"text": rows, "lengths": lengths}, path, prompts)
+    source = open_source(path, PRESET, 3, None, None)
+    clips = source.draw(0, 20, 1, latents=False)
+    wanted = dict(zip(("one", "two", "three"), rows.float().split([1, 3, 2]), strict=True))
+    for text_TE, sentence in zip(clips.text_BTE, clips.sentences, strict=True):
+        want_TE = wanted[sentence]
+        assert torch.equal(text_TE, F.pad(want_TE, (0, 0, 0, 3 - len(want_TE))))
+    for bad in ([1, 3, 3], [6, 0, 0], [7, -3, 2], [17, 1, 1], [], [[1], [3], [2]], [1.0, 3.0, 2.0]):
+        save_file({"text": rows, "lengths": torch.tensor(bad)}, path, prompts)
+        with pytest.raises(
+            ValueError, match=r"lengths must be N whole numbers from 1|must be \[7,"
+        ):
+            open_source(path, PRESET, 3, None, None)
+
+
+def test_videos_are_as_long_as_they_last(tmp_path: Path) -> None:
+    """Three latent frames are 9 pixel frames at 16 a second: half a second."""
+    for name, frames, rate in (("short", 29, 60), ("whole", 33, 60), ("slow", 5, 8)):
+        with VideoWriter(tmp_path / f"{name}.mp4", rate, scale=1) as writer:
+            writer.write(gradient(frames, 64, 64, 0.0))
+    source = open_toy(tmp_path)
+    assert source.skipped == {"short.mp4": "has 8 frames: must be at least 9"}
+    drawn = source.draw(0, 20, 3).latents_BFCHW
+    assert drawn is not None and len(drawn.flatten(1).unique(dim=0)) == 2
+
+
 def test_what_a_path_is(tmp_path: Path) -> None:
     assert isinstance(open_toy(None), ToyWorld)
     shard = write_shard(tmp_path / "shards" / "a.safetensors", [1])
     (shard.parent / "README.txt").write_text("not a shard")
     write_video(tmp_path / "videos" / "a.mp4")
     (tmp_path / "p.txt").write_text("a ball")
+    prompts = tmp_path / "prompts" / "e.safetensors"
+    prompts.parent.mkdir()
+    save_file({"text": torch.zeros(1, 2, 32)}, prompts)
+    write_video(tmp_path / "both" / "a.mp4")
+    write_shard(tmp_path / "both" / "encoded" / "a.safetensors", [1])
+    assert isinstance(open_toy(prompts.parent), Prompts)
+    assert isinstance(open_toy(tmp_path / "both"), VideoFiles)
     assert isinstance(open_toy(shard), LatentShards)
     assert isinstance(open_toy(shard.parent), LatentShards)
     assert isinstance(open_toy(tmp_path / "videos"), VideoFiles)
@@ -445,7 +482,7 @@ def test_what_a_path_is(tmp_path: Path) -> None:
 def test_paths_that_are_no_source(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.png").touch()
-    must = r"must be a folder of .safetensors files or of videos \(.mp4, .mkv, .webm, .mov\), a "
+    must = r"must be a folder of .safetensors files or of videos \(.mp4, .mkv, .webm, .mov, …\), a "
     for name, why in (
         ("missing.txt", "no such file or folder"),
         ("missing", "no such file or folder"),

@@ -63,6 +63,7 @@ def test_this_machine(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SFMODEL_MODELS", raising=False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
     doctor(json_path=tmp_path / "doctor.json")
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "doctor.json").read_text())

@@ -234,3 +234,12 @@ def test_bad_arguments(
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_what_is_not_finite_is_not_measured() -> None:
+    latents_BFCHW = torch.zeros(3, 4, 4, 8, 8)
+    latents_BFCHW[1, 2, 0, 5, 5] = torch.nan
+    with pytest.raises(
+        FloatingPointError, match="video 1 holds NaN or infinity from latent frame 2"
+    ):
+        seen_in(ToyVAE(), latents_BFCHW)

@@ -98,7 +98,8 @@ def check_ring(parts: int, valid: int, dtype: torch.dtype, monkeypatch: pytest.M
     batch, queries, heads, head_dim, slots = 2, 150, 1, 64, 250
     q = torch.randn(batch, queries, heads, head_dim).to(dtype)
     k, v = torch.randn(2, batch, slots, heads, head_dim).to(dtype).unbind()
-    k[:, valid:], v[:, valid:] = 1000.0, 1000.0  # finite, and never to be seen
+    near = min(max(valid, 1), slots)
+    k[:, near:], v[:, near:] = 1000.0, 1000.0  # finite, and never to be seen
     length = torch.tensor(valid, dtype=random.choice([torch.int32, torch.int64]))
     monkeypatch.setattr("sfkernels.gpu.attention.key_splits", lambda *_: parts)
     launches: list[str] = []
@@ -106,7 +107,7 @@ def check_ring(parts: int, valid: int, dtype: torch.dtype, monkeypatch: pytest.M
     with nan_filled(), emulate(seed, launches):
         o = hopper.ring_attention(q, k, v, length, 0.1)
     assert len(launches) == (1 if parts == 1 else 2)
-    seen = (torch.arange(slots) < valid).expand(queries, slots)
+    seen = (torch.arange(slots) < near).expand(queries, slots)
     eager, _ = attend(q, k, v, seen, 0.1)
     exact, _ = attend(q.double(), k.double(), v.double(), seen, 0.1)
     close_as_eager(f"o of {valid} in {parts} (emulator's seed {seed})", o, eager, exact)
@@ -117,6 +118,13 @@ def test_ring_of_any_length(parts: int, monkeypatch: pytest.MonkeyPatch) -> None
     for valid in (1, 31, 32, 33, 64, 65, random.randint(66, 249), 250):
         with setting(hopper_fwd=random.choice(TILES)):
             check_ring(parts, valid, FP16, monkeypatch)
+
+
+@pytest.mark.parametrize(("parts", "valid"), [(1, -3), (2, 0), (1, 251), (2, 2**31 - 1)])
+def test_a_length_out_of_range(parts: int, valid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts as the nearest in range."""
+    with setting(hopper_fwd=TILES[0]):
+        check_ring(parts, valid, FP16, monkeypatch)
 
 
 def test_ring_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +153,22 @@ def test_streaming_equals_one_pass() -> None:
             outs.append(hopper.ring_attention(q[:, part], cache.k[0], cache.v[0], at.valid, 0.1))
         cache.commit(chunk)
     close_as_eager("o of a stream", torch.cat(outs, 1), eager, exact)
+
+
+def test_a_stream_that_went_nan_ends_with_a_reset() -> None:
+    """The last tile reads slots that are not valid yet, times zero."""
+    cache = RingKVCache(layers=1, batch=2, window=3, frame_tokens=35, heads=1, head_dim=64,
+                        dtype=FP16)  # fmt: skip
+    for ring in (cache.k, cache.v):
+        ring.fill_(torch.nan)
+    cache.commit(3)
+    cache.reset()
+    cache.k[0, :, :35], cache.v[0, :, :35] = torch.randn(2, 2, 35, 1, 64).half()
+    q, valid = torch.randn(2, 35, 1, 64).half(), cache.chunk(1).valid
+    with setting(hopper_fwd=TILES[0]), nan_filled(), emulate(random.randrange(1000)):
+        o = hopper.ring_attention(q, cache.k[0], cache.v[0], valid, 0.1)
+    want, _ = attend(q, cache.k[0, :, :35], cache.v[0, :, :35], torch.ones(35, 35).bool(), 0.1)
+    torch.testing.assert_close(o, want, rtol=2e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -46,9 +46,20 @@ def test_nothing_moves_and_positions_stay_on_the_device() -> None:
         cache.commit(2)
     assert storage == (cache.k.data_ptr(), cache.v.data_ptr(), cache.start.data_ptr())
     assert int(cache.start) == 80
+
+
+def test_a_reset_ring_is_a_new_one_but_for_the_prompt() -> None:
+    """Also after a stream that went NaN, which no mask could keep out: NaN times zero is NaN."""
+    cache = RingKVCache(**SIZES, text_tokens=2)
+    storage = cache.k.data_ptr(), cache.v.data_ptr()
+    for tensor in (cache.k, cache.v):
+        tensor.fill_(torch.nan)
     cache.text_k.fill_(1)
+    cache.commit(4)
     cache.reset()
     assert int(cache.start) == 0 and cache.chunk(1).valid == 3
+    assert storage == (cache.k.data_ptr(), cache.v.data_ptr())
+    assert not cache.k.any() and not cache.v.any() and cache.text_k.all()
 
 
 def test_memory_is_known_before_it_is_taken() -> None:
@@ -87,9 +98,15 @@ def test_save_and_restore(tmp_path: Path) -> None:
         (dict(batch=0), "batch=0"),
         (dict(sink=5), "sink=5 must be smaller than window=5"),
         (dict(sink=-1), "sink=-1"),
+        (dict(window=2.5), "window=2.5: must be an integer"),
+        (dict(heads=-1), "heads=-1"),
+        (dict(head_dim="4"), "head_dim='4'"),
+        (dict(text_tokens=-1), "text_tokens=-1"),
+        (dict(dtype=None), "dtype=None: must be floating point"),
+        (dict(dtype=torch.int8), "dtype=torch.int8: must be floating point"),
     ],
 )
-def test_bad_sizes(change: dict[str, int], said: str) -> None:
+def test_bad_sizes(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         RingKVCache(**SIZES | change)
 
@@ -100,3 +117,69 @@ def test_a_chunk_must_fit_beside_the_sink() -> None:
         cache.chunk(3)
     with pytest.raises(ValueError, match="smaller than a chunk of 6"):
         cache.chunk(6)
+
+
+@pytest.mark.parametrize("frames", [0, -5, 6, 100, 2.5])
+def test_a_commit_is_of_a_chunk(frames: Any) -> None:
+    """Frames that were never written would become visible."""
+    cache = RingKVCache(**SIZES)
+    with pytest.raises(ValueError, match=f"chunk.*{frames}"):
+        cache.commit(frames)
+    assert int(cache.start) == 0
+
+
+@pytest.mark.parametrize(("window", "sink"), [(5, 0), (9, 1), (7, 4)])
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("before", [1, 2, 40])
+def test_a_stream_is_endless(window: int, sink: int, size: int, before: int) -> None:
+    """Past the last index of 32 bits slots and valid go on, and no frame takes one of the sink."""
+    cache = RingKVCache(**SIZES | dict(window=window, sink=sink))
+    storage, first = cache.start.data_ptr(), 2**31 - before
+    cache.start.fill_(first)
+    for frame in range(first, first + 60 * size, size):
+        for _ in range(2):
+            place = cache.chunk(size)
+            assert place.slot_F.tolist() == [
+                expected_slots(f, window, sink) for f in range(frame, frame + size)
+            ]
+            assert int(place.valid) == 3 * window
+            assert place.frame_F.diff().eq(1).all() and place.frame_F.min() >= window
+        cache.commit(size)
+        assert cache.start.dtype == torch.int32 and cache.start.data_ptr() == storage
+
+
+def test_the_index_is_kept_for_as_long_as_it_fits() -> None:
+    cache = RingKVCache(**SIZES)
+    cache.start.fill_(2**31 - 20)
+    cache.commit(5)
+    assert cache.chunk(5).frame_F.tolist() == [*range(2**31 - 15, 2**31 - 10)]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(start=torch.tensor(-7, dtype=torch.int32)), "saved start is -7: must be 0 or more"),
+        (dict(start=torch.tensor(7)), "saved start is torch.int64 on cpu: must be torch.int32"),
+        (dict(start=torch.zeros(1, dtype=torch.int32)), r"saved start has shape \[1\]"),
+        (dict(start=7), "saved start is 7: must be a tensor"),
+        (dict(k=torch.zeros(2, 2, 15, 2, 4).half()), "saved k is torch.float16 on cpu"),
+        (dict(v=torch.zeros(2, 2, 15, 2, 4, device="meta")), "saved v is torch.float32 on meta"),
+        (dict(v=torch.zeros(2, 2, 15, 2, 4).to_sparse()), "saved v is of layout torch.sparse_coo"),
+        (dict(geometry=None), r"saved with \(window, sink, frame_tokens\) None"),
+        (dict(geometry=(5, 0)), r"frame_tokens\) \(5, 0\): this cache has \(5, 0, 3\)"),
+        (dict(geometry="abc"), "frame_tokens. abc"),
+    ],
+)
+def test_a_damaged_state(change: dict[str, Any], said: str) -> None:
+    """Changes nothing."""
+    cache = RingKVCache(**SIZES)
+    cache.commit(4)
+    with pytest.raises(ValueError, match=said):
+        cache.load_state_dict(cache.state_dict() | change)
+    assert int(cache.start) == 4 and not cache.k.any()
+
+
+@pytest.mark.parametrize("state", [None, [], 3, torch.zeros(3)])
+def test_what_is_no_state(state: Any) -> None:
+    with pytest.raises(ValueError, match="not a saved KV cache: geometry, k, start"):
+        RingKVCache(**SIZES).load_state_dict(state)

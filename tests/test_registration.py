@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sfkernels as sf
 from sfkernels import attention, norm, rope
@@ -128,3 +130,84 @@ def test_a_dit_block_compiles_without_graph_breaks(impl: str, cached: bool) -> N
         results = [(out, *torch.autograd.grad(out, wanted, upstream)) for out in outs]
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@each
+def test_second_derivatives_are_those_of_the_reference(impl: str) -> None:
+    """Through each op that has a gradient, some inputs being computed from others."""
+
+    def leaf(*shape: int) -> Tensor:
+        return rand(*shape).requires_grad_()
+
+    x, y, scale, shift = leaf(B, TOKENS, C), leaf(B, TOKENS, C), leaf(1, F, C), leaf(B, 1, C)
+    weight, bias, qkv = leaf(C), leaf(C), leaf(B, TOKENS, 3 * C)
+    leaves, before = (x, y, scale, shift, weight, bias, qkv), qkv[..., :C].contiguous()
+    full = functools.partial(sf.rms_norm_silu, bias_C=bias, before_BPC=before)
+    ops: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
+        (sf.rms_norm, (x, weight)),
+        (sf.layer_norm, (x, weight, bias)),
+        (sf.adaln, (x, shift, scale)),
+        (sf.gated_adaln, (x, y * weight, scale, shift, scale)),
+        (sf.gated_layer_norm, (x, x * weight, None, weight, bias)),
+        (full, (x, weight, y)),
+        (lambda *given, impl: sf.rms_norm_silu(*given, bias_C=bias, impl=impl)[1], (x, weight)),
+        (sf.qk_norm_rope, (qkv, weight, bias, table())),
+    ]
+    for op, args in ops:
+        results = []
+        for one in (impl, "reference"):
+            outs = op(*args, impl=one)
+            outs = [outs] if isinstance(outs, Tensor) else [*outs]
+            loss = torch.stack([out.square().sum() for out in outs]).sum()
+            first = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+            penalty = torch.stack([g.square().sum() for g in first if g is not None]).sum()
+            options: Any = {"retain_graph": True, "allow_unused": True}
+            results.append(torch.autograd.grad(penalty, leaves, **options))
+        assert any(g is not None for g in results[0])
+        for got, want in zip(*results, strict=True):
+            assert (got is None) == (want is None)
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_attention_names_what_has_a_second_derivative() -> None:
+    q, k, v = (rand(1, 4, 1, 8).requires_grad_() for _ in range(3))
+    out = sf.block_causal_attention(q, k, v, sf.BlockLayout((2,), 2), impl="triton")
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative: take it with impl='reference'"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize("fake_first", [True, False])
+def test_what_is_cached_belongs_to_no_mode(fake_first: bool) -> None:
+    """The reference of attention, called under FakeTensorMode, in inference mode and then for a
+    gradient, of a layout that none of them has met before."""
+    layout = sf.BlockLayout((2, 3 + fake_first), 2)
+    qkv = rand(3, 1, layout.tokens, HEADS, D)
+
+    def attend(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unbind()
+        return sf.block_causal_attention(q, k, v, layout, impl="reference")
+
+    def fake() -> None:
+        with FakeTensorMode() as mode:
+            assert attend(mode.from_tensor(qkv)).shape == qkv.shape[1:]
+
+    if fake_first:
+        fake()
+    with torch.inference_mode():
+        want = attend(qkv)
+    fake()
+    with torch.device("meta"):  # a default device
+        out = attend(qkv.requires_grad_())
+    torch.testing.assert_close(out, want)
+    out.sum().backward()
+
+
+def test_an_exported_model_goes_on_in_eager_mode() -> None:
+    config = DiTConfig(C, 4 * C, HEADS, 1, channels=4, text_dim=8, text_len=5)
+    model = DiT(config, "reference").to(DEVICE)
+    args = rand(1, 7, 4, 6, 4), torch.full((), 500.0, device=DEVICE), rand(1, 5, 8)
+    exported = torch.export.export(model, args, strict=False).module()
+    out = model(*args)
+    assert type(out) is Tensor
+    torch.testing.assert_close(out, exported(*args))

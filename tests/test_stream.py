@@ -101,6 +101,22 @@ def test_batches_are_streams_of_their_own(model: DiT) -> None:
     assert not torch.allclose(both, swapped)  # each follows its own prompt
 
 
+def test_under_autocast(model: DiT) -> None:
+    """The cache is in autocast's dtype, also one made before it in the model's own."""
+    want = take(3, model)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = take(3, model)
+        assert model.new_cache(1, 6, SMALL.grid).k.dtype == torch.bfloat16
+    assert not torch.equal(got, want)
+    torch.testing.assert_close(got, want, rtol=0.1, atol=0.1)
+    cache = model.new_cache(1, 6, SMALL.grid)
+    with torch.no_grad():
+        model.set_text(cache, TEXT[:1])
+        with torch.autocast("cpu", torch.bfloat16):
+            flow = model(want[:, :3], torch.tensor(500.0), None, cache=cache)
+    assert flow.isfinite().all() and cache.k.any()
+
+
 def test_a_sample_is_the_video_of_its_seed(model: DiT) -> None:
     """In a batch or alone, up to rounding."""
     three = take(3, model, seed=7, batch=3)

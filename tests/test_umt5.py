@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import math
+import pwd
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -161,9 +164,44 @@ def test_the_empty_sentence_and_one_that_is_too_long(files: Path, tmp_path: Path
     encode = encoder(files, tmp_path)
     empty_LE = encode([" \n"])[0]
     torch.testing.assert_close(empty_LE, public(official_state(), [1]))
-    long_LE = encode(["a" * 2000])[0]
-    assert len(long_LE) == encode.text_len == 512
-    assert encode._tokens(["a" * 2000])[0][-2:] == [4, 1]
+    for _ in range(2):  # said also of what the cache has
+        with pytest.warns(UserWarning, match=r"prompt 'a{60}'… has 2,002 tokens: the first 512"):
+            long_LE = encode(["a" * 2000])[0]
+        assert len(long_LE) == encode.text_len == 512
+    with pytest.warns(UserWarning, match="2,002 tokens"):
+        assert encode._tokens(encode._tokenizer(), "a" * 2000)[0][-2:] == [4, 1]
+    assert len(encode(["a" * 510])[0]) == 512  # with the first space and the end: nothing is cut
+
+
+def test_a_kept_prompt_that_does_not_say_whether_it_was_cut_is_encoded_anew(
+    files: Path, tmp_path: Path
+) -> None:
+    encode = encoder(files, tmp_path)
+    with pytest.warns(UserWarning, match="600 tokens"):
+        encode(["a" * 598])
+    path = encode._kept("a" * 598)
+    assert path is not None
+    save_file(load_file(path), path)
+    with pytest.warns(UserWarning, match="600 tokens"):
+        encode(["a" * 598])
+
+
+def test_any_number_of_sentences_is_encoded_by_one_load_as_they_come(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads, asked = [], []
+    load = UMT5Encoder._load
+    monkeypatch.setattr(UMT5Encoder, "_load", lambda *a: loads.append(1) or load(*a))  # type: ignore
+
+    def sentences() -> Iterator[str]:
+        for i in range(5):
+            asked.append(i)
+            yield "ab" * i
+
+    encode = encoder(files, tmp_path)
+    for i, text_TE in enumerate(encode.rows(sentences())):
+        assert asked == [*range(i + 1)] and text_TE.shape == (2 * i + 1 + (i > 0), DIM)
+    assert loads == [1]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +279,22 @@ def test_the_cache_is_where_the_user_keeps_caches(
     assert made.cache == tmp_path / "sfmodel" / "text" and made.text_dim == DIM
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert UMT5Encoder(files / OFFICIAL, files / "tokenizer").cache.is_relative_to(tmp_path)
+    assert UMT5Encoder(files / OFFICIAL, files / "tokenizer").cache == (
+        tmp_path / ".cache" / "sfmodel" / "text"
+    )
+
+
+def test_without_a_home_nothing_is_kept(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a user whom the system does not know."""
+
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    encode = UMT5Encoder(files / OFFICIAL, files / "tokenizer")
+    assert encode.cache is None and encode(["a b"]).shape[0] == 1
 
 
 def test_parameters_stay_mapped_to_the_file(files: Path, tmp_path: Path) -> None:
@@ -292,6 +345,8 @@ def test_sentences_must_be_a_list(files: Path, tmp_path: Path, wrong: str | list
         ({"blocks.1.ffn.fc1.weight": torch.zeros(FFN + 1, DIM)}, "wi_1.weight missing, unexp"),
         ({"extra.weight": torch.zeros(1)}, "not a whole UMT5 text encoder: extra.weight"),
         ({"blocks.0.attn.q.weight": None}, "not a whole UMT5 text encoder"),
+        ({"blocks.0.attn.q.weight": torch.tensor(1.0)}, "has wrong shapes"),
+        ({"blocks.0.pos_embedding.embedding.weight": torch.zeros(0, 0)}, "has wrong shapes"),
         ({"norm.weight": torch.full((DIM,), math.nan)}, "'a' becomes NaN or infinity"),
     ],
 )
@@ -319,6 +374,28 @@ def test_wrong_folders_and_tokenizers_are_named(files: Path, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="must end in token 1 of 40"):
         other = save_tokenizer(tmp_path / "other", "<pad>")
         UMT5Encoder(files / OFFICIAL, other, cache=tmp_path / "cache")(["a"])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_layers": 10**9}, f"num_layers={10**9}: there are {LAYERS}"),
+        ({"d_ff": 10**15}, "of another shape"),
+        ({"num_heads": -1}, "no model has its config"),
+        (None, "nested too deeply"),
+    ],
+)
+def test_odd_configs_are_named(
+    files: Path, tmp_path: Path, change: dict[str, object] | None, reason: str
+) -> None:
+    folder = tmp_path / "text_encoder"
+    shutil.copytree(files / "text_encoder", folder)
+    config = json.loads((folder / "config.json").read_text())
+    text = "[" * 100_000 if change is None else json.dumps(config | change)
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=reason) as error:
+        UMT5Encoder(folder, files / "tokenizer", cache=tmp_path / "cache")(["a"])
+    assert str(error.value).startswith(str(folder)) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("library", ["ftfy", "transformers", "tokenizers"])

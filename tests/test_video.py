@@ -15,7 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfmodel.video import ContactSheet, VideoWriter, contact_sheet, read_video
+from sfmodel.video import (
+    ContactSheet,
+    VideoWriter,
+    contact_sheet,
+    contact_sheet_of_rows,
+    read_video,
+)
 
 
 def moving_disc(frames: int, height: int = 64, width: int = 64) -> Tensor:
@@ -227,30 +233,29 @@ def test_bad_frames(tmp_path: Path, frames: Tensor, message: str) -> None:
     assert len(read_video(tmp_path / "a.mp4")[0]) == 2
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        read_video(tmp_path / "missing.mp4")
-    path = tmp_path / "a.mp4"
-    path.write_bytes(np.random.default_rng(0).bytes(5000))
-    with pytest.raises(ValueError, match="damaged or no video"):
-        read_video(path)
-    path.write_bytes(b"")
-    with pytest.raises(ValueError, match="damaged or no video"):
-        read_video(path)
-    with VideoWriter(path) as writer:
-        writer.write(moving_disc(60))
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) * 2 // 3])
-    with pytest.raises(ValueError, match="damaged"):
-        read_video(path)
-
-
-def test_read_some_frames(tmp_path: Path) -> None:
-    with VideoWriter(tmp_path / "a.mp4") as writer:
-        writer.write(grey_levels(10))
-    every, _ = read_video(tmp_path / "a.mp4")
-    some, _ = read_video(tmp_path / "a.mp4", max_frames=3)
-    assert torch.equal(some, every[:3])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_is_no_picture(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    frames = grey_levels(10).to(dtype).clone()
+    frames[7, 1, 5, 5] = value
+    wanted = r"a.mp4: frame 7 holds NaN or infinity: the weights are damaged, or the arithmetic"
+    with (
+        pytest.raises(FloatingPointError, match=wanted),
+        VideoWriter(tmp_path / "a.mp4") as writer,
+    ):
+        for chunk in frames.split(4):
+            writer.write(chunk)
+    assert len(read_video(tmp_path / "a.mp4")[0]) == 4 and leftovers(tmp_path) == []
+    sheet = ContactSheet()
+    sheet.add(frames[:5])
+    with pytest.raises(FloatingPointError, match=r"^frame 7 holds NaN"):
+        sheet.add(frames[5:])
+    with pytest.raises(FloatingPointError, match=r"^frame 7 holds NaN"):
+        contact_sheet(frames, tmp_path / "a.png")
+    with pytest.raises(FloatingPointError, match=r"rows.png: second: frame 7 holds NaN"):
+        rows = torch.stack([grey_levels(10).to(dtype), frames])
+        contact_sheet_of_rows(rows, tmp_path / "rows.png", ["first", "second"], "two", columns=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
 def test_contact_sheet(tmp_path: Path) -> None:
@@ -272,10 +277,34 @@ def test_contact_sheet(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("title", "lines"),
+    [
+        ("a", 1),
+        ("a\nb", 2),
+        ("a\r\n\nb", 3),
+        ("a b " * 100, 6),
+        ("a" * 240, 5),
+        ("a" * 70_000, 101),
+        ("\n" * 5000, 101),
+        ("\x00\u2028\udcff \u200d 日本 $x$", 1),
+    ],
+)
+def test_titles_are_as_wide_as_the_frames(tmp_path: Path, title: str, lines: int) -> None:
+    frames = grey_levels(4)
+    for name, said in (("a.png", title), ("plain.png", None)):
+        contact_sheet(frames, tmp_path / name, title=said)
+    plain, sheet = image(tmp_path / "plain.png"), image(tmp_path / "a.png")
+    top = len(sheet) - len(plain)
+    assert sheet.shape[1] == plain.shape[1] and top == 34 + 22 * (lines - 1)
+    assert (sheet[8 + top :] == plain[8:]).all()  # nothing covers the frames
+    assert (sheet[:, -4:] == 255).all()
+
+
 def test_contact_sheet_shapes(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    contact_sheet(moving_disc(2, 480, 832), path, title="a title that is wider than one tile " * 3)
-    assert image(path).shape[1] > 8 + 2 * (320 + 8)
+    contact_sheet(moving_disc(2, 480, 832), path, title="a title that is wider than the tiles " * 3)
+    assert image(path).shape == (8 + round(320 * 480 / 832) + 30 + 34 + 22, 8 + 2 * (320 + 8), 3)
     contact_sheet(moving_disc(1, 480, 832), path)
     assert image(path).shape == (8 + round(320 * 480 / 832) + 30, 8 + 320 + 8, 3)
     with pytest.raises(ValueError, match="frames: there are none"):

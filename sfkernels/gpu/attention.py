@@ -111,6 +111,7 @@ def _attention_fwd_kernel(
     spans_ptr,
     valid_ptr,
     queries,
+    slots,
     heads,
     prefix,
     scale,
@@ -138,7 +139,8 @@ def _attention_fwd_kernel(
     STAGES: tl.constexpr,
 ):
     """One tile of queries of one head over the spans of the table, or over one part of the ring's
-    valid keys. o [parts, B, L, H, D], lse [parts, B, H, L]."""
+    valid keys, which are 1 to `slots` whatever valid_ptr holds. o [parts, B, L, H, D], lse
+    [parts, B, H, L]."""
     tile, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch_head = tl.program_id(2)
     batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
@@ -150,7 +152,7 @@ def _attention_fwd_kernel(
         start = tile * BLOCK_M
         past = tl.minimum(start + BLOCK_M, queries)
         row_M = start + tl.arange(0, BLOCK_M)
-        valid = tl.load(valid_ptr).to(tl.int32)
+        valid = tl.minimum(tl.maximum(tl.load(valid_ptr), 1), slots).to(tl.int32)
         share = tl.cdiv(tl.cdiv(valid, BLOCK_N), parts) * BLOCK_N
         lo, hi = part * share, tl.minimum((part + 1) * share, valid)
         if lo >= hi:
@@ -247,7 +249,8 @@ def attention_fwd(
 def ring_attention(
     q_BLHD: Tensor, k_ring_BSHD: Tensor, v_ring_BSHD: Tensor, valid: Tensor, scale: float
 ) -> Tensor:
-    """o [B, L, H, D] of queries that see the first `valid` slots of the ring, at least one."""
+    """o [B, L, H, D] of queries that see the first `valid` slots of the ring; at least one, and at
+    most all."""
     setting = tile_setting("attention_fwd", q_BLHD)
     return ring_forward(_run, setting, q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, scale)
 
@@ -331,12 +334,14 @@ def _run(
     scale: float,
 ) -> None:
     batch, queries, heads, head_dim = q_BLHD.shape
+    k_BSHD = sources[0]
+    assert k_BSHD is not None
     launch.run(
         _attention_fwd_kernel,
         (work.tiles, work.parts, batch * heads),
         (
             *(q_BLHD, *sources, o, lse, *work.tables, work.valid),
-            *(queries, heads, work.prefix, scale * LOG2E),
+            *(queries, k_BSHD.shape[1], heads, work.prefix, scale * LOG2E),
             *head_strides(q_BLHD, *sources),
         ),
         num_warps=setting.warps,

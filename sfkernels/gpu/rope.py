@@ -103,6 +103,7 @@ def _qk_norm_rope_fwd_kernel(
     rstd_ptr,
     tokens,
     frame_tokens,
+    slots,
     eps,
     stride_qkvb,
     stride_qkvl,
@@ -118,7 +119,8 @@ def _qk_norm_rope_fwd_kernel(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One strip of a sample: every S-th tile of it."""
+    """One strip of a sample: every S-th tile of it. Of a frame whose slot is not one of the ring's
+    `slots`, keys and values are not written."""
     strip, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     strips = tl.num_programs(0)
     row_R1 = tl.arange(0, BLOCK_ROWS)[:, None]
@@ -149,6 +151,7 @@ def _qk_norm_rope_fwd_kernel(
             slot_at = slot_ptr + to_R1 // frame_tokens
             slot_R1 = tl.load(slot_at, to_R1 < tokens, 0).to(tl.int64)
             to_R1 = slot_R1 * frame_tokens + to_R1 % frame_tokens
+            mask_RC = mask_RC & (slot_R1 >= 0) & (slot_R1 < slots)
         else:
             rstd_at = rstd_ptr + (batch * tokens + to_R1) * 2
             tl.store(rstd_at, q_rstd_R1, to_R1 < tokens)
@@ -172,10 +175,10 @@ def _rotate_ring_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A tile of slots of a sample, as far as they are valid."""
+    """A tile of slots of a sample, as far as they are valid and there."""
     first, batch = tl.program_id(0).to(tl.int64) * BLOCK_ROWS, tl.program_id(1).to(tl.int64)
     row_R1, col_1C = tl.arange(0, BLOCK_ROWS)[:, None], tl.arange(0, BLOCK_C)[None, :]
-    mask_RC = (first + row_R1 < tl.load(valid_ptr)) & (col_1C < C)
+    mask_RC = (first + row_R1 < tl.minimum(tl.load(valid_ptr), slots)) & (col_1C < C)
     k_at = k_ptr + batch * stride_kb + first * stride_kl + (row_R1 * stride_kl + col_1C)
     k_RC = tl.load(k_at, mask_RC, 0.0).to(tl.float32)
     cos_RH, sin_RH = _load_rotation(table_ptr, first, row_R1, col_1C, mask_RC, D)
@@ -316,8 +319,9 @@ def _turns(pairs: int, theta: float, device: torch.device) -> Tensor:
     """What each pair turns by from one position to the next, in units of 2^-64 turn, [P] int64."""
     across = pairs // 3
     counts = [pairs - 2 * across] + [across] * 2
-    turns = [theta ** (-i / n) / (2 * math.pi) for n in counts for i in range(n)]
-    return torch.tensor([int(t * 2**64) for t in turns], dtype=torch.int64, device=device)
+    turns = [math.fmod(theta ** (-i / n) / (2 * math.pi), 1) for n in counts for i in range(n)]
+    units = [int(t * 2**64) - (2**64 if t >= 0.5 else 0) for t in turns]
+    return torch.tensor(units, dtype=torch.int64, device=device)
 
 
 def qk_norm_rope_fwd(
@@ -338,11 +342,12 @@ def qk_norm_rope_fwd(
     q_BLHD = qkv_BLC.new_empty(batch, tokens, channels // head_dim, head_dim)
     k_BSHD = torch.empty_like(q_BLHD) if k_ring_BSHD is None else k_ring_BSHD
     v_BSHD = torch.empty_like(q_BLHD) if v_ring_BSHD is None else v_ring_BSHD
-    rstd_BL2, frame_tokens = None, 1
+    rstd_BL2, frame_tokens, slots = None, 1, 0
     if slot_F is None:
         rstd_BL2 = torch.empty(batch, tokens, 2, dtype=torch.float32, device=qkv_BLC.device)
     else:
         slot_F, frame_tokens = slot_F.contiguous(), tokens // len(slot_F)
+        slots = k_BSHD.shape[1] // frame_tokens
     block = triton.next_power_of_2(channels)
     setting = launch.rows("qk_norm_rope_fwd", qkv_BLC.device, channels)
     tiles = triton.cdiv(tokens, setting.rows)
@@ -351,7 +356,7 @@ def qk_norm_rope_fwd(
         (launch.strips(setting, qkv_BLC.device, tiles, batch), batch),
         (
             *(qkv_BLC, q_weight_C, k_weight_C, table_LP2, slot_F, q_BLHD, k_BSHD, v_BSHD),
-            *(rstd_BL2, tokens, frame_tokens, eps),
+            *(rstd_BL2, tokens, frame_tokens, slots, eps),
             *launch.outer_strides(qkv_BLC, k_BSHD, v_BSHD),
         ),
         num_warps=setting.warps(block),

@@ -3,6 +3,7 @@ recipe."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -12,12 +13,31 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from sfkernels import BlockLayout
-from sfmodel.config import PRESETS, Preset
+from sfkernels.dispatch import IMPLS
+from sfmodel import checkpoint
+from sfmodel.config import PRESETS, Preset, check_seed
+from sfmodel.dit import DiT
+from sfmodel.files import check_writable
 
 Context = Literal["whole", "clean", "noisy", "either", "own"]
 Objective = Literal["flow", "ode", "dmd", "sid", "gan"]
 
 PATIENCE = 600.0  # seconds
+# What settings are at least and at most.
+_RANGES: dict[tuple[float, float], tuple[str, ...]] = {
+    (1, math.inf): (
+        *("frames", "chunks", "windows", "steps", "batch", "log_every", "save_every", "pairs"),
+        *("teacher_steps", "critic_steps", "gradient_frames"),
+    ),
+    (0, math.inf): (
+        *("sink", "micro_batch", "warmup", "ema_start", "critic_warmup", "shard", "sample_every"),
+        *("weight_decay", "lr", "lr_critic", "clip", "min_sigma", "context_noise", "gan_penalty"),
+    ),
+    (0, 1024): ("threads",),
+    (0, 1): ("drop_text", "drop_word", "fall", "fade", "ema", "betas"),
+    (-1e9, 1e9): ("guidance", "gan_sigma"),
+}
+
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
 
@@ -138,9 +158,21 @@ class TrainConfig:
             value = getattr(self, name)
             if value not in PRESETS and not (value is None and name == "teacher_preset"):
                 raise ValueError(f"{name}={value!r}: must be one of {', '.join(PRESETS)}")
-        for name in ("steps", "batch", "log_every", "save_every", "pairs", "teacher_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for (low, high), names in _RANGES.items():
+            for name in names:
+                value = getattr(self, name)
+                for each in value if isinstance(value, tuple) else (value,):
+                    if each is not None and not low <= each <= high:
+                        limit = f" and at most {high}" if high < math.inf else ""
+                        raise ValueError(f"{name}={value}: must be at least {low}{limit}")
+        for name in ("frames", "chunks", "windows"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: must be at least one number")
+        for name in ("impl", "attention_impl"):
+            if getattr(self, name) not in ("auto", *IMPLS):
+                known = ", ".join(("auto", *IMPLS))
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {known}")
+        check_seed(self.seed, videos=1024)  # more than samples show
         if not 0 < self.patience < 10**8:
             raise ValueError(f"patience={self.patience}: must be seconds, more than 0")
         if self.needs_teacher and self.teacher is None:
@@ -157,6 +189,17 @@ class TrainConfig:
             raise ValueError("hide_first: a bidirectional model has no first chunk")
         for frames, chunk, window in itertools.product(self.frames, self.chunks, self.windows):
             self.layout(frames, chunk, window)
+
+    def check_files(self) -> None:
+        """Raises ValueError or OSError for weights that are not there or not of these models, and
+        for a folder that cannot be written. Reads no weights and leaves nothing."""
+        check_writable(self.output / "config.json")
+        own, real = self.model.dit, PRESETS[self.teacher_preset or self.preset].dit
+        critic = self.critic or self.teacher if self.kind.distils else None
+        teacher = self.teacher if self.needs_teacher else None
+        for sizes, weights in ((own, self.init), (real, teacher), (own, critic)):
+            if weights is not None:
+                checkpoint.check(functools.partial(DiT, sizes), weights)
 
     @property
     def kind(self) -> Recipe:

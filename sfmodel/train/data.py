@@ -27,9 +27,12 @@ from torch.nn.utils.rnn import pad_sequence
 from sfmodel import world
 from sfmodel.codec import VideoCodec
 from sfmodel.config import Preset
+from sfmodel.files import within
+from sfmodel.footage import VIDEOS, covering_frames, length, opened_video, to_pixels
+from sfmodel.prompts import continued, prompt_beside
+from sfmodel.prompts import read_prompts as read_prompts
 from sfmodel.text import ToyTextEncoder
 from sfmodel.toy_vae import ToyVAE
-from sfmodel.video import VIDEOS, covering_frames, opened_video, to_pixels
 
 # Sentences to embeddings [B, T, E]; short ones end in rows of zeros.
 TextEncoder = Callable[[Sequence[str]], Tensor]
@@ -95,11 +98,13 @@ class ToyWorld:
 
 
 class _File(NamedTuple):
-    """A file of N clips or prompts, one sentence for each. embedded: it holds their embeddings."""
+    """A file of N clips or prompts, one sentence for each. embedded: it holds their embeddings, of
+    which `starts`, if not None, has the first row of each and the last one's end."""
 
     path: Path
     sentences: list[str]
     embedded: bool
+    starts: list[int] | None = None
 
 
 class _Files:
@@ -129,7 +134,7 @@ class _Files:
                 self._check_sentences(file)
                 self.files.append(file)
             except ValueError as error:
-                self.skipped[each.name] = str(error)
+                self.skipped[self._name(each)] = str(error)
         if not self.files:
             name, reason = next(iter(self.skipped.items()))
             if path.is_dir():
@@ -167,13 +172,19 @@ class _Files:
                 return latents_FCHW, self._embed(file, row), file.sentences[row]
             except ValueError as error:
                 which = f"item {row}: " if len(file.sentences) > 1 else ""
-                self.skipped.setdefault(file.path.name, f"{which}{error}")
+                self.skipped.setdefault(self._name(file.path), f"{which}{error}")
         raise ValueError(f"{self.path}: nothing in it can be used: {skipped_report(self)}")
+
+    def _name(self, path: Path) -> str:
+        return str(path.relative_to(self.path)) if self.path.is_dir() else path.name
 
     def _embed(self, file: _File, row: int) -> Tensor:
         if file.embedded:
             with _safetensors(file.path) as tensors:
-                return _finite("text", tensors.get_slice("text")[row])
+                text = tensors.get_slice("text")
+                if file.starts is None:
+                    return _finite("text", text[row])
+                return _finite("text", text[file.starts[row] : file.starts[row + 1]])
         assert self.text is not None  # or the file would have been skipped
         return _finite("text", self.text([file.sentences[row]])[0])
 
@@ -204,16 +215,17 @@ class _Files:
 class LatentShards(_Files):
     """Clips in a .safetensors file or a folder of such: `latents` [N, F, C, H, W], and `text`
     [N, T, E] or the metadata entry `prompts`, a JSON list of N sentences. Memory-mapped; the first
-    frames of longer clips are taken, as latent frame 0 of a clip is a still."""
+    frames of longer clips are taken, as latent frame 0 of a clip is a still. `text` may also be
+    without padding: the rows of all embeddings [sum of T, E], and `lengths` [N]."""
 
     def __init__(self, path: Path, preset: Preset, frames: int, text: TextEncoder | None) -> None:
         super().__init__(path, within(path, (".safetensors",)), preset, frames, text)
 
 
 class VideoFiles(_Files):
-    """Videos in a folder, from their first frame on, scaled to cover the preset's size, cropped
-    around the centre and encoded each time. The prompt is the text file of the same name with
-    suffix .txt, "" where there is none."""
+    """Videos in a folder, from their first frame on, at the preset's frames a second, scaled to
+    cover its size, cropped around the centre and encoded each time. The prompt is the text file of
+    the same name with suffix .txt, "" where there is none."""
 
     def __init__(
         self, folder: Path, preset: Preset, frames: int, codec: VideoCodec, text: TextEncoder
@@ -223,14 +235,16 @@ class VideoFiles(_Files):
 
     def _open(self, path: Path) -> _File:
         with opened_video(path) as (_, stream):
-            _long_enough(stream.frames or math.inf, self._pixel_frames(self.frames))
+            _long_enough(length(stream, self.preset.fps), self._pixel_frames(self.frames))
         return _File(path, [prompt_beside(path)], False)
 
     def _latents(self, path: Path, row: int, frames: int) -> Tensor:
         scale = self.codec.spatial_factor
         size = self.preset.height * scale, self.preset.width * scale
-        pixels_TCHW = _first_frames(path, self._pixel_frames(frames), *size)
-        pixels_TCHW = pixels_TCHW.to(next(self.codec.parameters()).device)
+        needed = self._pixel_frames(frames)
+        images = [*itertools.islice(covering_frames(path, *size, self.preset.fps), needed)]
+        _long_enough(len(images), needed)
+        pixels_TCHW = to_pixels(images).to(next(self.codec.parameters()).device)
         return _finite("latents", self.codec.encode_chunk(pixels_TCHW[None])[0][0])
 
     def _pixel_frames(self, frames: int) -> int:
@@ -238,14 +252,20 @@ class VideoFiles(_Files):
 
 
 class Prompts(_Files):
-    """Prompts alone: a text file with one a line, or a .safetensors file with their embeddings,
-    `text` [N, T, E], and maybe the metadata entry `prompts`, a JSON list of N sentences."""
+    """Prompts alone: a text file with one a line, or embeddings: a .safetensors file, with those
+    that continue it (`continued`), or a folder of such, with `text` as in `LatentShards` and maybe
+    the metadata entry `prompts`, a JSON list of N sentences."""
 
     has_latents = False
 
     def __init__(self, path: Path, preset: Preset, text: TextEncoder | None) -> None:
-        self.lines = None if path.suffix.lower() == ".safetensors" else read_prompts(path)
-        super().__init__(path, [path], preset, 0, text)
+        embedded = path.is_dir() or path.suffix.lower() == ".safetensors"
+        self.lines = None if embedded else read_prompts(path)
+        files = within(path, (".safetensors",))
+        if embedded and not path.is_dir():
+            more = (continued(path, i) for i in itertools.count(1))
+            files += itertools.takewhile(Path.exists, more)
+        super().__init__(path, files, preset, 0, text)
 
     def _open(self, path: Path) -> _File:
         return super()._open(path) if self.lines is None else _File(path, self.lines, False)
@@ -260,8 +280,9 @@ def open_source(
     drop_word: float = 0.0,
     drop_text: float = 0.0,
 ) -> Source:
-    """The source that `path` is: None, the toy world; a folder with .safetensors files, latents;
-    one with videos; a .safetensors file, latents, or prompts if it has none; a .txt file, prompts.
+    """The source that `path` is: None, the toy world; .safetensors files, of a folder or one alone,
+    latents, or prompts if they have none; a folder of videos; a .txt file, prompts. Of a folder its
+    subfolders too.
 
     preset: sizes of latents and text. frames: the most latent frames that will be drawn. codec,
     text: None where the model's are not available. drop_word, drop_text: as in `ToyWorld`, for it
@@ -274,29 +295,40 @@ def open_source(
             "of latents as .safetensors, or prompts"
         )
     suffix = path.suffix.lower()
-    if path.is_dir() and within(path, (".safetensors",)):
+    found = within(path, (".safetensors", *VIDEOS)) if path.is_dir() else [path]
+    # What lies in the folder itself counts before what is in subfolders, latents before videos.
+    shards = [each for each in found if each.suffix.lower() == ".safetensors"]
+    others = [each for each in found if each.suffix.lower() != ".safetensors"]
+    if shards and path.exists() and _depth(shards) <= _depth(others):
+        if _alone(shards):
+            return Prompts(path, preset, text)
         return LatentShards(path, preset, frames, text)
-    if path.is_dir() and within(path, VIDEOS):
+    if path.is_dir() and others:
         if codec is not None and text is not None:
             return VideoFiles(path, preset, frames, codec, text)
         raise ValueError(
             f"{path}: videos of this preset are encoded before training: must be latents and "
             "embeddings as .safetensors, as `sfmodel encode` writes"
         )
-    if path.is_file() and suffix == ".safetensors":
-        has_latents = True
-        with suppress(ValueError), _safetensors(path) as file:  # if damaged, LatentShards says so
-            has_latents = "latents" in file.keys()  # noqa: SIM118
-        if has_latents:
-            return LatentShards(path, preset, frames, text)
-        return Prompts(path, preset, text)
     if path.is_file() and suffix == ".txt":
         return Prompts(path, preset, text)
     raise ValueError(
         f"{path}: {'nothing to train on' if path.exists() else 'no such file or folder'}: must be "
-        f"a folder of .safetensors files or of videos ({', '.join(VIDEOS)}), a .safetensors file "
-        "or a .txt file"
+        f"a folder of .safetensors files or of videos ({', '.join(VIDEOS[:4])}, …), a .safetensors "
+        "file or a .txt file"
     )
+
+
+def _depth(paths: Sequence[Path]) -> float:
+    return min((len(path.parts) for path in paths), default=math.inf)
+
+
+def _alone(shards: Sequence[Path]) -> bool:
+    """Whether the first that is whole has prompts alone."""
+    for shard in shards:
+        with suppress(ValueError), _safetensors(shard) as file:
+            return "text" in file.keys() and "latents" not in file.keys()  # noqa: SIM118
+    return False
 
 
 def skipped_report(source: Source) -> str:
@@ -307,25 +339,6 @@ def skipped_report(source: Source) -> str:
     more = f" and {len(named) - 5} more" if len(named) > 5 else ""
     files = "file" if len(named) == 1 else "files"
     return f"{len(named)} {files} skipped: {', '.join(named[:5])}{more}"
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The non-empty lines of a text file. Raises ValueError for a file that is missing or empty."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise ValueError(f"prompt file {path}: {reason}") from None
-    if not any(lines):
-        raise ValueError(f"prompt file {path}: has no prompt, must have one a line")
-    return [line for line in lines if line]
-
-
-def prompt_beside(video: Path) -> str:
-    """Of the text file of the same name; "" where there is none. Raises ValueError as
-    `read_prompts` does."""
-    beside = video.with_suffix(".txt")
-    return " ".join(read_prompts(beside)) if beside.exists() else ""
 
 
 def _picked(batch: int, rows: slice) -> list[int]:
@@ -344,15 +357,10 @@ def _shuffled(count: int, random: Random) -> Iterator[int]:
         yield item
 
 
-def within(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """A file itself, or the files of a folder that end so, by name."""
-    if not path.is_dir():
-        return [path]
-    return sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes and p.is_file())
-
-
 @contextmanager
 def _safetensors(path: Path) -> Iterator[Any]:
+    if not path.is_file():  # opening a FIFO would wait for its writer
+        raise ValueError("not a whole safetensors file (is no regular file)")
     try:
         with safe_open(path, "pt") as file:
             yield file
@@ -371,7 +379,11 @@ def _header(path: Path, preset: Preset, frames: int) -> _File:
                 want = f"[N, {frames} or more, {', '.join(map(str, size))}]"
                 raise ValueError(f"latents has shape {shape}: must be {want}")
             count = shape[0]
-        if embedded:
+        starts = None
+        if embedded and "lengths" in file.keys():  # noqa: SIM118
+            starts = _starts(file, count, dit.text_len, dit.text_dim)
+            count = len(starts) - 1
+        elif embedded:
             shape = _shape(file, "text")
             fits = len(shape) == 3 and 1 <= shape[1] <= dit.text_len and shape[2] == dit.text_dim
             if not fits or not shape[0] or shape[0] != (count or shape[0]):
@@ -380,15 +392,27 @@ def _header(path: Path, preset: Preset, frames: int) -> _File:
             count = shape[0]
         written = (file.metadata() or {}).get("prompts")
     if embedded and written is None:
-        return _File(path, [""] * count, embedded)
+        return _File(path, [""] * count, embedded, starts)
     with suppress(json.JSONDecodeError):
         sentences = json.loads(written or "null")
         if isinstance(sentences, list) and [type(s) for s in sentences] == [str] * count:
-            return _File(path, sentences, embedded)
+            return _File(path, sentences, embedded, starts)
     raise ValueError(
         f"must have {'' if embedded else 'text, or '}a JSON list of {count} sentences as prompts "
         "in its metadata"
     )
+
+
+def _starts(file: Any, count: int, most: int, dim: int) -> list[int]:
+    """Where each embedding begins in a `text` without padding, and where the last one ends."""
+    lengths, shape = file.get_tensor("lengths"), _shape(file, "text")
+    whole = lengths.dim() == 1 and lengths.dtype in (torch.int32, torch.int64) and len(lengths)
+    if not whole or lengths.min() < 1 or lengths.max() > most or len(lengths) != (count or whole):
+        raise ValueError(f"lengths must be {count or 'N'} whole numbers from 1 to {most}")
+    starts = [0, *itertools.accumulate(lengths.tolist())]
+    if shape != [starts[-1], dim]:
+        raise ValueError(f"text has shape {shape}: must be {[starts[-1], dim]}, as its lengths say")
+    return starts
 
 
 def _shape(file: Any, name: str) -> list[int]:
@@ -411,11 +435,3 @@ def _finite(name: str, x: Tensor) -> Tensor:
 def _long_enough(frames: float, needed: int) -> None:
     if frames < needed:
         raise ValueError(f"has {frames} frames: must be at least {needed}")
-
-
-def _first_frames(path: Path, count: int, height: int, width: int) -> Tensor:
-    """The first `count` frames of a video [T, 3, H, W] in [-1, 1]. Raises ValueError with the
-    reason if that cannot be."""
-    images = [*itertools.islice(covering_frames(path, height, width), count)]
-    _long_enough(len(images), count)
-    return to_pixels(images)

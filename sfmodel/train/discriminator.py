@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sfkernels as sf
-from sfkernels.dispatch import check_shape
+from sfkernels.arguments import check_shape
 from sfmodel.config import DiTConfig
 from sfmodel.dit import Context, CrossAttention, DiT, TextKeys
 

@@ -104,6 +104,7 @@ class Run:
     def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
         self.config, self.ranks, self.preset = config, ranks, config.model
         kind = config.kind
+        config.check_files()
         if config.optimizer == "muon" and ranks.world > 1:
             raise ValueError("optimizer='muon' runs on one rank: use 'adamw' on several")
         for frames in config.frames:

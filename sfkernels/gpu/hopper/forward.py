@@ -101,10 +101,11 @@ def turn_of(tile):
 
 
 @gluon.jit
-def _work(tile, tiles_ptr, valid_ptr, queries, prefix, N: gl.constexpr,
+def _work(tile, tiles_ptr, valid_ptr, queries, slots, prefix, N: gl.constexpr,
           HAS_TABLE: gl.constexpr):  # fmt: skip
     """A tile's first query and the one past its last; and how many spans it visits. The next two
-    are, under a table, the first of its own spans; of a ring, the keys of the program's part."""
+    are, under a table, the first of its own spans; of a ring, the keys of the program's part, which
+    has 1 to `slots` of them whatever valid_ptr holds."""
     if HAS_TABLE:
         at = tiles_ptr + 4 * tile
         first = gl.load(at + 2)
@@ -113,7 +114,7 @@ def _work(tile, tiles_ptr, valid_ptr, queries, prefix, N: gl.constexpr,
     else:
         start = tile * (CONSUMERS * M)
         past = gl.minimum(start + CONSUMERS * M, queries)
-        valid = gl.load(valid_ptr).to(gl.int32)
+        valid = gl.minimum(gl.maximum(gl.load(valid_ptr), 1), slots).to(gl.int32)
         share = gl.cdiv(gl.cdiv(valid, N), gl.num_programs(1)) * N
         lo = gl.program_id(1) * share
         hi = gl.minimum(lo + share, valid)
@@ -155,9 +156,9 @@ def _load_span(k_desc, v_desc, k_row, v_row, col, visits, n, k_pipe, v_pipe, N: 
 
 @gluon.jit
 def _produce(q_desc, k_desc, v_desc, k_prefix_desc, v_prefix_desc, q_pipe, k_pipe, v_pipe,
-             tiles_ptr, spans_ptr, valid_ptr, tiles, queries, prefix, q_rows, k_rows, v_rows,
-             k_prefix_rows, v_prefix_rows, H: gl.constexpr, D: gl.constexpr, N: gl.constexpr,
-             STAGES: gl.constexpr, HAS_TABLE: gl.constexpr,
+             tiles_ptr, spans_ptr, valid_ptr, tiles, queries, slots, prefix, q_rows, k_rows,
+             v_rows, k_prefix_rows, v_prefix_rows, H: gl.constexpr, D: gl.constexpr,
+             N: gl.constexpr, STAGES: gl.constexpr, HAS_TABLE: gl.constexpr,
              HAS_PREFIX: gl.constexpr):  # fmt: skip
     """The loading warp. What it loads beyond a tile's or a span's end is masked by the consumers;
     beyond the tensor's it is zero."""
@@ -166,7 +167,7 @@ def _produce(q_desc, k_desc, v_desc, k_prefix_desc, v_prefix_desc, q_pipe, k_pip
     n = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         start, _past, count, first, last = _work(
-            tile, tiles_ptr, valid_ptr, queries, prefix, N, HAS_TABLE
+            tile, tiles_ptr, valid_ptr, queries, slots, prefix, N, HAS_TABLE
         )
         if count > 0:
             for c in gl.static_range(CONSUMERS):
@@ -238,7 +239,7 @@ def _step(q, k_pipe, v_pipe, zero_MN, p_MN, acc_MD, m_M, l_M, n, last, left, sca
 
 @gluon.jit
 def _consume(C: gl.constexpr, q_pipe, k_pipe, v_pipe, o_ptr, lse_ptr, tiles_ptr, spans_ptr,
-             valid_ptr, tiles, queries, prefix, scale, H: gl.constexpr, D: gl.constexpr,
+             valid_ptr, tiles, queries, slots, prefix, scale, H: gl.constexpr, D: gl.constexpr,
              N: gl.constexpr, STAGES: gl.constexpr, HAS_TABLE: gl.constexpr,
              O_BITS: gl.constexpr):  # fmt: skip
     """Consumer C: rows C·M to (C+1)·M of every tile of queries."""
@@ -250,7 +251,7 @@ def _consume(C: gl.constexpr, q_pipe, k_pipe, v_pipe, o_ptr, lse_ptr, tiles_ptr,
     n = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         start, past, count, first, end = _work(
-            tile, tiles_ptr, valid_ptr, queries, prefix, N, HAS_TABLE
+            tile, tiles_ptr, valid_ptr, queries, slots, prefix, N, HAS_TABLE
         )
         # Of all parts, samples and heads.
         sample_head = gl.program_id(1) * gl.num_programs(2) + gl.program_id(2)
@@ -325,6 +326,7 @@ def _hopper_fwd_kernel(
     valid_ptr,
     tiles,
     queries,
+    slots,
     prefix,
     q_rows,
     k_rows,
@@ -366,12 +368,14 @@ def _hopper_fwd_kernel(
     gl.warp_specialize(
         [
             (_consume, (0, q_pipe, k_pipe, v_pipe, o_ptr, lse_ptr, tiles_ptr, spans_ptr, valid_ptr,
-                        tiles, queries, prefix, scale, H, D, N, STAGES, HAS_TABLE, O_BITS)),
+                        tiles, queries, slots, prefix, scale, H, D, N, STAGES, HAS_TABLE,
+                        O_BITS)),
             (_consume, (1, q_pipe, k_pipe, v_pipe, o_ptr, lse_ptr, tiles_ptr, spans_ptr, valid_ptr,
-                        tiles, queries, prefix, scale, H, D, N, STAGES, HAS_TABLE, O_BITS)),
+                        tiles, queries, slots, prefix, scale, H, D, N, STAGES, HAS_TABLE,
+                        O_BITS)),
             (_produce, (q_desc, k_desc, v_desc, k_prefix_desc, v_prefix_desc, q_pipe, k_pipe,
-                        v_pipe, tiles_ptr, spans_ptr, valid_ptr, tiles, queries, prefix, q_rows,
-                        k_rows, v_rows, k_prefix_rows, v_prefix_rows, H, D, N, STAGES,
+                        v_pipe, tiles_ptr, spans_ptr, valid_ptr, tiles, queries, slots, prefix,
+                        q_rows, k_rows, v_rows, k_prefix_rows, v_prefix_rows, H, D, N, STAGES,
                         HAS_TABLE, HAS_PREFIX)),
         ],
         [4, 1],
@@ -399,8 +403,8 @@ def attention_fwd(
 def ring_attention(
     q_BLHD: Tensor, k_ring_BSHD: Tensor, v_ring_BSHD: Tensor, valid: Tensor, scale: float
 ) -> Tensor:
-    """As in attention.py; slots that are not valid hold anything finite. Raises ValueError for
-    tensors that TMA cannot read."""
+    """As in attention.py; slots that are not valid hold anything finite, as a RingKVCache sees to
+    when it is made and reset. Raises ValueError for tensors that TMA cannot read."""
     setting = hopper_setting("hopper_fwd", q_BLHD)
     return ring_forward(_run, setting, q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, scale)
 
@@ -452,6 +456,8 @@ def _run(
     scale: float,
 ) -> None:
     batch, queries, heads, _ = q_BLHD.shape
+    k_BSHD = sources[0]
+    assert k_BSHD is not None
     names = ("q", "k", "v", "prefix k", "prefix v")
     boxes = (M.value, *[setting.visit] * 4)
     described = [describe(*one) for one in zip(names, (q_BLHD, *sources), boxes, strict=True)]
@@ -464,7 +470,7 @@ def _run(
         (programs, work.parts, batch * heads),
         (
             *(*descriptors, o, lse, *work.tables, work.valid),
-            *(work.tiles, queries, work.prefix, *apart, scale * LOG2E),
+            *(work.tiles, queries, k_BSHD.shape[1], work.prefix, *apart, scale * LOG2E),
         ),
         q_BLHD,
         HAS_TABLE=work.valid is None,

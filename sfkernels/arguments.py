@@ -1,0 +1,168 @@
+"""The checks of arguments that every op shares. Each raises a ValueError that says what is wrong,
+and what would be right."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)  # and no subclass, which may stand for something else
+_INTEGERS = (torch.int32, torch.int64)
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+TOO_MANY = 2**31  # elements of a table or of a frame: kernels count them in 32 bits
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether it is a tensor with memory of its own: nothing is traced or imitated."""
+    return not torch.compiler.is_compiling() and type(tensor) in _PLAIN
+
+
+def numbers(tensor: Tensor) -> list[int] | None:
+    """The elements of a short integer tensor; None where they are not there to be looked at without
+    waiting for a GPU."""
+    if is_plain(tensor) and tensor.device.type == "cpu":
+        values = tensor.tolist() if tensor.dim() < 2 else tensor.flatten().tolist()
+        return values if isinstance(values, list) else [values]
+    return None
+
+
+def check_tensor(name: str, tensor: Any) -> None:
+    """Unless it is a tensor, dense in memory."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is {_said(tensor)}: must be a tensor")
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "nested" if tensor.is_nested else f"of layout {tensor.layout}"
+        raise ValueError(f"{name} is {kind}: must be a dense tensor")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
+    """Unless `tensor` is one of `shape`, where a string stands for any size."""
+    check_tensor(name, tensor)
+    got = tensor.shape
+    if got == shape:
+        return
+    fits = len(got) == len(shape)
+    for size, want in zip(got, shape, strict=False):
+        if not isinstance(want, str) and size != want:
+            fits = False
+    if not fits:
+        wanted = ", ".join(str(s) for s in shape)
+        raise ValueError(f"{name} has shape {[*got]}: must be [{wanted}]")
+
+
+def check_same(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """Unless both tensors share a device and a dtype."""
+    for what in ("device", "dtype"):
+        got, want = getattr(tensor, what), getattr(like, what)
+        if got != want:
+            raise ValueError(f"{name} has {what} {got}: must be {want}, as {like_name}")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Unless `tensor` is on `device`."""
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}: must be on {device}, as the others")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Unless `tensor` is of floating-point numbers of 16 bits or more."""
+    if not tensor.is_floating_point() or tensor.itemsize == 1:
+        raise ValueError(
+            f"{name} is {tensor.dtype}: must be floating point, of 16 bits or more, and real"
+        )
+
+
+def check_integers(name: str, tensor: Tensor, size: int | str) -> None:
+    """Unless `tensor` is an int32 or int64 [size]."""
+    check_shape(name, tensor, (size,))
+    if tensor.dtype not in _INTEGERS:
+        raise ValueError(
+            f"{name} is {tensor.dtype} {[*tensor.shape]}: must be an integer tensor [{size}], of "
+            "int32 or int64"
+        )
+
+
+def check_count(name: str, value: int, least: int = 1, most: float = math.inf) -> None:
+    """Unless `value` is an integer from `least` to `most`."""
+    if not is_integer(value):
+        raise ValueError(f"{name}={_said(value)}: must be an integer")
+    if not least <= value <= most:
+        upper = "" if most == math.inf else f" and at most {most:.0f}"
+        raise ValueError(f"{name}={value}: must be at least {least}{upper}")
+
+
+def is_integer(value: object) -> bool:
+    """As sizes are, also while a graph is made of them."""
+    return isinstance(value, (int, torch.SymInt))
+
+
+def check_positive(name: str, value: float) -> None:
+    """Unless kernels can divide by `value` in float32."""
+    if not (_is_number(value) and _SMALLEST <= value <= _LARGEST):
+        raise ValueError(f"{name}={_said(value)}: must be positive and finite in float32")
+
+
+def check_finite(name: str, value: float) -> None:
+    """Unless `value` is a number that float32 can hold."""
+    if not (_is_number(value) and abs(value) <= _LARGEST):
+        raise ValueError(f"{name}={_said(value)}: must be finite in float32")
+
+
+def check_apart(ring_name: str, ring: Tensor, **others: Tensor) -> None:
+    """Unless `ring` can be written, row by row, without a change to another of its rows or to one
+    of `others`. Where a graph is made there is no memory to look at."""
+    if not is_plain(ring):
+        return
+    for stride, _, reach in _steps(ring):
+        if stride < reach and ring.numel():
+            raise ValueError(
+                f"{ring_name} has strides {ring.stride()}: writing one of its rows changes another"
+            )
+    for name, other in others.items():
+        if is_plain(other) and _overlap(ring, other):
+            raise ValueError(f"{ring_name} and {name} share memory: must be two tensors")
+
+
+def _steps(tensor: Tensor) -> list[tuple[int, int, int]]:
+    """Stride and size of each dimension, the narrowest first, and how many elements those before it
+    reach over."""
+    steps, reach = [], 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            steps.append((stride, size, reach))
+            reach += (size - 1) * stride
+    return steps
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors may share memory. They do not if the elements of one lie between those of
+    the other, which must have the same strides."""
+    if a.device != b.device or not a.numel() or not b.numel():
+        return False
+    steps, apart = _steps(a), b.data_ptr() - a.data_ptr()
+    lengths = [
+        t.itemsize * (1 + sum((size - 1) * stride for stride, size, _ in _steps(t))) for t in (a, b)
+    ]
+    if apart >= lengths[0] or -apart >= lengths[1]:
+        return False
+    if steps != _steps(b) or a.itemsize != b.itemsize or apart % a.itemsize:
+        return True
+    apart //= a.itemsize
+    for i, (stride, _, reach) in enumerate(steps):
+        regular = stride and not any(outer % stride for outer, *_ in steps[i:])
+        if regular and reach <= apart % stride <= stride - reach:
+            return False
+    return True
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (float, int, torch.SymInt, torch.SymFloat))
+
+
+def _said(value: object) -> str:
+    """A value in a message: numbers and strings as they are, of others the type."""
+    plain = value is None or isinstance(value, (int, float, str))
+    return repr(value) if plain else f"a {type(value).__name__}"
