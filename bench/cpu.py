@@ -120,7 +120,7 @@ def _stream(job: Job) -> Result:
     preset = PRESETS["toy"]
     runs = {}
     for name, impl in ((CPP, "auto"), (EAGER, "reference")):
-        model, codec, text = load_toy()
+        model, codec, text = load_toy(device=job.device)
         _choose(model, impl)
         embedding = text(["a large red ball moves up slowly"], model.device)
         runs[name] = functools.partial(_frames, model, codec, embedding, preset)
@@ -224,4 +224,4 @@ def figures(result: Result) -> Iterator[tuple[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return part.command("cpu", sys.modules[__name__], arguments, __doc__, on_cpu=True)
+    return part.command("cpu", sys.modules[__name__], arguments, __doc__, True, only_cpu=True)

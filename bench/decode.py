@@ -278,8 +278,7 @@ def run(job: Job) -> Result:
         except Exception as error:  # the other cases still run
             rows.setdefault(case.label, {"case": case.label, "failed": timing.reason(error)})
         result["rows"] = [*rows.values()]
-        if job.cuda:
-            torch.cuda.empty_cache()
+        timing.free(job.device)
         job.save(result)
     return job.end(result)
 

@@ -250,7 +250,7 @@ def run(job: part.Job) -> part.Result:
         result["exponents"] = exponents(result["rows"])
         job.save(result)
         if job.cuda:
-            torch.cuda.empty_cache()
+            timing.free(job.device)
     if job.wants(AT_ONCE):
         _at_once(model, replace(preset, window=windows[0]), text, job, result)
     return job.end(result)

@@ -57,8 +57,7 @@ def run(job: Job) -> Result:
             else:
                 found[case.label] = {"case": case.label, **failed}
         result["rows"] = [*found.values()]
-        if job.cuda:
-            torch.cuda.empty_cache()
+        timing.free(job.device)
         job.save(result)
     return job.end(result)
 

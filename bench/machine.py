@@ -26,7 +26,7 @@ def machine(device: torch.device | str) -> dict[str, Any]:
     device = torch.device(device)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        more = {"driver": next(iter(_smi(device, "driver_version")), None)}
+        more = {"driver": next(iter(_smi(device, "driver_version")), "") or None}
     else:
         threads = torch.get_num_threads()
         name = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
@@ -58,7 +58,7 @@ def state(device: torch.device) -> dict[str, float]:
     for name, value in zip(STATE.values(), _smi(device, *STATE), strict=False):
         try:
             found[name] = float(value)
-        except ValueError:  # "[N/A]"
+        except ValueError:
             continue
     return found
 
@@ -72,16 +72,19 @@ def said_state(before: dict[str, float], after: dict[str, float]) -> str:
 
 
 def _smi(device: torch.device, *queries: str) -> list[str]:
-    """nvidia-smi's answers; none where it is not installed or does not know this GPU."""
+    """nvidia-smi's answers, "" where it knows none; none where it is not installed, does not answer
+    or does not know this GPU."""
     which = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     options = [f"--query-gpu={','.join(queries)}", "--format=csv,noheader,nounits", f"--id={which}"]
     try:
         out = subprocess.run(
-            ["nvidia-smi", *options], capture_output=True, text=True, timeout=10, check=True
-        )
+            ["nvidia-smi", *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            errors="replace", timeout=10, check=True,
+        )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return []
-    return [field.strip() for field in out.stdout.splitlines()[0].split(",")]
+    fields = [field.strip() for field in out.stdout.partition("\n")[0].split(",")]
+    return ["" if field.startswith("[") else field for field in fields]  # as "[N/A]"
 
 
 def _commit() -> str | None:

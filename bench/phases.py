@@ -255,7 +255,9 @@ class Stream:
         self.seed_B = torch.tensor([seed], device=self.device)
         self.notes: dict[str, None] = {}
         self.peak_mib: float | None = None
-        text_BTE, encode = setting.text_BTE.clone(), setting.encode
+        # Kept, as the graph of the prompt reads it.
+        self.text_BTE = text_BTE = setting.text_BTE.clone()
+        encode = setting.encode
         self.prompt: Phases = {}
         if encode is not None:
             self.prompt[ENCODING] = lambda: text_BTE.copy_(encode())

@@ -302,8 +302,7 @@ def run(job: Job) -> Result:
                 row["predicted"] = predicted(preset, result["ceilings"], job.device)
             except Exception as error:
                 row["failed"] = timing.reason(error)
-            if job.cuda:
-                torch.cuda.empty_cache()
+            timing.free(job.device)
         result["rows"].append(row)
         job.save(result)
     for line in baselines(job, result, setting):

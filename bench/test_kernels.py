@@ -46,8 +46,7 @@ def prepared(request: pytest.FixtureRequest) -> Iterator[Prepared]:
     inputs = case.make(DEVICE)
     upstream = case.upstream(inputs) if case.backward else []
     yield Prepared(case, inputs, upstream, case.judge(inputs, upstream))
-    if DEVICE.type == "cuda":
-        torch.cuda.empty_cache()
+    timing.free(DEVICE)
 
 
 def contestant_of(case: Case, name: str) -> Contestant:

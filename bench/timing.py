@@ -9,6 +9,7 @@ On CPU the same in wall-clock time. A profiler sees every contestant as an NVTX 
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import statistics
 import time
@@ -95,8 +96,7 @@ def measure(
                 peaks[contestant.name] = _peak_of_a_call(contestant, sets[0])
         except Exception as error:  # one that fails is reported, the others are timed
             out[contestant.name] = reason(error)
-            if cuda:
-                torch.cuda.empty_cache()
+            free(device)
 
     def all_rounds(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
         times: dict[str, list[float]] = {name: [] for name in runs}
@@ -180,12 +180,21 @@ def peak_memory(device: torch.device) -> Iterator[list[float | None]]:
     if device.type != "cuda":
         yield peak
         return
+    free(device)
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     yield peak
     torch.cuda.synchronize(device)
     peak[0] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def free(device: torch.device) -> None:
+    """Gives a GPU's memory back, that of reference cycles too, which streams and graphs are in."""
+    if device.type == "cuda":
+        gc.collect()
+        with contextlib.suppress(RuntimeError):  # of an earlier failure: what follows says so
+            torch.cuda.empty_cache()
 
 
 def wait(device: torch.device) -> None:
@@ -234,12 +243,33 @@ def captured(run: Callable[[], None], pool: Any = None) -> tuple[Callable[[], No
     _warm(run)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        with capture(graph, pool):
             run()
     except RuntimeError as error:
-        torch.cuda.synchronize()
-        return None, f"no CUDA graph, launches included: {str(error).splitlines()[0]}"
+        return None, f"no CUDA graph, launches included: {reason(error)}"
     return graph.replay, ""
+
+
+@contextlib.contextmanager
+def capture(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
+    """`torch.cuda.graph`. Where a capture fails PyTorch 2.11 leaves its stream the current one and
+    the allocator in the capture, which no capture and no empty_cache survives: both are put back,
+    and the error is that of the body."""
+    device, stream = torch.cuda.current_device(), torch.cuda.current_stream()
+    pool = pool or torch.cuda.graph_pool_handle()
+    cause: BaseException | None = None
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            try:
+                yield
+            except BaseException as error:
+                cause = error
+                raise
+    except BaseException as error:
+        torch.cuda.set_stream(stream)
+        with contextlib.suppress(RuntimeError):  # later versions have ended it
+            torch._C._cuda_endAllocateToPool(device, pool)
+        raise cause or error from None
 
 
 def _backward_only(
@@ -269,15 +299,14 @@ def _backward_only(
     _warm(lambda: void(run_backward(run_forward(), False)))
     try:
         first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(first):
+        with capture(first):
             outs = run_forward()
-        with torch.cuda.graph(second, pool=first.pool()):
+        with capture(second, first.pool()):
             grads = run_backward(outs, False)
         first.replay()  # what the backward pass reads
     except RuntimeError as error:
-        torch.cuda.synchronize()
         outs = run_forward()
-        note = f"no CUDA graph, launches included: {str(error).splitlines()[0]}"
+        note = f"no CUDA graph, launches included: {reason(error)}"
         return Ready(lambda: void(run_backward(outs, True)), None, note)
 
     def replay(_alive: object = (first, outs, grads)) -> None:

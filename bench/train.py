@@ -142,8 +142,7 @@ def _phase(milliseconds: Sequence[float]) -> dict[str, float]:
 
 def _free(training: Training) -> None:
     training.free()
-    if training.device.type == "cuda":
-        torch.cuda.empty_cache()
+    timing.free(training.device)
 
 
 def _as_published(row: dict[str, Any]) -> tuple[bool, int]:

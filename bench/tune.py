@@ -190,8 +190,7 @@ def tune(
         copied = timing.copy_bandwidth(device, work.nbytes, rounds)
         of_copy.append(copied)
         del sets
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        timing.free(device)
     if not times:
         return None
     best_of_size = [min(column) for column in zip(*times.values(), strict=True)]

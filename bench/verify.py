@@ -19,11 +19,13 @@ import torch
 import sfkernels as sf
 from bench import attention_cases, contest, rows
 from bench.process import ROOT, command
-from sfkernels import launch
+from sfkernels import dispatch, launch
 
 TESTS = ("norm", "rope", "sampler", "quant", "attention", "registration", "gpu", "bench_stream",
          "bench_decode")  # fmt: skip
+MEMORY = 5 * 2**30  # bytes of a GPU that a process of the tests may take, its references apart
 SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
+RUNS = ("natively", "memcheck", "racecheck")
 ITSELF = (sys.executable, "-m", "bench.verify")
 
 
@@ -37,7 +39,8 @@ def tests(folder: Path, seconds: float) -> dict[str, Any]:
     xml.unlink(missing_ok=True)
     options = ["-q", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={xml}"]
     if importlib.util.find_spec("xdist"):
-        processes = min(os.cpu_count() or 1, 16)
+        memory = torch.cuda.get_device_properties("cuda").total_memory
+        processes = max(min(os.cpu_count() or 1, 16, memory // MEMORY), 1)
         options += ["-n", str(processes)]  # most of the time goes into compiling
     out = command([sys.executable, "-m", "pytest", *options, *files], seconds)
     out |= read_junit(xml) if xml.exists() else {"counts": {}, "failures": []}
@@ -75,21 +78,20 @@ def check(folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def sanitizer(folder: Path, seconds: float) -> dict[str, Any]:
-    """compute-sanitizer over one launch of every kernel at odd sizes."""
+    """compute-sanitizer over one launch of every kernel at odd sizes. Natively first, which says
+    whether they run at all, and leaves what is compiled in Triton's cache."""
     tool = next((found for name in SANITIZER if (found := shutil.which(name))), None)
     if tool is None:
         return {"skipped": "compute-sanitizer is not on this machine"}
     out: dict[str, Any] = {}
     began = time.monotonic()
-    for name in ("memcheck", "racecheck"):
-        left = seconds - (time.monotonic() - began)
-        if left < 20:
-            out[name] = {"skipped": "no time left"}
-            continue
+    for i, name in enumerate(RUNS):
+        left = (seconds - (time.monotonic() - began)) / (len(RUNS) - i)
         options = ["--tool", name, "--error-exitcode", "9", "--launch-timeout", "0"]
+        before = [tool, *options] if i else []
         # Without PyTorch's cache of memory every tensor ends where its allocation does.
-        out[name] = command([tool, *options, *ITSELF], left, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    out["ok"] = all(out[name].get("ok", True) for name in ("memcheck", "racecheck"))
+        out[name] = command([*before, *ITSELF], left, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    out["ok"] = all(out[name]["ok"] for name in RUNS)
     return out
 
 
@@ -120,12 +122,14 @@ def launch_attention(device: torch.device) -> None:
     # The head dim of the part before, so that most of these kernels are compiled already.
     odd = attention_cases.Sizes(37, 2, 0, 128, 77, (6, 3), (6,), 5, 1, torch.bfloat16)
     hopper = torch.cuda.get_device_capability(device)[0] == 9
+    has = dispatch.implementations("ring_attention")
+    ours = [name for name in contest.OURS if name in has and (hopper or name != "gluon")]
     for case in attention_cases.cases(odd):
         inputs = case.make(device)
-        for impl in contest.OURS if hopper else ("triton",):
-            ours = functools.partial(case.ours, impl=impl)
+        for impl in ours:
+            op = functools.partial(contest.sequence, functools.partial(case.ours, impl=impl))
             upstream = case.upstream(inputs) if case.backward else []
-            case.results(functools.partial(contest.sequence, ours), inputs, upstream)
+            case.results(op, inputs, upstream)
             torch.cuda.synchronize()
             print(f"{case.label}, {impl}", flush=True)
     q, k, v, valid = next(attention_cases.cases(odd)).make(device)

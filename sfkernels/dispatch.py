@@ -88,6 +88,11 @@ def choose(
     return impl
 
 
+def implementations(op: str) -> tuple[str, ...]:
+    """All that an op has."""
+    return _HAVING[op]
+
+
 def kernel(impl: str, launcher: str) -> Callable[..., Any]:
     """The launcher of an implementation other than the reference. Raises ValueError for another
     name, which a registered op may be called with."""

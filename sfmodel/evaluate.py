@@ -207,7 +207,9 @@ def seen_in(codec: ToyVAE, latents_BFCHW: Tensor) -> Seen:
             f"video {bad[0][0]} holds NaN or infinity from latent frame {bad[0][1]} on: the "
             "weights are damaged, or the arithmetic overflows"
         )
-    parts = [look(codec.decode_chunk(part)[0].cpu()) for part in latents_BFCHW.split(BATCH)]
+    device = codec.mean_C11.device
+    split = latents_BFCHW.split(BATCH)
+    parts = [look(codec.decode_chunk(part.to(device))[0].cpu()) for part in split]
     return Seen(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 

@@ -189,9 +189,11 @@ def load_text(preset: str, models: Path | None = None) -> TextEncoder:
     return encoder
 
 
-def load_toy(path: Path | None = None) -> tuple[DiT, ToyVAE, ToyTextEncoder]:
+def load_toy(
+    path: Path | None = None, device: torch.device | None = None
+) -> tuple[DiT, ToyVAE, ToyTextEncoder]:
     """The toy model with the given or the shipped weights, its codec and its text encoder."""
-    device = default_device()
+    device = default_device() if device is None else device
     codec = ToyVAE.from_pretrained().to(device)
     return load_model("toy", path, device), codec, ToyTextEncoder()
 

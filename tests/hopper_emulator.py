@@ -304,28 +304,36 @@ def _argument(value: Any) -> Any:
     return torch.tensor(value, dtype=torch.float32) if isinstance(value, float) else value
 
 
+@torch.inference_mode()
+def run_kernel(
+    kernel: Any, grid: Sequence[int], args: Sequence[Any], rng: random.Random, **meta: Any
+) -> None:
+    """Runs a Gluon kernel, one program of the grid after the other."""
+    names = inspect.signature(kernel.fn).parameters
+    constant = {p.name for p in kernel.params if p.is_constexpr}
+    given = dict(zip(names, args, strict=False)) | {k: v for k, v in meta.items() if k in names}
+    given = {k: v if k in constant else _argument(v) for k, v in given.items()}
+    function = _rebuilt(kernel, {})
+    grid = (*grid, 1, 1)[:3]
+    for at in builtins.range(math.prod(grid)):
+        place = (at % grid[0], at // grid[0] % grid[1], at // grid[0] // grid[1])
+        _run_program(Program(place, grid, rng), function, given)
+
+
 @contextlib.contextmanager
 def emulate(seed: int = 0, launches: list[str] | None = None) -> Iterator[None]:
     """Takes every launch; the same seed draws the same order of events. launches: gets the names of
     the kernels."""
     rng = random.Random(seed)
 
-    @torch.inference_mode()
     def run(kernel: Any, grid: Sequence[int], args: Sequence[Any], **meta: Any) -> None:
         if launches is not None:
             launches.append(kernel.__name__)
-        if not isinstance(kernel, GluonJITFunction):
-            kernel[tuple(grid)](*args, **meta)
+        if isinstance(kernel, GluonJITFunction):
+            run_kernel(kernel, grid, args, rng, **meta)
             return
-        names = inspect.signature(kernel.fn).parameters
-        constant = {p.name for p in kernel.params if p.is_constexpr}
-        given = dict(zip(names, args, strict=False)) | {k: v for k, v in meta.items() if k in names}
-        given = {k: v if k in constant else _argument(v) for k, v in given.items()}
-        function = _rebuilt(kernel, {})
-        grid = (*grid, 1, 1)[:3]
-        for at in builtins.range(math.prod(grid)):
-            place = (at % grid[0], at // grid[0] % grid[1], at // grid[0] // grid[1])
-            _run_program(Program(place, grid, rng), function, given)
+        with torch.inference_mode():
+            kernel[tuple(grid)](*args, **meta)
 
     before, launch.recorder = launch.recorder, run
     try:

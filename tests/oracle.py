@@ -8,20 +8,25 @@ elsewhere, C++ on CPU tensors, all with every uninitialised tensor filled with N
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from bench.contest import interpreted
 from bench.parity import close_as_eager
 from sfkernels import cpp, launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter truncates to bfloat16 where a GPU rounds.
-DTYPES = (torch.float32, torch.float16) + (torch.bfloat16,) * (DEVICE == "cuda")
+DTYPES = (torch.float32, torch.float16) + (torch.bfloat16,) * (not interpreted())
 CPP_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # For parametrize: what has norms, RoPE and the sampler.
@@ -77,6 +82,19 @@ def nan_filled() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """On a GPU one process at a time, which leaves no memory behind: the references of attention at
+    real shapes take tens of gigabytes."""
+    if DEVICE == "cpu":
+        yield
+        return
+    with open(Path(tempfile.gettempdir(), f"sfkernels-tests-{os.getuid()}"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+        yield
+        torch.cuda.empty_cache()
+
+
 def narrowed(tensors: Sequence[Tensor], dtype: torch.dtype, wide: Sequence[int]) -> list[Tensor]:
     """What is float64 as `dtype`, or as float32 at the indices in `wide`; all else as it is."""
     return [t if t.dtype != torch.float64 else t.to(torch.float32 if i in wide else dtype)
@@ -116,9 +134,10 @@ def check(
     narrow = narrowed(tensors, dtype, wide)
     upstream: list[Tensor] = []
     run = functools.partial(results, op, gradients=gradients, upstream=upstream)
-    # The exact result is that of the inputs as rounded to `dtype`.
-    exact = run([_double(t) for t in narrow], "reference")
-    eager = run(narrow, "reference")
+    with alone():
+        # The exact result is that of the inputs as rounded to `dtype`.
+        exact = run([_double(t) for t in narrow], "reference")
+        eager = run(narrow, "reference")
     with nan_filled():
         ours = run(narrow, impl)
     for i, (got, plain, want) in enumerate(zip(ours, eager, exact, strict=True)):

@@ -111,7 +111,7 @@ def test_ctrl_c_ends_what_was_started(tmp_path: Path) -> None:
 
 
 def test_presets_keep_their_time() -> None:
-    for name, seconds in (("quick", 120), ("gpu", 480), ("verify", 360)):
+    for name, seconds in (("quick", 120), ("gpu", 480), ("verify", 540)):
         assert PRESETS[name].total < seconds
     *others, _ = PRESETS["gpu"].steps
     assert sum(step.limit for step in others) + 60 <= PRESETS["gpu"].total  # time for the last

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sfkernels import launch
 from sfkernels.gpu.partial import empty_partials, sum_partials
+from sfkernels.gpu.tiles import kept
 
 
 @triton.jit
@@ -313,8 +314,7 @@ def rope_table(frame_F: Tensor, grid: tuple[int, int], head_dim: int, theta: flo
     return table_LP2
 
 
-@functools.lru_cache(maxsize=32)
-@torch.inference_mode(False)
+@kept
 def _turns(pairs: int, theta: float, device: torch.device) -> Tensor:
     """What each pair turns by from one position to the next, in units of 2^-64 turn, [P] int64."""
     across = pairs // 3
