@@ -231,7 +231,7 @@ def _rows_by_shape(
 _rows_by_shape._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@cached_tensors(maxsize=32)
+@cached_tensors
 def _cached_rows_by_shape(
     layout: BlockLayout, device: torch.device
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
