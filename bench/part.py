@@ -156,8 +156,7 @@ def wrong(result: Result, of_peers: bool = False) -> list[str]:
         f"{row['case']}: {name}"
         for row in result["rows"]
         for name, entry in row.get("contestants", {}).items()
-        if entry.get("failed", "").startswith(timing.WRONG)
-        and name.startswith(PEERS) == of_peers
+        if entry.get("failed", "").startswith(timing.WRONG) and name.startswith(PEERS) == of_peers
     ]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # and no subclass, which may stand for something else
 _INTEGERS = (torch.int32, torch.int64)
-_FLOAT32 = torch.finfo(torch.float32)
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 TOO_MANY = 2**31  # elements of a table or of a frame: kernels count them in 32 bits
 
 
@@ -24,7 +24,8 @@ def numbers(tensor: Tensor) -> list[int] | None:
     """The elements of a short integer tensor; None where they are not there to be looked at without
     waiting for a GPU."""
     if is_plain(tensor) and tensor.device.type == "cpu":
-        return tensor.reshape(-1).tolist()
+        values = tensor.tolist() if tensor.dim() < 2 else tensor.flatten().tolist()
+        return values if isinstance(values, list) else [values]
     return None
 
 
@@ -32,7 +33,7 @@ def check_tensor(name: str, tensor: Any) -> None:
     """Unless it is a tensor, dense in memory."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is {_said(tensor)}: must be a tensor")
-    if tensor.is_nested or tensor.layout != torch.strided:
+    if tensor.is_nested or tensor.layout is not torch.strided:
         kind = "nested" if tensor.is_nested else f"of layout {tensor.layout}"
         raise ValueError(f"{name} is {kind}: must be a dense tensor")
 
@@ -40,12 +41,16 @@ def check_tensor(name: str, tensor: Any) -> None:
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
     """Unless `tensor` is one of `shape`, where a string stands for any size."""
     check_tensor(name, tensor)
-    fits = tensor.dim() == len(shape) and all(
-        isinstance(want, str) or got == want for got, want in zip(tensor.shape, shape, strict=True)
-    )
+    got = tensor.shape
+    if got == shape:
+        return
+    fits = len(got) == len(shape)
+    for size, want in zip(got, shape, strict=False):
+        if not isinstance(want, str) and size != want:
+            fits = False
     if not fits:
         wanted = ", ".join(str(s) for s in shape)
-        raise ValueError(f"{name} has shape {[*tensor.shape]}: must be [{wanted}]")
+        raise ValueError(f"{name} has shape {[*got]}: must be [{wanted}]")
 
 
 def check_same(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
@@ -70,15 +75,14 @@ def check_floating(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_integers(name: str, tensor: Tensor, size: int | str, device: torch.device) -> None:
-    """Unless `tensor` is an int32 or int64 [size] on `device`."""
+def check_integers(name: str, tensor: Tensor, size: int | str) -> None:
+    """Unless `tensor` is an int32 or int64 [size]."""
     check_shape(name, tensor, (size,))
     if tensor.dtype not in _INTEGERS:
         raise ValueError(
             f"{name} is {tensor.dtype} {[*tensor.shape]}: must be an integer tensor [{size}], of "
             "int32 or int64"
         )
-    check_device(name, tensor, device)
 
 
 def check_count(name: str, value: int, least: int = 1, most: float = math.inf) -> None:
@@ -97,26 +101,28 @@ def is_integer(value: object) -> bool:
 
 def check_positive(name: str, value: float) -> None:
     """Unless kernels can divide by `value` in float32."""
-    if not (_is_number(value) and _FLOAT32.tiny <= value <= _FLOAT32.max):
+    if not (_is_number(value) and _SMALLEST <= value <= _LARGEST):
         raise ValueError(f"{name}={_said(value)}: must be positive and finite in float32")
 
 
 def check_finite(name: str, value: float) -> None:
     """Unless `value` is a number that float32 can hold."""
-    if not (_is_number(value) and abs(value) <= _FLOAT32.max):
+    if not (_is_number(value) and abs(value) <= _LARGEST):
         raise ValueError(f"{name}={_said(value)}: must be finite in float32")
 
 
 def check_apart(ring_name: str, ring: Tensor, **others: Tensor) -> None:
     """Unless `ring` can be written, row by row, without a change to another of its rows or to one
-    of `others`."""
+    of `others`. Where a graph is made there is no memory to look at."""
+    if not is_plain(ring):
+        return
     for stride, _, reach in _steps(ring):
         if stride < reach and ring.numel():
             raise ValueError(
                 f"{ring_name} has strides {ring.stride()}: writing one of its rows changes another"
             )
     for name, other in others.items():
-        if is_plain(ring) and is_plain(other) and _overlap(ring, other):
+        if is_plain(other) and _overlap(ring, other):
             raise ValueError(f"{ring_name} and {name} share memory: must be two tensors")
 
 
@@ -153,7 +159,7 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
+    return isinstance(value, (float, int, torch.SymInt, torch.SymFloat))
 
 
 def _said(value: object) -> str:

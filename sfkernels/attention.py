@@ -101,8 +101,8 @@ def ring_attention(
     rings whose keys are stored unrotated and positions move with the window; the queries come
     rotated. Raises ValueError for shapes that do not fit. For training, see `Prefix`: this function
     has a gradient under impl="reference" and "sdpa" only."""
+    impl = _choose_ring(impl, q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, k_table_SP2)
     scale = _scale(scale, q_BLHD)
-    impl = _choose_ring(impl, q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, k_table_SP2, scale)
     if impl in ("reference", *dense.IMPLS):
         if k_table_SP2 is not None:
             k_ring_BSHD = reference.rope(k_ring_BSHD, k_table_SP2)
@@ -140,7 +140,6 @@ def _choose_ring(
     v_ring_BSHD: Tensor,
     valid: Tensor,
     k_table_SP2: Tensor | None,
-    scale: float,
 ) -> str:
     """As `_choose`; raises ValueError for what `ring_attention` does not take."""
     _check_heads(q_BLHD, k_ring_BSHD, v_ring_BSHD, "k_ring", "v_ring")
@@ -158,7 +157,6 @@ def _choose_ring(
         if q_BLHD.shape[3] % 2:
             raise ValueError(f"heads of {q_BLHD.shape[3]}: must be even to be rotated by k_table")
         check_shape("k_table", k_table_SP2, (slots, q_BLHD.shape[3] // 2, 2))
-    check_positive("scale", scale)
     named = dict(k_ring=k_ring_BSHD, v_ring=v_ring_BSHD, k_table=k_table_SP2)
     impl = _choose("ring_attention", impl, q_BLHD, **named)
     if impl in ("reference", *dense.IMPLS):
@@ -203,7 +201,7 @@ def _check_prefix(prefix: Prefix | None, q_BLHD: Tensor) -> tuple[Span, ...]:
     _check_heads(q_BLHD, prefix.k_BPHD, prefix.v_BPHD, "prefix k", "prefix v")
     tokens = prefix.k_BPHD.shape[1]
     spans = ((0, tokens),) if prefix.spans is None else prefix.spans
-    if not _in_order(spans, tokens):
+    if not isinstance(spans, Sequence) or not _in_order(spans, tokens):
         raise ValueError(
             f"prefix spans {spans}: must be non-empty pairs of integers, in order, apart from each "
             f"other and inside 0..{tokens}"
@@ -215,7 +213,7 @@ def _in_order(spans: Sequence[Any], tokens: int) -> bool:
     """Whether these are spans inside 0..tokens, one behind the other."""
     before = 0
     for span in spans:
-        if len(span) != 2 or not all(map(is_integer, span)):
+        if not isinstance(span, Sequence) or len(span) != 2 or not all(map(is_integer, span)):
             return False
         if not before <= span[0] < span[1] <= tokens:
             return False
@@ -240,7 +238,6 @@ def _choose(op: str, impl: str, q_BLHD: Tensor, **others: Tensor | None) -> str:
 
 
 def _scale(scale: float | None, q_BLHD: Tensor) -> float:
-    check_shape("q", q_BLHD, ("B", "L", "H", "D"))
     if scale is None:
         return float(q_BLHD.shape[-1] ** -0.5)
     check_positive("scale", scale)
@@ -387,7 +384,8 @@ def _ring_attention(
     scale: float,
     impl: str,
 ) -> Tensor:
-    _choose_ring(impl, q, k_ring, v_ring, valid, k_table, scale)
+    _choose_ring(impl, q, k_ring, v_ring, valid, k_table)
+    check_positive("scale", scale)
     if k_table is not None:
         k_ring = kernel("triton", "rotate_ring")(k_ring, k_table, valid)
     o: Tensor = kernel(impl, "ring_attention")(q, k_ring, v_ring, valid, scale)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sfkernels import cpp
 from sfkernels.arguments import check_device, check_floating, is_plain
@@ -47,6 +48,7 @@ _AUTO = {
 }
 _ALWAYS_FLOAT32 = ("k_table",)
 _HALF = (torch.bfloat16, torch.float16)
+_ANY = frozenset({torch.float64, torch.float32, *_HALF})
 _DTYPES = {
     "triton": (torch.float32, *_HALF),
     "cpp": (torch.float32, *_HALF),
@@ -68,8 +70,11 @@ def choose(
     dimension. On a CPU "auto" leaves others to the reference, and all of them where the C++ is not
     built."""
     for name, t in tensors.items():
-        if t is not None:
+        if t is None:
+            continue
+        if t.device != device:
             check_device(name, t, device)
+        if t.dtype not in _ANY:
             check_floating(name, t)
     if impl == "auto":
         impl = _AUTO[op].get(device.type, "reference")
@@ -166,22 +171,28 @@ def _refusal(impl: str, device: torch.device, tensors: dict[str, Tensor | None])
     return ""
 
 
-def cached_tensors(maxsize: int | None = None) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Decorates a function that makes tensors out of numbers, so that it makes them once: as normal
-    tensors, which a backward pass can save, also where the first call is in inference mode; anew
-    under FakeTensorMode (torch.export), for its tensors hold no numbers. maxsize: calls kept."""
+def cached_tensors(make: Callable[..., T]) -> Callable[..., T]:
+    """Decorates a function that makes tensors out of numbers on a device, its last argument, so
+    that it makes them once: under no mode, as who needs them later may be in none, and for good, as
+    CUDA graphs hold their addresses. Under FakeTensorMode (torch.export) they are made anew, for
+    its tensors hold no numbers. Raises ValueError where they are first needed while a CUDA graph is
+    captured."""
 
-    def decorate(make: Callable[..., T]) -> Callable[..., T]:
-        normal = torch.inference_mode(False)(make)
-        cached = functools.lru_cache(maxsize)(normal)
+    @functools.cache
+    def cached(*args: Any) -> T:
+        if args[-1].type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "a CUDA graph is captured and the GPU lacks a table that this call needs: make the "
+                "same call once before the capture"
+            )
+        with _disable_current_modes(), torch.inference_mode(False):
+            return make(*args)
 
-        @functools.wraps(make)
-        def call(*args: Any) -> T:
-            return normal(*args) if detect_fake_mode() else cached(*args)
+    @functools.wraps(make)
+    def call(*args: Any) -> T:
+        return make(*args) if detect_fake_mode() else cached(*args)
 
-        return call
-
-    return decorate
+    return call
 
 
 def derivatives(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sfkernels.arguments import check_count
+from sfkernels.arguments import check_count, check_shape
 from sfkernels.layout import check_window
 
 
@@ -71,7 +71,7 @@ class RingKVCache:
         for name, size in (sizes | dict(window=window, frame_tokens=frame_tokens)).items():
             check_count(name, size)
         check_count("text_tokens", text_tokens, least=0)
-        if not dtype.is_floating_point:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype}: must be floating point")
         check_window(window, sink, chunk=1)
         self.window, self.sink, self.frame_tokens = window, sink, frame_tokens
@@ -165,22 +165,15 @@ class RingKVCache:
             )
         for name in _TENSORS:
             got, want = state[name], getattr(self, name)
-            if not isinstance(got, Tensor) or got.is_meta or got.layout != torch.strided:
-                raise ValueError(f"saved {name} is a {type(got).__name__}: must be a dense tensor")
-            for what in ("shape", "dtype"):
-                if getattr(got, what) != getattr(want, what):
-                    raise ValueError(
-                        f"saved {name} has {what} {_said(getattr(got, what))}: this cache has "
-                        f"{_said(getattr(want, what))}"
-                    )
+            check_shape(f"saved {name}", got, tuple(want.shape))
+            if got.dtype != want.dtype or got.is_meta:
+                raise ValueError(
+                    f"saved {name} is {got.dtype} on {got.device}: must be {want.dtype}, in memory"
+                )
         if int(state["start"]) < 0:
             raise ValueError(f"saved start is {int(state['start'])}: must be 0 or more frames")
         for name in _TENSORS:
             getattr(self, name).copy_(state[name])
-
-
-def _said(value: torch.Size | torch.dtype) -> str:
-    return str([*value] if isinstance(value, torch.Size) else value)
 
 
 _TENSORS = ("k", "v", "text_k", "text_v", "start")

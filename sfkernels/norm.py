@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sfkernels import reference
-from sfkernels.arguments import check_device, check_positive, check_same, check_shape
+from sfkernels.arguments import check_positive, check_same, check_shape, check_tensor
 from sfkernels.dispatch import choose, contiguous_like, derivatives, kernel, registered
 
 
@@ -487,7 +487,6 @@ def _check_affine(x_BLC: Tensor, **affine: Tensor) -> None:
     check_shape("x", x_BLC, ("B", "L", "C"))
     for name, t in affine.items():
         check_shape(name, t, (x_BLC.shape[-1],))
-        check_device(name, t, x_BLC.device)
 
 
 def _check_modulation(x_BLC: Tensor, **modulation: Any) -> None:
@@ -496,11 +495,12 @@ def _check_modulation(x_BLC: Tensor, **modulation: Any) -> None:
     batch, tokens, channels = x_BLC.shape
     given = {name: m for name, m in modulation.items() if m is not None or name != "gate"}
     for name, m in given.items():
-        check_shape(name, m, ("1 or B", "1 or F", "C"))
-    frames = max([1, *(m.shape[1] for m in given.values())])
+        check_tensor(name, m)
+    frames = max([1, *(m.shape[1] for m in given.values() if m.dim() == 3)])
     for name, m in given.items():
         fits = (
-            m.shape[0] in (1, batch)
+            m.dim() == 3
+            and m.shape[0] in (1, batch)
             and m.shape[1] in (1, frames)
             and tokens % frames == 0
             and m.shape[2] == channels
@@ -510,4 +510,3 @@ def _check_modulation(x_BLC: Tensor, **modulation: Any) -> None:
                 f"{name} has shape {[*m.shape]}: must be [1 or {batch}, frames, {channels}] with "
                 f"frames 1 or the same for all, a divisor of the {tokens} tokens"
             )
-        check_device(name, m, x_BLC.device)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfkernels.arguments import numbers
 from sfkernels.dispatch import cached_tensors
 from sfkernels.layout import BlockLayout
 
@@ -230,7 +231,7 @@ def _rows_by_shape(
 _rows_by_shape._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@cached_tensors(maxsize=32)
+@cached_tensors
 def _cached_rows_by_shape(
     layout: BlockLayout, device: torch.device
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
@@ -252,13 +253,14 @@ def _cached_rows_by_shape(
 def ring_attention(
     q_BLHD: Tensor, k_ring_BSHD: Tensor, v_ring_BSHD: Tensor, valid: Tensor, scale: float
 ) -> Tensor:
-    # Reading the length costs nothing on the CPU, except under torch.compile.
-    if valid.device.type == "cpu" and not torch.compiler.is_compiling():
-        count = int(valid)
-        return attention(q_BLHD, k_ring_BSHD[:, :count], v_ring_BSHD[:, :count], scale)
+    # Reading the length costs nothing on the CPU, except where a graph is made.
+    if counts := numbers(valid):
+        seen = slice(counts[0])
+        return attention(q_BLHD, k_ring_BSHD[:, seen], v_ring_BSHD[:, seen], scale)
     seen_S = torch.arange(k_ring_BSHD.shape[1], device=valid.device) < valid.clamp(min=1)
     # A mask alone would let a NaN through, which is one times zero too.
-    k, v = (torch.where(seen_S[:, None, None], t, 0) for t in (k_ring_BSHD, v_ring_BSHD))
+    hidden_S11 = seen_S.logical_not().view(-1, 1, 1)
+    k, v = (t.masked_fill(hidden_S11, 0) for t in (k_ring_BSHD, v_ring_BSHD))
     q, k, v = (t.transpose(1, 2) for t in (q_BLHD, k, v))
     mask = seen_S.expand(q.shape[2], -1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)

@@ -13,6 +13,7 @@ from sfkernels.arguments import (
     TOO_MANY,
     check_apart,
     check_count,
+    check_device,
     check_integers,
     check_positive,
     check_same,
@@ -254,8 +255,7 @@ def _check_table(
     frame_F: Tensor, height: int, width: int, head_dim: int, theta: float, impl: str
 ) -> str:
     """The implementation to take."""
-    check_shape("frame_F", frame_F, ("F",))
-    check_integers("frame_F", frame_F, "F", frame_F.device)
+    check_integers("frame_F", frame_F, "F")
     for name, size in (("height of the grid", height), ("width of the grid", width)):
         check_count(name, size)
     check_count("head_dim", head_dim)
@@ -307,7 +307,8 @@ def _check_rings(
                 f"{name} holds {ring.shape[1]} tokens: must hold the chunk's {tokens} at least"
             )
     check_shape("v_ring", v_ring_BSHD, tuple(k_ring_BSHD.shape))
-    check_integers("slot_F", slot_F, "F", qkv_BLC.device)
+    check_integers("slot_F", slot_F, "F")
+    check_device("slot_F", slot_F, qkv_BLC.device)
     frames, held = len(slot_F), k_ring_BSHD.shape[1]
     if not tokens or not frames or tokens % frames or held % (tokens // frames):
         raise ValueError(

@@ -94,7 +94,7 @@ def generate(
         window=settings.window if window is None else window,
         sink=settings.sink if sink is None else sink,
         chunk=settings.chunk if chunk is None else chunk,
-    )
+    ).check()
     if frames != "endless" and frames < 1:
         raise ValueError(f"frames={frames}: must be at least 1")
     prompts = [prompt] if prompt_file is None else read_prompts(prompt_file)
@@ -147,7 +147,8 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
         defaults are those of the preset and the recipe. Under torchrun, on all its ranks.
 
         Args:
-            resume: Continue the run in the output folder, bit for bit as if it had not stopped.
+            resume: Continue the run in the output folder, bit for bit as if it had not stopped, or
+                start it where there is none.
         """
         weights = train(config, resume=resume)
         if os.environ.get("RANK", "0") == "0":

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sfkernels.layout import check_window
-
 
 @dataclass(frozen=True)
 class DiTConfig:
@@ -120,13 +118,17 @@ class Preset:
     sink: int = 0
     fps: int = 16
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for sizes that do not fit together."""
+    def check(self) -> Preset:
+        """The preset itself. Raises ValueError for sizes that do not fit together."""
+        # Here, because formulas that know presets alone need no PyTorch.
+        from sfkernels.layout import check_window
+
         for name in ("height", "width", "chunk", "first"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
         check_window(self.window, self.sink, max(self.chunk, self.first or 1))
+        return self
 
     @property
     def grid(self) -> tuple[int, int]:

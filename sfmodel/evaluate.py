@@ -129,6 +129,7 @@ class Sampling:
     euler: int = 0
 
     def __post_init__(self) -> None:
+        self.preset.check()
         if not 0 <= self.euler <= 1000:
             raise ValueError(f"euler={self.euler}: must be 0 to 1000 steps")
 

@@ -19,14 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-try:
-    from safetensors import SafetensorError
-except ImportError:  # what writes only text, such as the benches, needs no more than PyTorch
-
-    class SafetensorError(Exception):  # type: ignore[no-redef]
-        pass
-
-
 PARTS = 8  # of one file, which are looked for
 LONGEST = 255  # bytes of a name on common file systems
 LOCK = ".lock"
@@ -43,8 +35,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield part.path
         part.commit()
-    # PyTorch and safetensors report a full disk in their own ways.
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as the latter
         raise cannot_write(part.target, error) from error
     finally:
         part.discard()
@@ -170,7 +161,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def check_writable(path: Path) -> None:
-    """Raises as `reserve` does where a file cannot be written, and leaves nothing: for what takes
+    """Raises as `Part` does where a file cannot be written, and leaves nothing: for what takes
     long before it writes."""
     if path.is_dir():
         raise ValueError(f"cannot write {path}: it is a folder")

@@ -116,6 +116,7 @@ def stream_latents(
     MemoryError where the cache does not fit.
     """
     check_seed(seed, batch)
+    preset.check()
     first = preset.first or preset.chunk
     cache = model.new_cache(batch, preset.window, preset.grid, preset.sink)
     model.set_text(cache, text_BTE)

@@ -348,7 +348,7 @@ class WanVAE(nn.Module):
             state = memory.state()
         assert state is not None
         z_BFHWC = torch.cat(latents, 1).float()
-        mean_C, std_C = _statistics(z_BFHWC.device, self.latent_channels)
+        mean_C, std_C = _statistics(self.latent_channels, z_BFHWC.device)
         return ((z_BFHWC - mean_C) / std_C).movedim(-1, 2).contiguous(), state
 
     def decode_chunk(
@@ -357,7 +357,7 @@ class WanVAE(nn.Module):
         """As `VideoCodec`: normalised latents [B, F, 16, H, W] to pixels [B, T, 3, 8H, 8W]."""
         check_latents(self, latents_BFCHW)
         check_before("latents", latents_BFCHW, state)
-        mean_C, std_C = _statistics(latents_BFCHW.device, self.latent_channels)
+        mean_C, std_C = _statistics(self.latent_channels, latents_BFCHW.device)
         z_BFHWC = latents_BFCHW.float().movedim(2, -1) * std_C + mean_C
         memory = Memory(state, LOOKS_BACK)
         z_BFHWC = self.conv2(z_BFHWC.to(self.conv2.weight.dtype).contiguous())
@@ -365,8 +365,8 @@ class WanVAE(nn.Module):
         return pixels_BTHWC.movedim(-1, 2), memory.state()
 
 
-@cached_tensors()
-def _statistics(device: torch.device, channels: int) -> tuple[Tensor, Tensor]:
+@cached_tensors
+def _statistics(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of latents [C]; once a device, so that a CUDA graph copies none
     from the host."""
     if channels != len(MEAN):

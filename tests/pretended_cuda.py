@@ -201,9 +201,9 @@ def flash_attention(
     def run(*args: Tensor) -> None:
         q, k, v, out = (t.transpose(0, 1)[None] for t in args[:4])
         for (a, b), (c, d) in zip(*(itertools.pairwise(t.tolist()) for t in args[4:]), strict=True):
-            few = q[:, :, a:b], k[:, :, c:d], v[:, :, c:d]
             attend = torch.nn.functional.scaled_dot_product_attention
-            out[:, :, a:b] = attend(*(t.float() for t in few), scale=scale)
+            few = q[:, :, a:b].float(), k[:, :, c:d].float(), v[:, :, c:d].float()
+            out[:, :, a:b] = attend(few[0], few[1], few[2], scale=scale)
 
     out_LHD = torch.empty_like(q_LHD)
     launched(run, (q_LHD, k_SHD, v_SHD, out_LHD, q_ends, k_ends))
@@ -220,7 +220,10 @@ def patch_triton() -> None:
     def wide_dot(self: Any, *args: Any) -> Any:
         """Of bfloat16 too, whose bits the interpreter multiplies as whole numbers."""
         bits = [getattr(x, "dtype", None) == tl.bfloat16 for x in args]
-        return dot(self, *(self.cast_impl(x, tl.float32) if b else x for x, b in zip(args, bits)))
+        return dot(
+            self,
+            *(self.cast_impl(x, tl.float32) if b else x for x, b in zip(args, bits, strict=True)),
+        )
 
     def call(self: Any, *args: Any, **kwargs: Any) -> None:
         launched(lambda *a: interpret(self, *a, **kwargs), args)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import attention, contest, kernels, rows, timing
+from bench import attention, contest, kernels, part, rows, timing
 from bench.attention import Case
 from bench.attention_cases import FULL, TINY, cases
 from bench.contest import run_case
@@ -296,17 +296,23 @@ def test_bad_arguments_and_folders(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.usefixtures("plain_cpu")
+@pytest.mark.parametrize(("peers", "code"), [(part.PEERS, 0), (("flash",), 1)])
 def test_a_broken_op_gets_no_speed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    peers: tuple[str, ...],
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The command says which one, in the table and at the end, and fails."""
+    """The command says which one, in the table and at the end, and fails if it is no peer."""
     right = Case.plainly
 
     def wrong(self: Case, impl: str, *tensors: Tensor) -> Tensor:
         return right(self, impl, *tensors) * (1.01 if impl == "sdpa" else 1.0)
 
     monkeypatch.setattr(Case, "plainly", wrong)
-    assert kernels.main(["--out", str(tmp_path), "--only", "text"]) == 1
+    monkeypatch.setattr(part, "PEERS", peers)
+    assert kernels.main(["--out", str(tmp_path), "--only", "text"]) == code
     said = capsys.readouterr()
     assert "sdpa: wrong, not timed" in said.out
     assert said.err.endswith("text of 7: sdpa is wrong and was not timed\n")

@@ -342,6 +342,9 @@ def test_graphs_and_launches_are_timed_apart(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(timing, "_warm", lambda run: run())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    for name in ("current_device", "current_stream", "graph_pool_handle", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *_: None, raising=False)
 
     class Capture:
         def __init__(self, graph: FakeGraph, pool: Any = None) -> None:
@@ -378,7 +381,8 @@ def test_graphs_and_launches_are_timed_apart(monkeypatch: pytest.MonkeyPatch) ->
     ready = timing._forward_only(cannot, sets, cuda=True)
     assert ready.launched is None
     assert ready.note == (
-        "no CUDA graph, launches included: operation not permitted when stream is capturing"
+        "no CUDA graph, launches included: RuntimeError: operation not permitted when stream is "
+        "capturing"
     )
     calls.clear()
     ready.run()

@@ -202,22 +202,24 @@ def test_latents_alone_in_a_file_are_decoded(
         assert len(read_video(tmp_path / "v.mp4")[0]) == 9
 
 
-def test_ctrl_c_keeps_the_video_so_far(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_the_video_so_far(tmp_path: Path, number: signal.Signals) -> None:
     output = tmp_path / "v.mp4"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sfmodel", "generate", "--frames", "endless", "--output", output],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not any(p.stat().st_size for p in tmp_path.glob(".v.mp4.*")):  # it is writing
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "stopped after" in out
+    command = [sys.executable, "-m", "sfmodel", "generate", "--frames", "endless"]
+    with subprocess.Popen([*command, "--output", output], stdout=subprocess.PIPE) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not any(p.stat().st_size for p in tmp_path.glob(".v.mp4.*")):  # it is writing
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.1)
+            process.send_signal(number)
+            out, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130 and b"stopped after" in out
     frames, _ = read_video(output)
-    assert len(frames) >= 1 and output.with_suffix(".png").exists()
+    assert len(frames) >= 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v.mp4", "v.png"]
 
 
 def test_train_and_generate_with_the_result(

@@ -117,7 +117,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(
         killed.kill()
         killed.communicate()
         written = atomic if function == "atomic" else atomic_folder
-        with written(path) as part:  # type: ignore[operator]
+        with written(path) as part:
             (part / "a" if part.is_dir() else part).write_text("whole")
         left = {*names(tmp_path)} - {*foreign, "file"}
         assert {name.rpartition(".")[2] for name in left} <= {"part", "parts"}

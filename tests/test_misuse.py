@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import sfkernels as sf
 from sfkernels import Noise, Prefix, attention, norm, reference, rope, sampler
@@ -203,6 +204,8 @@ def test_tokens_of_a_ring(valid: int, impl: str) -> None:
         (lambda: sf.block_causal_attention(Q, Q, Q, None), "layout is a NoneType"),  # type: ignore[arg-type]
         (lambda: block(prefix=(Q, Q)), "must be a Prefix"),
         (lambda: block(prefix=Prefix(Q, Q, ((0,),))), "pairs of integers"),  # type: ignore[arg-type]
+        (lambda: block(prefix=Prefix(Q, Q, (0, 2))), "pairs of integers"),  # type: ignore[arg-type]
+        (lambda: block(prefix=Prefix(Q, Q, 2)), "pairs of integers"),  # type: ignore[arg-type]
         (lambda: block(prefix=Prefix(Q, Q, ((0.5, 2),))), "pairs of integers"),  # type: ignore[arg-type]
         (lambda: block(prefix=Prefix(Q, Q, ((-1, 2),))), "inside 0..6"),
         (lambda: block(prefix=Prefix(Q, Q[..., :2])), "prefix v has shape"),
@@ -270,6 +273,18 @@ def test_a_registered_op_without_its_function(op: Any, args: tuple[Any, ...], sa
     refused(lambda: op.registered(*args, "triton"), said)
     with pytest.raises(ValueError, match="impl='reference': a registered op takes|" + said):
         op.registered(*args, "reference")
+
+
+@each_and_reference
+def test_what_cannot_be_looked_at(impl: str) -> None:
+    """Numbers and memory are not there while a graph is made."""
+    with FakeTensorMode(), torch.no_grad():
+        q, ring = (torch.empty(t.shape, device=DEVICE) for t in (Q, RING))
+        qkv, weight, table = (torch.empty(t.shape, device=DEVICE) for t in (QKV, W, TABLE))
+        slot_F = torch.empty(FRAMES, dtype=torch.int32, device=DEVICE)
+        args = qkv, weight, weight, table, ring, torch.empty_like(ring)
+        assert sf.qk_norm_rope_append(*args, slot_F, impl=impl).shape == Q.shape
+        assert sf.ring_attention(q, ring, ring, slot_F[0], impl="reference").shape == Q.shape
 
 
 def guarded(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -93,6 +95,66 @@ def test_ranks_with_copies_of_the_weights_learn_the_same(done: Done) -> None:
 
 
 @pytest.mark.slow
+def test_ranks_stop_together_in_an_update_and_go_on(done: Done) -> None:
+    assert_close(done.folder / "one sf+dmd", done.folder / "stopped")
+
+
+@pytest.mark.slow
+def test_ranks_have_a_folder_alone(done: Done) -> None:
+    first, second = (rank["taken"] for rank in done.ranks)
+    assert "taken: another process writes there" in first and "the first rank" in second
+
+
+LOST = """
+import os, signal, sys, time
+from sfmodel.process import prepared
+from sfmodel.train import parallel
+try:
+    with prepared(), parallel.started(device="cpu", patience=3) as ranks:
+        ranks.wait()
+        if ranks.first:
+            ranks.any(True)
+        elif sys.argv[1] == "hangs":
+            time.sleep(60)
+        elif sys.argv[1] == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            raise ValueError("a file of this rank is bad")
+except (ValueError, OSError) as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_lost_ends_the_others_with_one_sentence() -> None:
+    started: dict[str, list[subprocess.Popen[str]]] = {}
+    try:
+        for fate in ("hangs", "is killed", "raises"):
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            command = [sys.executable, "-c", LOST, fate]
+            started[fate] = [
+                subprocess.Popen(
+                    command, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                    env=os.environ | common | {"RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
+                )
+                for rank in (0, 1)
+            ]  # fmt: skip
+        for first, _ in started.values():
+            said = first.communicate(timeout=60)[1]
+            lost = "rank 0 of 2: another rank ended, or did not answer for 3 seconds"
+            assert said == f"ConnectionError: {lost}\n" and first.returncode == 1
+        raised = started["raises"][1].communicate(timeout=60)[1]
+        assert raised == "ValueError: a file of this rank is bad\n"
+    finally:
+        for process in itertools.chain(*started.values()):
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.slow
 def test_ranks_share_the_making_of_trajectories(done: Done) -> None:
     one, two = (done.folder / f"{count} trajectories" for count in ("one", "two"))
     assert_close(one, two, 1)
@@ -106,8 +168,9 @@ def test_ranks_share_the_making_of_trajectories(done: Done) -> None:
 
 @pytest.mark.slow
 def test_the_first_rank_alone_tells(done: Done) -> None:
-    """Once for each of the three recipes, two of which resume, and the copies."""
-    assert done.out.count("update 2/2") == 7 and done.out.count("update 1/2") == 4
+    """Once for each of the three recipes, which resume, too, the copies and what was stopped."""
+    assert done.out.count("update 2/2") == 8 and done.out.count("update 1/2") == 5
+    assert done.out.count("stopped at update 0") == 1
     lines = (done.folder / "two tf" / "log.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     alone = (done.folder / "one tf" / "log.jsonl").read_text().splitlines()

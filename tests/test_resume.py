@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import json
 import math
-import pickle
 import random
 import resource
 import shutil
@@ -23,6 +20,7 @@ from sfmodel import checkpoint, process
 from sfmodel.files import alone
 from sfmodel.train import loop, parallel, recipes, report
 from sfmodel.train.loop import train
+from tests.damage import DAMAGE
 from tests.tiny_runs import config, draw_pictures, logged, saved, steps, tiny
 
 Whole = Callable[..., Path]
@@ -243,8 +241,9 @@ def test_a_run_killed_while_it_saves_goes_on(moment: str, tmp_path: Path, whole:
     assert [path.name for path in parallel.checkpoints(folder / "checkpoints")] == ["step-000002"]
     # Another that is never saved again.
     shutil.copytree(part, part.with_name(".step-000003.part"))
+    shutil.copytree(part, part.with_name(".mine.part"))
     train(config(folder, optimizer="muon"), resume=True, device="cpu")
-    assert steps(folder) == ["step-000002", "step-000004"]
+    assert steps(folder) == [".mine.part", "step-000002", "step-000004"]
     assert_same(folder, whole("tf", "muon"))
 
 
@@ -326,95 +325,6 @@ def ended(tmp_path: Path, whole: Whole) -> Path:
     return Path(shutil.copytree(run, run.with_name(tmp_path.name)))
 
 
-def cut(path: Path) -> None:
-    """At half its length."""
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-class Evil:
-    """Makes a file where it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.mark,)
-
-
-def index(path: Path, change: Callable[[Any], None]) -> None:
-    """Changes the index of a checkpoint."""
-    table = path / ".metadata"
-    content = pickle.loads(table.read_bytes())
-    change(content)
-    table.write_bytes(pickle.dumps(content))
-
-
-def put(path: Path, value: Any) -> None:
-    """Puts a value in the place of a setting of an optimiser."""
-    content, data = io.BytesIO(), path / "__0_0.distcp"
-    torch.save(value, content)
-    begin = data.stat().st_size
-
-    def change(table: Any) -> None:
-        (info,) = (v for k, v in table.storage_data.items() if k.fqn.endswith("s.0.weight_decay"))
-        info.offset, info.length = begin, len(content.getvalue())
-
-    index(path, change)
-    data.write_bytes(data.read_bytes() + content.getvalue())
-
-
-def lead(path: Path, where: str) -> None:
-    """Has the index name a file elsewhere."""
-
-    def change(table: Any) -> None:
-        for info in table.storage_data.values():
-            info.relative_path = where
-
-    index(path, change)
-
-
-def link(path: Path, name: str) -> None:
-    """Puts a link in the place of a file."""
-    moved = (path / name).rename(path.parent.parent / name)
-    (path / name).symlink_to(moved)
-
-
-def state(path: Path, **change: Any) -> None:
-    """Changes what is said of a checkpoint."""
-    file = path / "run.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-
-
-DAMAGE: dict[str, Callable[[Path], None]] = {
-    "data cut": lambda path: cut(path / "__0_0.distcp"),
-    "no data": lambda path: (path / "__0_0.distcp").unlink(),
-    "table cut": lambda path: cut(path / ".metadata"),
-    "no table": lambda path: (path / ".metadata").unlink(),
-    "facts cut": lambda path: cut(path / "run.json"),
-    "no facts": lambda path: (path / "run.json").unlink(),
-    "code in the table": lambda path: (path / ".metadata").write_bytes(
-        pickle.dumps(Evil(path.parent.parent / "mark"))
-    ),
-    "code below the table": lambda path: index(
-        path, lambda table: setattr(table, "planner_data", Evil(path.parent.parent / "mark"))
-    ),
-    "code in a value": lambda path: put(path, Evil(path.parent.parent / "mark")),
-    "a value of another type": lambda path: put(path, "0.1"),
-    "a table of much": lambda path: (path / ".metadata").write_bytes(b"Nr\xff\xff\xff\x7f."),
-    "no table of files": lambda path: index(path, lambda table: setattr(table, "storage_data", 1)),
-    "data in the folder above": lambda path: lead(path, "../step-000002/__0_0.distcp"),
-    "data of a whole path": lambda path: lead(path, str(path / "__0_0.distcp")),
-    "data by a link": lambda path: link(path, "__0_0.distcp"),
-    "table by a link": lambda path: link(path, ".metadata"),
-    "facts by a link": lambda path: link(path, "run.json"),
-    "facts of another step": lambda path: state(path, step=3),
-    "facts without settings": lambda path: state(path, config=7),
-    "facts without time": lambda path: state(path, seconds=None),
-    "facts of no records": lambda path: state(path, recent=[[1]]),
-    "facts in a depth": lambda path: (path / "run.json").write_text("[" * 100_000),
-}
-
-
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_checkpoint_is_named_with_the_one_before(
     kind: str, tmp_path: Path, ended: Path, whole: Whole
@@ -434,6 +344,26 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before(
         shutil.rmtree(newest)
         train(settings, resume=True, device="cpu")
         assert_same(ended, whole("tf", "muon"))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_interrupt_in_a_checkpoint_is_one(
+    resume: bool, tmp_path: Path, ended: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library makes it an error of its own."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parallel._Planner, "load_bytes", interrupted)
+    monkeypatch.setattr(parallel._Writer, "write_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            config(ended if resume else tmp_path / "new", optimizer="muon"),
+            resume=resume,
+            device="cpu",
+        )
+    assert not [*tmp_path.rglob("*.part")]
 
 
 def test_folders_of_other_runs_are_left_alone(tmp_path: Path, ended: Path) -> None:
@@ -510,7 +440,6 @@ def test_checkpoints_are_in_the_order_of_updates_and_only_a_runs_own(tmp_path: P
     for name in others:
         shutil.copytree(own, tmp_path / name)
     (tmp_path / "step-000009").touch()  # a file
-    (tmp_path / ".step-000003.part").mkdir()
     for step in (999_998, 999_999, 1_000_000, 1_000_001):
         save(step)
     found = [path.name for path in parallel.checkpoints(tmp_path)]

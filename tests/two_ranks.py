@@ -3,7 +3,9 @@ and each rank writes what was refused."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -12,7 +14,8 @@ from unittest import mock
 
 import torch
 
-from sfmodel.train import parallel, report
+from sfmodel.files import alone
+from sfmodel.train import parallel, recipes, report
 from sfmodel.train.config import TrainConfig
 from sfmodel.train.loop import train
 from sfmodel.train.trajectories import IN_FILE
@@ -35,6 +38,28 @@ def trajectories(folder: Path) -> TrainConfig:
     return config(folder, "ode", steps=1, save_every=1, pairs=IN_FILE + 2, teacher_steps=20)
 
 
+def stopped(config: TrainConfig, second: bool) -> None:
+    """Trains until the second rank alone has a signal, in the third micro-batch of the first
+    update, and then goes on."""
+    learn, calls = recipes.Part.learn_critic, []
+
+    def signalled(self: recipes.Part, share: float) -> float:
+        calls.append(share)
+        if second and len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return learn(self, share)
+
+    with mock.patch.object(recipes.Part, "learn_critic", signalled):
+        try:
+            train(config, device=CPU)
+        except KeyboardInterrupt:
+            (saved,) = parallel.checkpoints(config.output / "checkpoints")
+            assert saved.name == "step-000000" and len(parallel.facts(saved)["critic"]) == 1
+            train(config, resume=True, device=CPU)
+        else:
+            raise AssertionError("it was not stopped")
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     said: dict[str, str] = {}
@@ -45,6 +70,8 @@ def main(folder: Path) -> None:
             train(resumed, resume=True, device=CPU)
         copies = config(folder / "copies", "sf+dmd", **SHORT, shard=1, micro_batch=1)
         train(copies, device=CPU)
+        settings = config(folder / "stopped", "sf+dmd", **SHORT, micro_batch=1)
+        stopped(settings, not ranks.first)
         with mock.patch.object(report.Report, "sample", SAMPLE):
             train(trajectories(folder / "two trajectories"), device=CPU)
         for name, change in REFUSED.items():
@@ -52,10 +79,16 @@ def main(folder: Path) -> None:
                 train(config(folder / "refused", **change), device=CPU)
             except ValueError as error:
                 said[name] = str(error)
+        with alone(folder / "taken") if ranks.first else contextlib.nullcontext():
+            ranks.wait()
+            try:
+                train(config(folder / "taken"), device=CPU)
+            except ValueError as error:
+                taken = str(error)
         if ranks.first:
             time.sleep(1)
         begun = time.time()
-    ended = {"begun": begun, "ended": time.time(), "said": said}
+    ended = {"begun": begun, "ended": time.time(), "said": said, "taken": taken}
     (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(ended))
 
 

@@ -12,7 +12,6 @@ bench/results/kernels-h200.json.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -21,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sfkernels import launch
+from sfkernels.dispatch import cached_tensors
 from sfkernels.gpu.partial import empty_partials, sum_partials
-from sfkernels.gpu.tiles import kept
 
 
 @triton.jit
@@ -314,7 +313,7 @@ def rope_table(frame_F: Tensor, grid: tuple[int, int], head_dim: int, theta: flo
     return table_LP2
 
 
-@kept
+@cached_tensors
 def _turns(pairs: int, theta: float, device: torch.device) -> Tensor:
     """What each pair turns by from one position to the next, in units of 2^-64 turn, [P] int64."""
     across = pairs // 3

@@ -9,17 +9,16 @@ same spans: every visited tile but the last of a span is whole and takes no mask
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from sfkernels.dispatch import cached_tensors
 from sfkernels.layout import Row, Span, transpose
 
 Rows = tuple[tuple[Span, tuple[Span, ...]], ...]
-Made = TypeVar("Made")
 
 
 class Tiles(NamedTuple):
@@ -31,26 +30,7 @@ class Tiles(NamedTuple):
     spans: Tensor
 
 
-def kept(make: Callable[..., Made]) -> Callable[..., Made]:
-    """Decorates what makes tensors of numbers on a device, its last argument: they are made under no
-    mode, as who needs them later may be in none, and are kept for good, as CUDA graphs hold their
-    addresses. Raises ValueError where they are first needed while a CUDA graph is captured."""
-
-    @functools.cache
-    @functools.wraps(make)
-    def made(*args: Any) -> Made:
-        if args[-1].type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise ValueError(
-                "a CUDA graph is captured and the GPU lacks a table that this call needs: make the "
-                "same call once before the capture"
-            )
-        with _disable_current_modes(), torch.inference_mode(False):
-            return make(*args)
-
-    return made
-
-
-@kept
+@cached_tensors
 def tile_table(rows: Rows, prefix: tuple[Span, ...], keep: int, device: torch.device) -> Tiles:
     """The tables of a pattern for tiles of `keep` tokens."""
     tiles: list[tuple[int, int, int, int]] = []

@@ -419,14 +419,13 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Path:
         run.prepare(told)
         report.began = time.perf_counter()
         run.asked = asked
+        report.sample()  # of a run that was killed before it was
         try:
             while run.step < config.steps:
                 report.update(run.train_step())
-                last = run.step == config.steps
-                if last or run.step % config.save_every == 0:
+                if run.step == config.steps or run.step % config.save_every == 0:
                     run.save()
-                if config.sample_every and run.step % config.sample_every == 0:
-                    report.sample()
+                report.sample()
         except Stopped:
             learned = run.step or run.of_critic
             if learned:
@@ -435,9 +434,6 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Path:
                 saved = f"saved in {folder}" if learned else "nothing was learned yet"
                 report.say(f"stopped at update {run.step}; {saved}")
                 raise KeyboardInterrupt from None
-        else:
-            if not report.sampled():  # also of a run that was killed before it was
-                report.sample()
         if report.failed is not None:
             raise report.failed
     return run.weights

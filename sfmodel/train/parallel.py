@@ -141,12 +141,16 @@ def _lost(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def alone(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """As `files.alone`, which the first rank asks; where it is refused, all are."""
+    """As `files.alone`, which the first rank asks; where it is refused, all are. Removes what was
+    left of checkpoints by a run that was killed while it wrote."""
     refused: Exception | None = None
     with contextlib.ExitStack() as stack:
         if ranks.first:
             try:
                 stack.enter_context(files.alone(folder))
+                for left in folder.glob("checkpoints/.*.part"):
+                    if _PART.fullmatch(left.name):
+                        shutil.rmtree(left, ignore_errors=True)
             except (ValueError, OSError) as error:
                 refused = error
         if ranks.any(refused is not None):
@@ -214,11 +218,6 @@ def save(
     part = folder / f".{path.name}.part"
     if ranks.any(path.exists()):
         return path
-    if ranks.first and folder.exists():
-        for left in folder.iterdir():  # of a run that was killed while it wrote
-            if _PART.fullmatch(left.name):
-                shutil.rmtree(left, ignore_errors=True)
-    ranks.wait()
     try:
         part.mkdir(parents=True, exist_ok=True)
         with _alone():
@@ -366,9 +365,12 @@ def damaged(path: Path, error: Exception) -> ValueError:
 
 
 def _cause(error: BaseException) -> Exception:
-    """What a rank reported inside the error of all of them."""
+    """What a rank reported inside the error of all of them. Raises KeyboardInterrupt where it was
+    that."""
     if isinstance(error, CheckpointException):
-        reported = (first for first, _ in error.failures.values())
+        reported = [first for first, _ in error.failures.values()]
+        if any(isinstance(each, KeyboardInterrupt) for each in reported):
+            raise KeyboardInterrupt
         return next((e for e in reported if isinstance(e, Exception)), OSError(str(error)))
     assert isinstance(error, Exception)
     return error

@@ -114,19 +114,17 @@ class Report:
             left = (steps - step) * rate / 60
             self.say(f"update {step}/{steps}  {said}  {rate:.2f} s each  {left:.0f} min left")
 
-    @property
-    def picture(self) -> Path:
-        """Where the sample of this update is."""
-        return self.config.output / "samples" / f"update-{self.run.step:06d}.png"
-
-    def sampled(self) -> bool:
-        """Whether it is there; the same on all ranks."""
-        return not self.run.ranks.any(self.first and not self.picture.exists())
-
     def sample(self) -> None:
-        """A contact sheet of what the averaged weights generate, where there is a decoder."""
+        """A contact sheet of what the averaged weights generate, where there is a decoder: after
+        every `sample_every` updates and the last, unless it is there."""
         run, config = self.run, self.config
         if run.codec is None or run.text is None or config.kind.context == "whole":
+            return
+        due = run.step == config.steps or (
+            config.sample_every and run.step % config.sample_every == 0
+        )
+        path = config.output / "samples" / f"update-{run.step:06d}.png"
+        if not run.step or not due or not run.ranks.any(self.first and not path.exists()):
             return
         # Under FSDP a model is whole only inside its own forward pass.
         state = parallel.full_state(run.average, run.ranks)
@@ -143,7 +141,7 @@ class Report:
         options = {"frames": frames, "seed": config.seed, "batch": len(PROMPTS)}
         videos = torch.cat([*stream(model, run.codec, text, preset, **options)], 1)
         labels = [prompt or "(no prompt)" for prompt in PROMPTS]
-        contact_sheet_of_rows(videos, self.picture, labels, f"{config.recipe}, update {run.step}")
+        contact_sheet_of_rows(videos, path, labels, f"{config.recipe}, update {run.step}")
 
 
 def _logged(path: Path, step: int) -> list[Record]:
