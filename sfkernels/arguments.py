@@ -116,6 +116,8 @@ def check_apart(ring_name: str, ring: Tensor, **others: Tensor) -> None:
     of `others`. Where a graph is made there is no memory to look at."""
     if not is_plain(ring):
         return
+    if ring.is_neg():
+        raise ValueError(f"{ring_name} is a negative view: must be memory itself")
     for stride, _, reach in _steps(ring):
         if stride < reach and ring.numel():
             raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sfkernels import cpp
@@ -121,6 +122,8 @@ class Op:
         self.register_autograd = self.registered.register_autograd
 
     def __call__(self, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+            raise RuntimeError("kernels have no forward-mode derivative: impl='reference' has one")
         if args[-1] != "cpp" or torch.is_grad_enabled() or not is_plain(args[0]):
             return self.registered(*args)
         out = self.function(*args)
@@ -129,6 +132,10 @@ class Op:
                 # As the registration does: autograd may have saved what is written over.
                 torch.autograd.graph.increment_version(args[i])
         return out
+
+
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def registered(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Op]:

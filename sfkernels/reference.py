@@ -259,8 +259,8 @@ def ring_attention(
         return attention(q_BLHD, k_ring_BSHD[:, seen], v_ring_BSHD[:, seen], scale)
     seen_S = torch.arange(k_ring_BSHD.shape[1], device=valid.device) < valid.clamp(min=1)
     # A mask alone would let a NaN through, which is one times zero too.
-    hidden_S11 = seen_S.logical_not().view(-1, 1, 1)
-    k, v = (t.masked_fill(hidden_S11, 0) for t in (k_ring_BSHD, v_ring_BSHD))
+    seen_S11, zero = seen_S.view(-1, 1, 1), q_BLHD.new_zeros(())
+    k, v = (torch.where(seen_S11, t, zero) for t in (k_ring_BSHD, v_ring_BSHD))
     q, k, v = (t.transpose(1, 2) for t in (q_BLHD, k, v))
     mask = seen_S.expand(q.shape[2], -1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)

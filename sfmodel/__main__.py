@@ -1,3 +1,16 @@
-from sfmodel.cli import main
+"""`python -m sfmodel` and the command `sfmodel`."""
 
-main()
+import sys
+
+
+def main() -> None:
+    """Runs the command line. Exit code 130 for Ctrl-C, also while its libraries are loaded."""
+    try:
+        from sfmodel import cli
+    except KeyboardInterrupt:
+        sys.exit(130)
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

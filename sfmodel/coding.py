@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +24,7 @@ from torch import Tensor
 from sfmodel import checkpoint
 from sfmodel.codec import VideoCodec
 from sfmodel.config import Preset
-from sfmodel.files import check_writable, within
+from sfmodel.files import LONGEST, check_writable, within
 from sfmodel.footage import VIDEOS, covering_frames, to_pixels
 from sfmodel.pretrained import (
     TextEncoder,
@@ -86,8 +86,8 @@ def encode(
     settings, device = sized(find_preset(preset), height, width), default_device()
     if frames is not None and frames < 1:
         raise ValueError(f"frames={frames}: must be at least 1")
-    if fps is not None and not 0 < fps < math.inf:
-        raise ValueError(f"fps={fps}: must be positive")
+    if fps is not None and not 0.01 <= fps <= 1000:
+        raise ValueError(f"fps={fps}: must be 0.01 to 1000")
     check_writable(output / f"{source.stem}.safetensors")
     text = load_text(preset, models)
     same: dict[str, Any] = {"preset": preset, "text": text.identity[:16]}
@@ -119,6 +119,10 @@ def encode(
 
     for video, name, target in zip(videos, names, _targets(names, output), strict=True):
         try:
+            if len(os.fsencode(target.name)) > LONGEST:
+                raise ValueError(f"its name is too long for one that ends in {target.suffix}")
+            if name.encode(errors="ignore").decode() != name:
+                raise ValueError("its name is not UTF-8, which files of tensors need")
             prompt = prompt_beside(video)
             if isinstance(text, ToyTextEncoder):
                 text.words(prompt)  # is all it takes to encode them
@@ -422,7 +426,9 @@ def _read_latents(path: Path, channels: int, axes: str) -> Tensor:
         raise ValueError(f"{path}: holds {len(tensors)} tensors, none of them named latents")
     x = tensors[name]
     x = x[None] if x.dim() == 4 else x
-    if x.dim() != 5 or not x.is_floating_point() or channels not in x.shape[1:3]:
+    if not x.is_floating_point():
+        raise ValueError(f"{path}: {name} is {x.dtype}: must be floating point")
+    if x.dim() != 5 or channels not in x.shape[1:3]:
         want = f"[N, frames, {channels}, height, width] or [N, {channels}, frames, height, width]"
         raise ValueError(f"{path}: {name} has shape {[*x.shape]}: must be {want}")
     if 0 in x.shape:

@@ -117,8 +117,16 @@ def _nothing(loaded: dict[str, Any]) -> str:
     for key in _DICTS:
         if key in loaded and not isinstance(loaded[key], dict):
             return f"{key} holds a {type(loaded[key]).__name__}: must hold a dict of tensors"
+    inside = [k for k, v in loaded.items() if isinstance(v, dict) and _holds_tensors(v)]
+    if inside:
+        known = ", ".join(_DICTS)
+        return f"its tensors are in {some(map(str, inside))}: must be in one of {known}, or in none"
     there = [key for key in loaded if isinstance(key, str)]
     return "holds no tensors" + (f", only {some(there)}" if there else "")
+
+
+def _holds_tensors(state: dict[Any, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in state.values())
 
 
 def _states(loaded: dict[str, Any]) -> list[tuple[str, dict[str, Tensor]]]:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import sfkernels as sf
-from bench import part, timing, verify
+from bench import timing
 from bench.timing import Contestant
 from sfkernels.gpu.tiles import tile_table
-from sfmodel import cli, coding
+from sfmodel import cli
 from tests import pretended_cuda
 
 pytestmark = [
@@ -199,7 +199,9 @@ def test_one_that_cannot_be_captured_leaves_the_others(x: Tensor) -> None:
         assert timed["fails"] == "ValueError: "
         assert isinstance(timed["runs"], timing.Timing) and not timed["runs"].note
         assert isinstance(timed["waits"], timing.Timing)
-        assert timed["waits"].note.startswith("no CUDA graph, launches included: RuntimeError: CUDA")
+        assert timed["waits"].note.startswith(
+            "no CUDA graph, launches included: RuntimeError: CUDA"
+        )
 
 
 TOY = ["--preset", "toy"]

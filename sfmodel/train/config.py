@@ -169,8 +169,8 @@ class TrainConfig:
             if not getattr(self, name):
                 raise ValueError(f"{name}: must be at least one number")
         for name in ("impl", "attention_impl"):
-            if getattr(self, name) not in ("auto", *IMPLS):
-                known = ", ".join(("auto", *IMPLS))
+            if getattr(self, name) not in IMPLS:
+                known = ", ".join(IMPLS)
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {known}")
         check_seed(self.seed, videos=1024)  # more than samples show
         if not 0 < self.patience < 10**8:
