@@ -18,11 +18,14 @@ READY := $(VENV)/.ready-$(subst /,-,$(PYTHON))
 demo: $(READY)
 	@$(RUN) bench demo $(if $(PROMPT),--prompt "$(PROMPT)")
 
-# pytest comes last: its closing line says how many tests passed.
+# What needs a GPU runs on a pretended one first, where there is none. pytest comes last: its closing
+# line says how many tests passed.
 test: $(READY)
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
 	@$(RUN) mypy
+	@$(RUN) tests.pretended_cuda -m bench.verify
+	@$(RUN) tests.pretended_cuda -m pytest -q -n 2 -m gpu
 	@$(RUN) pytest -q -n 2 --dist worksteal
 
 # In a copy, whose libraries take the place of the normal ones. Standard error is not captured: a

@@ -103,6 +103,7 @@ class CUDAGraph:
 
     def __init__(self, keep_graph: bool = False) -> None:
         self.launches: list[Any] = []
+        self.raised: list[BaseException] = []
 
     def capture_begin(self, pool: Any = (0, 0), **_: Any) -> None:
         if Stream.current is DEFAULT:
@@ -126,6 +127,20 @@ class CUDAGraph:
         assert self.graph, "no capture has succeeded"
         if not self.lib.replay(self.graph):
             raise RuntimeError(FREED)
+        if self.raised:
+            raise self.raised.pop()
+
+    def keep(self, launch: Callable[[], None]) -> None:
+        """Records a launch. What it raises is raised by the replay, as C++ would let it go."""
+
+        def again() -> None:
+            try:
+                launch()
+            except BaseException as error:
+                self.raised.append(error)
+
+        self.launches.append(ctypes.CFUNCTYPE(None)(again))
+        self.lib.record(self.launches[-1])
 
     def reset(self) -> None:
         if self.graph:
@@ -176,9 +191,7 @@ def launched(run: Callable[..., Any], args: Sequence[Any]) -> None:
     with torch.inference_mode():
         run(*args)
     if any(on_gpu) and CUDAGraph.lib.capturing():
-        again = ctypes.CFUNCTYPE(None)(torch.inference_mode()(lambda: run(*args)))
-        CUDAGraph.capturing.launches.append(again)
-        CUDAGraph.lib.record(again)
+        CUDAGraph.capturing.keep(torch.inference_mode()(lambda: run(*args)))
 
 
 def _on_host(value: Any) -> Any:
@@ -322,12 +335,16 @@ def install() -> None:
 
 
 def main() -> int:
-    """Runs Python with the arguments given and the device."""
+    """Runs Python with the arguments given and the device; nothing where there is a real one, which
+    needs no such, or no compiler."""
+    if torch.cuda.is_available():
+        print("a CUDA device is there: none is pretended")
+        return 0
     try:
         library()
     except OSError as error:
         print(error, file=sys.stderr)
-        return 2
+        return 0
     (FOLDER / "sitecustomize.py").write_text(STARTUP)
     paths = [str(FOLDER), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
