@@ -490,7 +490,7 @@ def _check_affine(x_BLC: Tensor, **affine: Tensor) -> None:
 
 
 def _check_modulation(x_BLC: Tensor, **modulation: Any) -> None:
-    """Of these only the gate may be None."""
+    """The same, where the gate alone may be None."""
     check_shape("x", x_BLC, ("B", "L", "C"))
     batch, tokens, channels = x_BLC.shape
     given = {name: m for name, m in modulation.items() if m is not None or name != "gate"}

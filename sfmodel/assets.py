@@ -73,7 +73,7 @@ def default_folder() -> Path:
 
 
 def find(folder: Path | None = None, preset: str = "wan-1.3b") -> Assets:
-    """What lies in `folder` and two levels of its subfolders for a preset; None: in
+    """Files in `folder` and two levels of its subfolders for a preset; None: in
     `default_folder()`, then in the cache of Hugging Face. A cache may also be inside a folder. Of
     several, the one in the folder that is less deep and comes first by name.
 

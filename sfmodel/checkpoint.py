@@ -88,7 +88,7 @@ def checked(
     dtype: torch.dtype,
     weights: str | None = None,
 ) -> Callable[[], Module]:
-    """What does what `load_model` does, once it is called. The file is checked now, so that all
+    """A function that does what `load_model` does. The file is checked now, so that all
     that a command needs can be checked before any of it is loaded. Raises ValueError as
     `load_model` does."""
     with _Unfilled():

@@ -179,8 +179,8 @@ def _targets(names: Sequence[str], output: Path) -> Iterator[Path]:
 
 
 class _Made(NamedTuple):
-    """What `encode` says in a file of its own: by which settings, of what, and the prompts. Empty
-    for a file of another's."""
+    """Metadata of files that `encode` wrote: by which settings, of what, and the prompts. Empty for
+    a file of another's."""
 
     settings: dict[str, Any]
     of: dict[str, Any]

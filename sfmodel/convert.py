@@ -131,7 +131,7 @@ def _recognised(source: Path, found: Weights, to: Form) -> tuple[State, str]:
 
 
 def _shapes(source: Path, state: State, family: str) -> State:
-    """What a whole model of these sizes has, without values."""
+    """The tensors of a whole model of these sizes, without values."""
     model: nn.Module
     with torch.device("meta"):
         if family == "DiT":  # the number of heads does not show in the shapes
@@ -216,7 +216,7 @@ def _vae_sizes(source: Path, state: State) -> dict[str, Any]:
 
 
 def _sizes(source: Path, state: State, name: str, dims: int) -> tuple[int, ...]:
-    """Of a tensor. Raises ValueError for another number of dimensions."""
+    """The shape of a tensor. Raises ValueError for another number of dimensions."""
     shape = tuple(state[name].shape)
     if len(shape) != dims:
         raise ValueError(f"{source}: {name} has shape {[*shape]}: must have {dims} dimensions")

@@ -200,7 +200,7 @@ def held_out(codec: ToyVAE, frames: int, videos: int, split: str = "test") -> He
 
 @torch.no_grad()
 def seen_in(codec: ToyVAE, latents_BFCHW: Tensor) -> Seen:
-    """What decoded latents show. Raises FloatingPointError where one holds NaN or infinity."""
+    """Measurements of latents. Raises FloatingPointError where one holds NaN or infinity."""
     bad = (~latents_BFCHW.isfinite()).flatten(2).any(2).nonzero().tolist()
     if bad:
         raise FloatingPointError(

@@ -47,7 +47,7 @@ _BYTEARRAY = b"\nbytearray\n"  # in a pickle: makes an array of any size out of 
 
 
 class Weights(NamedTuple):
-    """What a checkpoint holds. tensors: mapped into memory, by their names in the file. metadata:
+    """Content of a checkpoint. tensors: mapped into memory, by their names in the file. metadata:
     of a safetensors file. files: what was opened, an index first. entries: parts of a training
     checkpoint, the best for generating first; tensors are those of one of them, `entry`. passed: a
     better one, which is not a whole model."""
@@ -113,7 +113,7 @@ def open_weights(path: str | Path, weights: str | None = None, family: str = "")
 
 
 def _nothing(loaded: dict[str, Any]) -> str:
-    """What is there where there are no tensors."""
+    """A phrase on what is there where there are no tensors."""
     for key in _DICTS:
         if key in loaded and not isinstance(loaded[key], dict):
             return f"{key} holds a {type(loaded[key]).__name__}: must hold a dict of tensors"
@@ -237,7 +237,7 @@ def _check_mapped(path: Path, error: Exception) -> None:
 
 
 def _missing_bytes(path: Path) -> str | None:
-    """What a safetensors file has of the bytes that its header promises, where that is less."""
+    """A phrase on the bytes that a safetensors file lacks of those its header promises, if any."""
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -251,7 +251,7 @@ def _missing_bytes(path: Path) -> str | None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file of moderate size holds. Raises ValueError, without the path, for another."""
+    """Content of a JSON file of moderate size. Raises ValueError, without the path, for another."""
     if not path.is_file() or path.stat().st_size > JSON_BYTES:
         raise ValueError(f"must be a file of at most {JSON_BYTES:,} bytes")
     return parse_json(path.read_bytes())

@@ -108,7 +108,7 @@ def load_model(
 def checked_model(
     preset: str, path: Path | None, device: torch.device, models: Path | None = None
 ) -> Callable[[], DiT]:
-    """What does what `load_model` does, once it is called. Raises ValueError as that does, now."""
+    """A function that does what `load_model` does. Raises ValueError as that does, already here."""
     config = find_preset(preset).dit
     toy = preset == "toy"
     if path is None and not toy and "generators" not in assets.PUBLIC[preset]:
@@ -144,7 +144,7 @@ def checked_codec(
     models: Path | None = None,
     tile: int | None = None,
 ) -> Callable[[], VideoCodec]:
-    """What does what `load_codec` does, once it is called. Raises ValueError as that does, now."""
+    """A function that does what `load_codec` does. Raises ValueError as that does, already here."""
     if preset == "toy":
         if vae != "auto" or tile is not None:
             raise ValueError(f"vae={vae!r}, tile={tile}: the toy has one codec, without tiles")

@@ -1,4 +1,4 @@
-"""What a command needs of its process: signals that ask it to end, and output that ends nothing."""
+"""The process of a command: signals that ask it to end, and output that ends nothing."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def read_prompts(path: Path, largest: int = LARGEST) -> list[str]:
 
 
 def prompt_beside(video: Path) -> str:
-    """Of the text file of the same name; "" where there is none. Raises ValueError as
+    """The prompt in the text file of the same name; "" where there is none. Raises ValueError as
     `read_prompts` does."""
     beside = video.with_suffix(".txt")
     return " ".join(read_prompts(beside, LONGEST)) if os.path.lexists(beside) else ""

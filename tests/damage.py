@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint. Each changes `step-000004` of a run, which has `step-000002`
+"""Damage to a checkpoint. Each changes `step-000004` of a run, which has `step-000002`
 beside it. Code that would be run leaves a file `mark` in the run's folder."""
 
 from __future__ import annotations

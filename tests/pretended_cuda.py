@@ -158,7 +158,7 @@ def graph_pool_handle() -> tuple[int, int]:
 
 
 def wait(device: Any = None) -> None:
-    """What the host waits for."""
+    """Waiting of the host for the device."""
     if CUDAGraph.lib.capturing():
         CUDAGraph.lib.refuse()
         raise RuntimeError(NOT_NOW)
@@ -231,7 +231,7 @@ def patch_triton() -> None:
     interpret, dot = GridExecutor.__call__, InterpreterBuilder.create_dot
 
     def wide_dot(self: Any, *args: Any) -> Any:
-        """Of bfloat16 too, whose bits the interpreter multiplies as whole numbers."""
+        """A product of bfloat16 too, whose bits the interpreter multiplies as whole numbers."""
         bits = [getattr(x, "dtype", None) == tl.bfloat16 for x in args]
         return dot(
             self,
@@ -251,8 +251,8 @@ def patch_triton() -> None:
 
 
 def spare_time() -> None:
-    """What is not asked for by name runs in eager PyTorch, as the interpreter takes seconds for a
-    pass of a toy; what is, in few large tiles, as it takes its time for each. The bench measures
+    """Saves time: what is not asked for by name runs in eager PyTorch, as the interpreter takes
+    seconds for a pass of a toy; what is, in few large tiles, as it takes its time for each. The bench measures
     with a GPU's sizes no more."""
     from bench import timing
     from sfkernels import dispatch, launch

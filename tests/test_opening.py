@@ -237,7 +237,7 @@ def test_files_that_do_harm(tmp_path: Path, name: str, write: Write, said: str) 
 
 
 def test_eight_bits_are_named(official: State, tmp_path: Path) -> None:
-    """By the scales that are beside them, which are no tensors too many."""
+    """They are told by the scales that are beside them, which are no tensors too many."""
     for kind, scale in ((torch.float8_e4m3fn, "scale_weight"), (torch.int8, "weight_scale")):
         state = {name: value.to(kind) for name, value in official.items()}
         state[f"blocks.0.self_attn.q.{scale}"] = torch.ones(1)

@@ -1,4 +1,4 @@
-"""What the pretended CUDA device shows and refuses, and what that makes of the rest."""
+"""The pretended CUDA device: what it shows and refuses, and what that makes of the rest."""
 
 from __future__ import annotations
 

@@ -365,7 +365,7 @@ def damaged(path: Path, error: Exception) -> ValueError:
 
 
 def _cause(error: BaseException) -> Exception:
-    """What a rank reported inside the error of all of them. Raises KeyboardInterrupt where it was
+    """The error of one rank inside that of all of them. Raises KeyboardInterrupt where it was
     that."""
     if isinstance(error, CheckpointException):
         reported = [first for first, _ in error.failures.values()]

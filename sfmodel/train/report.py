@@ -1,4 +1,4 @@
-"""What a run of the trainer shows and writes down while it goes on."""
+"""Progress, log and samples of a run of the trainer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROMPTS = ("a large red ball moves up slowly", "a small bright blue ball moves r
 
 
 class Report:
-    """What a run shows while it goes on, on its first rank: progress in a terminal, plain lines
+    """Output of a run while it goes on, on its first rank: progress in a terminal, plain lines
     elsewhere; log.jsonl with the means of every few updates; at the end curves.png."""
 
     def __init__(self, run: Run) -> None:
