@@ -252,8 +252,7 @@ def patch_triton() -> None:
 
 def spare_time() -> None:
     """Saves time: what is not asked for by name runs in eager PyTorch, as the interpreter takes
-    seconds for a pass of a toy; what is, in few large tiles, as it takes its time for each. The bench measures
-    with a GPU's sizes no more."""
+    seconds for a pass of a toy; what is asked for, in few large tiles, as each takes its time."""
     from bench import timing
     from sfkernels import dispatch, launch
 
