@@ -221,6 +221,11 @@ def run_command(
             sys.exit(130)
         except (ValueError, OSError, MemoryError, FloatingPointError) as error:
             print(f"{program}: {error}", file=sys.stderr)
+            if type(error) is ConnectionError:
+                # A rank is lost. Threads that wait for it would abort a process that ends tidily.
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(2)
             sys.exit(2)
 
 

@@ -210,7 +210,7 @@ def test_an_output_folder_is_of_one_kind(
     write_video(Path("mine.mp4"), 5)
     assert "mine.safetensors is there and not of this command" in said("mine.mp4")
     assert "frames=0: must be at least 1" in said("videos", "--frames", 0)
-    assert "fps=-1.0: must be positive" in said("videos", "--fps", -1)
+    assert "fps=-1.0: must be 0.01 to 1000" in said("videos", "--fps", -1)
 
 
 def test_encoded_prompts_are_what_training_reads(

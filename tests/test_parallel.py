@@ -107,21 +107,22 @@ def test_ranks_have_a_folder_alone(done: Done) -> None:
 
 LOST = """
 import os, signal, sys, time
-from sfmodel.process import prepared
+from sfmodel.cli import run_command
 from sfmodel.train import parallel
-try:
-    with prepared(), parallel.started(device="cpu", patience=3) as ranks:
+
+def share(fate: str) -> None:
+    with parallel.started(device="cpu", patience=3) as ranks:
         ranks.wait()
         if ranks.first:
             ranks.any(True)
-        elif sys.argv[1] == "hangs":
+        elif fate == "hangs":
             time.sleep(60)
-        elif sys.argv[1] == "is killed":
+        elif fate == "is killed":
             os.kill(os.getpid(), signal.SIGKILL)
         else:
             raise ValueError("a file of this rank is bad")
-except (ValueError, OSError) as error:
-    sys.exit(f"{type(error).__name__}: {error}")
+
+run_command("sfmodel", {"share": share}, ["share", "--fate", sys.argv[1]])
 """
 
 
@@ -145,9 +146,9 @@ def test_a_rank_that_is_lost_ends_the_others_with_one_sentence() -> None:
         for first, _ in started.values():
             said = first.communicate(timeout=60)[1]
             lost = "rank 0 of 2: another rank ended, or did not answer for 3 seconds"
-            assert said == f"ConnectionError: {lost}\n" and first.returncode == 1
+            assert said == f"sfmodel: {lost}\n" and first.returncode == 2
         raised = started["raises"][1].communicate(timeout=60)[1]
-        assert raised == "ValueError: a file of this rank is bad\n"
+        assert raised == "sfmodel: a file of this rank is bad\n"
     finally:
         for process in itertools.chain(*started.values()):
             process.kill()
