@@ -36,7 +36,7 @@ CPP_TESTS := norm rope sampler quant registration cpp cpp_fuzz
 sanitize: PY := $(CURDIR)/$(VENV)/bin/python
 sanitize: $(READY)
 	@rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
-	@cp -r setup.py pyproject.toml README.md LICENSE csrc sfkernels sfmodel bench tests $(SANITIZED)
+	@cp -r setup.py pyproject.toml README.md LICENSE csrc sfkernels sfmodel bench experiments tests $(SANITIZED)
 	@cd $(SANITIZED) && CXXFLAGS="$(CHECKS) -O0 -g" LDFLAGS="$(CHECKS)" \
 	    $(PY) setup.py -q build_ext --inplace
 	@cd $(SANITIZED) && sets="default $$(grep -oE 'avx2|avx512' /proc/cpuinfo | sort -u)" && \

@@ -27,9 +27,11 @@ from sfmodel.extras import require
 from sfmodel.process import prepared
 
 SUITES = ("quick", "gpu", "full", "verify")
-COMMANDS = ("kernels", "stream", "decode", "extrapolate", "cpu", "train", "predict", "report",
-            "compare", "readme", "tune")  # fmt: skip
-TRAINED = ("demo", "experiment")  # those that need tyro and a video encoder
+NAMES = ("kernels", "stream", "decode", "cpu", "train", "predict", "report", "compare", "readme",
+         "tune")  # fmt: skip
+COMMANDS = {**{name: f"bench.{name}" for name in NAMES}, "extrapolate": "experiments.rolling"}
+# Those that need tyro and a video encoder.
+TRAINED = {"demo": "experiments.demo", "experiment": "experiments.table2"}
 
 
 def main(arguments: list[str]) -> int:
@@ -49,12 +51,12 @@ def main(arguments: list[str]) -> int:
 
         return suite.main([command, *arguments[1:]])
     if command in COMMANDS:
-        module = importlib.import_module(f"bench.{command}")
+        module = importlib.import_module(COMMANDS[command])
         return module.main(arguments[1:])
     if command in TRAINED:
-        from sfmodel.cli import run_command
+        from sfmodel.cli.main import run_command
 
-        function = getattr(importlib.import_module(f"bench.{command}"), command)
+        function = getattr(importlib.import_module(TRAINED[command]), command)
         run_command("python -m bench", {command: function}, [command, *arguments[1:]])
         return 0
     known = ", ".join((*(f"--{name}" for name in SUITES), *COMMANDS, *TRAINED))

@@ -19,10 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import sfkernels as sf
 from bench import contest
 from bench.contest import Inputs, Op, interpreted, sequence
-from bench.parity import close_as_eager
 from bench.timing import Contestant
 from sfkernels import reference
 from sfkernels.layout import Row
+from sfkernels.testing import close_as_eager
 
 COMPILE_SECONDS = 60.0  # what compiling FlexAttention for a case may take
 SLICE = 1024  # queries at once in float64

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import sfkernels as sf
 from bench.attention import Case
-from bench.model import attention_bytes, attention_flops
 from sfkernels.layout import Row
+from sfkernels.roofline import attention_bytes, attention_flops
 
 CHUNK = 3  # latent frames
 

@@ -17,11 +17,12 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from sfmodel import names, winograd
 from sfmodel.config import VAEConfig
-from sfmodel.convolution import channels_last
-from sfmodel.tiny_vae import MemoryBlock, TinyVAE
-from sfmodel.vae import WanVAE
+from sfmodel.vae import winograd
+from sfmodel.vae.convolution import channels_last
+from sfmodel.vae.taehv import MemoryBlock, TinyVAE
+from sfmodel.vae.wan import WanVAE
+from sfmodel.weights import names
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -74,8 +75,8 @@ def plain(search: bool = True) -> Iterator[None]:
 
 
 class WanCodec:
-    """diffusers' Wan VAE as a `sfmodel.codec.VideoCodec`, to the same pixels as its own `decode` of
-    the whole clip. The state is its cache of features.
+    """diffusers' Wan VAE as a `sfmodel.vae.codec.VideoCodec`, to the same pixels as its own
+    `decode` of the whole clip. The state is its cache of features.
 
     whole: all frames of a chunk but a clip's first in one call of its decoder, where its own
     `decode` calls it for each. last: channels last. compiled: by torch.compile, the decoder within

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from bench import part, timing
-from bench.part import Result, Table
+from bench import harness, timing
+from bench.harness import Result, Table
 
 OURS = ("triton", "gluon", "cpp", "wan", "tiny")
 REFERENCE = ("eager", "reference")
@@ -226,7 +226,7 @@ def show(found: Comparison, console: Console) -> None:
     for line in found.lines:
         console.print(line, markup=False, highlight=False)
     if found.changes:
-        part.show(found.table, console)
+        harness.show(found.table, console)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -239,5 +239,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"python -m bench compare: {error}", file=sys.stderr)
         return 2
-    show(found, part.plain_console())
+    show(found, harness.plain_console())
     return found.code

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import kernels, part, rows, timing
+from bench import harness, kernels, rows, timing
 from bench.contest import CPP, EAGER, run_case
-from bench.machine import said
-from bench.part import Job, Result, Table
+from bench.harness import Job, Result, Table
 from sfkernels import cpp
 from sfmodel.config import PRESETS
+from sfmodel.machine import said
 from sfmodel.pretrained import TOY_WEIGHTS, load_toy
 from sfmodel.stream import stream
 from sfmodel.train.config import defaults
@@ -209,7 +209,7 @@ def tables(result: Result) -> list[Table]:
 def figures(result: Result) -> Iterator[tuple[str, Any]]:
     groups = []
     for row in result["rows"]:
-        timed = part.timed(row)
+        timed = harness.timed(row)
         if "copy_gbps" not in row or CPP not in timed:
             continue
         bars = [
@@ -224,4 +224,4 @@ def figures(result: Result) -> Iterator[tuple[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return part.command("cpu", sys.modules[__name__], arguments, __doc__, True, only_cpu=True)
+    return harness.command("cpu", sys.modules[__name__], arguments, __doc__, True, only_cpu=True)

@@ -13,7 +13,7 @@ is not timed. PSNR: by the range of the float32 result, which is 2 for pixels, c
 
 All take turns, each with cuDNN's algorithms searched for its sizes. One set of inputs is enough: a
 call reads and writes far more than any cache holds. FLOPs are those of the public decoder, by
-`model.decode_flops`; "folded", the convolutions after up-samplings count four of nine taps.
+`cost.decode_flops`; "folded", the convolutions after up-samplings count four of nine taps.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import codecs, kernels, model, part, timing
+from bench import codecs, harness, kernels, timing
 from bench.codecs import WanCodec
-from bench.machine import said
-from bench.model import PIXEL_FRAMES, VAE_STRIDE
-from bench.part import Job, Result, Table
+from bench.harness import Job, Result, Table
+from sfmodel import cost
 from sfmodel.config import VAEConfig
+from sfmodel.cost import PIXEL_FRAMES, VAE_STRIDE
+from sfmodel.machine import said
 
 OURS, REFERENCE, TINY, PEER = "wan", "reference", "tiny vae", "diffusers"
 WHOLE, LAST = ", whole", ", channels last"
@@ -59,7 +60,7 @@ COLOURS = {
 
 
 class Contestant(NamedTuple):
-    """codec: of the two methods of `sfmodel.codec.VideoCodec`. around: what to run it in."""
+    """codec: of the two methods of `sfmodel.vae.codec.VideoCodec`. around: what to run it in."""
 
     codec: Any
     around: Callable[[], AbstractContextManager[None]] = codecs.searched
@@ -90,9 +91,9 @@ class Case:
     def flops(self, dim: int, folded: bool = False) -> int:
         size = self.frames, self.height, self.width
         if self.encode:
-            return model.encode_flops(*size, dim)
+            return cost.encode_flops(*size, dim)
         which = "taehv" if self.tiny else "wan"
-        return model.decode_flops(which, *size, self.first, folded, dim)
+        return cost.decode_flops(which, *size, self.first, folded, dim)
 
     def step(self, codec: Any) -> Callable[..., Any]:
         return codec.encode_chunk if self.encode else codec.decode_chunk
@@ -246,7 +247,7 @@ def compared(got: Tensor, want: Tensor) -> dict[str, float]:
 
 def best_peer(row: Result) -> dict[str, Any]:
     """The fastest of diffusers', and its time as a multiple of ours: above 1, ours is faster."""
-    timed = {name: e["ms"] for name, e in part.timed(row).items()}
+    timed = {name: e["ms"] for name, e in harness.timed(row).items()}
     peers = [name for name in timed if name.startswith(PEER)]
     if OURS not in timed or not peers:
         return {}
@@ -294,7 +295,7 @@ def tables(result: Result) -> list[Table]:
         if "failed" in row:
             body.append([row["case"], f"failed: {row['failed']}", *[""] * 9])
             continue
-        timed = part.timed(row)
+        timed = harness.timed(row)
         ours = next((timed[name]["ms"] for name in (OURS, TINY) if name in timed), None)
 
         def share(ms: float, ours: float | None = ours) -> str:
@@ -339,7 +340,7 @@ def figures(result: Result) -> Iterator[tuple[str, Any]]:
     unit, scale = kernels.product_unit(result["ceilings"])
     groups = []
     for row in result["rows"]:
-        timed = part.timed(row)
+        timed = harness.timed(row)
         bars = [
             (name, scale * timed[name]["tflops"], f"{kernels.number(timed[name]['ms'])} ms")
             for name in COLOURS
@@ -355,4 +356,4 @@ def figures(result: Result) -> Iterator[tuple[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return part.command("decode", sys.modules[__name__], arguments, __doc__, on_cpu=True)
+    return harness.command("decode", sys.modules[__name__], arguments, __doc__, on_cpu=True)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 import sfkernels as sf
 from bench import timing
-from bench.model import clip_chunks
 from bench.phases import Phases, random_model
 from sfmodel.config import Preset
+from sfmodel.cost import clip_chunks
 from sfmodel.dit import DiT, SelfAttention
 from sfmodel.schedule import FlowSchedule
 from sfmodel.train.objectives import (

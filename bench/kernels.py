@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from bench import attention, attention_cases, part, rows, timing
+from bench import attention, attention_cases, harness, rows, timing
 from bench.contest import EAGER, OURS, Case, best, interpreted, run_case
-from bench.machine import said
-from bench.part import Job, Result, Table
+from bench.harness import Job, Result, Table
+from sfmodel.machine import said
 
 
 def cases(tiny: bool) -> list[Case]:
@@ -176,7 +176,7 @@ def figures(result: Result) -> Iterator[tuple[str, Any]]:
     bars: dict[bool, list[tuple[str, list[tuple[str, float, str]]]]] = {True: [], False: []}
     for row in result["rows"]:
         memory = not is_attention(row)
-        timed = part.timed(row)
+        timed = harness.timed(row)
         group = []
         for name in (n for n in COLOURS if n in timed):
             e = timed[name]
@@ -269,4 +269,4 @@ def _roofline(result: Result) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return part.command("kernels", sys.modules[__name__], arguments, __doc__)
+    return harness.command("kernels", sys.modules[__name__], arguments, __doc__)

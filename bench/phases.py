@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bench import codecs, peers, timing
-from bench.model import PIXEL_FRAMES, VAE_STRIDE
 from sfkernels import Noise, normal
-from sfmodel.codec import VideoDecoder
 from sfmodel.config import PRESETS, DiTConfig, Preset
+from sfmodel.cost import PIXEL_FRAMES, VAE_STRIDE
 from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule
 from sfmodel.stream import FewStepSampler
+from sfmodel.vae.codec import VideoDecoder
 
 PROMPT = "a large red ball moves up slowly"
 ENCODING, PROMPT_KV = "text encoding", "prompt keys and values"

@@ -1,5 +1,6 @@
-"""`python -m bench predict`: the model of model.py for one GPU and one setting, as tables: what a
-chunk and a training iteration must cost, frames a second, latency, waves, several GPUs."""
+"""`python -m bench predict`: the arithmetic of sfmodel/cost.py for one GPU and one setting, as
+tables: what a chunk and a training iteration must cost, frames a second, latency, waves, memory,
+several GPUs."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.model import (
+from sfmodel.config import PRESETS, Preset
+from sfmodel.cost import (
     DECODERS,
     GPUS,
+    PIXEL_FRAMES,
     TILE,
     VAE_STRIDE,
     Gpu,
@@ -26,12 +29,11 @@ from bench.model import (
     latency_ms,
     linears,
     memory_gib,
-    multi_gpu,
     total,
     training_flops,
+    training_gib,
     waves,
 )
-from sfmodel.config import PRESETS, Preset
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -129,8 +131,73 @@ def prediction(
             for name, flops in trained.items()
         },
         "memory_gib": {**memory, "gpu": gpu.memory_gib, "fits": memory["total"] < gpu.memory_gib},
+        "training_gib": training_memory(preset),
         "multi_gpu": multi_gpu(preset, gpu, gpus, precision, decoder),
     }  # fmt: skip
+
+
+def exchange_bytes(preset: Preset, gpus: int, precision: str = "bf16") -> float:
+    """Bytes that each GPU sends (and receives) in one layer of one pass of a chunk, under sequence
+    parallelism by all-to-all over heads (DeepSpeed-Ulysses, arXiv 2309.14509).
+
+    A GPU holds 1/n of the chunk's tokens outside attention and 1/n of the heads inside it. On the
+    way in it keeps 1/n of its q, k and v and sends the rest, (n − 1)/n of tokens/n · dim elements
+    each, quantised ones in 8-bit; on the way out the same of o, in 16 bits. The cache lies where
+    its heads are and never travels. Raises ValueError where n does not divide them."""
+    tokens = preset.chunk * math.prod(preset.grid)
+    if gpus < 1 or preset.dit.heads % gpus or tokens % gpus:
+        raise ValueError(
+            f"gpus={gpus}: must divide {preset.dit.heads} heads and {tokens} tokens of a chunk"
+        )
+    element = 3 * (1 if precision == "8-bit" else 2) + 2
+    return tokens * preset.dit.dim * element * (gpus - 1) / gpus**2
+
+
+def multi_gpu(
+    preset: Preset, gpu: Gpu, gpus: int, precision: str, decoder: str
+) -> list[dict[str, Any]]:
+    """Settings with up to `gpus` of them at a full window, by floors: the transformer over n of
+    them by `exchange_bytes` (not overlapped, no latency of messages), the decoder after it on one
+    of the n, or on one of its own beside the next chunk. That raises FPS and leaves latency."""
+    passes, steps = len(preset.steps) + 1, len(preset.steps)
+    alone = total(dit(preset, gpu, preset.window, precision).values())["floor_ms"]
+    decoded = decode(preset, gpu, precision, decoder)["floor_ms"]
+    memory = memory_gib(preset, precision=precision)
+    rows: list[dict[str, Any]] = []
+    for n in range(1, min(gpus, preset.dit.heads) + 1):
+        try:
+            sent = exchange_bytes(preset, n, precision)
+        except ValueError:
+            continue
+        exchange = passes * preset.dit.layers * sent / gpu.link_gbps / 1e6
+        shared = alone / n + exchange
+        for own in (False, True) if n < gpus and decoder != "none" else (False,):
+            chunk = max(shared, decoded) if own else shared + decoded
+            rows.append(
+                {
+                    "gpus": n + own,
+                    "transformer_gpus": n,
+                    "own_decoder": own,
+                    "exchange_ms": exchange,
+                    "dit_ms": shared,
+                    "decode_ms": decoded,
+                    "fps": 1e3 * PIXEL_FRAMES * preset.chunk / chunk,
+                    "reaction_ms": shared * steps / passes + decoded,
+                    "memory_gib": memory["weights"] + memory["cache"] / n,
+                }
+            )
+    return sorted(rows, key=lambda row: (row["gpus"], row["own_decoder"]))
+
+
+def training_memory(preset: Preset) -> list[dict[str, Any]]:
+    """GiB of one rank by recipe, sizes of the real score and number of ranks."""
+    rows: list[dict[str, Any]] = []
+    scores = {name: PRESETS[name] for name in MODELS if PRESETS[name].dit.dim >= preset.dit.dim}
+    for recipe, real in (("tf", ""), ("df", ""), *(("sf+dmd", name) for name in scores)):
+        for ranks in (1, 8, 64):
+            gib = training_gib(preset, recipe, ranks, scores.get(real))
+            rows.append({"recipe": recipe, "real_score": real, "gpus": ranks, **gib})
+    return rows
 
 
 def report(result: dict[str, Any], console: Console) -> None:
@@ -167,6 +234,9 @@ def report(result: dict[str, Any], console: Console) -> None:
         f"{memory['gpu']:.0f}{'' if memory['fits'] else ', which is too much'} (activations, "
         "decoder and text encoder left out)"
     )
+    columns = "recipe|real score|GPUs|weights|activations|cache|gathered|in all"
+    rows = [tuple(row.values()) for row in result["training_gib"]]
+    table("GiB of one GPU in training, one clip at a time", columns, rows)
     if len(result["multi_gpu"]) > 1:
         rows = [
             (r["gpus"], r["transformer_gpus"], "own" if r["own_decoder"] else "shared", r["dit_ms"],

@@ -16,17 +16,17 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import compare, part, timing
-from bench.machine import said_state
-from bench.part import Result, Table
+from bench import compare, harness, timing
+from bench.harness import Result, Table
 from sfmodel.files import atomic
+from sfmodel.machine import said_state
 
 # What shows the result of a part.
 MODULES = {
     "kernels": "bench.kernels",
     "stream": "bench.stream",
     "decode": "bench.decode",
-    "extrapolate": "bench.extrapolate",
+    "extrapolate": "experiments.rolling",
     "train": "bench.train",
 }
 NUMBER = re.compile(r"[-+−±]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?\s?[%×]?")  # is set to the right
@@ -246,7 +246,7 @@ def write(
             console.print(f"{result['part']}: {found}", markup=False, highlight=False)
             continue
         for table in found:
-            part.show(table, console)
+            harness.show(table, console)
     if against is not None:
         compare.show(compare.compare(against, content), console)
     drawn = pictures(content)
@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         content = compare.read(chosen.file)
         against = compare.read(chosen.against) if chosen.against else None
-        written = write(chosen.out, content, part.plain_console(), against)
+        written = write(chosen.out, content, harness.plain_console(), against)
     except (ValueError, OSError) as error:
         print(f"python -m bench report: {error}", file=sys.stderr)
         return 2

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sfkernels as sf
-from bench import contest, model
+from bench import contest
 from bench.contest import Inputs, Op, interpreted, sequence
-from bench.parity import close_as_eager
 from bench.timing import Contestant
-from sfkernels import cpp
+from sfkernels import cpp, roofline
+from sfkernels.testing import close_as_eager
 
 GRID = (30, 52)  # tokens of a frame of Wan2.1 at 480×832
 WINDOW = 21  # frames of a ring, and of a clip
@@ -201,13 +201,14 @@ def _norm_cases(shape: Shape, sizes: Sizes, backward: bool) -> Iterator[Case]:
         (sf.rms_norm, lambda d: [x(d), weight(d)], 2, 3, rms_norm),
     ]
     for op, make, forward_rows, backward_rows, native in forms:
+        moved = backward_rows if backward else forward_rows
         yield Case(
             op.__name__,
             f"{tokens} x {channels}",
             op,
             make,
-            model.row_flops(op.__name__, tokens * channels, backward),
-            model.norm_bytes(tokens, channels, backward_rows if backward else forward_rows, size),
+            roofline.row_flops(op.__name__, tokens * channels, backward),
+            roofline.norm_bytes(tokens, channels, moved, size),
             native,
             backward,
             shape in sizes.compiled,
@@ -241,8 +242,8 @@ def _quantised_cases(shape: Shape, sizes: Sizes) -> Iterator[Case]:
             f"{tokens} x {channels}",
             functools.partial(sf.quantize_rows, dtype=dtype),
             make,
-            model.row_flops("quantize_rows", tokens * channels),
-            model.quantize_bytes(tokens, channels, sizes.dtype.itemsize),
+            roofline.row_flops("quantize_rows", tokens * channels),
+            roofline.quantize_bytes(tokens, channels, sizes.dtype.itemsize),
             compiled=shape in sizes.compiled,
         )
 
@@ -274,8 +275,8 @@ def _rope_cases(shape: Shape, sizes: Sizes, backward: bool) -> Iterator[Case]:
             f"{tokens} x {channels}",
             function,
             make,
-            model.row_flops("qk_norm_rope", tokens * channels, backward),
-            model.qk_norm_rope_bytes(tokens, channels, head_dim, sizes.dtype.itemsize, backward),
+            roofline.row_flops("qk_norm_rope", tokens * channels, backward),
+            roofline.qk_norm_rope_bytes(tokens, channels, head_dim, sizes.dtype.itemsize, backward),
             None,
             backward,
             compiled,
@@ -337,8 +338,8 @@ def _sampler_cases(sizes: Sizes) -> Iterator[Case]:
             "x".join(map(str, shape[1:])),
             function,
             make,
-            model.row_flops(op, elements),
-            model.sampler_bytes(elements, tensors),
+            roofline.row_flops(op, elements),
+            roofline.sampler_bytes(elements, tensors),
             compiled=compiled,
         )
 
@@ -349,7 +350,10 @@ def _sampler_cases(sizes: Sizes) -> Iterator[Case]:
         "dmd_gradient", "", clip, sf.dmd_gradient, lambda d: latents(d, 3, clip), 4, compiled=True
     )
     tokens = 3 * (_N if sizes is FULL else 6)
-    flops, nbytes = model.row_flops("rope_table", tokens * 128), model.rope_table_bytes(tokens, 128)
+    flops, nbytes = (
+        roofline.row_flops("rope_table", tokens * 128),
+        roofline.rope_table_bytes(tokens, 128),
+    )
     yield Case("rope_table", f"{tokens} x 128", table, frames_only, flops, nbytes)
 
 
@@ -381,8 +385,8 @@ def _decoder_cases(sizes: Sizes) -> Iterator[Case]:
                 f"{tokens} x {channels}",
                 _norm_silu,
                 functools.partial(make, level, backward),
-                model.row_flops("rms_norm_silu", tokens * channels, backward),
-                model.norm_silu_bytes(tokens, before, channels, size, backward),
+                roofline.row_flops("rms_norm_silu", tokens * channels, backward),
+                roofline.norm_silu_bytes(tokens, before, channels, size, backward),
                 None,
                 backward,
                 level == sizes.levels[0],

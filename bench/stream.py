@@ -32,12 +32,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import model, part, peers, phases, timing
-from bench.machine import said, said_state
-from bench.model import CLIP, PIXEL_FRAMES
-from bench.part import Job, Result, Table
+from bench import harness, peers, phases, timing
+from bench.harness import Job, Result, Table
 from bench.phases import DECODE, REFERENCE, STEP, Setting, Stream, Timed, clocked
+from sfmodel import cost
 from sfmodel.config import Preset
+from sfmodel.cost import CLIP, PIXEL_FRAMES
+from sfmodel.machine import said, said_state
 
 CASES = {"chunk-wise": 3, "frame-wise": 1}  # latent frames of a chunk
 PARITY_CHUNKS = 2
@@ -194,10 +195,10 @@ def predicted(preset: Preset, ceilings: Mapping[str, float], device: torch.devic
     cores = 1
     if device.type == "cuda":
         cores = torch.cuda.get_device_properties(device).multi_processor_count
-    here = model.Gpu("here", cores, *rates, memory_gib=math.inf, link_gbps=0)
+    here = cost.Gpu("here", cores, *rates, memory_gib=math.inf, link_gbps=0)
     return {
-        "fps": model.fps(preset, here, [preset.window], "bf16", "none"),
-        "first_frame_ms": model.latency_ms(preset, here, "bf16", "none")["first_frame"],
+        "fps": cost.fps(preset, here, [preset.window], "bf16", "none"),
+        "first_frame_ms": cost.latency_ms(preset, here, "bf16", "none")["first_frame"],
     }
 
 
@@ -207,7 +208,7 @@ def per_second(frames: int, ms: Mapping[str, float]) -> dict[str, float]:
 
 def best(row: Result) -> tuple[str, dict[str, Any]] | None:
     """The contestant with the most frames a second, over a clip if any was timed."""
-    timed = part.timed(row)
+    timed = harness.timed(row)
     timed = {n: e for n, e in timed.items() if "clip" in e["fps"]} or timed
     return max(timed.items(), key=lambda item: speed(item[1]), default=None)
 
@@ -494,7 +495,7 @@ def bars(result: Result) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return part.command("stream", sys.modules[__name__], arguments, __doc__)
+    return harness.command("stream", sys.modules[__name__], arguments, __doc__)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from bench import part, process, report, timing, verify
-from bench.machine import machine, said
-from bench.part import Table
+from bench import harness, process, report, timing, verify
+from bench.harness import Table
 from bench.report import verdict
+from sfmodel.machine import machine, said
 
 # (folder, seconds left to it) -> what came out
 Run = Callable[[Path, float], dict[str, Any]]
@@ -58,9 +58,9 @@ def measured(
     limit = ["--seconds", str(max(seconds - tail, 1)), "--out", str(folder)]
     file = folder / f"{name}.json"
     file.unlink(missing_ok=True)
-    console = part.plain_console()
+    console = harness.plain_console()
     with console.status("") as status:
-        show = status.update if console.is_terminal else part.nothing
+        show = status.update if console.is_terminal else harness.nothing
         begun = [sys.executable, "-m", "bench", name, "--json-only", *limit, *arguments]
         out = process.command(begun, seconds, show)
     if file.exists():
@@ -143,7 +143,7 @@ def run(name: str, preset: Preset, folder: Path) -> dict[str, Any]:
         out["seconds"] = time.monotonic() - start
         result["parts"][one.name] = out
         result["seconds"] = time.monotonic() - began
-        part.write(folder / "results.json", result)
+        harness.write(folder / "results.json", result)
         say(f"{one.name}: {verdict(out)}")
         if not out.get("ok", True):
             print(out.get("tail", "")[-2000:], flush=True)
@@ -173,9 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         result = run(name, preset, folder)
-        console: Console = part.plain_console()
+        console: Console = harness.plain_console()
         page = report.write(folder, result, console)
-        part.show(overview(result), console)
+        harness.show(overview(result), console)
     except KeyboardInterrupt:
         kept = f"stopped; what was measured is in {folder}"
         print(f"\npython -m bench --{name}: {kept}", file=sys.stderr)

@@ -18,8 +18,8 @@ import torch
 
 from bench import kernels, timing
 from bench.contest import Case, Inputs
-from bench.machine import machine
 from bench.timing import Contestant
+from sfmodel.machine import machine
 
 pytest.importorskip("pytest_benchmark")
 

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import attention, kernels, part, timing
+from bench import attention, harness, kernels, timing
 from bench.contest import EAGER
 from bench.iterations import Training, attending, check, exit_step_of
-from bench.machine import said
-from bench.model import training_flops
 from sfmodel.config import PRESETS, Preset
+from sfmodel.cost import training_flops
+from sfmodel.machine import said
 
 IN_FULL = {"TF": "teacher forcing", "DF": "diffusion forcing"}
 GENERATORS = ("TF", "SF-4", "DF", "SF-1", "SF-2", "SF-3")  # the most telling first
@@ -47,7 +47,7 @@ PAPER = {
 }
 
 
-def run(job: part.Job) -> part.Result:
+def run(job: harness.Job) -> harness.Result:
     dtype = torch.float32 if job.tiny else torch.bfloat16
     result = job.begin("train", dtype)
     preset = PRESETS["toy" if job.tiny else "wan-1.3b"]
@@ -76,7 +76,11 @@ def flops(preset: Preset, row: str) -> float:
 
 
 def measure(
-    training: Training, row: dict[str, Any], job: part.Job, result: part.Result, seconds: float
+    training: Training,
+    row: dict[str, Any],
+    job: harness.Job,
+    result: harness.Result,
+    seconds: float,
 ) -> None:
     """Checks all contestants of a row, then times those that are right, in turn: once at least, and
     again while the row has taken less than its share of `seconds`."""
@@ -151,7 +155,7 @@ def _as_published(row: dict[str, Any]) -> tuple[bool, int]:
     return row["case"] != name, [*PAPER].index(name)
 
 
-def tables(result: part.Result) -> list[part.Table]:
+def tables(result: harness.Result) -> list[harness.Table]:
     ceiling, cells, fastest = result["ceilings"]["matmul_tflops"], [], {}
     for row in result["rows"]:
         if "failed" in row:
@@ -165,7 +169,7 @@ def tables(result: part.Result) -> list[part.Table]:
             seconds = (f"{e[key] / 1e3:.3g}" for key in ("ms", "p99_ms"))
             cells.append([row["case"], impl, *seconds, split, peak, f"{e['tflops']:.3g}",
                           f"{100 * e['tflops'] / ceiling:.0f}"])  # fmt: skip
-        if timed := part.timed(row):
+        if timed := harness.timed(row):
             fastest[row["case"]] = min(timed.items(), key=lambda item: item[1]["ms"])
     columns = ["", "self-attention", "s", "p99", "of which", "peak GiB", "TFLOP/s", "% of product"]
     title = f"training iteration: {result['sizes']}, batch 1, {said(result['machine'])}"
@@ -194,25 +198,25 @@ def tables(result: part.Result) -> list[part.Table]:
            "device, one clip, a real score of the generator's size, and in DF and TF the flow loss "
            "alone: at most ratios between SF rows compare"]  # fmt: skip
     return [
-        part.Table(title, columns, cells, notes),
-        part.Table("seconds of an iteration beside Figure 6", columns_beside, beside, why),
+        harness.Table(title, columns, cells, notes),
+        harness.Table("seconds of an iteration beside Figure 6", columns_beside, beside, why),
     ]
 
 
-def figures(result: part.Result) -> Iterator[tuple[str, Any]]:
+def figures(result: harness.Result) -> Iterator[tuple[str, Any]]:
     from matplotlib.figure import Figure
 
-    rows = sorted((row for row in result["rows"] if part.timed(row)), key=_as_published)
+    rows = sorted((row for row in result["rows"] if harness.timed(row)), key=_as_published)
     if not rows:
         return
-    bars_in_all = sum(len(part.timed(row)) for row in rows)
+    bars_in_all = sum(len(harness.timed(row)) for row in rows)
     figure = Figure(figsize=(4 + 0.4 * bars_in_all, 4.6), layout="constrained")
     ax = figure.subplots()
     at, ticks, named = 0.0, [], set()
     for row in rows:
         start = at
         for impl in COLOURS:
-            if impl not in part.timed(row):
+            if impl not in harness.timed(row):
                 continue
             e, bottom = row["contestants"][impl], 0.0
             for phase, timed in e["phases"].items():
@@ -239,4 +243,4 @@ def figures(result: part.Result) -> Iterator[tuple[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return part.command("train", sys.modules[__name__], arguments, __doc__)
+    return harness.command("train", sys.modules[__name__], arguments, __doc__)

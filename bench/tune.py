@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 from bench import timing
-from bench.machine import machine
 from bench.works import Search, Work, searches, works
 from sfkernels import check, launch
-from sfkernels.launch import Flat, Rows, Setting, Tile
+from sfkernels.launch import Flat, RowTile, Setting, Tile
 from sfmodel.files import atomic
+from sfmodel.machine import machine
 
 BATCH = 24  # candidates timed in turn, with the default among them
 SMALLEST_TILE, LARGEST_TILE = 512, 16384  # elements
@@ -68,7 +68,7 @@ def candidates(
     for rows, per_thread, stages, warps_per_sm in itertools.product(
         few + more, (8, 16, 32), (1, 2, 3, 4), (0, 8, 16, 32, 64)
     ):
-        setting = Rows(rows, per_thread, 1, stages)
+        setting = RowTile(rows, per_thread, 1, stages)
         warps = setting.warps(block)
         whole = warps * 32 * per_thread == rows * block  # not clamped
         if not whole or rows * block > LARGEST_TILE or warps_per_sm % warps:
@@ -86,7 +86,7 @@ def within_bounds(search: Search, settings: Sequence[Setting], arch: int) -> lis
     """The first setting, and those whose kernels compile and hold the bounds of `sfkernels.check`
     (all but that on narrow loads, which is a case's). All are compiled side by side, into Triton's
     cache."""
-    kinds = [replace(s, per_sm=1, why="") if isinstance(s, Rows) else s for s in settings]
+    kinds = [replace(s, per_sm=1, why="") if isinstance(s, RowTile) else s for s in settings]
     unique = list(dict.fromkeys(kinds))
     work = functools.partial(_holds_bounds, search.kernel, search.channels, arch)
     context = multiprocessing.get_context("spawn")

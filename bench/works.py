@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import model
-from sfkernels import launch
+from sfkernels import launch, roofline
 from sfkernels.layout import BlockLayout
 
 FRAME = 1560  # tokens
@@ -95,19 +94,21 @@ def _attention_works(head_bytes: int) -> dict[str, tuple[Work, ...]]:
         works[f"{prefix}_fwd"] = tuple(
             Work(
                 f"{tokens} queries of {window} keys",
-                model.attention_bytes(tokens, window, heads, head_dim, size),
+                roofline.attention_bytes(tokens, window, heads, head_dim, size),
                 functools.partial(ring, tokens),
                 functools.partial(stream, module),
-                model.attention_flops(tokens * window, heads, head_dim),
+                roofline.attention_flops(tokens * window, heads, head_dim),
             )
             for tokens in (3 * FRAME, FRAME)
         )
         both = Work(
             f"backward of {layout.tokens} tokens",
-            model.norm_bytes(layout.tokens, heads * head_dim, 8, size),  # q, k, v, o and gradients
+            roofline.norm_bytes(
+                layout.tokens, heads * head_dim, 8, size
+            ),  # q, k, v, o and gradients
             clip,
             functools.partial(backward, module),
-            model.attention_flops(layout.pairs, heads, head_dim, backward=True),
+            roofline.attention_flops(layout.pairs, heads, head_dim, backward=True),
         )
         works |= {f"{prefix}_dkdv": (both,), f"{prefix}_dq": (both,)}
     return works
@@ -183,7 +184,7 @@ def _row_works(channels: int, dtype: torch.dtype) -> dict[str, tuple[Work, ...]]
         return tuple(
             Work(
                 f"{frames * FRAME} x {channels}",
-                model.norm_bytes(frames * FRAME, channels, tensors, dtype.itemsize),
+                roofline.norm_bytes(frames * FRAME, channels, tensors, dtype.itemsize),
                 functools.partial(make, frames),
                 run,
             )
@@ -193,7 +194,7 @@ def _row_works(channels: int, dtype: torch.dtype) -> dict[str, tuple[Work, ...]]
     quantise = tuple(
         Work(
             f"{frames * FRAME} x {channels}",
-            model.quantize_bytes(frames * FRAME, channels, dtype.itemsize),
+            roofline.quantize_bytes(frames * FRAME, channels, dtype.itemsize),
             functools.partial(rows, frames),
             quantised,
         )
@@ -240,7 +241,7 @@ def _decoder_works(channels: int, dtype: torch.dtype) -> dict[str, tuple[Work, .
         return gpu.norm_bwd(dresidual, dout[:, before:], x, None, None, weight, None, *options)
 
     def work(make: Callable[[torch.device], list[Tensor]], run: Any, back: bool) -> Work:
-        nbytes = model.norm_silu_bytes(tokens, before, channels, dtype.itemsize, back)
+        nbytes = roofline.norm_silu_bytes(tokens, before, channels, dtype.itemsize, back)
         return Work(f"{tokens} x {channels}", nbytes, make, run)
 
     return {
@@ -262,7 +263,7 @@ def _sampler_work() -> Work:
     ) -> Any:
         return gpu.sampler_step(x, flow, None, sigma, after, None, seed, frame, 1, 1.0, False)
 
-    return Work("3 frames of latents", model.sampler_bytes(3 * 16 * 60 * 104, 4), make, run)
+    return Work("3 frames of latents", roofline.sampler_bytes(3 * 16 * 60 * 104, 4), make, run)
 
 
 def works(channels: int) -> dict[str, tuple[Work, ...]]:

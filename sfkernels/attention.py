@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sfkernels import dense, reference
+from sfkernels import library_attention, reference
 from sfkernels.arguments import (
     check_device,
     check_floating,
@@ -67,8 +67,8 @@ def block_causal_attention(
         return reference.block_causal_attention(
             q_BLHD, k_BLHD, v_BLHD, layout, scale, past_k, past_v, spans
         )
-    if impl in dense.IMPLS:
-        return dense.block_causal_attention(
+    if impl in library_attention.IMPLS:
+        return library_attention.block_causal_attention(
             q_BLHD, k_BLHD, v_BLHD, layout.rows, scale, past_k, past_v, spans, impl
         )
     rows = _flat_rows(
@@ -103,12 +103,14 @@ def ring_attention(
     has a gradient under impl="reference" and "sdpa" only."""
     impl = _choose_ring(impl, q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, k_table_SP2)
     scale = _scale(scale, q_BLHD)
-    if impl in ("reference", *dense.IMPLS):
+    if impl in ("reference", *library_attention.IMPLS):
         if k_table_SP2 is not None:
             k_ring_BSHD = reference.rope(k_ring_BSHD, k_table_SP2)
         if impl == "reference":
             return reference.ring_attention(q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, scale)
-        return dense.ring_attention(q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, scale, impl)
+        return library_attention.ring_attention(
+            q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, scale, impl
+        )
     return _ring_attention(q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, k_table_SP2, scale, impl)
 
 
@@ -127,8 +129,8 @@ def cross_attention(
     impl = _choose("cross_attention", impl, q_BLHD, k=k_BSHD, v=v_BSHD)
     if impl == "reference":
         return reference.attention(q_BLHD, k_BSHD, v_BSHD, scale)
-    if impl in dense.IMPLS:
-        return dense.attention(q_BLHD, k_BSHD, v_BSHD, scale, impl)
+    if impl in library_attention.IMPLS:
+        return library_attention.attention(q_BLHD, k_BSHD, v_BSHD, scale, impl)
     rows = [0, q_BLHD.shape[1], 1, 0, k_BSHD.shape[1]]
     return _attention(q_BLHD, k_BSHD, v_BSHD, None, None, rows, [], scale, impl)[0]
 
@@ -159,7 +161,7 @@ def _choose_ring(
         check_shape("k_table", k_table_SP2, (slots, q_BLHD.shape[3] // 2, 2))
     named = dict(k_ring=k_ring_BSHD, v_ring=v_ring_BSHD, k_table=k_table_SP2)
     impl = _choose("ring_attention", impl, q_BLHD, **named)
-    if impl in ("reference", *dense.IMPLS):
+    if impl in ("reference", *library_attention.IMPLS):
         return impl
     side_by_side = k_ring_BSHD.stride(2) == k_ring_BSHD.shape[3]
     if k_table_SP2 is not None and not (k_table_SP2.is_contiguous() and side_by_side):

@@ -27,7 +27,7 @@ LARGEST_ROW = 16384  # channels: 512 threads with 32 elements each
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowTile:
     """A kernel that holds whole rows (all channels of a token) in registers.
 
     rows: tokens a program holds at once. per_thread: elements of such a tile per thread, which with
@@ -58,24 +58,24 @@ class Flat:
 
 @dataclass(frozen=True)
 class Tile:
-    """An attention kernel: a program keeps a tile of tokens in place (queries; in the backward pass
-    of keys and values, keys) and visits the tiles of the other side one by one.
+    """An attention kernel: a program holds a stationary tile of tokens (queries; in the backward
+    pass of keys and values, keys) and streams the tiles of the other side past it one by one.
 
-    keep, visit: tokens of such tiles. warps: of a program (of each consumer, where warps are
-    specialised). stages: visited tiles in shared memory at once. per_sm: of kernels
-    in Gluon, programs per multiprocessor, each of which loops over tiles to keep (0: one program a
-    tile). why: reason or measurement.
+    stationary, streamed: tokens of such tiles. warps: of a program (of each consumer, where warps
+    are specialised). stages: streamed tiles in shared memory at once. per_sm: of kernels in Gluon,
+    programs per multiprocessor, each of which loops over stationary tiles (0: one program a tile).
+    why: reason or measurement.
     """
 
-    keep: int
-    visit: int
+    stationary: int
+    streamed: int
     warps: int
     stages: int
     per_sm: int = 0
     why: str = ""
 
 
-Setting = Rows | Flat | Tile
+Setting = RowTile | Flat | Tile
 
 _FEW_BYTES = "too few bytes to matter: latency of one launch"
 _AS_H200 = "won at this size on an H200, or came within 3% with less shared memory; measured there"
@@ -87,29 +87,41 @@ _LARGEST = "the largest tiles that do not spill; not measured on a GPU yet"
 _EXACT = Tile(32, 32, 8, 1, why="float32, which only tests use")
 # By kernel and by the number of channels a setting is for (the nearest is taken).
 _DEFAULTS: dict[str, dict[int, Setting]] = {
-    "norm_fwd": {1536: Rows(1, 32, why=_AS_H200)},
-    "norm_bwd": {1536: Rows(2, 32, 2, 4, why=_AS_H200), 5120: Rows(1, 32, 2, 1, why=_UNMEASURED)},
-    "adaln_fwd": {1536: Rows(1, 32, 8, 3, why=_AS_H200), 5120: Rows(1, 32, why=_UNMEASURED)},
-    "adaln_bwd": {
-        1536: Rows(1, 16, 4, 2, why=_UNMEASURED),
-        5120: Rows(1, 32, 2, 1, why=_UNMEASURED),
+    "norm_fwd": {1536: RowTile(1, 32, why=_AS_H200)},
+    "norm_bwd": {
+        1536: RowTile(2, 32, 2, 4, why=_AS_H200),
+        5120: RowTile(1, 32, 2, 1, why=_UNMEASURED),
     },
-    "residual_norm_fwd": {1536: Rows(1, 16, 4, 3, why=_AS_H200), 5120: Rows(1, 32, 8, why=_WIDE)},
-    "residual_norm_bwd": {1536: Rows(1, 16, 2, 3, why=_AS_H200), 5120: Rows(1, 16, 4, why=_WIDE)},
+    "adaln_fwd": {1536: RowTile(1, 32, 8, 3, why=_AS_H200), 5120: RowTile(1, 32, why=_UNMEASURED)},
+    "adaln_bwd": {
+        1536: RowTile(1, 16, 4, 2, why=_UNMEASURED),
+        5120: RowTile(1, 32, 2, 1, why=_UNMEASURED),
+    },
+    "residual_norm_fwd": {
+        1536: RowTile(1, 16, 4, 3, why=_AS_H200),
+        5120: RowTile(1, 32, 8, why=_WIDE),
+    },
+    "residual_norm_bwd": {
+        1536: RowTile(1, 16, 2, 3, why=_AS_H200),
+        5120: RowTile(1, 16, 4, why=_WIDE),
+    },
     "norm_silu_fwd": {
-        96: Rows(32, 32, why=_SHORT),
-        192: Rows(16, 32, why=_SHORT),
-        384: Rows(8, 32, why=_SHORT),
+        96: RowTile(32, 32, why=_SHORT),
+        192: RowTile(16, 32, why=_SHORT),
+        384: RowTile(8, 32, why=_SHORT),
     },
     "norm_silu_bwd": {
-        96: Rows(4, 16, 16, why=_FEW_ROWS),
-        192: Rows(4, 16, 8, why=_FEW_ROWS),
-        384: Rows(4, 16, 4, why=_FEW_ROWS),
+        96: RowTile(4, 16, 16, why=_FEW_ROWS),
+        192: RowTile(4, 16, 8, why=_FEW_ROWS),
+        384: RowTile(4, 16, 4, why=_FEW_ROWS),
     },
-    "qk_norm_rope_fwd": {1536: Rows(1, 32, why=_AS_H200)},
-    "qk_norm_rope_bwd": {1536: Rows(1, 32, 8, why=_AS_H200), 5120: Rows(1, 32, 4, why=_UNMEASURED)},
-    "quantize_rows": {1536: Rows(1, 32, why=_UNMEASURED)},
-    "rope_table": {64: Rows(16, 8, why=_FEW_BYTES)},
+    "qk_norm_rope_fwd": {1536: RowTile(1, 32, why=_AS_H200)},
+    "qk_norm_rope_bwd": {
+        1536: RowTile(1, 32, 8, why=_AS_H200),
+        5120: RowTile(1, 32, 4, why=_UNMEASURED),
+    },
+    "quantize_rows": {1536: RowTile(1, 32, why=_UNMEASURED)},
+    "rope_table": {64: RowTile(16, 8, why=_FEW_BYTES)},
     "sampler": {1: Flat(512, 4, why=_FEW_BYTES)},
     # Attention, by the bytes of a head's row.
     "attention_fwd": {256: Tile(128, 64, 8, 2, why=_LARGEST), 512: _EXACT},
@@ -170,7 +182,7 @@ def run(
         kernel[tuple(grid)](*args, num_warps=num_warps, **meta)
 
 
-def rows(kernel: str, device: torch.device, channels: int) -> Rows:
+def rows(kernel: str, device: torch.device, channels: int) -> RowTile:
     """The setting of a row kernel for tokens of so many channels. Raises ValueError where a row is
     too long for the registers of one program."""
     if channels > LARGEST_ROW:
@@ -179,7 +191,7 @@ def rows(kernel: str, device: torch.device, channels: int) -> Rows:
             f"take at most {LARGEST_ROW}; use impl='reference'"
         )
     setting = overrides.get(kernel) or _setting(kernel, architecture(device), channels)
-    assert isinstance(setting, Rows)
+    assert isinstance(setting, RowTile)
     return setting
 
 
@@ -197,7 +209,7 @@ def tile(kernel: str, device: torch.device, head_bytes: int) -> Tile:
     return setting
 
 
-def strips(setting: Rows, device: torch.device, tiles: int, parts: int) -> int:
+def strips(setting: RowTile, device: torch.device, tiles: int, parts: int) -> int:
     """How many programs share the `tiles` of each of `parts` frames."""
     if not setting.per_sm:
         return tiles

@@ -6,10 +6,10 @@ import sys
 def main() -> None:
     """Runs the command line. Exit code 130 for Ctrl-C, also while its libraries are loaded."""
     try:
-        from sfmodel import cli
+        from sfmodel.cli.main import main as run
     except KeyboardInterrupt:
         sys.exit(130)
-    cli.main()
+    run()
 
 
 if __name__ == "__main__":

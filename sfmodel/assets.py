@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from sfmodel.config import PRESETS
-from sfmodel.opening import generator_width, read_json
+from sfmodel.weights.opening import generator_width, read_json
 
 T = TypeVar("T")
 DEEP = 2  # levels of subfolders that are searched
@@ -166,7 +166,8 @@ def missing(found: Iterable[Found]) -> list[tuple[str, str]]:
 
 def _opened(path: Path, field: str) -> tuple[str, str | None]:
     """What a file is, and the preset that it is for, empty for all; None if for none of them."""
-    from sfmodel import checkpoint, umt5
+    from sfmodel import umt5
+    from sfmodel.weights import checkpoint
 
     if field == "tokenizer":
         return "tokenizer.json", ""

@@ -17,18 +17,18 @@ from rich.console import Console
 from torch import Tensor
 
 from sfmodel import assets
-from sfmodel import checkpoint as checkpoints
-from sfmodel.codec import VideoCodec
 from sfmodel.config import PRESETS, Preset
-from sfmodel.convolution import channels_last
 from sfmodel.dit import DiT
-from sfmodel.text import ToyTextEncoder
-from sfmodel.tiny_vae import TinyVAE
-from sfmodel.toy_vae import ToyVAE
-from sfmodel.vae import WanVAE
+from sfmodel.toy.text import ToyTextEncoder
+from sfmodel.toy.vae import ToyVAE
+from sfmodel.vae.codec import VideoCodec
+from sfmodel.vae.convolution import channels_last
+from sfmodel.vae.taehv import TinyVAE
+from sfmodel.vae.wan import WanVAE
+from sfmodel.weights import checkpoint as checkpoints
 
 log = logging.getLogger(__name__)
-TOY_WEIGHTS = Path(__file__).parent / "weights" / "toy.safetensors"
+TOY_WEIGHTS = Path(__file__).parent / "toy" / "weights" / "toy.safetensors"
 Vae = Literal["auto", "wan", "tiny"]
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from sfkernels import Noise, RingKVCache, normal, sampler_step
-from sfmodel.codec import VideoDecoder
 from sfmodel.config import Preset, check_seed
 from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule
+from sfmodel.vae.codec import VideoDecoder
 
 
 def few_steps(

@@ -25,9 +25,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sfmodel import checkpoint
-from sfmodel.opening import read_json
-from sfmodel.tensors import save_tensors
+from sfmodel.weights import checkpoint
+from sfmodel.weights.opening import read_json
+from sfmodel.weights.saving import save_tensors
 
 GIB = 2**30
 END = 1  # the token that ends every text
@@ -90,7 +90,7 @@ def describe(path: Path) -> str:
 
 
 class UMT5Encoder:
-    """Sentences to embeddings, as `sfmodel.text.ToyTextEncoder`.
+    """Sentences to embeddings, as `sfmodel.toy.text.ToyTextEncoder`.
 
     weights, tokenizer: as `sfmodel.assets.find` has them. dtype: of weights and arithmetic, and of
     what the cache keeps; the public code computes in bfloat16. cache: a folder, `default_cache()`

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfmodel.codec import State
+from sfmodel.vae.codec import State
 
 
 def latents() -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sfkernels import BlockLayout
-from sfkernels.gpu.tiles import Rows
+from sfkernels.gpu.tiles import Pattern
 from sfkernels.launch import Tile
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -36,7 +36,7 @@ TILES = [
 ]
 
 
-def rows_of(layout: BlockLayout) -> Rows:
+def rows_of(layout: BlockLayout) -> Pattern:
     return tuple((row.queries, row.keys) for row in layout.rows)
 
 

@@ -1,5 +1,5 @@
 """Runs an op on a kernel and on the reference, outputs and gradients, and compares them by the rule
-of bench/parity.py.
+of sfkernels/testing.py.
 
 Triton kernels run natively where there is a GPU and in Triton's interpreter on CPU tensors
 elsewhere, C++ on CPU tensors, all with every uninitialised tensor filled with NaN.
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from bench.contest import interpreted
-from bench.parity import close_as_eager
 from sfkernels import cpp, launch
+from sfkernels.testing import close_as_eager
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter truncates to bfloat16 where a GPU rounds.

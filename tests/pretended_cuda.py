@@ -261,7 +261,7 @@ def spare_time() -> None:
         devices["cuda"] = "reference"
     rows = launch.rows
 
-    def larger(kernel: str, device: torch.device, channels: int) -> launch.Rows:
+    def larger(kernel: str, device: torch.device, channels: int) -> launch.RowTile:
         setting = rows(kernel, device, channels)
         if kernel in launch.overrides:
             return setting

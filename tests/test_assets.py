@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfmodel import assets, checkpoint
+from sfmodel import assets
 from sfmodel.assets import Assets, download_command, find
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
+from sfmodel.weights import checkpoint
 
 OFFICIAL = {"dim": 1536, "in_dim": 16, "out_dim": 16, "model_type": "t2v"}
 DIFFUSERS = {

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import sfkernels as sf
-from bench.parity import close_as_eager
-from sfkernels import dense, reference
+from sfkernels import library_attention, reference
 from sfkernels.gpu.tiles import key_splits, visits
 from sfkernels.launch import Tile
 from sfkernels.layout import BlockLayout, Row, Span, transpose
+from sfkernels.testing import close_as_eager
 from tests.oracle import DEVICE, DTYPES, check, nan_filled, rand, setting
 
 # Called with unpacked tensors, which mypy takes for arguments without end.
@@ -350,14 +350,17 @@ def test_flash_attn_gets_what_it_takes(module: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, module, stand_in)
     if module == "flash_attn.cute":
         monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
-    dense._flash.cache_clear()
+    library_attention._flash.cache_clear()
     try:
         layout = LAYOUTS["teacher forcing"]
         q, k, v = rand(3, 2, layout.tokens, 2, 16, dtype=torch.float32)
-        got = dense.block_causal_attention(q, k, v, layout.rows, 0.25, None, None, (), "flash")
+        rest = layout.rows, 0.25, None, None, (), "flash"
+        got = library_attention.block_causal_attention(q, k, v, *rest)
         want = reference.block_causal_attention(q, k, v, layout, 0.25)
         torch.testing.assert_close(got, want)
-        ring = functools.partial(dense.ring_attention, q, k, v, torch.tensor(20, device=DEVICE))
+        ring = functools.partial(
+            library_attention.ring_attention, q, k, v, torch.tensor(20, device=DEVICE)
+        )
         if module == "flash_attn.cute":
             with pytest.raises(ValueError, match="only version 4 is installed"):
                 ring(0.25, "flash")
@@ -365,7 +368,7 @@ def test_flash_attn_gets_what_it_takes(module: str, monkeypatch: pytest.MonkeyPa
             want = reference.attention(q, k[:, :20], v[:, :20], 0.25)
             torch.testing.assert_close(ring(0.25, "flash"), want)
     finally:
-        dense._flash.cache_clear()
+        library_attention._flash.cache_clear()
 
 
 X = torch.zeros(1, 12, 2, 16, device=DEVICE)

@@ -14,14 +14,14 @@ from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import demo, extrapolate
-from bench.machine import machine
-from bench.model import pass_flops, rolling_flops
+from experiments import demo, rolling
 from sfkernels import BlockLayout
 from sfmodel.config import PRESETS
+from sfmodel.cost import pass_flops, rolling_flops
 from sfmodel.dit import DiT
+from sfmodel.machine import machine
 from sfmodel.pretrained import load_toy
-from tests.test_bench_extrapolate import SMALL, small_model
+from tests.test_rolling import SMALL, small_model
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_report_and_figure(
     assert (tmp_path / "video.mp4").exists() and (tmp_path / "video.png").exists()
     assert streamed["cache_mib"] == pytest.approx(2 * 4 * 128 * 4 * (9 * 4 + 16) / 2**20)
     compared = [
-        extrapolate.compare(model, SMALL, torch.zeros(1, 1, 32), batch=b, chunks=1) for b in (1, 2)
+        rolling.compare(model, SMALL, torch.zeros(1, 1, 32), batch=b, chunks=1) for b in (1, 2)
     ]
     result = {"machine": machine("cpu"), "stream": streamed, "rolling": compared}
     json.dumps(result)

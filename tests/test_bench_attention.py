@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import attention, contest, kernels, part, rows, timing
+from bench import attention, contest, harness, kernels, rows, timing
 from bench.attention import Case
 from bench.attention_cases import FULL, TINY, cases
 from bench.contest import run_case
-from bench.model import attention_flops
-from bench.part import Job, Result, plain_console, show
+from bench.harness import Job, Result, plain_console, show
+from sfkernels.roofline import attention_flops
 from tests.oracle import DEVICE
 
 CPU = torch.device("cpu")
@@ -296,7 +296,7 @@ def test_bad_arguments_and_folders(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.usefixtures("plain_cpu")
-@pytest.mark.parametrize(("peers", "code"), [(part.PEERS, 0), (("flash",), 1)])
+@pytest.mark.parametrize(("peers", "code"), [(harness.PEERS, 0), (("flash",), 1)])
 def test_a_broken_op_gets_no_speed(
     peers: tuple[str, ...],
     code: int,
@@ -311,7 +311,7 @@ def test_a_broken_op_gets_no_speed(
         return right(self, impl, *tensors) * (1.01 if impl == "sdpa" else 1.0)
 
     monkeypatch.setattr(Case, "plainly", wrong)
-    monkeypatch.setattr(part, "PEERS", peers)
+    monkeypatch.setattr(harness, "PEERS", peers)
     assert kernels.main(["--out", str(tmp_path), "--only", "text"]) == code
     said = capsys.readouterr()
     assert "sdpa: wrong, not timed" in said.out

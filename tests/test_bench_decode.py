@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import codecs, compare, decode, part, timing
+from bench import codecs, compare, decode, harness, timing
 from bench.codecs import WanCodec
 from bench.decode import Case, Field, Sizes
-from bench.part import Job
+from bench.harness import Job
 from sfmodel.config import VAEConfig
 from tests.oracle import DEVICE
 
@@ -125,7 +125,7 @@ def test_the_part(capsys: pytest.CaptureFixture[str]) -> None:
             )
     assert ("note" in result) == (not DIFFUSERS)
     for table in decode.tables(result):
-        part.show(table, part.plain_console())
+        harness.show(table, harness.plain_console())
     shown = capsys.readouterr().out
     assert "floor" not in shown and "TAEHV" in shown
     rows["decode 1 latent frame, 2 x 3 latents"] |= {"floor_ms": 0.5, "folded_floor_ms": 0.25}
@@ -198,7 +198,7 @@ def test_a_wrong_one_is_not_timed(
         assert entries[name]["failed"].startswith(timing.WRONG)
     assert entries["broken"]["failed"].startswith("AttributeError")
     result = {"rows": [{"case": case.label, "contestants": entries}]}
-    assert part.wrong(result) == [f"{case.label}: off 1.5", f"{case.label}: nan"]
+    assert harness.wrong(result) == [f"{case.label}: off 1.5", f"{case.label}: nan"]
 
 
 def test_where_diffusers_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import cpu, kernels, machine, model, rows, timing, tune
+from bench import cpu, kernels, rows, timing, tune
 from bench.contest import run_case
-from bench.part import Job, plain_console, show
+from bench.harness import Job, plain_console, show
 from bench.works import Search, Work, searches, works
-from sfkernels import cpp, launch
-from sfkernels.launch import Flat, Rows, Tile
+from sfkernels import cpp, launch, roofline
+from sfkernels.launch import Flat, RowTile, Tile
+from sfmodel import machine
 
 CPU = torch.device("cpu")
 
@@ -35,7 +36,7 @@ def find(label: str) -> rows.Case:
 
 def test_bytes_are_those_of_the_tensors() -> None:
     """Each activation once; what is left out is a thousandth at real sizes."""
-    assert model.norm_bytes(4680, 1536, 4, 2) == 57_507_840  # 13.4 us at 4.3 TB/s
+    assert roofline.norm_bytes(4680, 1536, 4, 2) == 57_507_840  # 13.4 us at 4.3 TB/s
     full = {case.label: case for case in rows.cases(rows.FULL)}
     assert full["gated_adaln 4680 x 1536"].nbytes == 57_507_840
     assert full["gated_adaln backward 4680 x 1536"].nbytes == 86_261_760
@@ -73,12 +74,14 @@ def test_flops_of_rows_by_hand() -> None:
         flops += 2
     want = torch.nn.functional.rms_norm(torch.tensor(x), (3,), torch.tensor(weight), 0.0)
     torch.testing.assert_close(torch.tensor(out), want)
-    assert flops == model.row_flops("rms_norm", 3)
+    assert flops == roofline.row_flops("rms_norm", 3)
     # Of q and of k: the norm's four, and two products and a sum to rotate.
-    assert model.row_flops("qk_norm_rope", 1) == 2 * (4 + 3)
+    assert roofline.row_flops("qk_norm_rope", 1) == 2 * (4 + 3)
     # A residual and a bias before it, SiLU after it: v · 1 / (1 + exp(-v)).
-    assert model.row_flops("rms_norm_silu", 1) == 2 + 4 + 3
-    assert model.row_flops("adaln", 10, backward=True) == 2 * model.row_flops("adaln", 10) == 140
+    assert roofline.row_flops("rms_norm_silu", 1) == 2 + 4 + 3
+    assert (
+        roofline.row_flops("adaln", 10, backward=True) == 2 * roofline.row_flops("adaln", 10) == 140
+    )
 
 
 def test_inputs_rotate_through_more_than_the_cache() -> None:
@@ -241,10 +244,10 @@ def test_spread_and_floor() -> None:
 
 def test_candidates_are_all_different_programs() -> None:
     default = tune.untuned("norm_bwd", CPU, 1536)
-    assert isinstance(default, Rows)
+    assert isinstance(default, RowTile)
     found = tune.candidates(default, 1536, sums=True)
     assert found[0] is default
-    rows = [s for s in found if isinstance(s, Rows)]
+    rows = [s for s in found if isinstance(s, RowTile)]
     keys = [(s.rows, s.warps(2048), s.per_sm, s.stages) for s in rows]
     assert len(keys) == len(set(keys)) > 20
     assert all(s.rows * 2048 <= tune.LARGEST_TILE and s.per_sm for s in rows)
@@ -252,13 +255,13 @@ def test_candidates_are_all_different_programs() -> None:
     assert all(isinstance(s, Flat) for s in tune.candidates(Flat(1024, 4), 1, sums=False))
     for channels, counts in ((96, {4, 8, 16, 32, 64}), (384, {1, 2, 4, 8, 16}), (5120, {1, 2})):
         silu = tune.candidates(tune.untuned("norm_silu_fwd", CPU, channels), channels)
-        assert {s.rows for s in silu[1:] if isinstance(s, Rows)} == counts
+        assert {s.rows for s in silu[1:] if isinstance(s, RowTile)} == counts
     tile = Tile(128, 64, 4, 2, why="measured")
     for specialised in (False, True):
         tiles = tune.candidates(tile, 256, specialised=specialised)
         assert tiles[0] == tile and len(tiles) == len(set(tiles)) > 10
         assert replace(tile, why="") not in tiles
-    assert all(isinstance(s, Tile) and s.keep == 128 and s.warps == 4 for s in tiles)
+    assert all(isinstance(s, Tile) and s.stationary == 128 and s.warps == 4 for s in tiles)
 
 
 def test_the_tuner_calls_launchers_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +283,7 @@ def test_the_tuner_writes_what_launch_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With times made up, so that one candidate must win; one that is wrong never does."""
-    best, wrong = Rows(2, 16), Rows(4, 16)
+    best, wrong = RowTile(2, 16), RowTile(4, 16)
 
     def run(x: Tensor) -> Tensor:
         return x + (launch.overrides["norm_fwd"] == wrong)

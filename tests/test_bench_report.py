@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from bench import compare, readme, report
-from bench.part import Result, Table
+from bench.harness import Result, Table
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 MARKUP = "[B, L] <b> & 'x'"

@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import codecs, part, peers, phases, stream, timing
-from bench.part import Job, Result
+from bench import codecs, harness, peers, phases, stream, timing
+from bench.harness import Job, Result
 from bench.peers import PEERS
 from bench.phases import Contestant, Phases, Setting, Stream, Timed, without_each
 from sfmodel.config import PRESETS, VAEConfig
 from sfmodel.dit import DiT
 from sfmodel.stream import stream as pixel_stream
 from sfmodel.stream import stream_latents
-from sfmodel.toy_vae import ToyVAE
+from sfmodel.toy.vae import ToyVAE
 from tests.oracle import DEVICE
 
 CPU = torch.device("cpu")
@@ -236,10 +236,10 @@ def test_the_part(small: Setting) -> None:
     assert lines["MAGI-1"] == {"name": "MAGI-1", "paper_fps": 0.19, "paper_latency_s": 282,
                                "said": "published, not run"}  # fmt: skip
 
-    console = part.plain_console()
+    console = harness.plain_console()
     with console.capture() as capture:
         for table in stream.tables(result):
-            part.show(table, console)
+            harness.show(table, console)
     shown = capture.get()
     for text in ("toy sizes", "103", "step 4", "sum of a chunk's phases", "denoising alone"):
         assert text in shown
@@ -281,7 +281,7 @@ def test_a_wrong_contestant_is_not_timed(small: Setting, monkeypatch: pytest.Mon
     entries = result["rows"][0]["contestants"]
     assert entries["wrong"]["failed"].startswith(timing.WRONG)
     assert "triton2" in entries["absent"]["failed"]
-    assert "ms" in entries["reference"] and part.wrong(result) == ["chunk-wise: wrong"]
+    assert "ms" in entries["reference"] and harness.wrong(result) == ["chunk-wise: wrong"]
     assert "wrong: wrong, not timed" in str(stream.tables(result))
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import sfkernels as sf
-from bench import attention, iterations, part, timing, train
+from bench import attention, harness, iterations, timing, train
 from bench.iterations import Training, attending, check
-from bench.model import training_flops
 from sfkernels import BlockLayout
 from sfmodel.config import PRESETS
+from sfmodel.cost import training_flops
 from sfmodel.dit import DiT, SelfAttention
 from sfmodel.train.objectives import diffusion_forcing_loss
 
@@ -104,10 +104,10 @@ def test_a_wrong_contestant_is_said_and_not_timed(monkeypatch: pytest.MonkeyPatc
         return right(q, k, v, seen, impl=impl)
 
     monkeypatch.setattr(sf, "block_causal_attention", unmasked)
-    result = train.run(part.Job(CPU, tiny=True, rounds=1, only="DF"))
+    result = train.run(harness.Job(CPU, tiny=True, rounds=1, only="DF"))
     entries = result["rows"][0]["contestants"]
     assert entries["sdpa"]["failed"].startswith(timing.WRONG) and "ms" in entries["reference"]
-    assert part.wrong(result, of_peers=True) == ["DF: sdpa"] and not part.wrong(result)
+    assert harness.wrong(result, of_peers=True) == ["DF: sdpa"] and not harness.wrong(result)
     assert timing.WRONG in str(train.tables(result)[0].rows)
 
 
@@ -121,20 +121,20 @@ def test_one_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tmp_p
         return iteration(self, row)
 
     monkeypatch.setattr(Training, "iteration", fails_second)
-    result = train.run(part.Job(CPU, tiny=True, rounds=2, only="TF"))
+    result = train.run(harness.Job(CPU, tiny=True, rounds=2, only="TF"))
     assert result["rows"][0]["contestants"]["sdpa"] == {"failed": "OutOfMemoryError: no memory"}
     assert result["rows"][0]["contestants"]["reference"]["ms"] > 0
 
     monkeypatch.setattr(train, "TINY_IMPLS", ("gluon", "sdpa"))
-    result = train.run(part.Job(CPU, tiny=True, rounds=1, only="TF|SF-1"))
+    result = train.run(harness.Job(CPU, tiny=True, rounds=1, only="TF|SF-1"))
     assert [row["failed"][:10] for row in result["rows"]] == ["ValueError"] * 3
     assert len(train.tables(result)[0].rows) == 3
-    assert part.draw(train, result, tmp_path).startswith("no figures")
+    assert harness.draw(train, result, tmp_path).startswith("no figures")
 
 
 def test_rows_tables_and_figure(tmp_path: Path) -> None:
     saved: list[str] = []
-    job = part.Job(CPU, tiny=True, rounds=2, save=lambda r: saved.append(json.dumps(r)))
+    job = harness.Job(CPU, tiny=True, rounds=2, save=lambda r: saved.append(json.dumps(r)))
     result = train.run(job)
     assert saved[-1] == json.dumps(result) and len(saved) > 4  # after every round
     flops = training_flops(SMALL)
@@ -156,16 +156,16 @@ def test_rows_tables_and_figure(tmp_path: Path) -> None:
     assert [row[0] for row in published.rows] == ["DF", "TF", "SF-1", "SF-2", "SF-3", "SF-4"]
     assert sum("no critic here" in row for row in published.rows) == 2
     assert all(len(row) == len(t.columns) for t in (ours, published) for row in t.rows)
-    assert part.draw(train, result, tmp_path) == "figures: train.png"
+    assert harness.draw(train, result, tmp_path) == "figures: train.png"
 
-    late = train.run(part.Job(CPU, tiny=True, rounds=1, seconds=0))
+    late = train.run(harness.Job(CPU, tiny=True, rounds=1, seconds=0))
     assert not late["rows"] and late["no_time_for"] == [*train.ROWS]
     assert "not run" in str(train.tables(late)[1].rows)
 
 
 def test_flex_attention_is_not_begun_without_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "TINY_IMPLS", ("reference", "flex"))
-    result = train.run(part.Job(CPU, tiny=True, rounds=1, seconds=50, only="DF"))
+    result = train.run(harness.Job(CPU, tiny=True, rounds=1, seconds=50, only="DF"))
     assert result["no_time_for"] == ["DF with FlexAttention"]
     assert [*result["rows"][0]["contestants"]] == ["reference"]
 
@@ -203,11 +203,11 @@ def test_a_row_takes_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> N
     """With little time each row is timed once, in place of one row that is timed well."""
     clock = iter(range(10**6))
     monkeypatch.setattr(Training, "iteration", lambda *_: {"forward": 1.0, "backward": 1.0})
-    monkeypatch.setattr(part.Job, "left", property(lambda _: 100.0 - next(clock)))
-    result = train.run(part.Job(CPU, tiny=True, only="^(TF|DF|SF-1)$"))
+    monkeypatch.setattr(harness.Job, "left", property(lambda _: 100.0 - next(clock)))
+    result = train.run(harness.Job(CPU, tiny=True, only="^(TF|DF|SF-1)$"))
     assert [row["rounds"] for row in result["rows"]] == [3, 3, 3]
     slow = iter(range(0, 10**6, 16))
-    monkeypatch.setattr(part.Job, "left", property(lambda _: 100.0 - next(slow)))
-    result = train.run(part.Job(CPU, tiny=True, only="^(TF|DF|SF-1)$"))
+    monkeypatch.setattr(harness.Job, "left", property(lambda _: 100.0 - next(slow)))
+    result = train.run(harness.Job(CPU, tiny=True, only="^(TF|DF|SF-1)$"))
     assert [row["rounds"] for row in result["rows"]] == [2, 1]
     assert result["no_time_for"] == ["SF-1"]

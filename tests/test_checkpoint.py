@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfmodel import checkpoint, names
 from sfmodel.config import DiTConfig
 from sfmodel.dit import DiT
+from sfmodel.weights import checkpoint, names
 
 CONFIG = DiTConfig(
     dim=16, ffn_dim=24, heads=2, layers=2, channels=4, freq_dim=8, text_dim=8, text_len=4

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sfmodel.cli import main
+from sfmodel.cli.main import main
 from sfmodel.extras import EXTRAS
 from sfmodel.pretrained import TOY_WEIGHTS
 from sfmodel.video import read_video
@@ -105,7 +105,11 @@ def nothing_heavy(monkeypatch: pytest.MonkeyPatch) -> None:
     def heavy(*_: object, **__: object) -> None:
         raise Loaded
 
-    for name in ("checkpoint._fill", "toy_vae.ToyVAE.from_pretrained", "umt5.UMT5Encoder.__call__"):
+    for name in (
+        "weights.checkpoint._fill",
+        "toy.vae.ToyVAE.from_pretrained",
+        "umt5.UMT5Encoder.__call__",
+    ):
         monkeypatch.setattr(f"sfmodel.{name}", heavy)
     monkeypatch.setattr("sfmodel.train.parallel.place", heavy)
     monkeypatch.setattr("sfmodel.train.loop.open_source", heavy)
@@ -176,9 +180,9 @@ def test_a_library_that_is_missing_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delitem(sys.modules, "sfmodel.cli")
+    monkeypatch.delitem(sys.modules, "sfmodel.cli.main")
     with pytest.raises(SystemExit) as exit:
-        importlib.import_module("sfmodel.cli")
+        importlib.import_module("sfmodel.cli.main")
     said = capsys.readouterr().err.strip()
     name = {"PIL": "pillow"}.get(module, module)
     assert exit.value.code == 2
@@ -187,7 +191,7 @@ def test_a_library_that_is_missing_is_named(
 
 def test_the_model_needs_no_library_of_the_commands() -> None:
     missing = ", ".join(f"{name}=None" for name in EXTRAS["model"])
-    code = f"import sys; sys.modules.update({missing}); import sfmodel.stream, sfmodel.vae"
+    code = f"import sys; sys.modules.update({missing}); import sfmodel.stream, sfmodel.vae.wan"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

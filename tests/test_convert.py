@@ -14,11 +14,11 @@ import tyro
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sfmodel import checkpoint, names
+from sfmodel.cli.convert import Form, convert
 from sfmodel.config import PRESETS, VAEConfig
-from sfmodel.convert import Form, convert
 from sfmodel.dit import DiT
-from sfmodel.vae import WanVAE
+from sfmodel.vae.wan import WanVAE
+from sfmodel.weights import checkpoint, names
 from tests.test_checkpoint import CONFIG, STEM, Memory
 
 PARITY = Path(__file__).parent / "parity"
@@ -286,7 +286,7 @@ def test_an_interrupted_folder_is_not_there(
         written.append(file.name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sfmodel.convert.write_tensors", interrupted)
+    monkeypatch.setattr("sfmodel.cli.convert.write_tensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "m.safetensors", tmp_path / "new", to="diffusers")
     assert written and [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]

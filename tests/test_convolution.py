@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfmodel import winograd
-from sfmodel.convolution import conv2d, conv3d, upsampled_conv2d
+from sfmodel.vae import winograd
+from sfmodel.vae.convolution import conv2d, conv3d, upsampled_conv2d
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
 

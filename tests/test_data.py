@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfmodel import world
 from sfmodel.config import PRESETS
-from sfmodel.text import VOCABULARY, ToyTextEncoder
-from sfmodel.toy_vae import ToyVAE
+from sfmodel.toy import world
+from sfmodel.toy.text import VOCABULARY, ToyTextEncoder
+from sfmodel.toy.vae import ToyVAE
 from sfmodel.train.data import (
     Clips,
     LatentShards,

@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from sfmodel import doctor as module
 from sfmodel.assets import PUBLIC
+from sfmodel.cli import doctor as module
+from sfmodel.cli.doctor import doctor, examine, memory, report
 from sfmodel.config import PRESETS
-from sfmodel.doctor import doctor, examine, memory, report
 
 Machine = Callable[..., None]
 

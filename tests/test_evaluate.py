@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfmodel import cli, evaluate, world
+from sfmodel.cli import main
 from sfmodel.config import PRESETS, DiTConfig, Preset
 from sfmodel.dit import DiT
-from sfmodel.evaluate import Sampling, frechet, held_out, judge, look, roll, seen_in
 from sfmodel.schedule import FlowSchedule
 from sfmodel.stream import FewStepSampler, stream_latents
-from sfmodel.toy_vae import ToyVAE
+from sfmodel.toy import evaluate, world
+from sfmodel.toy.evaluate import Sampling, frechet, held_out, judge, look, roll, seen_in
+from sfmodel.toy.vae import ToyVAE
 
 FRAMES = 5
 LENGTH = 1 + 4 * (FRAMES - 1)
@@ -210,7 +211,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert PRESETS["toy"].first == 1
     arguments = ["--videos", "16", "--frames", "7", "--trained", "4", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["sfmodel", "evaluate", *arguments])
-    cli.main()
+    main.main()
     result = json.loads((tmp_path / "evaluation.json").read_text())
     assert len(result["distance"]) == 7 and len(result["own"]) == 4
     assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
@@ -232,7 +233,7 @@ def test_bad_arguments(
     words = ["sfmodel", "evaluate", "--output", str(tmp_path), *arguments]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        main.main()
     assert stopped.value.code == 2 and said in capsys.readouterr().err
 
 

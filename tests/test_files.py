@@ -17,12 +17,12 @@ from safetensors import safe_open
 
 from sfmodel import files
 from sfmodel.files import alone, atomic, atomic_folder
-from sfmodel.tensors import save_tensors
+from sfmodel.weights.saving import save_tensors
 
 # A limit on the size of files stands in for a full disk.
 FULL = """
 import resource, signal, sys, torch
-from sfmodel import checkpoint
+from sfmodel.weights import checkpoint
 from sfmodel.files import atomic
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -32,7 +32,7 @@ try:
         if sys.argv[2] == "torch":
             torch.save(big, part)
         elif sys.argv[2] == "tensors":
-            from sfmodel.tensors import write_tensors
+            from sfmodel.weights.saving import write_tensors
             with part.open("wb") as file:
                 write_tensors(file, big, {})
         else:

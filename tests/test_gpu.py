@@ -12,10 +12,10 @@ from torch import Tensor
 
 import sfkernels as sf
 from bench.contest import interpreted
-from bench.parity import close_as_eager
 from sfkernels import reference
+from sfkernels.testing import close_as_eager
 from sfmodel.config import VAEConfig
-from sfmodel.vae import WanVAE
+from sfmodel.vae.wan import WanVAE
 from tests.oracle import DTYPES, check, rand
 from tests.test_dit import GRID, latents, make
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import extrapolate, kernels, phases, stream, train
-from bench.part import Job, wrong
+from bench import kernels, phases, stream, train
+from bench.harness import Job, wrong
+from experiments import rolling
 from sfmodel.dit import DiT
-from sfmodel.toy_vae import ToyVAE
+from sfmodel.toy.vae import ToyVAE
 from sfmodel.train import loop
 from tests.test_bench_stream import SMALL, TEXT
 from tests.tiny_runs import config, tiny
@@ -27,7 +28,7 @@ GPU = torch.device("cuda", 0)
 def sfmodel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs a command in an empty folder, the same one throughout a test."""
     pytest.importorskip("av")
-    cli = pytest.importorskip("sfmodel.cli")
+    cli = pytest.importorskip("sfmodel.cli.main")
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> None:
@@ -90,7 +91,7 @@ def test_training() -> None:
 
 
 def test_extrapolation() -> None:
-    check_all(extrapolate.run(job("^window of 6$")))
+    check_all(rolling.run(job("^window of 6$")))
 
 
 def test_stream(monkeypatch: pytest.MonkeyPatch) -> None:

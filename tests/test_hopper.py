@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.parity import close_as_eager
 from sfkernels import BlockLayout, RingKVCache
-from sfkernels.gpu.hopper import forward as hopper
+from sfkernels.gpu.hopper import attention as hopper
 from sfkernels.gpu.tiles import visits
 from sfkernels.launch import Tile
 from sfkernels.layout import Span
+from sfkernels.testing import close_as_eager
 from tests.hopper_cases import BF16, FP16, LAYOUTS, TILES, attend, mutant, new, rows_of
 from tests.hopper_emulator import emulate
 from tests.hopper_machine import Copy, HopperError

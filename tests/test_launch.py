@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sfkernels import launch
-from sfkernels.launch import Rows
+from sfkernels.launch import RowTile
 from tests.oracle import setting
 
 META, CUDA = torch.device("meta"), torch.device("cuda", 0)
@@ -46,17 +46,17 @@ def test_the_nearest_number_of_channels_counts_and_overrides_come_first(tuned: P
     narrow, wide = (launch.DEFAULTS[90]["norm_bwd"][n] for n in (1536, 5120))
     assert launch.rows("norm_bwd", META, 64) == launch.rows("norm_bwd", META, 2048) == narrow
     assert launch.rows("norm_bwd", META, 4096) == wide
-    with setting(norm_bwd=Rows(3, 4)):
-        assert launch.rows("norm_bwd", META, 4096) == Rows(3, 4)
+    with setting(norm_bwd=RowTile(3, 4)):
+        assert launch.rows("norm_bwd", META, 4096) == RowTile(3, 4)
     with pytest.raises(ValueError, match="at most 16384"):
         launch.rows("norm_bwd", META, 20_000)
 
 
 def test_programs_that_loop_share_the_tiles() -> None:
     cpu, parts = torch.device("cpu"), 3  # two multiprocessors, as the interpreter has
-    assert launch.strips(Rows(1, 8), cpu, 100, parts) == 100  # one program a tile
-    assert launch.strips(Rows(1, 8, per_sm=6), cpu, 100, parts) == 4
-    assert launch.strips(Rows(1, 8, per_sm=6), cpu, 2, parts) == 2
+    assert launch.strips(RowTile(1, 8), cpu, 100, parts) == 100  # one program a tile
+    assert launch.strips(RowTile(1, 8, per_sm=6), cpu, 100, parts) == 4
+    assert launch.strips(RowTile(1, 8, per_sm=6), cpu, 2, parts) == 2
 
 
 def test_every_setting_says_why() -> None:

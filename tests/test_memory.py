@@ -13,12 +13,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sfkernels as sf
-from bench.memory import GIB, decoder_gib, kept_elements, training_gib
 from sfkernels import BlockLayout
 from sfmodel.config import PRESETS, DiTConfig
+from sfmodel.cost import GIB, decoder_gib, kept_elements, training_gib
 from sfmodel.dit import DiT, TextKeys
-from sfmodel.tiny_vae import TinyVAE
-from sfmodel.vae import WanVAE
+from sfmodel.vae.taehv import TinyVAE
+from sfmodel.vae.wan import WanVAE
 
 FRAMES, GRID = 2, 4
 

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sfmodel import checkpoint, names
 from sfmodel.config import DiTConfig
 from sfmodel.dit import DiT
-from sfmodel.opening import generator_width, open_weights
+from sfmodel.weights import checkpoint, names
+from sfmodel.weights.opening import generator_width, open_weights
 
 CONFIG = DiTConfig(
     dim=16, ffn_dim=24, heads=2, layers=2, channels=4, freq_dim=8, text_dim=8, text_len=4

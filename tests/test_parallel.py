@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import pytest
 from safetensors.torch import load_file
 
-from sfmodel import checkpoint
 from sfmodel.train.loop import train
+from sfmodel.weights import checkpoint
 from tests.tiny_runs import apart, config, saved, tiny
 from tests.two_ranks import RECIPES, SHORT, trajectories
 
@@ -107,7 +107,7 @@ def test_ranks_have_a_folder_alone(done: Done) -> None:
 
 LOST = """
 import os, signal, sys, time
-from sfmodel.cli import run_command
+from sfmodel.cli.main import run_command
 from sfmodel.train import parallel
 
 def share(fate: str) -> None:

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sfkernels.launch import Rows
-from sfmodel import checkpoint
-from sfmodel.codec import VideoCodec
+from sfkernels.launch import RowTile
 from sfmodel.config import DiTConfig, VAEConfig
 from sfmodel.dit import DiT
-from sfmodel.tiny_vae import TinyVAE
-from sfmodel.vae import WanVAE
+from sfmodel.vae.codec import VideoCodec
+from sfmodel.vae.taehv import TinyVAE
+from sfmodel.vae.wan import WanVAE
+from sfmodel.weights import checkpoint
 from tests.oracle import DEVICE, setting
 from tests.parity.__main__ import drawn_weights, main
 
@@ -56,7 +56,7 @@ def test_recorded_cases_pass_on_the_kernels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--impl", "triton", "--attention-impl", "triton", "--device", DEVICE]
-    many = Rows(64, 8)  # the interpreter pays by the program
+    many = RowTile(64, 8)  # the interpreter pays by the program
     kernels = ["rope_table", "norm_fwd", "adaln_fwd", "residual_norm_fwd", "qk_norm_rope_fwd"]
     with setting(**dict.fromkeys(kernels, many)):
         assert main([str(copy(tmp_path, without_rollouts)), *options]) == 0

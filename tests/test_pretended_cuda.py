@@ -18,7 +18,7 @@ from bench import timing
 from bench.timing import Contestant
 from sfkernels.gpu import norm_fwd
 from sfkernels.gpu.tiles import tile_table
-from sfmodel import cli
+from sfmodel.cli import main
 from tests import pretended_cuda
 
 pytestmark = [
@@ -216,7 +216,7 @@ def sfmodel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
     def run(*arguments: str) -> None:
         monkeypatch.setattr("sys.argv", ["sfmodel", *arguments])
         with contextlib.suppress(SystemExit) as exit:
-            cli.main()
+            main.main()
         assert exit is None
 
     return run

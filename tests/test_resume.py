@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from sfmodel import checkpoint, process
+from sfmodel import process
 from sfmodel.files import alone
 from sfmodel.train import loop, parallel, recipes, report
 from sfmodel.train.loop import train
+from sfmodel.weights import checkpoint
 from tests.damage import DAMAGE
 from tests.tiny_runs import config, draw_pictures, logged, saved, steps, tiny
 

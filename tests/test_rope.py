@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import sfkernels as sf
-from bench.parity import close_as_eager
-from sfkernels.launch import Rows
+from sfkernels.launch import RowTile
+from sfkernels.testing import close_as_eager
 from tests.oracle import DEVICE, check, each, each_size, nan_filled, rand, setting
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
@@ -33,7 +33,7 @@ OF_CPP = [(1, 2, 2, (5, 9), 7, 2), (1, 2, 2, (5, 9), 3, 34)]
 def size(request: pytest.FixtureRequest) -> Iterator[tuple[int, int, tuple[int, int], int, int]]:
     """batch, frames, grid, heads, head dim, under a setting with so many rows a program."""
     rows, *sizes = request.param
-    row_setting = Rows(rows, 8, per_sm=2)
+    row_setting = RowTile(rows, 8, per_sm=2)
     with setting(
         rope_table=row_setting, qk_norm_rope_fwd=row_setting, qk_norm_rope_bwd=row_setting
     ):

@@ -17,7 +17,7 @@ from sfmodel.config import PRESETS, Preset
 from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule
 from sfmodel.stream import FewStepSampler, stream, stream_latents
-from sfmodel.toy_vae import ToyVAE
+from sfmodel.toy.vae import ToyVAE
 
 TOY = PRESETS["toy"]
 SMALL = replace(

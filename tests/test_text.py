@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sfmodel import world
-from sfmodel.text import VOCABULARY, ToyTextEncoder
+from sfmodel.toy import world
+from sfmodel.toy.text import VOCABULARY, ToyTextEncoder
 
 encode = ToyTextEncoder()
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfmodel import toy_vae, world
-from sfmodel.toy_vae import DecoderState, EncoderState, ToyVAE
+from sfmodel.toy import vae as toy_vae
+from sfmodel.toy import world
+from sfmodel.toy.vae import DecoderState, EncoderState, ToyVAE
 
 
 @pytest.fixture(scope="module")

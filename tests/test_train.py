@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sfmodel import checkpoint, cli
+from sfmodel.cli import main
 from sfmodel.dit import DiT
 from sfmodel.train import loop, parallel
 from sfmodel.train.config import RECIPES, defaults
 from sfmodel.train.loop import train
+from sfmodel.weights import checkpoint
 from tests.tiny_runs import TINY, config, draw_pictures, logged, steps, tiny, weights
 
 
@@ -80,7 +81,7 @@ def test_every_recipe_trains_from_the_command_line(
         words += ["--teacher", teacher, "--critic-steps", 1, "--critic-warmup", 0]
     words += ["--output", folder]
     monkeypatch.setattr(sys, "argv", ["sfmodel", "train", *map(str, words)])
-    cli.main()
+    main.main()
     assert f"weights: {folder / 'model.safetensors'}" in capsys.readouterr().out
 
     assert json.loads((folder / "config.json").read_text())["recipe"] == recipe
@@ -193,7 +194,7 @@ def said_by(
 ) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["sfmodel", *words.split()])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     code = ended.value.code
     assert isinstance(code, int)
     out, err = capsys.readouterr()

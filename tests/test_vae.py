@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sfmodel import names
-from sfmodel.codec import State
 from sfmodel.config import VAEConfig
-from sfmodel.convolution import channels_last, conv3d
-from sfmodel.vae import CausalConv3d, WanVAE
+from sfmodel.vae.codec import State
+from sfmodel.vae.convolution import channels_last, conv3d
+from sfmodel.vae.wan import CausalConv3d, WanVAE
+from sfmodel.weights import names
 from tests import clips
 from tests.clips import assert_same, goes_on_twice, in_parts
 

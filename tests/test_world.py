@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfmodel import world
+from sfmodel.toy import world
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from sfmodel import checkpoint
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
 from sfmodel.train import report
 from sfmodel.train.config import TrainConfig
+from sfmodel.weights import checkpoint
 
 TOY = PRESETS["toy"]
 PLOT, SAMPLE = report.plot, report.Report.sample

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sfkernels import launch
-from sfkernels.gpu.tiles import Rows, key_splits, tile_table
+from sfkernels.gpu.tiles import Pattern, key_splits, tile_table
 from sfkernels.layout import Span
 
 LOG2E = math.log2(math.e)
@@ -233,7 +233,7 @@ def attention_fwd(
     q_BLHD: Tensor,
     k_BSHD: Tensor,
     v_BSHD: Tensor,
-    rows: Rows,
+    rows: Pattern,
     k_prefix_BPHD: Tensor | None,
     v_prefix_BPHD: Tensor | None,
     prefix: tuple[Span, ...],
@@ -280,12 +280,12 @@ def pattern_forward(
     setting: launch.Tile,
     q_BLHD: Tensor,
     sources: Sources,
-    rows: Rows,
+    rows: Pattern,
     prefix: tuple[Span, ...],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """o and lse of queries under a pattern."""
-    table = tile_table(rows, prefix, setting.keep, q_BLHD.device)
+    table = tile_table(rows, prefix, setting.stationary, q_BLHD.device)
     o_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
     lse_BHL = by_row(q_BLHD)
     work = Work(len(table.tiles), 1, len(prefix), table, None)
@@ -304,11 +304,11 @@ def ring_forward(
 ) -> Tensor:
     """o of queries over a ring, whose keys are split where that fills the card better."""
     batch, queries, heads, _ = q_BLHD.shape
-    tiles = triton.cdiv(queries, setting.keep)
+    tiles = triton.cdiv(queries, setting.stationary)
     parts = key_splits(
         tiles * batch * heads,
         launch.multiprocessors(q_BLHD.device),
-        triton.cdiv(k_ring_BSHD.shape[1], setting.visit),
+        triton.cdiv(k_ring_BSHD.shape[1], setting.streamed),
     )
     o_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
     part_PBLHD, lse_PBHL = o_BLHD, by_row(q_BLHD, parts)
@@ -349,8 +349,8 @@ def _run(
         HAS_TABLE=work.valid is None,
         HAS_PREFIX=work.prefix > 0,
         BLOCK_D=block_d(head_dim),
-        BLOCK_M=setting.keep,
-        BLOCK_N=setting.visit,
+        BLOCK_M=setting.stationary,
+        BLOCK_N=setting.streamed,
         STAGES=setting.stages,
     )
 

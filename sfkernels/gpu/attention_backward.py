@@ -26,7 +26,7 @@ from sfkernels.gpu.attention import (
     store_tile,
     tile_setting,
 )
-from sfkernels.gpu.tiles import Rows, column_table, tile_table
+from sfkernels.gpu.tiles import Pattern, column_table, tile_table
 from sfkernels.layout import Span
 
 
@@ -249,7 +249,7 @@ def attention_bwd(
     v_BSHD: Tensor,
     o_BLHD: Tensor,
     lse_BHL: Tensor,
-    rows: Rows,
+    rows: Pattern,
     k_prefix_BPHD: Tensor | None,
     v_prefix_BPHD: Tensor | None,
     prefix: tuple[Span, ...],
@@ -264,7 +264,7 @@ def attention_bwd(
     )
     shape: dict[str, Any] = {"D": head_dim, "BLOCK_D": block_d(head_dim)}
     setting = tile_setting("attention_dkdv", q_BLHD)
-    table = column_table(rows, keys, setting.keep, device)
+    table = column_table(rows, keys, setting.stationary, device)
     launch.run(
         _attention_dkdv_kernel,
         (len(table.tiles), len(q_BLHD) * heads),
@@ -274,13 +274,13 @@ def attention_bwd(
             *head_strides(do_BLHD, q_BLHD, k_BSHD, v_BSHD),
         ),
         num_warps=setting.warps,
-        BLOCK_N=setting.keep,
-        BLOCK_M=setting.visit,
+        BLOCK_N=setting.stationary,
+        BLOCK_M=setting.streamed,
         STAGES=setting.stages,
         **shape,
     )
     setting = tile_setting("attention_dq", q_BLHD)
-    table = tile_table(rows, prefix, setting.keep, device)
+    table = tile_table(rows, prefix, setting.stationary, device)
     sources = (k_BSHD, v_BSHD, k_prefix_BPHD, v_prefix_BPHD)
     launch.run(
         _attention_dq_kernel,
@@ -292,8 +292,8 @@ def attention_bwd(
         ),
         num_warps=setting.warps,
         HAS_PREFIX=len(prefix) > 0,
-        BLOCK_M=setting.keep,
-        BLOCK_N=setting.visit,
+        BLOCK_M=setting.stationary,
+        BLOCK_N=setting.streamed,
         STAGES=setting.stages,
         **shape,
     )

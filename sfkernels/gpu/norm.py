@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sfkernels import launch
-from sfkernels.gpu.partial import empty_partials, sum_partials
+from sfkernels.gpu.partial_sums import empty_partials, sum_partials
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sfkernels import launch
 from sfkernels.dispatch import cached_tensors
-from sfkernels.gpu.partial import empty_partials, sum_partials
+from sfkernels.gpu.partial_sums import empty_partials, sum_partials
 
 
 @triton.jit

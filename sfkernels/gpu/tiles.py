@@ -18,7 +18,7 @@ from torch import Tensor
 from sfkernels.dispatch import cached_tensors
 from sfkernels.layout import Row, Span, transpose
 
-Rows = tuple[tuple[Span, tuple[Span, ...]], ...]
+Pattern = tuple[tuple[Span, tuple[Span, ...]], ...]
 
 
 class Tiles(NamedTuple):
@@ -31,14 +31,18 @@ class Tiles(NamedTuple):
 
 
 @cached_tensors
-def tile_table(rows: Rows, prefix: tuple[Span, ...], keep: int, device: torch.device) -> Tiles:
-    """The tables of a pattern for tiles of `keep` tokens."""
+def tile_table(
+    rows: Pattern, prefix: tuple[Span, ...], stationary: int, device: torch.device
+) -> Tiles:
+    """The tables of a pattern for tiles of `stationary` tokens."""
     tiles: list[tuple[int, int, int, int]] = []
     spans = [*prefix]
     for (start, end), visited in sorted(rows, key=lambda row: -sum(hi - lo for lo, hi in row[1])):
         first = len(spans)
         spans += visited
-        tiles += [(t, min(t + keep, end), first, len(spans)) for t in range(start, end, keep)]
+        tiles += [
+            (t, min(t + stationary, end), first, len(spans)) for t in range(start, end, stationary)
+        ]
     return Tiles(
         torch.tensor(tiles, dtype=torch.int32, device=device),
         torch.tensor(spans or [(0, 0)], dtype=torch.int32, device=device),
@@ -46,17 +50,18 @@ def tile_table(rows: Rows, prefix: tuple[Span, ...], keep: int, device: torch.de
 
 
 @functools.cache
-def column_table(rows: Rows, keys: int, keep: int, device: torch.device) -> Tiles:
-    """The tables of the transposed pattern: tiles of `keep` of the `keys`, and the spans of queries
-    that see them. The prefix, which takes no gradient, has no part in it."""
-    return tile_table(transpose([Row(*row) for row in rows], keys), (), keep, device)
+def column_table(rows: Pattern, keys: int, stationary: int, device: torch.device) -> Tiles:
+    """The tables of the transposed pattern: tiles of `stationary` of the `keys`, and the spans of
+    queries that see them. The prefix, which takes no gradient, has no part in it."""
+    return tile_table(transpose([Row(*row) for row in rows], keys), (), stationary, device)
 
 
-def visits(rows: Rows, prefix: Sequence[Span], keep: int, visit: int) -> int:
-    """How many tiles of `visit` tokens the tiles of `keep` tokens visit in all: the kernels' work,
-    and what tests count."""
+def visits(rows: Pattern, prefix: Sequence[Span], stationary: int, streamed: int) -> int:
+    """How many tiles of `streamed` tokens the tiles of `stationary` ones visit in all: the work of
+    the kernels, and what tests count."""
     return sum(
-        -(-(end - start) // keep) * sum(-(-(hi - lo) // visit) for lo, hi in (*prefix, *visited))
+        -(-(end - start) // stationary)
+        * sum(-(-(hi - lo) // streamed) for lo, hi in (*prefix, *visited))
         for (start, end), visited in rows
     )
 

@@ -14,10 +14,10 @@ from typing import Any, Literal, NamedTuple
 
 from sfkernels import BlockLayout
 from sfkernels.dispatch import IMPLS
-from sfmodel import checkpoint
 from sfmodel.config import PRESETS, Preset, check_seed
 from sfmodel.dit import DiT
 from sfmodel.files import check_writable
+from sfmodel.weights import checkpoint
 
 Context = Literal["whole", "clean", "noisy", "either", "own"]
 Objective = Literal["flow", "ode", "dmd", "sid", "gan"]
@@ -38,7 +38,7 @@ _RANGES: dict[tuple[float, float], tuple[str, ...]] = {
     (-1e9, 1e9): ("guidance", "gan_sigma"),
 }
 
-WEIGHTS = Path(__file__).parent.parent / "weights"
+WEIGHTS = Path(__file__).parent.parent / "toy" / "weights"
 
 
 class Recipe(NamedTuple):

@@ -24,15 +24,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sfmodel import world
-from sfmodel.codec import VideoCodec
 from sfmodel.config import Preset
 from sfmodel.files import within
 from sfmodel.footage import VIDEOS, covering_frames, length, opened_video, to_pixels
 from sfmodel.prompts import continued, prompt_beside
 from sfmodel.prompts import read_prompts as read_prompts
-from sfmodel.text import ToyTextEncoder
-from sfmodel.toy_vae import ToyVAE
+from sfmodel.toy import world
+from sfmodel.toy.text import ToyTextEncoder
+from sfmodel.toy.vae import ToyVAE
+from sfmodel.vae.codec import VideoCodec
 
 # Sentences to embeddings [B, T, E]; short ones end in rows of zeros.
 TextEncoder = Callable[[Sequence[str]], Tensor]

@@ -23,14 +23,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from sfmodel import checkpoint
 from sfmodel.config import PRESETS, DiTConfig
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
 from sfmodel.process import noting
 from sfmodel.schedule import FlowSchedule
-from sfmodel.text import ToyTextEncoder
-from sfmodel.toy_vae import ToyVAE
+from sfmodel.toy.text import ToyTextEncoder
+from sfmodel.toy.vae import ToyVAE
 from sfmodel.train import parallel
 from sfmodel.train.config import TrainConfig
 from sfmodel.train.data import Prompts, Source, open_source
@@ -39,6 +38,7 @@ from sfmodel.train.parallel import Ranks
 from sfmodel.train.recipes import Draw, Models, Part, Setting, Update, seed_of
 from sfmodel.train.report import Record, Report, means
 from sfmodel.train.trajectories import Trajectories, guided, solve
+from sfmodel.weights import checkpoint
 
 
 class Learner:

@@ -20,8 +20,8 @@ from torch import Tensor
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
 from sfmodel.schedule import TRAIN_STEPS, FlowSchedule
-from sfmodel.tensors import save_tensors
 from sfmodel.train.parallel import Ranks
+from sfmodel.weights.saving import save_tensors
 
 IN_FILE = 64  # trajectories
 

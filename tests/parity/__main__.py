@@ -34,15 +34,15 @@ from torch import Tensor
 from sfkernels import BlockLayout
 from sfkernels.dispatch import IMPLS
 from sfkernels.layout import chunk_sizes
-from sfmodel import checkpoint
-from sfmodel.codec import VideoCodec
 from sfmodel.config import DiTConfig, VAEConfig
 from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule
 from sfmodel.stream import FewStepSampler
-from sfmodel.tiny_vae import TinyVAE
 from sfmodel.train.rollout import Rollout
-from sfmodel.vae import WanVAE
+from sfmodel.vae.codec import VideoCodec
+from sfmodel.vae.taehv import TinyVAE
+from sfmodel.vae.wan import WanVAE
+from sfmodel.weights import checkpoint
 
 # Allowed relative error of an output, and of a parameter's gradient.
 LIMITS = {"float32": 1e-4, "bfloat16": 3e-2}

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import extrapolate, part, timing
-from bench.model import rolling_flops
+from bench import harness, timing
+from experiments import rolling
 from sfmodel.config import PRESETS
+from sfmodel.cost import rolling_flops
 from sfmodel.dit import DiT
 
 TOY = PRESETS["toy"]
@@ -37,12 +38,12 @@ def model() -> DiT:
 @pytest.fixture
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "toy", SMALL)
-    monkeypatch.setattr(extrapolate, "TINY_WINDOWS", (9, 6, 18))
-    monkeypatch.setattr(extrapolate, "TINY_CHUNKS", 2)
+    monkeypatch.setattr(rolling, "TINY_WINDOWS", (9, 6, 18))
+    monkeypatch.setattr(rolling, "TINY_CHUNKS", 2)
 
 
 def test_the_three_ways_are_compared(model: DiT) -> None:
-    result = extrapolate.compare(model, SMALL, torch.zeros(1, 1, 32), batch=2, chunks=2)
+    result = rolling.compare(model, SMALL, torch.zeros(1, 1, 32), batch=2, chunks=2)
     assert result["relative_difference_in_first_window"] < 1e-5
     assert [*result["ways"]] == WAYS
     for way in result["ways"].values():
@@ -50,23 +51,23 @@ def test_the_three_ways_are_compared(model: DiT) -> None:
         assert way["by_chunk"][1:] == way["all_seconds"]  # the first chunk of a window of two
     assert result["ways"]["ring cache"]["times_the_ring"] == 1
     with pytest.raises(ValueError, match="two or more chunks of 3"):
-        extrapolate.compare(model, replace(SMALL, window=7), torch.zeros(1, 1, 32))
+        rolling.compare(model, replace(SMALL, window=7), torch.zeros(1, 1, 32))
 
 
 def test_a_window_filled_with_latents_is_compared_too(model: DiT) -> None:
     wide = replace(SMALL, window=12)
-    result = extrapolate.compare(model, wide, torch.zeros(1, 1, 32), chunks=2, filled=True)
+    result = rolling.compare(model, wide, torch.zeros(1, 1, 32), chunks=2, filled=True)
     assert 0 < result["relative_difference_in_first_window"] < 1e-5  # the ring has seen it all
     assert all(len(way["by_chunk"]) == 2 for way in result["ways"].values())
 
 
 def test_time_cuts_the_chunks_past_the_window_only(model: DiT) -> None:
     text, small = torch.zeros(1, 1, 32), replace(SMALL, window=9)
-    result = extrapolate.compare(model, small, text, chunks=9, seconds=0)
+    result = rolling.compare(model, small, text, chunks=9, seconds=0)
     assert [len(way["by_chunk"]) for way in result["ways"].values()] == [3, 3, 3]
 
 
-@pytest.mark.parametrize("way", [extrapolate.RecomputeWindow, extrapolate.RecomputeCache])
+@pytest.mark.parametrize("way", [rolling.RecomputeWindow, rolling.RecomputeCache])
 @pytest.mark.parametrize("filled", [False, True])
 def test_nothing_is_timed_when_they_differ(
     model: DiT, way: Any, filled: bool, monkeypatch: pytest.MonkeyPatch
@@ -74,14 +75,14 @@ def test_nothing_is_timed_when_they_differ(
     right = way.next_chunk
     monkeypatch.setattr(way, "next_chunk", lambda *a: 1.01 * right(*a))
     with pytest.raises(AssertionError, match="nothing is timed"):
-        extrapolate.compare(model, SMALL, torch.zeros(1, 1, 32), chunks=1, filled=filled)
+        rolling.compare(model, SMALL, torch.zeros(1, 1, 32), chunks=1, filled=filled)
 
 
 @pytest.mark.usefixtures("_small")
 def test_every_window_is_measured_and_one_is_followed(tmp_path: Path) -> None:
     saved: list[str] = []
-    job = part.Job(CPU, tiny=True, rounds=1, save=lambda r: saved.append(json.dumps(r)))
-    result = extrapolate.run(job)
+    job = harness.Job(CPU, tiny=True, rounds=1, save=lambda r: saved.append(json.dumps(r)))
+    result = rolling.run(job)
     assert (
         saved[-1] == json.dumps(result) and len(saved) > 4
     )  # whatever ends it, what is done stays
@@ -102,30 +103,30 @@ def test_every_window_is_measured_and_one_is_followed(tmp_path: Path) -> None:
         entry["flops"] for entry in at_once["contestants"].values()
     ]
 
-    tables = extrapolate.tables(result)
+    tables = rolling.tables(result)
     assert len(tables) == 3 and len(tables[0].rows) == 12
     assert all(len(row) == len(t.columns) for t in tables for row in t.rows)
-    assert part.draw(extrapolate, result, tmp_path) == "figures: extrapolate.png"
+    assert harness.draw(rolling, result, tmp_path) == "figures: extrapolate.png"
 
 
 @pytest.mark.usefixtures("_small")
 def test_what_is_not_wanted_wrong_or_too_late(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = extrapolate.run(part.Job(CPU, tiny=True, rounds=1, only="of 6$"))
+    one = rolling.run(harness.Job(CPU, tiny=True, rounds=1, only="of 6$"))
     assert [row["case"] for row in one["rows"]] == ["window of 6"] and not one["exponents"]
-    assert len(extrapolate.tables(one)) == 1
-    assert part.draw(extrapolate, one, tmp_path).endswith(".png")
+    assert len(rolling.tables(one)) == 1
+    assert harness.draw(rolling, one, tmp_path).endswith(".png")
 
-    late = extrapolate.run(part.Job(CPU, tiny=True, rounds=1, seconds=0))
+    late = rolling.run(harness.Job(CPU, tiny=True, rounds=1, seconds=0))
     assert late["rows"][0]["contestants"] == {} and len(late["no_time_for"]) == 6
-    assert part.draw(extrapolate, late, tmp_path).startswith("no figures")
+    assert harness.draw(rolling, late, tmp_path).startswith("no figures")
 
-    right = extrapolate.RecomputeCache.next_chunk
-    monkeypatch.setattr(extrapolate.RecomputeCache, "next_chunk", lambda *a: 2 * right(*a))
-    wrong = extrapolate.run(part.Job(CPU, tiny=True, rounds=1, only="of 6$"))
-    assert part.wrong(wrong) == [f"window of 6: {way}" for way in WAYS]
-    assert timing.WRONG in str(extrapolate.tables(wrong)[0].rows)
+    right = rolling.RecomputeCache.next_chunk
+    monkeypatch.setattr(rolling.RecomputeCache, "next_chunk", lambda *a: 2 * right(*a))
+    wrong = rolling.run(harness.Job(CPU, tiny=True, rounds=1, only="of 6$"))
+    assert harness.wrong(wrong) == [f"window of 6: {way}" for way in WAYS]
+    assert timing.WRONG in str(rolling.tables(wrong)[0].rows)
 
 
 def test_exponents_are_slopes_between_logarithms() -> None:
@@ -136,6 +137,6 @@ def test_exponents_are_slopes_between_logarithms() -> None:
         {"window": w, "contestants": {"ring cache": entry(w)}} for w in (6, 12, 84)
     ]
     rows.append({"window": 100, "contestants": {"ring cache": {"failed": "no memory"}}})
-    ((way, powers),) = extrapolate.exponents(rows).items()
+    ((way, powers),) = rolling.exponents(rows).items()
     assert way == "ring cache"
     assert powers == pytest.approx({"measured": 2.0, "theory": 0.5})

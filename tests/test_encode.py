@@ -15,14 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sfmodel import checkpoint, pretrained
+from sfmodel import pretrained
 from sfmodel.config import PRESETS, DiTConfig, Preset, VAEConfig
 from sfmodel.dit import DiT
-from sfmodel.text import ToyTextEncoder
-from sfmodel.tiny_vae import TinyVAE
+from sfmodel.toy.text import ToyTextEncoder
 from sfmodel.train.data import LatentShards, Prompts, open_source
-from sfmodel.vae import WanVAE
+from sfmodel.vae.taehv import TinyVAE
+from sfmodel.vae.wan import WanVAE
 from sfmodel.video import VideoWriter, read_video
+from sfmodel.weights import checkpoint
 from tests.test_cli import refused, run
 
 # The text encoder has a test of its own (test_umt5.py); the toy's takes its place here.
@@ -52,8 +53,8 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(PRESETS, "wan-1.3b", SMALL)
     monkeypatch.setattr(pretrained, "WanVAE", vae)
     monkeypatch.setattr(vae, "spatial_factor", 8, raising=False)
-    monkeypatch.setattr("sfmodel.cli.load_text", lambda *_: TEXT())
-    monkeypatch.setattr("sfmodel.coding.load_text", lambda *_: TEXT())
+    monkeypatch.setattr("sfmodel.cli.main.load_text", lambda *_: TEXT())
+    monkeypatch.setattr("sfmodel.cli.encode.load_text", lambda *_: TEXT())
     monkeypatch.setenv("SFMODEL_MODELS", str(folder))
     monkeypatch.chdir(tmp_path)
     return folder
@@ -232,7 +233,7 @@ def test_many_prompts_become_files_of_one_size(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sfmodel.coding.SHARD", 500)  # bytes: 8 words
+    monkeypatch.setattr("sfmodel.cli.encode.SHARD", 500)  # bytes: 8 words
     prompts = [f"a {colour} ball" for colour in ("red", "green", "blue", "cyan", "white")] * 3
     Path("p.txt").write_text("\n".join(prompts))
     encode_toy(monkeypatch, "p.txt")
@@ -308,7 +309,7 @@ def test_latents_with_nan_end_the_video_before_them(
                       "toy", "--output", "b.mp4")  # fmt: skip
     assert "b.mp4: frame 0 holds NaN" in said_so and not Path("b.mp4").exists()
     write_video(Path("c.mp4"), 40)
-    monkeypatch.setattr("sfmodel.coding.to_pixels", lambda images: torch.full(
+    monkeypatch.setattr("sfmodel.cli.encode.to_pixels", lambda images: torch.full(
         (len(images), 3, 64, 64), torch.nan if len(images) > 1 else 0.0))  # fmt: skip
     said_so = refused(monkeypatch, capsys, "encode", "c.mp4", "--preset", "toy")
     assert said_so == "sfmodel: c.mp4: its latents hold NaN or infinity from frame 1 on"

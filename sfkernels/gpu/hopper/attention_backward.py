@@ -57,7 +57,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sfkernels import launch
 from sfkernels.gpu.attention import LOG2E
 from sfkernels.gpu.attention_backward import row_delta
-from sfkernels.gpu.hopper.forward import (
+from sfkernels.gpu.hopper.attention import (
     CONSUMER_REGISTERS,
     CONSUMERS,
     PRODUCER_REGISTERS,
@@ -71,7 +71,7 @@ from sfkernels.gpu.hopper.forward import (
     store_rows,
     turn_of,
 )
-from sfkernels.gpu.tiles import Rows, Tiles, column_table, tile_table
+from sfkernels.gpu.tiles import Pattern, Tiles, column_table, tile_table
 from sfkernels.layout import Span
 
 Named = tuple[str, Tensor | None]
@@ -323,7 +323,7 @@ def attention_bwd(
     v_BSHD: Tensor,
     o_BLHD: Tensor,
     lse_BHL: Tensor,
-    rows: Rows,
+    rows: Pattern,
     k_prefix_BPHD: Tensor | None,
     v_prefix_BPHD: Tensor | None,
     prefix: tuple[Span, ...],
@@ -341,15 +341,15 @@ def attention_bwd(
     by_key: list[Named] = [("k", k_BSHD), ("v", v_BSHD)]
 
     setting = hopper_setting("hopper_dkdv", q_BLHD)
-    table = column_table(rows, keys, setting.keep, q_BLHD.device)
-    descs, apart = _describe(by_query, setting.visit, by_key, M.value)
+    table = column_table(rows, keys, setting.stationary, q_BLHD.device)
+    descs, apart = _describe(by_query, setting.streamed, by_key, M.value)
     args = (*descs, lse_BHL, delta_BHL, dk, dv, *table, len(table.tiles), queries, keys)
     _run(_hopper_dkdv_kernel, setting, (*args, scale, scale * LOG2E, *apart), table, q_BLHD)
 
     setting = hopper_setting("hopper_dq", q_BLHD)
-    table = tile_table(rows, prefix, setting.keep, q_BLHD.device)
+    table = tile_table(rows, prefix, setting.stationary, q_BLHD.device)
     by_key += [("prefix k", k_prefix_BPHD), ("prefix v", v_prefix_BPHD)]
-    descs, apart = _describe(by_query, M.value, by_key, setting.visit)
+    descs, apart = _describe(by_query, M.value, by_key, setting.streamed)
     args = (*descs, lse_BHL, delta_BHL, dq, *table, len(table.tiles), len(prefix), queries)
     _run(_hopper_dq_kernel, setting, (*args, scale, scale * LOG2E, *apart), table, q_BLHD,
          HAS_PREFIX=len(prefix) > 0)  # fmt: skip

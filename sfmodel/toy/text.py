@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sfmodel.world import BRIGHTNESS, COLOURS, DIRECTIONS, RADIUS, SPEED
+from sfmodel.toy.world import BRIGHTNESS, COLOURS, DIRECTIONS, RADIUS, SPEED
 
 # The order is part of every trained toy model: a word's place is its dimension.
 VOCABULARY: tuple[str, ...] = (

@@ -25,9 +25,10 @@ from rich.text import Text
 from sfkernels import cpp
 from sfmodel import assets
 from sfmodel.config import PRESETS
+from sfmodel.cost import DECODER_MEMORY, GIB, activations_gib, decoder_gib, memory_gib
 from sfmodel.files import atomic, check_writable
+from sfmodel.machine import machine
 
-GIB = 2**30
 OLDEST = (8, 0)  # compute capability that the kernels are written for
 STREAMS = "wan-1.3b"  # the preset with public few-step weights
 NEEDED = ("generators", "vae", "text_encoder", "tokenizer")  # to stream it
@@ -97,8 +98,6 @@ def examine(models: Path | None) -> dict[str, Any]:
 
 
 def _machine(folder: Path) -> dict[str, Any]:
-    from bench.machine import machine  # no part of what a stream imports
-
     sees = torch.cuda.is_available()
     gpus = []
     for i in range(torch.cuda.device_count() if sees else 0):
@@ -150,16 +149,13 @@ def memory(gpu_gib: float | None) -> list[dict[str, Any]]:
     """GiB that a stream needs, a row for each preset, window and decoder: of weights, keys and
     values, a chunk's activations, its decoder, all in bfloat16. Worked out, not measured. fits:
     into `gpu_gib`; None without a GPU."""
-    from bench.memory import DECODERS, activations_gib, decoder_gib
-    from bench.model import memory_gib
-
     rows = []
     for name, preset in PRESETS.items():
         toy = name == "toy"  # whose decoder is too small to count
         for window in (preset.window,) if toy else WINDOWS:
             sized = replace(preset, window=window)
             kept = memory_gib(sized)
-            for decoder in ("its own",) if toy else DECODERS:
+            for decoder in ("its own",) if toy else DECODER_MEMORY:
                 parts = [kept["weights"], kept["cache"], activations_gib(sized)]
                 parts.append(0.0 if toy else decoder_gib(sized, decoder))
                 total = sum(parts) + CUDA_GIB

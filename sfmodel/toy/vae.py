@@ -1,7 +1,7 @@
 """The codec of the toy world: a fixed causal encoder and a small learned causal decoder.
 
-`encode_chunk` and `decode_chunk` are those of `sfmodel.codec.VideoCodec`.
-`python -m sfmodel.toy_vae` trains the decoder and writes the shipped weights.
+`encode_chunk` and `decode_chunk` are those of `sfmodel.vae.codec.VideoCodec`.
+`python -m sfmodel.toy.vae` trains the decoder and writes the shipped weights.
 
 Shapes: B batch, T pixel frames, F latent frames, N = B·F, C channels, H × W the size of whichever
 is meant: pixels are 8 times as high and wide as latents. S = 4 sub-frames of a latent frame.
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfmodel import world
-from sfmodel.codec import check_latents, check_pixels
-from sfmodel.tensors import save_tensors
+from sfmodel.toy import world
+from sfmodel.vae.codec import check_latents, check_pixels
+from sfmodel.weights.saving import save_tensors
 
 WEIGHTS = Path(__file__).parent / "weights" / "toy_vae.safetensors"
 
@@ -90,7 +90,7 @@ class ToyVAE(nn.Module):
     def from_pretrained(cls, path: str | Path = WEIGHTS) -> ToyVAE:
         """The trained codec, in evaluation mode. Raises ValueError where there is no such file."""
         if not Path(path).is_file():
-            raise ValueError(f"{path}: no such weights; `python -m sfmodel.toy_vae` makes them")
+            raise ValueError(f"{path}: no such weights; `python -m sfmodel.toy.vae` makes them")
         from safetensors.torch import load_file  # the class itself needs no more than PyTorch
 
         vae = cls()

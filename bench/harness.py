@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.text import Text
 
 from bench import timing
-from bench.machine import machine, state
 from sfmodel.files import atomic
+from sfmodel.machine import machine, state
 
 Result = dict[str, Any]
 

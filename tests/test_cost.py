@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench import model, predict
-from bench.model import GPUS, Gpu, waves
+from bench import predict
 from bench.predict import prediction, setting
-from sfkernels import BlockLayout
+from sfkernels import BlockLayout, roofline
+from sfmodel import cost
 from sfmodel.config import PRESETS, DiTConfig
+from sfmodel.cost import GPUS, Gpu, waves
 from sfmodel.dit import DiT
 
 H200, H100 = GPUS["h200"], GPUS["h100"]
@@ -41,50 +42,50 @@ def agrees(value: float, said: str) -> bool:
 def test_attention() -> None:
     """10 pairs of 3 heads of 8: two products of 10 · 3 · 8 multiply-adds, five backward, three for
     the pairs without a gradient."""
-    assert model.attention_flops(10, 3, 8) == 2 * 2 * 240
-    assert model.attention_flops(10, 3, 8, backward=True) == 5 * 2 * 240
-    assert model.attention_flops(10, 3, 8, True, no_gradient=4) == 5 * 2 * 144 + 3 * 2 * 96
-    assert model.attention_bytes(2, 5, 3, 8, 2) == (2 + 5 + 5 + 2) * 24 * 2
+    assert roofline.attention_flops(10, 3, 8) == 2 * 2 * 240
+    assert roofline.attention_flops(10, 3, 8, backward=True) == 5 * 2 * 240
+    assert roofline.attention_flops(10, 3, 8, True, no_gradient=4) == 5 * 2 * 144 + 3 * 2 * 96
+    assert roofline.attention_bytes(2, 5, 3, 8, 2) == (2 + 5 + 5 + 2) * 24 * 2
 
 
 def test_pointwise_ops() -> None:
-    assert model.norm_bytes(7, 10, 4, 2) == 4 * 70 * 2
+    assert roofline.norm_bytes(7, 10, 4, 2) == 4 * 70 * 2
     # x, y read, x', out written, behind 3 rows copied; dx', dout, x' read, dx written.
-    assert model.norm_silu_bytes(7, 3, 10, 2) == 4 * 70 * 2 + 2 * 30 * 2
-    assert model.norm_silu_bytes(7, 3, 10, 2, backward=True) == 4 * 70 * 2
+    assert roofline.norm_silu_bytes(7, 3, 10, 2) == 4 * 70 * 2 + 2 * 30 * 2
+    assert roofline.norm_silu_bytes(7, 3, 10, 2, backward=True) == 4 * 70 * 2
     table = 5 * 4 * 2 * 4  # 5 tokens, 4 pairs, a cosine and a sine, float32
-    assert model.rope_table_bytes(5, 8) == table
-    assert model.qk_norm_rope_bytes(5, 16, 8, 2) == (3 + 3) * 80 * 2 + table
-    assert model.qk_norm_rope_bytes(5, 16, 8, 2, backward=True) == (3 + 2 + 3) * 80 * 2 + table
-    assert model.sampler_bytes(10, 5) == 5 * 10 * 4
+    assert roofline.rope_table_bytes(5, 8) == table
+    assert roofline.qk_norm_rope_bytes(5, 16, 8, 2) == (3 + 3) * 80 * 2 + table
+    assert roofline.qk_norm_rope_bytes(5, 16, 8, 2, backward=True) == (3 + 2 + 3) * 80 * 2 + table
+    assert roofline.sampler_bytes(10, 5) == 5 * 10 * 4
 
 
 def test_convolution() -> None:
     """6 pixels, 2 channels to 3, 9 taps: 6 · 3 outputs of 2 · 9 multiply-adds."""
-    assert model.convolution_flops(6, 2, 3, 9) == 6 * 3 * 2 * 9 * 2
+    assert cost.convolution_flops(6, 2, 3, 9) == 6 * 3 * 2 * 9 * 2
 
 
 def test_pass() -> None:
     """Self-attention has q, k, v and o, cross-attention q and o; 16 numbers make a token."""
     linears = 2 * 7 * (3 * (4 * 64 + 2 * 64 + 2 * 8 * 20) + 2 * 16 * 8)
     attended, crossed = 3 * 4 * 8 * 70, 3 * 4 * 8 * 7 * 5
-    assert model.pass_parts(SMALL, 7, 70) == (linears, attended, crossed)
-    assert model.pass_flops(SMALL, 7, 70) == linears + attended + crossed
+    assert cost.pass_parts(SMALL, 7, 70) == (linears, attended, crossed)
+    assert cost.pass_flops(SMALL, 7, 70) == linears + attended + crossed
 
 
 @pytest.mark.parametrize(("frames", "chunk", "first"), [(21, 3, None), (7, 3, 1), (5, 1, None)])
 def test_causal_pairs_are_those_of_the_layout(frames: int, chunk: int, first: int | None) -> None:
     layout = BlockLayout.causal(frames, chunk, 4, first=first)
-    assert model.causal_pairs(layout.chunks, 4) == layout.pairs
+    assert cost.causal_pairs(layout.chunks, 4) == layout.pairs
     assert 2 * layout.pairs == replace(layout, teacher_forcing=True).pairs
 
 
 def test_rolling() -> None:
     """A window of 3 chunks of 2 frames of 4 tokens, 2 steps."""
-    flops = model.rolling_flops(SMALL, 4, 6, 2, 2)
-    cached = [model.pass_flops(SMALL, 8, 8 * 4 * seen) for seen in (2, 4, 6)]
+    flops = cost.rolling_flops(SMALL, 4, 6, 2, 2)
+    cached = [cost.pass_flops(SMALL, 8, 8 * 4 * seen) for seen in (2, 4, 6)]
     assert flops == {
-        "recompute window": 2 * model.pass_flops(SMALL, 24, BlockLayout((4, 2), 4).pairs),
+        "recompute window": 2 * cost.pass_flops(SMALL, 24, BlockLayout((4, 2), 4).pairs),
         "recompute cache": cached[0] + cached[1] + 2 * cached[2],
         "ring cache": 3 * cached[2],
     }
@@ -94,20 +95,20 @@ def test_rolling() -> None:
 def test_parameters_are_those_of_the_module(config: DiTConfig) -> None:
     with torch.device("meta"):
         module = DiT(config)
-    assert model.parameters(config) == sum(p.numel() for p in module.parameters())
+    assert cost.parameters(config) == sum(p.numel() for p in module.parameters())
 
 
 def test_memory() -> None:
     """The published model has 1,418,996,800 parameters; keys and values of a frame, 274 MiB."""
-    assert model.parameters(WAN.dit) == 1_418_996_800
-    memory = model.memory_gib(WAN)
+    assert cost.parameters(WAN.dit) == 1_418_996_800
+    memory = cost.memory_gib(WAN)
     assert memory["weights"] == 2 * 1_418_996_800 / 2**30
     frame = 2 * 30 * N * D * 2
     assert round(frame / 2**20) == 274
     assert memory["cache"] == (21 * frame + 2 * 30 * 512 * D * 2) / 2**30
     assert memory["total"] == memory["weights"] + memory["cache"]
-    assert model.memory_gib(WAN, batch=3)["cache"] == pytest.approx(3 * memory["cache"])
-    assert model.memory_gib(WAN, precision="8-bit")["total"] == memory["total"] / 2
+    assert cost.memory_gib(WAN, batch=3)["cache"] == pytest.approx(3 * memory["cache"])
+    assert cost.memory_gib(WAN, precision="8-bit")["total"] == memory["total"] / 2
 
 
 def wan_decoder(frames: int, height: int, width: int) -> int:
@@ -171,9 +172,9 @@ def taehv_decoder(frames: int, height: int, width: int) -> int:
 
 @pytest.mark.parametrize("size", [(3, 60, 104), (1, 90, 160)])
 def test_decoders(size: tuple[int, int, int]) -> None:
-    assert model.decode_flops("wan", *size) == 2 * wan_decoder(*size)
-    assert model.decode_flops("taehv", *size) == 2 * taehv_decoder(*size)
-    assert model.decode_flops("none", *size) == 0
+    assert cost.decode_flops("wan", *size) == 2 * wan_decoder(*size)
+    assert cost.decode_flops("taehv", *size) == 2 * taehv_decoder(*size)
+    assert cost.decode_flops("none", *size) == 0
 
 
 def test_parts_of_the_wan_decoder() -> None:
@@ -182,8 +183,8 @@ def test_parts_of_the_wan_decoder() -> None:
 
     def tflop(channels: int) -> float:
         return sum(
-            n * model.convolution_flops(3 * t * 60 * 104 * s**2, a, b, taps) / 1e12
-            for n, a, b, taps, s, t in model.WAN_DECODER
+            n * cost.convolution_flops(3 * t * 60 * 104 * s**2, a, b, taps) / 1e12
+            for n, a, b, taps, s, t in cost.WAN_DECODER
             if b == channels and taps == 27
         )
 
@@ -194,16 +195,16 @@ def test_parts_of_the_wan_decoder() -> None:
 def test_the_first_latent_frame_makes_one_pixel_frame() -> None:
     """All convolutions but those in time take one frame, whatever the rate further on."""
     one = sum(
-        n * model.convolution_flops(60 * 104 * s**2, a, b, taps)
-        for n, a, b, taps, s, _ in model.WAN_DECODER
+        n * cost.convolution_flops(60 * 104 * s**2, a, b, taps)
+        for n, a, b, taps, s, _ in cost.WAN_DECODER
         if taps != 3
     )
-    first = model.decode_flops("wan", 1, 60, 104, first=True)
-    assert first == one + model.attention_flops((60 * 104) ** 2, 1, 384)
-    later = model.decode_flops("wan", 2, 60, 104)
-    assert model.decode_flops("wan", 3, 60, 104, first=True) == first + later
-    again = model.decode_flops("taehv", 3, 60, 104, first=True)
-    assert again == model.decode_flops("taehv", 3, 60, 104)
+    first = cost.decode_flops("wan", 1, 60, 104, first=True)
+    assert first == one + roofline.attention_flops((60 * 104) ** 2, 1, 384)
+    later = cost.decode_flops("wan", 2, 60, 104)
+    assert cost.decode_flops("wan", 3, 60, 104, first=True) == first + later
+    again = cost.decode_flops("taehv", 3, 60, 104, first=True)
+    assert again == cost.decode_flops("taehv", 3, 60, 104)
 
 
 def test_waves() -> None:
@@ -215,10 +216,10 @@ def test_waves() -> None:
                               (1560, 5, ".92")):  # fmt: skip
         assert agrees(waves(rows, 12, 132, split=split), said)
     assert agrees(waves(4680, 1536 / 128, 132), ".83")  # a linear of 1536 columns
-    best = model.best_split(4680, 12, 132)
-    shares = [waves(4680, 12, 132, split=s) for s in range(1, model.MOST_SPLITS + 1)]
+    best = cost.best_split(4680, 12, 132)
+    shares = [waves(4680, 12, 132, split=s) for s in range(1, cost.MOST_SPLITS + 1)]
     assert shares[best - 1] == max(shares) > 0.95
-    assert model.best_split(132 * 128, 1, 132) == 1  # nothing to gain
+    assert cost.best_split(132 * 128, 1, 132) == 1  # nothing to gain
 
 
 # --- Times
@@ -226,7 +227,7 @@ def test_waves() -> None:
 
 def test_components_by_hand() -> None:
     """FLOPs and bytes of a chunk: five passes of 30 layers."""
-    rows, passes, tokens = model.dit(WAN, H200, 21), 5 * 30, 3 * N
+    rows, passes, tokens = cost.dit(WAN, H200, 21), 5 * 30, 3 * N
     assert rows["self-attention"]["tflop"] == passes * 4 * D * tokens * 21 * N / 1e12
     activations = passes * tokens * D * 2
     table = passes * tokens * 128 * 4
@@ -234,24 +235,24 @@ def test_components_by_hand() -> None:
     assert rows["norms, RoPE"]["gb"] == pytest.approx((18 * activations + table) / 1e9)
     kept = 5 * 30 * (2 * tokens + 2 * 21 * N) * D * 2
     assert rows["self-attention"]["gb"] == pytest.approx(kept / 1e9)
-    eight = model.dit(WAN, H200, 21, "8-bit")
+    eight = cost.dit(WAN, H200, 21, "8-bit")
     assert eight["norms, RoPE"]["gb"] == pytest.approx((15 * activations + table) / 1e9)
     qkv, out = (tokens + 2 * 21 * N) * D, tokens * D * 2
     assert eight["self-attention"]["gb"] == pytest.approx(passes * (qkv + out) / 1e9)
     every = sum(row["tflop"] for row in rows.values())
-    assert every == pytest.approx(5 * model.pass_flops(WAN.dit, tokens, tokens * 21 * N) / 1e12)
+    assert every == pytest.approx(5 * cost.pass_flops(WAN.dit, tokens, tokens * 21 * N) / 1e12)
 
 
 def test_a_row_takes_the_longer_of_arithmetic_and_copy() -> None:
     gpu = Gpu("one", 1, matmul_tflops=1, copy_tbps=2, memory_gib=1, link_gbps=1)
-    assert model._row(gpu, "bf16", 3e12, 2e12, share=0.5) == {
+    assert cost._row(gpu, "bf16", 3e12, 2e12, share=0.5) == {
         "tflop": 3, "gb": 2000, "floor_ms": 3000, "whole_waves_ms": 6000,
     }  # fmt: skip
-    assert model._row(gpu, "8-bit", 3e12, 2e12)["floor_ms"] == 1500
-    assert model._row(gpu, "8-bit", 3e12, 4e12, share=0.9)["whole_waves_ms"] == 2000
+    assert cost._row(gpu, "8-bit", 3e12, 2e12)["floor_ms"] == 1500
+    assert cost._row(gpu, "8-bit", 3e12, 4e12, share=0.9)["whole_waves_ms"] == 2000
     # One token: reading the weights takes longer than multiplying with them.
     tiny = replace(setting("wan-1.3b", 16, 16, chunk=1))
-    linears = model.dit(tiny, H200, 21)["linears"]
+    linears = cost.dit(tiny, H200, 21)["linears"]
     assert linears["floor_ms"] == pytest.approx(linears["gb"] / H200.copy_tbps)
     assert linears["gb"] > 5 * 30 * 2 * (6 * D * D + 2 * D * 8960) / 1e9
 
@@ -262,7 +263,7 @@ def test_linears_in_whole_waves() -> None:
     def padded(columns: int) -> float:
         return math.ceil(37 * columns / 132) * 132 / (4680 / 128 * columns)
 
-    row = model.dit(WAN, H200, 21)["linears"]
+    row = cost.dit(WAN, H200, 21)["linears"]
     macs = ((3, 36), (3, 12), (8960 / D, 70), (8960 / D, 12))  # in units of D²
     ratio = sum(m * padded(c) for m, c in macs) / sum(m for m, _ in macs)
     assert row["whole_waves_ms"] / row["floor_ms"] == pytest.approx(ratio, rel=0.002)  # the ends
@@ -289,7 +290,7 @@ def test_floors_of_the_h200(precision: str) -> None:
     # These two leave the table of RoPE out, 1% of it.
     activations = rows["norms, RoPE"]["gb"] - 5 * 30 * 3 * N * 128 * 4 / 1e9
     assert agrees(activations, "39" if precision == "bf16" else "32")
-    taehv = model.decode(WAN, H200, precision, "taehv")
+    taehv = cost.decode(WAN, H200, precision, "taehv")
     assert agrees(taehv["tflop"], "1.6") and agrees(taehv["floor_ms"], "2")
 
 
@@ -316,18 +317,18 @@ def test_latency() -> None:
     """A reaction takes four of five passes at a full window and the decode; the first frame takes
     them with the chunk alone in the cache."""
     for preset, said in ((WAN, "110"), (FRAME_WISE, "37")):
-        rows = model.latency_ms(preset, H200, "8-bit", "taehv")
+        rows = cost.latency_ms(preset, H200, "8-bit", "taehv")
         assert agrees(rows["reaction"]["floor"], said)
         assert rows["first_frame"]["floor"] < rows["reaction"]["floor"] / 2
-    four = model.total(model.dit(WAN, H200, 3, passes=4).values())["floor_ms"]
-    latency = model.latency_ms(WAN, H200, "bf16", "none")
+    four = cost.total(cost.dit(WAN, H200, 3, passes=4).values())["floor_ms"]
+    latency = cost.latency_ms(WAN, H200, "bf16", "none")
     assert latency["first_frame"]["floor"] == four
-    independent = model.latency_ms(replace(WAN, first=1), H200, "bf16", "wan")
+    independent = cost.latency_ms(replace(WAN, first=1), H200, "bf16", "wan")
     assert (
         independent["first_frame"]
-        == model.latency_ms(FRAME_WISE, H200, "bf16", "wan")["first_frame"]
+        == cost.latency_ms(FRAME_WISE, H200, "bf16", "wan")["first_frame"]
     )
-    assert independent["reaction"] == model.latency_ms(WAN, H200, "bf16", "wan")["reaction"]
+    assert independent["reaction"] == cost.latency_ms(WAN, H200, "bf16", "wan")["reaction"]
 
 
 def test_a_gpu_whose_copy_alone_is_slower() -> None:
@@ -367,13 +368,13 @@ def test_training_by_hand() -> None:
     """Linears of a pass 81.9 TFLOP, block-causal attention 113, cross-attention 3.1; dense teacher
     forcing would take 791 in attention where its blocks take 226."""
     tokens, layout = 21 * N, BlockLayout.causal(21, 3, N)
-    parts = model.pass_parts(WAN.dit, tokens, layout.pairs)
+    parts = cost.pass_parts(WAN.dit, tokens, layout.pairs)
     for flops, said in zip(parts, ("81.9", "113", "3.1"), strict=True):
         assert agrees(flops / 1e12, said)
     linears, attended, crossed = parts
     twice = BlockLayout.causal(21, 3, N, teacher_forcing=True)
-    assert agrees(30 * model.attention_flops(twice.pairs, 12, 128) / 1e12, "226")
-    assert agrees(30 * model.attention_flops(twice.tokens**2, 12, 128) / 1e12, "791")
+    assert agrees(30 * roofline.attention_flops(twice.pairs, 12, 128) / 1e12, "226")
+    assert agrees(30 * roofline.attention_flops(twice.tokens**2, 12, 128) / 1e12, "791")
 
     causal = sum(parts)
     full = linears + 30 * 4 * D * tokens**2 + crossed
@@ -381,15 +382,15 @@ def test_training_by_hand() -> None:
     critic = 4 * linears + 4.5 * (full - linears)
     for exit_step in (None, 0, 3):
         before = 1.5 if exit_step is None else exit_step
-        found = model.training_flops(WAN, exit_step=exit_step)
+        found = cost.training_flops(WAN, exit_step=exit_step)
         assert found["diffusion forcing"] == forcing
         assert found["teacher forcing"] == 2 * forcing
         assert found["self forcing, generator"] == (before + 1) * causal + forcing + 3 * full
         assert found["self forcing, critic"] == (before + 2) * causal + critic
-    one = model.training_flops(replace(WAN, steps=(1000,)))
-    assert one == model.training_flops(WAN, exit_step=0)
+    one = cost.training_flops(replace(WAN, steps=(1000,)))
+    assert one == cost.training_flops(WAN, exit_step=0)
     with pytest.raises(ValueError, match="exit_step=4: must be from 0 to 3"):
-        model.training_flops(WAN, exit_step=4)
+        cost.training_flops(WAN, exit_step=4)
 
 
 # --- Several GPUs
@@ -398,15 +399,15 @@ def test_training_by_hand() -> None:
 def test_exchange() -> None:
     """By hand on 3 GPUs: 1560 of 4680 tokens each, two thirds of whose q, k, v go to the others,
     and of whose o as much comes back; each in every layer."""
-    assert model.exchange_bytes(WAN, 3) == 4 * 1560 * D * 2 * 2 / 3
-    assert model.exchange_bytes(WAN, 3, "8-bit") == (3 + 2) * 1560 * D * 2 / 3
-    assert model.exchange_bytes(WAN, 1) == 0
+    assert predict.exchange_bytes(WAN, 3) == 4 * 1560 * D * 2 * 2 / 3
+    assert predict.exchange_bytes(WAN, 3, "8-bit") == (3 + 2) * 1560 * D * 2 / 3
+    assert predict.exchange_bytes(WAN, 1) == 0
     with pytest.raises(ValueError, match="gpus=5: must divide 12 heads and 4680 tokens"):
-        model.exchange_bytes(WAN, 5)
+        predict.exchange_bytes(WAN, 5)
 
 
 def test_several_gpus() -> None:
-    rows = model.multi_gpu(WAN, H200, 5, "bf16", "wan")
+    rows = predict.multi_gpu(WAN, H200, 5, "bf16", "wan")
     kinds = [(r["gpus"], r["transformer_gpus"], r["own_decoder"]) for r in rows]
     assert kinds == [
         (1, 1, False), (2, 2, False), (2, 1, True), (3, 3, False), (3, 2, True), (4, 4, False),
@@ -420,12 +421,12 @@ def test_several_gpus() -> None:
     assert own["fps"] == pytest.approx(12_000 / max(own["dit_ms"], own["decode_ms"]))
     assert own["reaction_ms"] == one["reaction_ms"]
     assert two["exchange_ms"] == pytest.approx(
-        5 * 30 * model.exchange_bytes(WAN, 2) / (450 * 0.8) / 1e6
+        5 * 30 * predict.exchange_bytes(WAN, 2) / (450 * 0.8) / 1e6
     )
     assert two["dit_ms"] == pytest.approx(one["dit_ms"] / 2 + two["exchange_ms"])
-    memory = model.memory_gib(WAN)
+    memory = cost.memory_gib(WAN)
     assert two["memory_gib"] == pytest.approx(memory["weights"] + memory["cache"] / 2)
-    none = model.multi_gpu(WAN, H200, 10**9, "bf16", "none")
+    none = predict.multi_gpu(WAN, H200, 10**9, "bf16", "none")
     assert [r["gpus"] for r in none] == [1, 2, 3, 4, 6, 12]
     assert not any(r["own_decoder"] for r in none)
 
@@ -448,7 +449,7 @@ def test_command(options: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     file = tmp_path / "new" / "predicted.json"
     assert predict.main([*options.split(), "--json", str(file)]) == 0
     printed, result = capsys.readouterr().out, json.loads(file.read_text())
-    tables = 5 if result["setting"]["decoder"] != "none" and "--gpus" in options else 4
+    tables = 6 if result["setting"]["decoder"] != "none" and "--gpus" in options else 5
     assert printed.count(predict.LABEL) == tables and result["label"] == predict.LABEL
     assert ("too much" in printed) == (not result["memory_gib"]["fits"])
     for numbers in _leaves(result):
@@ -501,5 +502,5 @@ def test_bad_input(options: str, said: str, capsys: pytest.CaptureFixture[str]) 
 
 def test_is_quick_to_import() -> None:
     heavy = "{'torch', 'tyro', 'av', 'matplotlib', 'numpy', 'rich'}"
-    code = f"import sys, bench.model; sys.exit(len({heavy} & set(sys.modules)))"
+    code = f"import sys, sfmodel.cost; sys.exit(len({heavy} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sfmodel import names
 from sfmodel.config import DiTConfig
-from sfmodel.names import clean_key as clean_key
-from sfmodel.names import from_official as from_official
-from sfmodel.names import to_official as to_official
-from sfmodel.opening import (
+from sfmodel.weights import names
+from sfmodel.weights.names import clean_key as clean_key
+from sfmodel.weights.names import from_official as from_official
+from sfmodel.weights.names import to_official as to_official
+from sfmodel.weights.opening import (
     SCALES,
     differences,
     dtype_name,
@@ -31,9 +31,9 @@ from sfmodel.opening import (
     some,
     wrong_shapes,
 )
-from sfmodel.opening import Weights as Weights
-from sfmodel.opening import open_weights as open_weights
-from sfmodel.tensors import save_tensors
+from sfmodel.weights.opening import Weights as Weights
+from sfmodel.weights.opening import open_weights as open_weights
+from sfmodel.weights.saving import save_tensors
 
 log = logging.getLogger(__name__)
 Module = TypeVar("Module", bound=nn.Module)

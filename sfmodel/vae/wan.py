@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 import sfkernels as sf
 from sfkernels.dispatch import cached_tensors
-from sfmodel import convolution
-from sfmodel.codec import Memory, State, check_before, check_latents, check_pixels
 from sfmodel.config import VAEConfig
+from sfmodel.vae import convolution
+from sfmodel.vae.codec import Memory, State, check_before, check_latents, check_pixels
 
 # Of the latents, by channel: diffusion models see (latents − mean) / std.
 MEAN = (

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfmodel import winograd
+from sfmodel.vae import winograd
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sfmodel import names
+from sfmodel.weights import names
 
 # Parts of a training checkpoint, the best for generating first; "" is what is in none of them.
 GENERATORS = ("generator_ema", "generator", "ema", "")

@@ -1,11 +1,11 @@
-"""What a stream and a training iteration must cost on a GPU, from arithmetic alone, for any
+"""FLOPs, bytes, floors and memory of streams and of training, from arithmetic alone, for any
 resolution, window, chunk and number of steps. `python -m bench predict` shows it.
 
-Every formula for FLOPs and bytes of the benches lives here. A multiply-add is two FLOPs; a tensor
-counts once for each time that it has to be read or written. "Floor" is FLOPs over the attainable
-rate of matrix products or bytes over that of a copy, whichever takes longer, summed over the
-components: no launch gaps, no exponentials, no decoder's bytes. "Whole waves" also counts the
-multiprocessors that idle in the last wave of tiles. All of it is predicted, none of it measured.
+"Floor" is FLOPs over the attainable rate of matrix products or bytes over that of a copy, whichever
+takes longer, summed over the components: no launch gaps, no exponentials, no decoder's bytes.
+"Whole waves" also counts the multiprocessors that idle in the last wave of tiles. All of it is
+predicted, none of it measured. FSDP2 cuts weights, gradients, moments and averages into the ranks;
+what is left whole is what one micro-batch computes with.
 """
 
 from __future__ import annotations
@@ -13,101 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from sfkernels.roofline import attention_bytes, attention_flops, norm_bytes, qk_norm_rope_bytes
 from sfmodel.config import DiTConfig, Preset
 
+GIB = 2**30
 VAE_STRIDE = 8  # pixels of a latent, each way
 PIXEL_FRAMES = 4  # of a latent frame; the very first one makes a single one
 CLIP = 21  # latent frames of the clips that Wan2.1 is trained on: 81 pixel frames
 TILE = 128  # rows, and columns, of one multiprocessor's share of a matrix product
 MOST_SPLITS = 8  # of the keys of attention
-
-# --- FLOPs and bytes of ops
-
-
-def attention_flops(
-    pairs: int, heads: int, head_dim: int, backward: bool = False, no_gradient: int = 0
-) -> int:
-    """FLOPs needed for (query, key) pairs that meet: forward two products; backward five, and
-    three for the `no_gradient` pairs whose keys take none."""
-    products = 5 * pairs - 2 * no_gradient if backward else 2 * pairs
-    return 2 * head_dim * heads * products
-
-
-def attention_bytes(queries: int, keys: int, heads: int, head_dim: int, size: int) -> int:
-    """Of q, k, v and o, with elements of `size` bytes."""
-    return 2 * (queries + keys) * heads * head_dim * size
-
-
-def norm_bytes(rows: int, channels: int, tensors: int, size: int) -> int:
-    """Of `tensors` activations [rows, channels] with elements of `size` bytes. Modulations and
-    weights are a thousandth of that and left out."""
-    return rows * channels * tensors * size
-
-
-def norm_silu_bytes(
-    rows: int, before: int, channels: int, size: int, backward: bool = False
-) -> int:
-    """Of what precedes a convolution of the VAE, with its residual: x, y read, their sum and the
-    output written, which begins with a copy of `before` rows; backward both gradients and the sum
-    read, one gradient written, and those rows are there already."""
-    copied = 0 if backward else norm_bytes(before, channels, 2, size)
-    return norm_bytes(rows, channels, 4, size) + copied
-
-
-def quantize_bytes(rows: int, channels: int, size: int) -> int:
-    """Of rows in 8 bits: elements of `size` bytes read, one byte each and a scale a row written."""
-    return norm_bytes(rows, channels, 1, size + 1) + 4 * rows
-
-
-def rope_table_bytes(tokens: int, head_dim: int) -> int:
-    """Of a cosine and a sine in float32 for each pair of a head's channels."""
-    return tokens * head_dim * 4
-
-
-def qk_norm_rope_bytes(
-    tokens: int, channels: int, head_dim: int, size: int, backward: bool = False
-) -> int:
-    """Of QK-norm and RoPE, with or without the append to a ring, and the table: q, k and v read
-    and written; backward dq, dk, dv, q and k read, the three gradients written."""
-    tensors = 8 if backward else 6
-    return norm_bytes(tokens, channels, tensors, size) + rope_table_bytes(tokens, head_dim)
-
-
-def sampler_bytes(elements: int, tensors: int) -> int:
-    """Of float32 latents. A sampler step reads x and the flow and writes x0 and the next x: four
-    tensors where the noise is drawn in the kernel, five where it is given. The DMD gradient reads
-    three and writes one."""
-    return 4 * tensors * elements
-
-
-# Floating-point operations for each element of the output (of one of q, k and v for RoPE), counted
-# by hand from reference.py. Exponentials, roots and the drawing of noise are left out.
-PER_ELEMENT = {
-    "rms_norm": 4,  # square, sum, two products
-    "rms_norm_silu": 9,  # residual and bias before it; 1 + exp, quotient, product
-    "layer_norm": 7,  # two sums, difference, square, two products, shift
-    "adaln": 7,
-    "gated_layer_norm": 9,  # gate and residual before it
-    "gated_adaln": 9,
-    "qk_norm_rope": 14,  # of q and of k: the RMSNorm's four, two products and a sum
-    "sampler_step": 5,  # x - σ·flow, (1 - σ')·x0 + σ'·ε
-    "dmd_gradient": 5,  # two differences, a magnitude, its sum, the quotient
-    "quantize_rows": 4,  # a magnitude, the largest, a product, its rounding
-    "rope_table": 1,  # the angle
-}
-
-
-def row_flops(op: str, elements: int, backward: bool = False) -> int:
-    """FLOPs of an op whose time is that of its bytes; backward about twice as many."""
-    return PER_ELEMENT[op] * elements * (2 if backward else 1)
-
-
-def convolution_flops(pixels: int, channels_in: int, channels_out: int, taps: int) -> int:
-    """`pixels` of the output, in all frames; taps: of the kernel, 27 for 3×3×3."""
-    return 2 * pixels * channels_in * channels_out * taps
-
 
 # --- The diffusion transformer
 
@@ -186,8 +101,8 @@ def memory_gib(preset: Preset, batch: int = 1, precision: str = "bf16") -> dict[
     PyTorch's own are left out."""
     config, size = preset.dit, 1 if precision == "8-bit" else 2
     rows = preset.window * math.prod(preset.grid) + config.text_len
-    weights = parameters(config) * size / 2**30
-    cache = 2 * config.layers * batch * rows * config.dim * size / 2**30
+    weights = parameters(config) * size / GIB
+    cache = 2 * config.layers * batch * rows * config.dim * size / GIB
     return {"weights": weights, "cache": cache, "total": weights + cache}
 
 
@@ -255,6 +170,11 @@ TAEHV_DECODER = (
     (1, 64, 3, 9, 8, 4),
 )
 DECODERS = {"wan": WAN_DECODER, "taehv": TAEHV_DECODER, "none": ()}
+
+
+def convolution_flops(pixels: int, channels_in: int, channels_out: int, taps: int) -> int:
+    """`pixels` of the output, in all frames; taps: of the kernel, 27 for 3×3×3."""
+    return 2 * pixels * channels_in * channels_out * taps
 
 
 def decode_flops(
@@ -369,9 +289,9 @@ def best_split(rows: int, heads: int, multiprocessors: int) -> int:
     return max(splits, key=lambda s: waves(rows, heads, multiprocessors, split=s))
 
 
-# --- Times. A row is a component: its TFLOP, GB and milliseconds.
+# --- Times
 
-Row = dict[str, float]
+Row = dict[str, float]  # of a component: its TFLOP, GB and milliseconds
 TIMES = ("floor_ms", "whole_waves_ms")
 
 
@@ -506,57 +426,80 @@ def training_flops(
     }
 
 
-# --- Several GPUs
+# --- Memory
+
+# Bytes a parameter: float32 weights, gradients, two moments; the generator's average; a frozen one.
+LEARNED, AVERAGED, FROZEN = 16, 4, 2
+# What a block keeps for its backward pass with the Triton kernels, in elements a token: of the
+# model's width, of the FFN's, of each head, and a few statistics of rows. Recomputed, its inputs.
+KEPT_DIM, KEPT_FFN, KEPT_HEAD, KEPT_ROW = 18.375, 2, 2, 10
+KEPT_RECOMPUTED = 2
+
+# Of a decoder: channels of its largest activation; how many of these there are at once, as
+# `tests/test_memory.py` counts them, TAEHV's state among them; parameters.
+DECODER_MEMORY = {"wan": (96, 4.3, 126.9e6), "taehv": (64, 2.3, 11.3e6)}
 
 
-def exchange_bytes(preset: Preset, gpus: int, precision: str = "bf16") -> float:
-    """Bytes that each GPU sends (and receives) in one layer of one pass of a chunk, under sequence
-    parallelism by all-to-all over heads (DeepSpeed-Ulysses, arXiv 2309.14509).
-
-    A GPU holds 1/n of the chunk's tokens outside attention and 1/n of the heads inside it. On the
-    way in it keeps 1/n of its q, k and v and sends the rest, (n − 1)/n of tokens/n · dim elements
-    each, quantised ones in 8-bit; on the way out the same of o, in 16 bits. The cache lies where
-    its heads are and never travels. Raises ValueError where n does not divide them."""
-    tokens = preset.chunk * math.prod(preset.grid)
-    if gpus < 1 or preset.dit.heads % gpus or tokens % gpus:
-        raise ValueError(
-            f"gpus={gpus}: must divide {preset.dit.heads} heads and {tokens} tokens of a chunk"
-        )
-    element = 3 * (1 if precision == "8-bit" else 2) + 2
-    return tokens * preset.dit.dim * element * (gpus - 1) / gpus**2
+def activations_gib(preset: Preset) -> float:
+    """Of one pass of a stream over a chunk in bfloat16, where they are most, in an FFN: its hidden
+    channels before and after GELU, its input, its output, and the residual stream."""
+    config, tokens = preset.dit, preset.chunk * math.prod(preset.grid)
+    return 2 * tokens * (2 * config.ffn_dim + 3 * config.dim) / GIB
 
 
-def multi_gpu(
-    preset: Preset, gpu: Gpu, gpus: int, precision: str, decoder: str
-) -> list[dict[str, Any]]:
-    """Settings with up to `gpus` of them at a full window, by floors: the transformer over n of
-    them by `exchange_bytes` (not overlapped, no latency of messages), the decoder after it on one
-    of the n, or on one of its own beside the next chunk. That raises FPS and leaves latency."""
-    passes, steps = len(preset.steps) + 1, len(preset.steps)
-    alone = total(dit(preset, gpu, preset.window, precision).values())["floor_ms"]
-    decoded = decode(preset, gpu, precision, decoder)["floor_ms"]
-    memory = memory_gib(preset, precision=precision)
-    rows: list[dict[str, Any]] = []
-    for n in range(1, min(gpus, preset.dit.heads) + 1):
-        try:
-            sent = exchange_bytes(preset, n, precision)
-        except ValueError:
-            continue
-        exchange = passes * preset.dit.layers * sent / gpu.link_gbps / 1e6
-        shared = alone / n + exchange
-        for own in (False, True) if n < gpus and decoder != "none" else (False,):
-            chunk = max(shared, decoded) if own else shared + decoded
-            rows.append(
-                {
-                    "gpus": n + own,
-                    "transformer_gpus": n,
-                    "own_decoder": own,
-                    "exchange_ms": exchange,
-                    "dit_ms": shared,
-                    "decode_ms": decoded,
-                    "fps": 1e3 * PIXEL_FRAMES * preset.chunk / chunk,
-                    "reaction_ms": shared * steps / passes + decoded,
-                    "memory_gib": memory["weights"] + memory["cache"] / n,
-                }
-            )
-    return sorted(rows, key=lambda row: (row["gpus"], row["own_decoder"]))
+def decoder_gib(preset: Preset, decoder: str) -> float:
+    """Of a video VAE in bfloat16: parameters, the peak of a chunk decoded at once, and for Wan2.1's
+    own the two frames that each convolution over time looks back at, before and after."""
+    channels, peak, weights = DECODER_MEMORY[decoder]
+    latents = preset.height * preset.width
+    elements = peak * PIXEL_FRAMES * preset.chunk * VAE_STRIDE**2 * latents * channels
+    if decoder == "wan":
+        inputs = [count * a * space**2 for count, a, _, taps, space, _ in WAN_DECODER if taps == 27]
+        elements += 2 * 2 * latents * sum(inputs)
+    return 2 * (elements + weights) / GIB
+
+
+def kept_elements(config: DiTConfig, recompute: bool) -> float:
+    """Elements that autograd keeps of one token in all blocks."""
+    if recompute:
+        return config.layers * KEPT_RECOMPUTED * config.dim
+    block = KEPT_DIM * config.dim + KEPT_FFN * config.ffn_dim + KEPT_HEAD * config.heads + KEPT_ROW
+    return config.layers * block
+
+
+def training_gib(
+    preset: Preset, recipe: str, ranks: int = 1, teacher: Preset | None = None, micro: int = 1
+) -> dict[str, float]:
+    """GiB of one rank at the peak of an update of the generator ("sf+dmd") or of flow matching
+    ("tf", "df"), in bfloat16 arithmetic. teacher: the real score's sizes, the generator's if None.
+
+    "activations": self forcing keeps one step of one chunk, however many steps come before the
+    exit, and flow matching the inputs of every block of the sequence, and one whole block. "cache":
+    keys and values of the clip, without gradient. "gathered": the largest part of a block, twice,
+    for the next one is gathered meanwhile; alone, autocast's copy of all weights."""
+    config, frame = preset.dit, math.prod(preset.grid)
+    own, chunks = parameters(config), clip_chunks(preset)
+    distils = "+" in recipe
+    weights = (LEARNED + AVERAGED) * own / ranks
+    if distils:
+        real = parameters(teacher.dit if teacher else config)
+        weights += (LEARNED * own + FROZEN * real) / ranks
+    largest = max(2 * config.dim * config.ffn_dim, 4 * config.dim**2)
+    gathered = 2 * own if ranks == 1 else 2 * 2 * largest
+    cache = 0.0
+    if recipe.startswith("sf"):
+        tokens = max(chunks) * frame
+        activations = tokens * kept_elements(config, recompute=False)
+        cache = 2 * 2 * config.layers * sum(chunks) * frame * config.dim
+    else:
+        tokens = sum(chunks) * frame * (2 if recipe.startswith("tf") else 1)
+        block = kept_elements(config, recompute=False) / config.layers
+        activations = tokens * (kept_elements(config, recompute=True) + block)
+    parts = {
+        "weights": weights,
+        "activations": 2 * micro * activations,
+        "cache": micro * cache,
+        "gathered": gathered,
+    }
+    parts = {name: nbytes / GIB for name, nbytes in parts.items()}
+    return {**parts, "total": sum(parts.values())}

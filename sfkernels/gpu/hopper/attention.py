@@ -55,7 +55,7 @@ from sfkernels.gpu.attention import (
     ring_forward,
     tile_setting,
 )
-from sfkernels.gpu.tiles import Rows
+from sfkernels.gpu.tiles import Pattern
 from sfkernels.layout import Span
 
 # Two consumers of M queries each: the rows of one wgmma.
@@ -387,7 +387,7 @@ def attention_fwd(
     q_BLHD: Tensor,
     k_BSHD: Tensor,
     v_BSHD: Tensor,
-    rows: Rows,
+    rows: Pattern,
     k_prefix_BPHD: Tensor | None,
     v_prefix_BPHD: Tensor | None,
     prefix: tuple[Span, ...],
@@ -411,7 +411,7 @@ def ring_attention(
 
 def hopper_setting(kernel: str, q_BLHD: Tensor) -> launch.Tile:
     setting = tile_setting(kernel, q_BLHD)
-    assert setting.keep == CONSUMERS.value * M.value and setting.warps == 4, setting
+    assert setting.stationary == CONSUMERS.value * M.value and setting.warps == 4, setting
     assert setting.stages > 1, setting  # a tile of keys is kept until the next one is there
     return setting
 
@@ -440,7 +440,7 @@ def launch_specialised(
         maxnreg=REGISTERS,
         H=q_BLHD.shape[2],
         D=q_BLHD.shape[3],
-        N=setting.visit,
+        N=setting.streamed,
         STAGES=setting.stages,
         **meta,
     )
@@ -459,7 +459,7 @@ def _run(
     k_BSHD = sources[0]
     assert k_BSHD is not None
     names = ("q", "k", "v", "prefix k", "prefix v")
-    boxes = (M.value, *[setting.visit] * 4)
+    boxes = (M.value, *[setting.streamed] * 4)
     described = [describe(*one) for one in zip(names, (q_BLHD, *sources), boxes, strict=True)]
     descriptors, apart = zip(*described, strict=True)
     others = work.parts * batch * heads

@@ -19,12 +19,10 @@ import tyro
 from rich.console import Console
 from torch.nn.utils.rnn import pad_sequence
 
-from sfmodel.coding import check_outputs, decode, encode, write_videos
+from sfmodel.cli.convert import convert
+from sfmodel.cli.doctor import doctor
+from sfmodel.cli.encode import check_outputs, decode, encode, write_videos
 from sfmodel.config import PRESETS, check_seed
-from sfmodel.convert import convert
-from sfmodel.doctor import doctor
-from sfmodel.evaluate import Sampling, draw, held_out, judge, seen_in, table
-from sfmodel.evaluate import evaluate as measure_model
 from sfmodel.files import atomic, check_writable
 from sfmodel.pretrained import (
     TOY_WEIGHTS,
@@ -40,6 +38,8 @@ from sfmodel.pretrained import (
 )
 from sfmodel.process import prepared
 from sfmodel.stream import stream
+from sfmodel.toy.evaluate import Sampling, draw, held_out, judge, seen_in, table
+from sfmodel.toy.evaluate import evaluate as measure_model
 from sfmodel.train.config import RECIPES, TrainConfig, defaults
 from sfmodel.train.data import read_prompts
 from sfmodel.train.loop import train

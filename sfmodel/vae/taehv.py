@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfmodel.codec import Memory, State, check_before, check_latents, check_pixels
-from sfmodel.convolution import conv2d, conv3d, upsampled_conv2d
+from sfmodel.vae.codec import Memory, State, check_before, check_latents, check_pixels
+from sfmodel.vae.convolution import conv2d, conv3d, upsampled_conv2d
 
 # Levels by the number of their first layer in the public names: the encoder's, with the frames that
 # become one; the decoder's, with the frames that one becomes, and channels in and out.
@@ -31,7 +31,7 @@ BLOCKS = 3  # memory blocks of a level
 
 
 class TinyVAE(nn.Module):
-    """A `sfmodel.codec.VideoCodec` that computes in the dtype of its weights and returns that.
+    """A `sfmodel.vae.codec.VideoCodec` that computes in the dtype of its weights and returns that.
 
     A CUDA graph can hold it: no host sync, and shapes follow from those of the arguments.
     `.to(memory_format=torch.channels_last)` spares each call the reordering of weights."""

@@ -26,13 +26,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bench import part, timing
-from bench.machine import said
-from bench.model import pass_flops, rolling_flops
+from bench import harness, timing
 from bench.phases import random_model
 from sfkernels import BlockLayout, RingKVCache
 from sfmodel.config import PRESETS, Preset
+from sfmodel.cost import pass_flops, rolling_flops
 from sfmodel.dit import DiT
+from sfmodel.machine import said
 from sfmodel.schedule import FlowSchedule
 from sfmodel.stream import FewStepSampler, few_steps
 
@@ -124,7 +124,7 @@ def compare(
     chunks: int = 12,
     filled: bool = False,
     seconds: float = math.inf,
-    tick: Callable[[str], None] = part.nothing,
+    tick: Callable[[str], None] = harness.nothing,
 ) -> dict[str, Any]:
     """Times the three ways on the same past, chunk by chunk in turn.
 
@@ -219,7 +219,7 @@ def compare(
     }
 
 
-def run(job: part.Job) -> part.Result:
+def run(job: harness.Job) -> harness.Result:
     dtype = torch.float32 if job.tiny else torch.bfloat16
     result = job.begin("extrapolate", dtype) | {"exponents": {}}
     preset = PRESETS["toy" if job.tiny else "wan-1.3b"]
@@ -256,7 +256,9 @@ def run(job: part.Job) -> part.Result:
     return job.end(result)
 
 
-def _row(model: DiT, preset: Preset, text: Tensor, job: part.Job, follow: bool) -> dict[str, Any]:
+def _row(
+    model: DiT, preset: Preset, text: Tensor, job: harness.Job, follow: bool
+) -> dict[str, Any]:
     """The three ways at a window; follow: chunk by chunk from the video's first, else only with a
     full window."""
     if follow:  # to the end of VIDEO windows; the other ones need half of the time
@@ -294,7 +296,9 @@ def at_once_flops(preset: Preset, frames: int) -> int:
 
 
 @torch.no_grad()
-def _at_once(model: DiT, preset: Preset, text: Tensor, job: part.Job, result: part.Result) -> None:
+def _at_once(
+    model: DiT, preset: Preset, text: Tensor, job: harness.Job, result: harness.Result
+) -> None:
     """A row of whole videos, of one window, two, …: one pass is timed, and counted once a step."""
     chunks = range(preset.chunk, VIDEO * preset.window + 1, preset.chunk)
     row: dict[str, Any] = {"case": AT_ONCE, "window": preset.window, "chunk": preset.chunk}
@@ -332,7 +336,9 @@ def exponents(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     windows were timed."""
     found = {}
     for way in PAPER_GROWTH:
-        timed = [(row["window"], part.timed(row)[way]) for row in rows if way in part.timed(row)]
+        timed = [
+            (row["window"], harness.timed(row)[way]) for row in rows if way in harness.timed(row)
+        ]
         if len(timed) < 2:
             continue
         x = [math.log(window) for window, _ in timed]
@@ -343,7 +349,7 @@ def exponents(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def tables(result: part.Result) -> list[part.Table]:
+def tables(result: harness.Result) -> list[harness.Table]:
     toy, ceiling = result["sizes"] == "toy", result["ceilings"]["matmul_tflops"]
     cells, along = [], []
     notes = [
@@ -372,16 +378,16 @@ def tables(result: part.Result) -> list[part.Table]:
             ends = [reached.get(i * each // row["chunk"]) for i in lengths]
             along.append([way, *("not run" if s is None else f"{s:.3g}" for s in ends)])
         if row["case"] == AT_ONCE:
-            reached = {e["frames"]: e["ms"] / 1e3 for e in part.timed(row).values()}
+            reached = {e["frames"]: e["ms"] / 1e3 for e in harness.timed(row).values()}
             ends = [reached.get(i * each) for i in lengths]
             along.append([AT_ONCE, *("not run" if s is None else f"{s:.3g}" for s in ends)])
     columns = ["", "way", "ms a chunk", "p99", "FPS", "TFLOP/s", "% of product", "time / ring's",
                "in theory"]  # fmt: skip
     title = f"past the window: {result['sizes']}, {said(result['machine'])}"
-    found = [part.Table(title, columns, cells, notes)]
+    found = [harness.Table(title, columns, cells, notes)]
     if along:
         columns = ["", *(f"{i} window{'s' * (i > 1)}" for i in range(1, VIDEO + 1))]
-        found.append(part.Table("seconds for a video as long as", columns, along))
+        found.append(harness.Table("seconds for a video as long as", columns, along))
     if result["exponents"]:
         rows = [[way, f"{e['measured']:.2f}", f"{e['theory']:.2f}", PAPER_GROWTH[way]]
                 for way, e in result["exponents"].items()]  # fmt: skip
@@ -389,14 +395,14 @@ def tables(result: part.Result) -> list[part.Table]:
         if toy:
             notes.append("at toy size the number of launches decides, not arithmetic: flatter")
         title = "a chunk's time grows with the window to the power"
-        found.append(part.Table(title, ["", "measured", "arithmetic", "published"], rows, notes))
+        found.append(harness.Table(title, ["", "measured", "arithmetic", "published"], rows, notes))
     return found
 
 
-def figures(result: part.Result) -> Iterator[tuple[str, Any]]:
+def figures(result: harness.Result) -> Iterator[tuple[str, Any]]:
     from matplotlib.figure import Figure
 
-    rows = [row for row in result["rows"] if part.timed(row)]
+    rows = [row for row in result["rows"] if harness.timed(row)]
     windows = [row for row in rows if row["case"] != AT_ONCE]
     if not windows:
         return
@@ -408,7 +414,7 @@ def figures(result: part.Result) -> Iterator[tuple[str, Any]]:
             left.plot(at, seconds, "o-", markersize=3, color=COLOURS[way], label=way)
             left.axvline(row["window"], color="#bbbbbb", linewidth=0.8, zorder=0)
         if row["case"] == AT_ONCE:
-            e, *_ = timed = [*part.timed(row).values()]
+            e, *_ = timed = [*harness.timed(row).values()]
             grey: dict[str, Any] = {"color": COLOURS[AT_ONCE]}
             at, seconds = [e["frames"] for e in timed], [e["ms"] / 1e3 for e in timed]
             left.plot(at, seconds, "s", markersize=5, label=AT_ONCE, **grey)
@@ -422,7 +428,7 @@ def figures(result: part.Result) -> Iterator[tuple[str, Any]]:
     if left.has_data():  # else no video was followed
         left.legend(fontsize=7)
     for way in PAPER_GROWTH:
-        timed = [part.timed(row)[way] | row for row in windows if way in part.timed(row)]
+        timed = [harness.timed(row)[way] | row for row in windows if way in harness.timed(row)]
         timed.sort(key=lambda e: e["window"])
         at, power = [e["window"] for e in timed], result["exponents"].get(way)
         measured = f"{way}: power {power['measured']:.2f}" if power else way
@@ -441,4 +447,4 @@ def figures(result: part.Result) -> Iterator[tuple[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return part.command("extrapolate", sys.modules[__name__], arguments, __doc__)
+    return harness.command("extrapolate", sys.modules[__name__], arguments, __doc__)

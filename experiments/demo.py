@@ -15,11 +15,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.extrapolate import compare
-from bench.machine import machine, said
+from experiments.rolling import compare
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
+from sfmodel.machine import machine, said
 from sfmodel.pretrained import TOY_WEIGHTS, load_toy
 from sfmodel.stream import stream
 from sfmodel.video import ContactSheet, VideoWriter

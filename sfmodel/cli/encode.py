@@ -21,8 +21,6 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sfmodel import checkpoint
-from sfmodel.codec import VideoCodec
 from sfmodel.config import Preset
 from sfmodel.files import LONGEST, check_writable, within
 from sfmodel.footage import VIDEOS, covering_frames, to_pixels
@@ -39,10 +37,12 @@ from sfmodel.pretrained import (
     told,
 )
 from sfmodel.prompts import continued, prompt_beside, prompts_in
-from sfmodel.tensors import save_tensors
 from sfmodel.terminal import TerminalPlayer
-from sfmodel.text import ToyTextEncoder
+from sfmodel.toy.text import ToyTextEncoder
+from sfmodel.vae.codec import VideoCodec
 from sfmodel.video import ContactSheet, VideoWriter, check_name
+from sfmodel.weights import checkpoint
+from sfmodel.weights.saving import save_tensors
 
 CHUNK = 16  # pixel frames that go to the encoder at once
 LATENTS = 3  # latent frames that go to the decoder at once

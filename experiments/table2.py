@@ -1,7 +1,7 @@
 """`python -m bench experiment`: the comparison of the paper's Table 2 in the toy world. Teacher,
 diffusion and self forcing from one initialisation, with as many updates of the generator each, over
 several seeds, chunk by chunk and frame by frame; every model measured on videos up to four times as
-long as those it was trained on (`sfmodel.evaluate`).
+long as those it was trained on (`sfmodel.toy.evaluate`).
 
 Jobs run in processes of their own, one to a CPU core. What is done is kept: an experiment that was
 stopped goes on where it was.
@@ -27,11 +27,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bench.machine import machine, said
-from sfmodel import checkpoint
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
-from sfmodel.evaluate import (
+from sfmodel.files import atomic
+from sfmodel.machine import machine, said
+from sfmodel.schedule import FlowSchedule
+from sfmodel.toy.evaluate import (
     BATCH,
     Sampling,
     bands,
@@ -42,15 +43,14 @@ from sfmodel.evaluate import (
     roll,
     seen_in,
 )
-from sfmodel.files import atomic
-from sfmodel.schedule import FlowSchedule
-from sfmodel.toy_vae import ToyVAE
+from sfmodel.toy.vae import ToyVAE
 from sfmodel.train.config import TrainConfig, defaults
 from sfmodel.train.loop import train
 from sfmodel.train.parallel import checkpoints
 from sfmodel.train.recipes import Draw
 from sfmodel.train.trajectories import guided, solve
 from sfmodel.video import contact_sheet_of_rows
+from sfmodel.weights import checkpoint
 
 FRAMES = 7  # latent frames of a training clip, and of the window
 LONG = 4 * FRAMES

@@ -20,12 +20,14 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from sfmodel import names
-from sfmodel.checkpoint import to_official
 from sfmodel.config import DiTConfig, VAEConfig
 from sfmodel.dit import DiT
 from sfmodel.files import atomic, atomic_folder
-from sfmodel.opening import (
+from sfmodel.vae.taehv import TinyVAE
+from sfmodel.vae.wan import WanVAE
+from sfmodel.weights import names
+from sfmodel.weights.checkpoint import to_official
+from sfmodel.weights.opening import (
     STEM,
     Weights,
     differences,
@@ -36,9 +38,7 @@ from sfmodel.opening import (
     recognised,
     wrong_shapes,
 )
-from sfmodel.tensors import size_of, write_tensors
-from sfmodel.tiny_vae import TinyVAE
-from sfmodel.vae import WanVAE
+from sfmodel.weights.saving import size_of, write_tensors
 
 Form = Literal["official", "self-forcing", "diffusers"]
 State = Mapping[str, Tensor]

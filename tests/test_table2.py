@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import experiment, readme
-from bench.experiment import FRAMES, LONG, ROWS, WAYS, Job, Scale
-from sfmodel.evaluate import bands
+from bench import readme
+from experiments import table2
+from experiments.table2 import FRAMES, LONG, ROWS, WAYS, Job, Scale
+from sfmodel.toy.evaluate import bands
 from sfmodel.train.config import RECIPES
 from sfmodel.train.loop import Run
 
@@ -65,7 +66,7 @@ def test_the_command_and_what_it_keeps(tmp_path: Path, capsys: pytest.CaptureFix
     """One row, one seed, in a process of its own; the second time nothing is trained."""
     options: dict[str, Any] = {"rows": ("SF + DMD",), "ways": ("chunk-wise",), "workers": 1}
     sizes = {key: value for key, value in vars(TINY).items()}
-    experiment.experiment(tmp_path, **options, **sizes)
+    table2.experiment(tmp_path, **options, **sizes)
     said = capsys.readouterr().out
     assert "1/1  chunk-wise-sf---dmd-0" in said and "SF + DMD" in said
     written = json.loads((tmp_path / "results.json").read_text())
@@ -77,23 +78,23 @@ def test_the_command_and_what_it_keeps(tmp_path: Path, capsys: pytest.CaptureFix
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     weights = tmp_path / "chunk-wise-sf---dmd-0" / "model.safetensors"
     before = weights.stat().st_mtime_ns
-    experiment.experiment(tmp_path, **options, **sizes)
+    table2.experiment(tmp_path, **options, **sizes)
     assert weights.stat().st_mtime_ns == before
     again = json.loads((tmp_path / "results.json").read_text())
     assert again["results"] == written["results"]
     with pytest.raises(ValueError, match="of other settings"):
-        experiment.experiment(tmp_path, **options, **sizes | {"updates": 2})
+        table2.experiment(tmp_path, **options, **sizes | {"updates": 2})
 
 
 def test_a_job_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job("TF", "frame-wise", 0, TINY, tmp_path, "test")
-    monkeypatch.setattr(experiment, "evaluate", lambda *_: 1 / 0)
+    monkeypatch.setattr(table2, "evaluate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        experiment.run(job)
+        table2.run(job)
     weights = tmp_path / job.name / "model.safetensors"
     before = weights.stat().st_mtime_ns
-    monkeypatch.setattr(experiment, "evaluate", lambda *_: {"distance": [1.0]})
-    assert experiment.run(job)["distance"] == [1.0] and weights.stat().st_mtime_ns == before
+    monkeypatch.setattr(table2, "evaluate", lambda *_: {"distance": [1.0]})
+    assert table2.run(job)["distance"] == [1.0] and weights.stat().st_mtime_ns == before
     assert torch.get_num_threads() == 1
 
 
@@ -111,26 +112,26 @@ def test_interrupted_training_is_not_taken_for_whole(
         return update(self)
 
     monkeypatch.setattr(Run, "train_step", interrupted)
-    monkeypatch.setattr(experiment, "evaluate", lambda *_: {"distance": [1.0]})
+    monkeypatch.setattr(table2, "evaluate", lambda *_: {"distance": [1.0]})
     with pytest.raises(KeyboardInterrupt):
-        experiment.run(job)
+        table2.run(job)
     assert (tmp_path / job.name / "model.safetensors").exists()
-    experiment.run(job)
+    table2.run(job)
     assert calls == [0, 1, 1]
 
 
 def test_tables_are_means_and_deviations_over_seeds(summary: dict[str, Any]) -> None:
-    columns, rows = experiment.cells(summary, "chunk-wise")
+    columns, rows = table2.cells(summary, "chunk-wise")
     assert columns[1:4] == [f"distance {a}-{b - 1}" for a, b in bands(LONG, FRAMES)]
     assert [row[0] for row in rows] == ["real", "teacher", *ROWS]
     assert rows[0][1:4] == ["0.25"] * 3 and rows[1][1:4] == ["0.50", "", ""]
     assert rows[2][1] == "1.50 ± 0.71" and rows[2][4] == "0.75 ± 0.35"
     assert all(len(row) == len(columns) for row in rows)
-    assert len([*experiment.tables(summary)]) == 2
+    assert len([*table2.tables(summary)]) == 2
 
 
 def test_figures(summary: dict[str, Any], tmp_path: Path) -> None:
-    experiment.draw(summary, tmp_path)
+    table2.draw(summary, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"distance.png", "gap.png"}
 
 
@@ -155,11 +156,11 @@ def test_bad_arguments(
     arguments: list[str], said: str, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    from sfmodel.cli import run_command
+    from sfmodel.cli.main import run_command
 
     words = ["experiment", "--output", str(tmp_path / "out"), *arguments]
     with pytest.raises(SystemExit) as stopped:
-        run_command("python -m bench", {"experiment": experiment.experiment}, words)
+        run_command("python -m bench", {"experiment": table2.experiment}, words)
     assert stopped.value.code == 2
     assert said in re.sub(r"\s+", " ", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.parity import close_as_eager
 from sfkernels import BlockLayout
-from sfkernels.gpu.hopper import backward as hopper_bwd
-from sfkernels.gpu.tiles import Rows
+from sfkernels.gpu.hopper import attention_backward as hopper_bwd
+from sfkernels.gpu.tiles import Pattern
 from sfkernels.launch import Tile
 from sfkernels.layout import Span
+from sfkernels.testing import close_as_eager
 from tests.hopper_cases import BF16, FP16, LAYOUTS, TILES, attend, mutant, new, rows_of
 from tests.hopper_emulator import emulate
 from tests.oracle import nan_filled, setting
@@ -34,7 +34,7 @@ def settings(tile: Tile) -> dict[str, Tile]:
 
 def check_bwd(
     tensors: tuple[Tensor, ...],
-    rows: Rows,
+    rows: Pattern,
     prefix: tuple[Span, ...] = (),
     do: Tensor | None = None,
     module: ModuleType = hopper_bwd,

@@ -28,14 +28,14 @@ from torch import Tensor
 
 from sfkernels import Noise, normal
 from sfkernels.layout import chunk_sizes
-from sfmodel import world
 from sfmodel.config import Preset, check_seed
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
 from sfmodel.schedule import FlowSchedule
 from sfmodel.stream import FewStepSampler
-from sfmodel.text import ToyTextEncoder
-from sfmodel.toy_vae import ToyVAE
+from sfmodel.toy import world
+from sfmodel.toy.text import ToyTextEncoder
+from sfmodel.toy.vae import ToyVAE
 
 STATISTICS = ("x", "y", "radius", "red", "green", "blue", "vx", "vy", "speed", "acceleration")
 STILL = slice(0, 6)  # those of a frame alone

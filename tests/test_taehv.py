@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sfmodel.codec import State
-from sfmodel.tiny_vae import TinyVAE
+from sfmodel.vae.codec import State
+from sfmodel.vae.taehv import TinyVAE
 from tests import clips
 from tests.clips import assert_same, goes_on_twice, in_parts
 from tests.parity.__main__ import drawn_weights
@@ -171,7 +171,7 @@ def test_wrong_sizes_are_refused(vae: TinyVAE, latents: Tensor, pixels: Tensor) 
 
 
 def test_it_needs_torch_alone() -> None:
-    code = "import sys, sfmodel.tiny_vae; print({'safetensors', 'sfkernels'} & {*sys.modules})"
+    code = "import sys, sfmodel.vae.taehv; print({'safetensors', 'sfkernels'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
