@@ -7,7 +7,7 @@ from sfkernels.attention import (
     ring_attention,
 )
 from sfkernels.kv_cache import RingKVCache
-from sfkernels.layout import BlockLayout, Visibility
+from sfkernels.layout import BlockLayout
 from sfkernels.norm import adaln, gated_adaln, gated_layer_norm, layer_norm, rms_norm, rms_norm_silu
 from sfkernels.quant import quantize_rows
 from sfkernels.rope import qk_norm_rope, qk_norm_rope_append, rope_table
@@ -20,7 +20,6 @@ __all__ = [
     "Noise",
     "Prefix",
     "RingKVCache",
-    "Visibility",
     "adaln",
     "block_causal_attention",
     "cross_attention",

@@ -168,3 +168,27 @@ def _said(value: object) -> str:
     """A value in a message: numbers and strings as they are, of others the type."""
     plain = value is None or isinstance(value, (int, float, str))
     return repr(value) if plain else f"a {type(value).__name__}"
+
+
+def check_modulation(x_BLC: Tensor, **modulation: Any) -> None:
+    """Raises ValueError unless x is [B, L, C] and each modulation [B or 1, frames or 1, C], where
+    frames divides L; the gate alone may be None."""
+    check_shape("x", x_BLC, ("B", "L", "C"))
+    batch, tokens, channels = x_BLC.shape
+    given = {name: m for name, m in modulation.items() if m is not None or name != "gate"}
+    for name, m in given.items():
+        check_tensor(name, m)
+    frames = max([1, *(m.shape[1] for m in given.values() if m.dim() == 3)])
+    for name, m in given.items():
+        fits = (
+            m.dim() == 3
+            and m.shape[0] in (1, batch)
+            and m.shape[1] in (1, frames)
+            and tokens % frames == 0
+            and m.shape[2] == channels
+        )
+        if not fits:
+            raise ValueError(
+                f"{name} has shape {[*m.shape]}: must be [1 or {batch}, frames, {channels}] with "
+                f"frames 1 or the same for all, a divisor of the {tokens} tokens"
+            )

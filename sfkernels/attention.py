@@ -3,7 +3,6 @@ Shapes are named as in reference.py."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,11 +17,18 @@ from sfkernels.arguments import (
     check_same,
     check_shape,
     check_tensor,
-    is_integer,
     numbers,
 )
 from sfkernels.dispatch import choose, kernel, registered
-from sfkernels.layout import BlockLayout, Row, Span
+from sfkernels.layout import (
+    BlockLayout,
+    Row,
+    Span,
+    as_spans,
+    flat_rows,
+    in_order,
+    unflattened,
+)
 
 
 class Prefix(NamedTuple):
@@ -62,7 +68,7 @@ def block_causal_attention(
     scale = _scale(scale, q_BLHD)
     past_k, past_v = (prefix.k_BPHD, prefix.v_BPHD) if prefix and spans else (None, None)
     named = dict(k=k_BLHD, v=v_BLHD, prefix_k=past_k, prefix_v=past_v)
-    impl = _choose("block_causal_attention", impl, q_BLHD, **named)
+    impl = _choose("attention", impl, q_BLHD, **named)
     if impl == "reference":
         return reference.block_causal_attention(
             q_BLHD, k_BLHD, v_BLHD, layout, scale, past_k, past_v, spans
@@ -71,10 +77,7 @@ def block_causal_attention(
         return library_attention.block_causal_attention(
             q_BLHD, k_BLHD, v_BLHD, layout.rows, scale, past_k, past_v, spans, impl
         )
-    rows = _flat_rows(
-        *(layout.chunks, layout.frame_tokens, layout.window, layout.sink),
-        *(layout.teacher_forcing, layout.hide_first),
-    )
+    rows = flat_rows(*layout.fields)
     flat_spans = [edge for span in spans for edge in span]
     return _attention(q_BLHD, k_BLHD, v_BLHD, past_k, past_v, rows, flat_spans, scale, impl)[0]
 
@@ -203,24 +206,12 @@ def _check_prefix(prefix: Prefix | None, q_BLHD: Tensor) -> tuple[Span, ...]:
     _check_heads(q_BLHD, prefix.k_BPHD, prefix.v_BPHD, "prefix k", "prefix v")
     tokens = prefix.k_BPHD.shape[1]
     spans = ((0, tokens),) if prefix.spans is None else prefix.spans
-    if not isinstance(spans, Sequence) or not _in_order(spans, tokens):
+    if not isinstance(spans, Sequence) or not in_order(spans, tokens):
         raise ValueError(
             f"prefix spans {spans}: must be non-empty pairs of integers, in order, apart from each "
             f"other and inside 0..{tokens}"
         )
     return spans
-
-
-def _in_order(spans: Sequence[Any], tokens: int) -> bool:
-    """Whether these are spans inside 0..tokens, one behind the other."""
-    before = 0
-    for span in spans:
-        if not isinstance(span, Sequence) or len(span) != 2 or not all(map(is_integer, span)):
-            return False
-        if not before <= span[0] < span[1] <= tokens:
-            return False
-        before = span[1]
-    return True
 
 
 def _choose(op: str, impl: str, q_BLHD: Tensor, **others: Tensor | None) -> str:
@@ -246,48 +237,6 @@ def _scale(scale: float | None, q_BLHD: Tensor) -> float:
     return scale
 
 
-def _flat_rows(*layout: Any) -> tuple[int, ...]:
-    """A layout's rows as plain numbers, which is what an op can take: of each row its queries, how
-    many spans of keys it sees, and those."""
-    return _cached_flat_rows(BlockLayout(*layout))
-
-
-# Constant for torch.compile, as in reference.py.
-_flat_rows._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.lru_cache(maxsize=256)
-def _cached_flat_rows(layout: BlockLayout) -> tuple[int, ...]:
-    return tuple(
-        number
-        for queries, keys in layout.rows
-        for number in (*queries, len(keys), *(edge for span in keys for edge in span))
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _rows(flat: tuple[int, ...], queries: int, keys: int) -> tuple[Row, ...]:
-    """Raises ValueError unless the rows cover all queries in order and see keys that are there."""
-    rows, at, before = [], 0, 0
-    while at < len(flat):
-        end = at + 3 + 2 * (flat[at + 2] if at + 2 < len(flat) else len(flat))
-        row = Row((before, flat[at + 1]), _spans(flat[at + 3 : end])) if end <= len(flat) else None
-        if row is None or flat[at] != before or not row.keys or not _in_order(row.keys, keys):
-            raise ValueError(
-                f"rows={flat}: must be of each row its first query, the one past its last, how "
-                f"many spans of the {keys} keys it sees, and those"
-            )
-        rows.append(row)
-        at, before = end, row.queries[1]
-    if before != queries or not all(row.queries[0] < row.queries[1] for row in rows):
-        raise ValueError(f"rows={flat}: must cover the {queries} queries in order")
-    return tuple(rows)
-
-
-def _spans(flat: Sequence[int]) -> tuple[Span, ...]:
-    return tuple(zip(flat[::2], flat[1::2], strict=True))
-
-
 @registered("attention")
 def _attention(
     q: Tensor,
@@ -302,7 +251,9 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """o, and the logarithm of each query's sum of exponentials, which has no gradient."""
     seen = _check_pattern(q, k, v, k_prefix, v_prefix, rows, prefix, scale, impl)
-    o, lse = kernel(impl, "attention_fwd")(q, k, v, seen, k_prefix, v_prefix, _spans(prefix), scale)
+    o, lse = kernel(impl, "attention_fwd")(
+        q, k, v, seen, k_prefix, v_prefix, as_spans(prefix), scale
+    )
     return o, lse
 
 
@@ -340,7 +291,7 @@ def _attention_bwd(
         )
     do = do if do.stride()[2:] == (do.shape[3], 1) else do.contiguous()
     dq, dk, dv = kernel(impl, "attention_bwd")(
-        do, q, k, v, o, lse, seen, k_prefix, v_prefix, _spans(prefix), scale
+        do, q, k, v, o, lse, seen, k_prefix, v_prefix, as_spans(prefix), scale
     )
     return dq, dk, dv
 
@@ -414,12 +365,12 @@ def _check_pattern(
     without its function."""
     _check_heads(q, k, v)
     if k_prefix is not None and v_prefix is not None:
-        _check_prefix(Prefix(k_prefix, v_prefix, _spans(prefix)), q)
+        _check_prefix(Prefix(k_prefix, v_prefix, as_spans(prefix)), q)
     elif prefix or k_prefix is not None or v_prefix is not None:
         raise ValueError("k_prefix, v_prefix and the spans of prefix belong together")
     check_positive("scale", scale)
-    _choose("block_causal_attention", impl, q, k=k, v=v, prefix_k=k_prefix, prefix_v=v_prefix)
-    return _rows(tuple(rows), q.shape[1], k.shape[1])
+    _choose("attention", impl, q, k=k, v=v, prefix_k=k_prefix, prefix_v=v_prefix)
+    return unflattened(tuple(rows), q.shape[1], k.shape[1])
 
 
 def _no_gradient(ctx: Any, do: Tensor) -> Any:

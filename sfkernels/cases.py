@@ -208,7 +208,7 @@ def _attention(
     if not hopper:
         calls["combine_parts"] = {
             name: lambda: gpu.combine_parts(
-                _new(2, *chunk.shape, dtype=torch.float32), lse.expand(2, -1, -1, -1), chunk
+                _new(2, *chunk.shape, dtype=torch.float32), lse.expand(2, -1, -1, -1), dtype
             ),
         }
         calls["row_delta"] = {name: lambda: gpu.row_delta(chunk, chunk)}

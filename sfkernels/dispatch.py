@@ -7,8 +7,8 @@ import functools
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,41 +21,86 @@ from sfkernels.arguments import check_device, check_floating, is_plain
 
 T = TypeVar("T")
 
-IMPLS = ("auto", "triton", "gluon", "sdpa", "flash", "cpp", "reference")
+ATTENTION = ("attention", "ring_attention", "cross_attention")
+FUSED = ("norm", "rope_table", "qk_norm_rope", "sampler_step", "quantize_rows")
+HALF = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, *HALF)
 
-# Implementations with kernels of ours: the module with their launchers.
-_MODULES = {"triton": "sfkernels.gpu", "gluon": "sfkernels.gpu.hopper", "cpp": "sfkernels.cpp"}
-_ATTENTION = frozenset({"block_causal_attention", "ring_attention", "cross_attention"})
-_FUSED = frozenset({"norm", "rope_table", "qk_norm_rope", "sampler", "quantize_rows"})
-# The ops that implementations beside the reference have. Attention on a CPU is PyTorch's.
-_OPS = {
-    "triton": _ATTENTION | _FUSED,
-    "cpp": _FUSED,
-    "gluon": _ATTENTION,
-    "sdpa": _ATTENTION,
-    "flash": _ATTENTION,
-}
-# By op: all it has, and what each device runs under "auto": the fastest. To the few keys of text
-# that is PyTorch's own attention, until ours is measured to be faster; "gluon" is not measured on a
-# GPU yet and runs only where it is asked for.
-_HAVING = {
-    op: (*(name for name, ops in _OPS.items() if op in ops), "reference")
-    for op in _ATTENTION | _FUSED
-}
+
+def _runs_anywhere(device: torch.device) -> str:
+    return ""
+
+
+def _needs_gpu(device: torch.device) -> str:
+    if device.type != "cpu":
+        return ""
+    return (
+        "takes CUDA tensors; 'triton' takes CPU tensors under Triton's interpreter, with "
+        "TRITON_INTERPRET=1 set before Python starts"
+    )
+
+
+def _needs_gpu_or_interpreter(device: torch.device) -> str:
+    return "" if os.environ.get("TRITON_INTERPRET") == "1" else _needs_gpu(device)
+
+
+def _needs_hopper(device: torch.device) -> str:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major != 9:
+            return (
+                f"runs on Hopper GPUs (compute capability 9.0); {device} has {major}.{minor}: use "
+                "'triton'"
+            )
+    return _needs_gpu(device)
+
+
+def _needs_cpu(device: torch.device) -> str:
+    if device.type != "cpu":
+        return f"takes CPU tensors, not {device.type}"
+    return f"has no kernels here: {cpp.MISSING}" if cpp.MISSING else ""
+
+
+class Implementation(NamedTuple):
+    """Kernels that compute some of the ops.
+
+    ops: those it has. auto: those that "auto" takes it for, by type of device. dtypes: of tensors
+    that it takes, which must have a contiguous last dimension; none if it takes all. refusal: why
+    it does not run on a device, empty where it does. launchers: the module with ours.
+    """
+
+    ops: tuple[str, ...]
+    auto: Mapping[str, tuple[str, ...]] = {}
+    dtypes: tuple[torch.dtype, ...] = ()
+    refusal: Callable[[torch.device], str] = _runs_anywhere
+    launchers: str = ""
+
+
+# "auto" takes the fastest on a device. To the few keys of text that is PyTorch's own attention,
+# until ours is measured to be faster, and on a CPU to all; "gluon" is not measured on a GPU yet and
+# runs only where it is asked for.
+IMPLEMENTATIONS = {
+    "triton": Implementation(
+        (*ATTENTION, *FUSED), {"cuda": ("attention", "ring_attention", *FUSED)}, FLOATS,
+        _needs_gpu_or_interpreter, "sfkernels.gpu",
+    ),
+    "gluon": Implementation(ATTENTION, {}, HALF, _needs_hopper, "sfkernels.gpu.hopper"),
+    "sdpa": Implementation(ATTENTION, {"cuda": ("cross_attention",)}),
+    "flash": Implementation(ATTENTION, {}, HALF, _needs_gpu),
+    "flex": Implementation(ATTENTION),
+    "cpp": Implementation(FUSED, {"cpu": FUSED}, FLOATS, _needs_cpu, "sfkernels.cpp"),
+    "reference": Implementation((*ATTENTION, *FUSED)),
+}  # fmt: skip
+IMPLS = ("auto", *IMPLEMENTATIONS)
+# By op and type of device.
 _AUTO = {
-    **{op: {"cuda": "triton", "cpu": "cpp"} for op in _FUSED},
-    **{op: {"cuda": "triton"} for op in _ATTENTION},
-    "cross_attention": {"cuda": "sdpa"},
+    (op, device): name
+    for name, one in IMPLEMENTATIONS.items()
+    for device, ops in one.auto.items()
+    for op in ops
 }
 _ALWAYS_FLOAT32 = ("k_table",)
-_HALF = (torch.bfloat16, torch.float16)
-_ANY = frozenset({torch.float64, torch.float32, *_HALF})
-_DTYPES = {
-    "triton": (torch.float32, *_HALF),
-    "cpp": (torch.float32, *_HALF),
-    "gluon": _HALF,
-    "flash": _HALF,
-}
+_FLOATING = frozenset({torch.float64, *FLOATS})
 
 
 def choose(
@@ -75,33 +120,34 @@ def choose(
             continue
         if t.device != device:
             check_device(name, t, device)
-        if t.dtype not in _ANY:
+        if t.dtype not in _FLOATING:
             check_floating(name, t)
     if impl == "auto":
-        impl = _AUTO[op].get(device.type, "reference")
+        impl = _AUTO.get((op, device.type), "reference")
         if impl == "cpp":
             return "reference" if _refusal(impl, device, tensors) or refused else impl
-    elif impl not in IMPLS:
+    elif impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r}: must be one of {', '.join(IMPLS)}")
-    elif impl not in _HAVING[op]:
-        raise ValueError(f"impl={impl!r}: {op} has {', '.join(_HAVING[op])} (or 'auto')")
-    if impl in _DTYPES and (why := _refusal(impl, device, tensors) or refused):
+    elif op not in IMPLEMENTATIONS[impl].ops:
+        raise ValueError(f"impl={impl!r}: {op} has {', '.join(implementations(op))} (or 'auto')")
+    if IMPLEMENTATIONS[impl].dtypes and (why := _refusal(impl, device, tensors) or refused):
         raise ValueError(why)
     return impl
 
 
 def implementations(op: str) -> tuple[str, ...]:
     """All that an op has."""
-    return _HAVING[op]
+    return tuple(name for name, one in IMPLEMENTATIONS.items() if op in one.ops)
 
 
 def kernel(impl: str, launcher: str) -> Callable[..., Any]:
-    """The launcher of an implementation other than the reference. Raises ValueError for another
-    name, which a registered op may be called with."""
-    if impl not in _MODULES:
-        taken = ", ".join(_MODULES)
+    """The launcher of an implementation of ours. Raises ValueError for another name, which a
+    registered op may be called with."""
+    module = IMPLEMENTATIONS[impl].launchers if impl in IMPLEMENTATIONS else ""
+    if not module:
+        taken = ", ".join(name for name, one in IMPLEMENTATIONS.items() if one.launchers)
         raise ValueError(f"impl={impl!r}: a registered op takes {taken}; its function takes others")
-    return getattr(importlib.import_module(_MODULES[impl]), launcher)
+    return getattr(importlib.import_module(module), launcher)
 
 
 class Op:
@@ -144,31 +190,15 @@ def registered(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callabl
 
 
 def _refusal(impl: str, device: torch.device, tensors: dict[str, Tensor | None]) -> str:
-    """What an implementation cannot take of these tensors; nothing if it takes them."""
-    if impl == "cpp":
-        if device.type != "cpu":
-            return f"impl='cpp' takes CPU tensors, not {device.type}"
-        if cpp.MISSING:
-            return f"impl='cpp' has no kernels here: {cpp.MISSING}"
-    elif device.type == "cpu" and not (
-        impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    ):
-        return (
-            f"impl={impl!r} takes CUDA tensors; 'triton' takes CPU tensors under Triton's "
-            "interpreter, with TRITON_INTERPRET=1 set before Python starts"
-        )
-    if impl == "gluon" and device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if major != 9:
-            return (
-                f"impl='gluon' runs on Hopper GPUs (compute capability 9.0); {device} has "
-                f"{major}.{minor}: use 'triton'"
-            )
+    """Why an implementation cannot take these tensors; empty if it takes them."""
+    one = IMPLEMENTATIONS[impl]
+    if why := one.refusal(device):
+        return f"impl={impl!r} {why}"
     for name, t in tensors.items():
         if t is None:
             continue
-        if t.dtype not in _DTYPES[impl] and name not in _ALWAYS_FLOAT32:
-            taken = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[impl])
+        if t.dtype not in one.dtypes and name not in _ALWAYS_FLOAT32:
+            taken = ", ".join(str(dtype).removeprefix("torch.") for dtype in one.dtypes)
             return f"{name} is {t.dtype}: impl={impl!r} takes {taken}; use impl='reference'"
         if t.dim() and t.shape[-1] > 1 and t.stride(-1) != 1:
             return (

@@ -8,29 +8,20 @@ from a handful of integers and is never stored.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sfkernels.arguments import check_count
+from sfkernels.arguments import check_count, is_integer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Span = tuple[int, int]
-
-
-class Visibility(IntEnum):
-    """What a block of queries sees of a block of keys."""
-
-    NONE = 0
-    PARTIAL = 1
-    FULL = 2
 
 
 class Row(NamedTuple):
@@ -93,6 +84,12 @@ class BlockLayout:
         return cls(sizes, frame_tokens, window, sink, teacher_forcing, hide_first)
 
     @property
+    def fields(self) -> tuple[Any, ...]:
+        """Plain values of which `BlockLayout(*fields)` makes the same layout: torch.compile keeps
+        them as constants."""
+        return tuple(getattr(self, name) for name in self.__match_args__)
+
+    @property
     def frames(self) -> int:
         """Latent frames of the clip (of one half, under teacher forcing)."""
         return sum(self.chunks)
@@ -127,23 +124,6 @@ class BlockLayout:
             if max(lo, hidden) < hi:
                 yield max(lo, hidden), hi
 
-    def visibility(self, queries: Span, keys: Span) -> Visibility:
-        """Whether every, some or no query of the half-open token span `queries` sees every, some
-        or no key of `keys`. Raises ValueError for a span outside the sequence."""
-        for name, (lo, hi) in (("queries", queries), ("keys", keys)):
-            if not 0 <= lo < hi <= self.tokens:
-                raise ValueError(
-                    f"{name}={lo, hi}: must be a non-empty span inside 0..{self.tokens}"
-                )
-        seen = wanted = 0
-        for row in self.rows:
-            rows = _overlap(row.queries, queries)
-            wanted += rows * (keys[1] - keys[0])
-            seen += rows * sum(_overlap(span, keys) for span in row.keys)
-        if seen == 0:
-            return Visibility.NONE
-        return Visibility.FULL if seen == wanted else Visibility.PARTIAL
-
     @property
     def pairs(self) -> int:
         """(query, key) pairs that attend: the unit of the pattern's arithmetic."""
@@ -165,9 +145,7 @@ class BlockLayout:
         from matplotlib import pyplot
         from matplotlib.colors import ListedColormap
 
-        by_frame = BlockLayout(
-            self.chunks, 1, self.window, self.sink, self.teacher_forcing, self.hide_first
-        )
+        by_frame = replace(self, frame_tokens=1)
         size = by_frame.tokens
         if ax is None:
             _, ax = pyplot.subplots(figsize=(3, 3), layout="constrained")
@@ -207,6 +185,65 @@ def transpose(rows: Sequence[Row], keys: int) -> tuple[tuple[Span, tuple[Span, .
             lo = runs.pop()[0][0]
         runs.append(((lo, hi), seen))
     return tuple(runs)
+
+
+def flat_rows(*fields: Any) -> tuple[int, ...]:
+    """The rows of `BlockLayout(*fields)` as plain numbers, which an op can take: of each its
+    queries, how many spans of keys it sees, and those."""
+    return _flat_rows(BlockLayout(*fields))
+
+
+# A constant for torch.compile, which looks through lru_cache: what
+# torch.compiler.assume_constant_result sets, without importing all of Dynamo, which takes a second.
+flat_rows._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=256)
+def _flat_rows(layout: BlockLayout) -> tuple[int, ...]:
+    return tuple(
+        number
+        for queries, keys in layout.rows
+        for number in (*queries, len(keys), *(edge for span in keys for edge in span))
+    )
+
+
+@lru_cache(maxsize=256)
+def unflattened(flat: tuple[int, ...], queries: int, keys: int) -> tuple[Row, ...]:
+    """Rows that `flat_rows` wrote as numbers, of so many queries and keys. Raises ValueError unless
+    they cover all queries in order and see keys that are there."""
+    rows, at, before = [], 0, 0
+    while at < len(flat):
+        end = at + 3 + 2 * (flat[at + 2] if at + 2 < len(flat) else len(flat))
+        row = (
+            Row((before, flat[at + 1]), as_spans(flat[at + 3 : end])) if end <= len(flat) else None
+        )
+        if row is None or flat[at] != before or not row.keys or not in_order(row.keys, keys):
+            raise ValueError(
+                f"rows={flat}: must be of each row its first query, the one past its last, how "
+                f"many spans of the {keys} keys it sees, and those"
+            )
+        rows.append(row)
+        at, before = end, row.queries[1]
+    if before != queries or not all(row.queries[0] < row.queries[1] for row in rows):
+        raise ValueError(f"rows={flat}: must cover the {queries} queries in order")
+    return tuple(rows)
+
+
+def as_spans(flat: Sequence[int]) -> tuple[Span, ...]:
+    """Spans of their edges, one after the other."""
+    return tuple(zip(flat[::2], flat[1::2], strict=True))
+
+
+def in_order(spans: Sequence[Any], tokens: int) -> bool:
+    """Whether these are spans inside 0..tokens, one behind the other."""
+    before = 0
+    for span in spans:
+        if not isinstance(span, Sequence) or len(span) != 2 or not all(map(is_integer, span)):
+            return False
+        if not before <= span[0] < span[1] <= tokens:
+            return False
+        before = span[1]
+    return True
 
 
 def chunk_sizes(frames: int, chunk: int, first: int | None = None) -> tuple[int, ...]:
@@ -257,7 +294,3 @@ def _merge(spans: Sequence[Span]) -> list[Span]:
         else:
             merged.append((lo, hi))
     return merged
-
-
-def _overlap(a: Span, b: Span) -> int:
-    return max(0, min(a[1], b[1]) - max(a[0], b[0]))

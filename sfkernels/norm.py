@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sfkernels import reference
-from sfkernels.arguments import check_positive, check_same, check_shape, check_tensor
+from sfkernels.arguments import check_modulation, check_positive, check_same, check_shape
 from sfkernels.dispatch import choose, contiguous_like, derivatives, kernel, registered
 
 
@@ -48,7 +48,7 @@ def adaln(
     x [B, L, C] with L a multiple of F; shift, scale [B or 1, F or 1, C], possibly strided views of
     a larger modulation and in a wider dtype. Returns [B, L, C] in x's dtype. Raises ValueError for
     shapes that do not fit."""
-    _check_modulation(x_BLC, shift=shift_BFC, scale=scale_BFC)
+    check_modulation(x_BLC, shift=shift_BFC, scale=scale_BFC)
     impl = _choose(impl, eps, x_BLC, shift=shift_BFC, scale=scale_BFC)
     if impl == "reference":
         return reference.adaln(x_BLC, shift_BFC, scale_BFC, eps)
@@ -72,7 +72,7 @@ def gated_adaln(
     not fit."""
     _check_residual(x_BLC, y=y_BLC)
     modulations = dict(gate=gate_BFC, shift=shift_BFC, scale=scale_BFC)
-    _check_modulation(x_BLC, **modulations)
+    check_modulation(x_BLC, **modulations)
     impl = _choose(impl, eps, x_BLC, y=y_BLC, **modulations)
     if impl == "reference":
         return reference.gated_adaln(x_BLC, y_BLC, gate_BFC, shift_BFC, scale_BFC, eps)
@@ -97,7 +97,7 @@ def gated_layer_norm(
     x, y [B, L, C]; gate [B or 1, F or 1, C] or None; weight, bias [C]. Raises ValueError for shapes
     that do not fit."""
     _check_residual(x_BLC, y=y_BLC)
-    _check_modulation(x_BLC, gate=gate_BFC)
+    check_modulation(x_BLC, gate=gate_BFC)
     _check_affine(x_BLC, weight=weight_C, bias=bias_C)
     tensors = dict(y=y_BLC, gate=gate_BFC, weight=weight_C, bias=bias_C)
     impl = _choose(impl, eps, x_BLC, **tensors)
@@ -466,7 +466,7 @@ def _check_op(
     looks for itself."""
     if impl == "cpp":
         return
-    _check_modulation(x, **{name: m for name, m in modulations.items() if m is not None})
+    check_modulation(x, **{name: m for name, m in modulations.items() if m is not None})
     _check_residual(x, **{name: t for name, t in residual.items() if t is not None})
     if dout is not None and stats is not None:
         check_shape("dout", dout, tuple(x.shape))
@@ -487,26 +487,3 @@ def _check_affine(x_BLC: Tensor, **affine: Tensor) -> None:
     check_shape("x", x_BLC, ("B", "L", "C"))
     for name, t in affine.items():
         check_shape(name, t, (x_BLC.shape[-1],))
-
-
-def _check_modulation(x_BLC: Tensor, **modulation: Any) -> None:
-    """The same, where the gate alone may be None."""
-    check_shape("x", x_BLC, ("B", "L", "C"))
-    batch, tokens, channels = x_BLC.shape
-    given = {name: m for name, m in modulation.items() if m is not None or name != "gate"}
-    for name, m in given.items():
-        check_tensor(name, m)
-    frames = max([1, *(m.shape[1] for m in given.values() if m.dim() == 3)])
-    for name, m in given.items():
-        fits = (
-            m.dim() == 3
-            and m.shape[0] in (1, batch)
-            and m.shape[1] in (1, frames)
-            and tokens % frames == 0
-            and m.shape[2] == channels
-        )
-        if not fits:
-            raise ValueError(
-                f"{name} has shape {[*m.shape]}: must be [1 or {batch}, frames, {channels}] with "
-                f"frames 1 or the same for all, a divisor of the {tokens} tokens"
-            )

@@ -196,15 +196,7 @@ def block_causal_attention(
     if k_prefix_BPHD is not None and v_prefix_BPHD is not None:
         for whole in (k_prefix_BPHD.detach(), v_prefix_BPHD.detach()):
             past.append(torch.cat([whole[:, lo:hi] for lo, hi in prefix], 1))
-    groups, restore_L = _rows_by_shape(
-        q_BLHD.device,
-        layout.chunks,
-        layout.frame_tokens,
-        layout.window,
-        layout.sink,
-        layout.teacher_forcing,
-        layout.hide_first,
-    )
+    groups, restore_L = _rows_by_shape(q_BLHD.device, *layout.fields)
     for query_RQ, key_RS in groups:
         q, k, v = (
             t.index_select(1, index.flatten()).reshape(-1, index.shape[1], *t.shape[2:])
@@ -221,13 +213,12 @@ def block_causal_attention(
 
 
 def _rows_by_shape(
-    device: torch.device, *layout: Any
+    device: torch.device, *fields: Any
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    return _cached_rows_by_shape(BlockLayout(*layout), device)
+    return _cached_rows_by_shape(BlockLayout(*fields), device)
 
 
-# Constant for torch.compile, which wants plain numbers for that and looks through lru_cache: what
-# torch.compiler.assume_constant_result sets, without importing all of Dynamo, which takes a second.
+# A constant for torch.compile, as in layout.py.
 _rows_by_shape._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -265,7 +265,7 @@ def _choose_step(
         check_floating(name, s)
         check_device(name, s, x.device)
     check_finite("guidance", guidance)
-    return choose("sampler", impl, x.device, x=x, **tensors)
+    return choose("sampler_step", impl, x.device, x=x, **tensors)
 
 
 def _choose_normal(noise: Noise, shape: Sequence[int], impl: str) -> str:
@@ -278,12 +278,12 @@ def _choose_normal(noise: Noise, shape: Sequence[int], impl: str) -> str:
     _check_elements(shape)
     check_tensor("seed_B", noise.seed_B)
     _check_noise(noise, shape, noise.seed_B.device)
-    return choose("sampler", impl, noise.seed_B.device)
+    return choose("sampler_step", impl, noise.seed_B.device)
 
 
 def _choose_gradient(x: Tensor, real_x0: Tensor, fake_x0: Tensor, impl: str) -> str:
     _check_alike("B", x, real_x0=real_x0, fake_x0=fake_x0)
-    return choose("sampler", impl, x.device, x=x, real_x0=real_x0, fake_x0=fake_x0)
+    return choose("sampler_step", impl, x.device, x=x, real_x0=real_x0, fake_x0=fake_x0)
 
 
 def _check_alike(sizes: str, x: Tensor, **others: Any) -> None:

@@ -3,6 +3,7 @@ may pass."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
@@ -177,13 +178,8 @@ def test_visits_are_those_of_the_layout() -> None:
     """By the layout's own account of blocks, at sizes where tiles divide chunks."""
     layout = BlockLayout.causal(8, 2, 16, window=5, sink=1, teacher_forcing=True)
     ours = visits(layout.rows, (), 32, 16)
-    tiles = range(0, layout.tokens, 16)
-    shown = sum(
-        layout.visibility((q, q + 32), (k, k + 16)) != sf.Visibility.NONE
-        for q in tiles[::2]
-        for k in tiles
-    )
-    assert ours == shown
+    shown = layout.dense_mask().unflatten(0, (-1, 32)).unflatten(2, (-1, 16)).any(3).any(1)
+    assert ours == int(shown.sum())
 
 
 def test_unseen_keys_get_zero_gradients() -> None:
@@ -324,6 +320,39 @@ def test_sdpa_by_rows(layout: BlockLayout) -> None:
 
     tensors = [*rand(3, 2, layout.tokens, 2, 16), *rand(2, 2, 9, 2, 16)]
     check(op, tensors, torch.float32, impl="sdpa")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="as PyTorch defines it, without compiling it")
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("spans", [(), ((1, 3), (4, 200))])
+def test_flex_attention(layout: BlockLayout, spans: tuple[Span, ...]) -> None:
+    """At sizes where blocks are seen whole, in part and not at all."""
+    layout = dataclasses.replace(layout, frame_tokens=61)
+    prefix = Prefix(*rand(2, 1, 200, 1, 8), spans) if spans else None
+    q, k, v = rand(3, 1, layout.tokens, 1, 8, dtype=torch.float32)
+    if prefix:
+        prefix = Prefix(*(t.float() for t in prefix[:2]), spans)
+    got = attend(layout, q, k, v, impl="flex", prefix=prefix)
+    want = attend(layout, q, k, v, impl="reference", prefix=prefix)
+    torch.testing.assert_close(got, want)
+    past = sum(hi - lo for lo, hi in spans)
+    keys = past + layout.tokens
+    mask = library_attention.flex_mask(layout.rows, past, keys, q.device)
+    shown = torch.nn.functional.pad(layout.dense_mask(), (past, 0), value=True)
+    blocks = torch.nn.functional.pad(shown, (0, -keys % 128, 0, -layout.tokens % 128))
+    blocks = blocks.unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).any(3).any(1)
+    assert mask is None if shown.all() else torch.equal(mask.to_dense()[0, 0].bool(), blocks)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="as PyTorch defines it, without compiling it")
+@pytest.mark.parametrize("valid", [1, 127, 128, 300])
+def test_flex_attention_over_a_ring(valid: int) -> None:
+    q, k, v = rand(3, 2, 300, 1, 8, dtype=torch.float32)
+    options: Any = q[:, :140], k, v, torch.tensor(valid)
+    got, want = (ring_attention(*options, impl=impl) for impl in ("flex", "reference"))
+    torch.testing.assert_close(got, want)
+    with pytest.raises(ValueError, match="impl='flex' has no gradient on a CPU"):
+        sf.cross_attention(q.requires_grad_(), k, v, impl="flex")
 
 
 @pytest.mark.parametrize("module", ["flash_attn_interface", "flash_attn.cute", "flash_attn"])

@@ -338,7 +338,7 @@ X, V = torch.zeros(2, 6, 8), torch.zeros(8)
 def test_auto_takes_what_it_can() -> None:
     for dtype in CPP_DTYPES:
         assert choose("norm", "auto", CPU, x=X.to(dtype), weight=V) == "cpp"
-        assert choose("sampler", "auto", CPU, x=X.to(dtype), flow=None) == "cpp"
+        assert choose("sampler_step", "auto", CPU, x=X.to(dtype), flow=None) == "cpp"
     for op in ("rope_table", "qk_norm_rope"):
         assert choose(op, "auto", CPU) == "cpp"
     for x in (X.double(), X.mT):
@@ -366,7 +366,10 @@ def test_auto_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
             lambda: sf.layer_norm(X.to("meta"), V.to("meta"), V.to("meta"), impl="cpp"),
             "impl='cpp' takes CPU tensors, not meta",
         ),
-        (lambda: choose("sampler", "cpp", torch.device("cuda")), "takes CPU tensors, not cuda"),
+        (
+            lambda: choose("sampler_step", "cpp", torch.device("cuda")),
+            "takes CPU tensors, not cuda",
+        ),
         (
             lambda: choose("ring_attention", "cpp", CPU, q=X),
             "impl='cpp': ring_attention has triton, .*reference",

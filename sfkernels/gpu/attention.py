@@ -13,7 +13,7 @@ TFLOP/s that an H200 multiplies matrices. Not measured on a GPU yet.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -242,67 +242,47 @@ def attention_fwd(
     """o [B, L, H, D] and lse [B, H, L] float32, of queries that see the spans of their row, and
     before them those of the prefix. Every query sees a key, and no span is empty."""
     setting = tile_setting("attention_fwd", q_BLHD)
-    sources = (k_BSHD, v_BSHD, k_prefix_BPHD, v_prefix_BPHD)
-    return pattern_forward(_run, setting, q_BLHD, sources, rows, prefix, scale)
+    table = tile_table(rows, prefix, setting.stationary, q_BLHD.device)
+    o_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
+    lse_BHL = by_row(q_BLHD)
+    sources = k_BSHD, v_BSHD, k_prefix_BPHD, v_prefix_BPHD
+    work = Work(len(table.tiles), 1, len(prefix), table, None)
+    _launch_forward(setting, q_BLHD, sources, o_BLHD, lse_BHL, work, scale)
+    return o_BLHD, lse_BHL
 
 
 def ring_attention(
     q_BLHD: Tensor, k_ring_BSHD: Tensor, v_ring_BSHD: Tensor, valid: Tensor, scale: float
 ) -> Tensor:
     """o [B, L, H, D] of queries that see the first `valid` slots of the ring; at least one, and at
-    most all."""
+    most all. The keys are split where that fills the card better."""
     setting = tile_setting("attention_fwd", q_BLHD)
-    return ring_forward(_run, setting, q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, scale)
+    work, part_PBLHD, lse_PBHL = ring_work(setting, q_BLHD, k_ring_BSHD, valid)
+    sources = k_ring_BSHD, v_ring_BSHD, None, None
+    _launch_forward(setting, q_BLHD, sources, part_PBLHD, lse_PBHL, work, scale)
+    return combine_parts(part_PBLHD, lse_PBHL, q_BLHD.dtype)
 
 
 Sources = tuple[Tensor | None, ...]  # k, v, and those of the prefix
 
 
 class Work(NamedTuple):
-    """What a launch of a forward kernel covers: tiles of queries, parts of the keys, spans that
+    """The reach of one launch of a forward kernel: tiles of queries, parts of the keys, spans that
     belong to the prefix; and where it reads which keys are seen, the tables of a pattern or the
     valid length of a ring."""
 
     tiles: int
     parts: int
     prefix: int
-    tables: tuple[Tensor | None, Tensor | None]
+    tables: Sequence[Tensor | None]
     valid: Tensor | None
 
 
-# Launches a forward kernel: setting, q, sources, o [parts, B, L, H, D], lse [parts, B, H, L], work,
-# scale.
-Run = Callable[[launch.Tile, Tensor, Sources, Tensor, Tensor, Work, float], None]
-
-
-def pattern_forward(
-    run: Run,
-    setting: launch.Tile,
-    q_BLHD: Tensor,
-    sources: Sources,
-    rows: Pattern,
-    prefix: tuple[Span, ...],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """o and lse of queries under a pattern."""
-    table = tile_table(rows, prefix, setting.stationary, q_BLHD.device)
-    o_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
-    lse_BHL = by_row(q_BLHD)
-    work = Work(len(table.tiles), 1, len(prefix), table, None)
-    run(setting, q_BLHD, sources, o_BLHD, lse_BHL, work, scale)
-    return o_BLHD, lse_BHL
-
-
-def ring_forward(
-    run: Run,
-    setting: launch.Tile,
-    q_BLHD: Tensor,
-    k_ring_BSHD: Tensor,
-    v_ring_BSHD: Tensor,
-    valid: Tensor,
-    scale: float,
-) -> Tensor:
-    """o of queries over a ring, whose keys are split where that fills the card better."""
+def ring_work(
+    setting: launch.Tile, q_BLHD: Tensor, k_ring_BSHD: Tensor, valid: Tensor
+) -> tuple[Work, Tensor, Tensor]:
+    """What a launch over a ring covers, and its empty outputs: o [P, B, L, H, D], in float32 where
+    the keys are split into P > 1 parts, and lse [P, B, H, L]."""
     batch, queries, heads, _ = q_BLHD.shape
     tiles = triton.cdiv(queries, setting.stationary)
     parts = key_splits(
@@ -310,21 +290,12 @@ def ring_forward(
         launch.multiprocessors(q_BLHD.device),
         triton.cdiv(k_ring_BSHD.shape[1], setting.streamed),
     )
-    o_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
-    part_PBLHD, lse_PBHL = o_BLHD, by_row(q_BLHD, parts)
-    if parts > 1:
-        part_PBLHD = o_BLHD.new_empty(parts, *o_BLHD.shape, dtype=torch.float32)
-    sources, work = (
-        (k_ring_BSHD, v_ring_BSHD, None, None),
-        Work(tiles, parts, 0, (None,) * 2, valid),
-    )
-    run(setting, q_BLHD, sources, part_PBLHD, lse_PBHL, work, scale)
-    if parts > 1:
-        combine_parts(part_PBLHD, lse_PBHL, o_BLHD)
-    return o_BLHD
+    dtype = torch.float32 if parts > 1 else q_BLHD.dtype
+    part_PBLHD = q_BLHD.new_empty(parts, *q_BLHD.shape, dtype=dtype)
+    return Work(tiles, parts, 0, (None, None), valid), part_PBLHD, by_row(q_BLHD, parts)
 
 
-def _run(
+def _launch_forward(
     setting: launch.Tile,
     q_BLHD: Tensor,
     sources: Sources,
@@ -333,6 +304,7 @@ def _run(
     work: Work,
     scale: float,
 ) -> None:
+    """Writes o [parts, B, L, H, D] and lse [parts, B, H, L]."""
     batch, queries, heads, head_dim = q_BLHD.shape
     k_BSHD = sources[0]
     assert k_BSHD is not None
@@ -355,10 +327,14 @@ def _run(
     )
 
 
-def combine_parts(part_PBLHD: Tensor, lse_PBHL: Tensor, o_BLHD: Tensor) -> None:
-    """Writes o [B, L, H, D], contiguous, from the float32 outputs of parts of the keys. A part with
-    an lse of minus infinity saw no key, and its output is not read."""
+def combine_parts(part_PBLHD: Tensor, lse_PBHL: Tensor, dtype: torch.dtype) -> Tensor:
+    """o [B, L, H, D] from the outputs of parts of the keys: the one there is, or the mean of those
+    in float32, weighted by their sums. A part with an lse of minus infinity saw no key, and its
+    output is not read."""
     parts, batch, queries, heads, head_dim = part_PBLHD.shape
+    if parts == 1:
+        return part_PBLHD.squeeze_(0)  # in place, as an op must not return a view
+    o_BLHD = part_PBLHD.new_empty(batch, queries, heads, head_dim, dtype=dtype)
     launch.run(
         _combine_parts_kernel,
         (triton.cdiv(queries, FLAT_ROWS), batch * heads),
@@ -369,6 +345,7 @@ def combine_parts(part_PBLHD: Tensor, lse_PBHL: Tensor, o_BLHD: Tensor) -> None:
         BLOCK_M=FLAT_ROWS,
         BLOCK_D=block_d(head_dim),
     )
+    return o_BLHD
 
 
 FLAT_ROWS = 32  # of a program that only reads and writes rows of one head

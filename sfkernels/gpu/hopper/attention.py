@@ -29,10 +29,6 @@ A ring's keys are therefore split: into 2 parts for the chunk, 96% full, and 5 f
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -44,25 +40,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sfkernels import launch
 from sfkernels.gpu.attention import (
     LOG2E,
     Sources,
     Work,
-    pattern_forward,
-    ring_forward,
-    tile_setting,
+    by_row,
+    combine_parts,
+    ring_work,
 )
-from sfkernels.gpu.tiles import Pattern
+from sfkernels.gpu.hopper.launching import (
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    PRODUCER_REGISTERS,
+    M,
+    describe,
+    hopper_setting,
+    launch_specialised,
+    programs_of,
+)
+from sfkernels.gpu.tiles import Pattern, tile_table
 from sfkernels.layout import Span
-
-# Two consumers of M queries each: the rows of one wgmma.
-M, CONSUMERS = gl.constexpr(64), gl.constexpr(2)
-# Registers of a thread. A program is given REGISTERS for each thread of 12 warps; its consumers
-# take what the warpgroup of the loading warp leaves.
-REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS = 168, gl.constexpr(240), gl.constexpr(24)
 
 
 @gluon.constexpr_function
@@ -393,60 +392,32 @@ def attention_fwd(
     prefix: tuple[Span, ...],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """As in attention.py. Raises ValueError for tensors that TMA cannot read."""
-    sources = (k_BSHD, v_BSHD, k_prefix_BPHD, v_prefix_BPHD)
-    return pattern_forward(
-        _run, hopper_setting("hopper_fwd", q_BLHD), q_BLHD, sources, rows, prefix, scale
-    )
+    """o and lse as `sfkernels.gpu.attention_fwd` gives them. Raises ValueError for tensors that TMA
+    cannot read."""
+    setting = hopper_setting("hopper_fwd", q_BLHD)
+    table = tile_table(rows, prefix, setting.stationary, q_BLHD.device)
+    o_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
+    lse_BHL = by_row(q_BLHD)
+    sources = k_BSHD, v_BSHD, k_prefix_BPHD, v_prefix_BPHD
+    work = Work(len(table.tiles), 1, len(prefix), table, None)
+    _launch_forward(setting, q_BLHD, sources, o_BLHD, lse_BHL, work, scale)
+    return o_BLHD, lse_BHL
 
 
 def ring_attention(
     q_BLHD: Tensor, k_ring_BSHD: Tensor, v_ring_BSHD: Tensor, valid: Tensor, scale: float
 ) -> Tensor:
-    """As in attention.py; slots that are not valid hold anything finite, as a RingKVCache sees to
-    when it is made and reset. Raises ValueError for tensors that TMA cannot read."""
+    """o as `sfkernels.gpu.ring_attention` gives it; slots that are not valid hold anything finite,
+    as a RingKVCache sees to when it is made and reset. Raises ValueError for tensors that TMA
+    cannot read."""
     setting = hopper_setting("hopper_fwd", q_BLHD)
-    return ring_forward(_run, setting, q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, scale)
+    work, part_PBLHD, lse_PBHL = ring_work(setting, q_BLHD, k_ring_BSHD, valid)
+    sources = k_ring_BSHD, v_ring_BSHD, None, None
+    _launch_forward(setting, q_BLHD, sources, part_PBLHD, lse_PBHL, work, scale)
+    return combine_parts(part_PBLHD, lse_PBHL, q_BLHD.dtype)
 
 
-def hopper_setting(kernel: str, q_BLHD: Tensor) -> launch.Tile:
-    setting = tile_setting(kernel, q_BLHD)
-    assert setting.stationary == CONSUMERS.value * M.value and setting.warps == 4, setting
-    assert setting.stages > 1, setting  # a tile of keys is kept until the next one is there
-    return setting
-
-
-def programs_of(setting: launch.Tile, device: torch.device, tiles: int, others: int) -> int:
-    """How many programs share the tiles of each head and part, of which there are `others`."""
-    if not setting.per_sm:
-        return tiles
-    return min(tiles, -(-setting.per_sm * launch.multiprocessors(device) // others))
-
-
-def launch_specialised(
-    kernel: Any,
-    setting: launch.Tile,
-    grid: Sequence[int],
-    args: Sequence[Any],
-    q_BLHD: Tensor,
-    **meta: Any,
-) -> None:
-    """What the launches of all kernels here have in common."""
-    launch.run(
-        kernel,
-        grid,
-        args,
-        num_warps=setting.warps,
-        maxnreg=REGISTERS,
-        H=q_BLHD.shape[2],
-        D=q_BLHD.shape[3],
-        N=setting.streamed,
-        STAGES=setting.stages,
-        **meta,
-    )
-
-
-def _run(
+def _launch_forward(
     setting: launch.Tile,
     q_BLHD: Tensor,
     sources: Sources,
@@ -477,42 +448,3 @@ def _run(
         HAS_PREFIX=work.prefix > 0,
         O_BITS=8 * o.element_size(),
     )
-
-
-def describe(name: str, x_BLHD: Tensor | None, box: int) -> tuple[Any, int]:
-    """A TMA descriptor of the rows of all samples, whose boxes are `box` rows of one head; and how
-    many rows a sample is apart from the next. Raises ValueError for tensors that TMA cannot read as
-    such rows."""
-    if x_BLHD is None:
-        return None, 0
-    if x_BLHD.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"{name} is {x_BLHD.dtype}: impl='gluon' takes bfloat16 and float16; use 'triton'"
-        )
-    batch, tokens, heads, head_dim = x_BLHD.shape
-    stride_b, stride_l, stride_h, stride_d = x_BLHD.stride()
-    stride_b = 0 if batch == 1 else stride_b
-    if (
-        stride_d != 1
-        or (stride_h != head_dim and heads > 1)
-        or stride_l < heads * head_dim
-        or stride_l % 8
-        or stride_b % stride_l
-        or x_BLHD.data_ptr() % 16
-    ):
-        raise ValueError(
-            f"{name} has strides {x_BLHD.stride()} and starts at byte {x_BLHD.data_ptr() % 16} of "
-            f"16: for impl='gluon' the {heads} heads of {head_dim} of a token must lie side by "
-            "side, tokens a multiple of 8 elements apart, samples a whole number of tokens apart, "
-            "and the start be aligned to 16 bytes; call .contiguous() or use impl='triton'"
-        )
-    apart = stride_b // stride_l
-    shape = [(batch - 1) * apart + tokens, heads * head_dim]
-    layout = _shared_layout(box, head_dim, x_BLHD.dtype)
-    return TensorDescriptor(x_BLHD, shape, [stride_l, 1], [box, head_dim], layout), apart
-
-
-@functools.cache
-def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], kind)

@@ -57,19 +57,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sfkernels import launch
 from sfkernels.gpu.attention import LOG2E
 from sfkernels.gpu.attention_backward import row_delta
-from sfkernels.gpu.hopper.attention import (
+from sfkernels.gpu.hopper.attention import accumulator, operand, store_rows, turn_of
+from sfkernels.gpu.hopper.launching import (
     CONSUMER_REGISTERS,
     CONSUMERS,
     PRODUCER_REGISTERS,
     M,
-    accumulator,
     describe,
     hopper_setting,
     launch_specialised,
-    operand,
     programs_of,
-    store_rows,
-    turn_of,
 )
 from sfkernels.gpu.tiles import Pattern, Tiles, column_table, tile_table
 from sfkernels.layout import Span
