@@ -21,6 +21,7 @@ from torch import Tensor
 import sfkernels as sf
 from bench import timing
 from bench.phases import Phases, random_model
+from sfmodel import ranges
 from sfmodel.config import Preset
 from sfmodel.cost import clip_chunks
 from sfmodel.dit import DiT, SelfAttention
@@ -170,7 +171,7 @@ class Training:
         times = {}
         with self.autocast():
             for name, run in self.phases(row).items():
-                with timing.phase(name, self.device):
+                with ranges.phase(name):
                     timing.wait(self.device)
                     began = time.perf_counter()
                     run()

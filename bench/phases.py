@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from bench import codecs, peers, timing
 from sfkernels import Noise, normal
+from sfmodel import ranges
 from sfmodel.config import PRESETS, DiTConfig, Preset
 from sfmodel.cost import PIXEL_FRAMES, VAE_STRIDE
 from sfmodel.dit import DiT
@@ -162,7 +163,7 @@ def clocked(phases: Phases, device: torch.device) -> Timed:
     began = time.perf_counter()
     mark()
     for name, run in phases.items():
-        with timing.phase(name, device):
+        with ranges.phase(name):
             run()
         mark()
     timing.wait(device)

@@ -3,7 +3,7 @@
 On CUDA each contestant becomes one CUDA graph that runs it over K sets of inputs, together larger
 than three L2 caches, so that each run finds its inputs in device memory. The graphs are replayed in
 turn, round by round, so that all meet the same clocks. What Python's launches add is timed apart.
-On CPU the same in wall-clock time. A profiler sees every contestant as an NVTX range.
+On CPU the same in wall-clock time. A profiler sees every contestant as a range.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from sfmodel.ranges import phase
 
 ROUNDS = 30
 LAUNCHED_ROUNDS = 5
@@ -108,7 +110,7 @@ def measure(
                 if name in out:
                     continue
                 try:
-                    with around[name](), phase(name, device):
+                    with around[name](), phase(name):
                         elapsed = _once(run, cuda)
                 except Exception as error:
                     out[name] = reason(error)
@@ -160,16 +162,6 @@ def quantile(values: Sequence[float], q: float) -> float:
     """The smallest of `values` that at least a share q of them do not exceed."""
     ordered = sorted(values)
     return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
-
-
-@contextlib.contextmanager
-def phase(name: str, device: torch.device) -> Iterator[None]:
-    """An NVTX range, which a profiler shows under `name`."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.nvtx.range(name):
-        yield
 
 
 @contextlib.contextmanager

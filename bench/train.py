@@ -23,6 +23,7 @@ from torch import Tensor
 from bench import attention, harness, kernels, timing
 from bench.contest import EAGER
 from bench.iterations import Training, attending, check, exit_step_of
+from sfmodel import ranges
 from sfmodel.config import PRESETS, Preset
 from sfmodel.cost import training_flops
 from sfmodel.machine import said
@@ -119,7 +120,7 @@ def measure(
         for impl, flex in [*right.items()]:
             job.tick(f"{name}: round {i + 1} of {rounds}, {impl}")
             try:
-                around = timing.phase(impl, job.device), attending(training, impl, flex)
+                around = ranges.phase(impl), attending(training, impl, flex)
                 with around[0], around[1], timing.peak_memory(job.device) as peak:
                     times[impl].append(training.iteration(name))
             except Exception as error:

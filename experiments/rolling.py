@@ -29,6 +29,7 @@ from torch import Tensor
 from bench import harness, timing
 from bench.phases import random_model
 from sfkernels import BlockLayout, RingKVCache
+from sfmodel import ranges
 from sfmodel.config import PRESETS, Preset
 from sfmodel.cost import pass_flops, rolling_flops
 from sfmodel.dit import DiT
@@ -155,7 +156,7 @@ def compare(
     def next_chunk(past: Tensor) -> list[Tensor]:
         draws, outs = draw(len(preset.steps), *shape), []
         for way in ways:
-            with timing.phase(way.name, device):
+            with ranges.phase(way.name):
                 timing.wait(device)
                 start = time.perf_counter()
                 outs.append(way.next_chunk(past, draws[0], draws.__getitem__))
