@@ -20,7 +20,7 @@ from torch import Tensor
 
 import sfkernels as sf
 from bench import timing
-from bench.phases import Phases, random_model
+from bench.inputs import random_model
 from sfmodel import ranges
 from sfmodel.config import Preset
 from sfmodel.cost import clip_chunks
@@ -37,6 +37,8 @@ from sfmodel.train.objectives import (
 from sfmodel.train.rollout import Rollout
 
 QKV = "blocks.{}.self_attn.qkv.weight"
+
+Phases = dict[str, Callable[[], Any]]
 
 
 class Scores(NamedTuple):

@@ -27,17 +27,17 @@ import torch
 from torch import Tensor
 
 from bench import harness, timing
-from bench.phases import random_model
-from sfkernels import BlockLayout, RingKVCache
+from bench.inputs import random_model
+from sfkernels import BlockLayout
 from sfmodel import ranges
 from sfmodel.config import PRESETS, Preset
 from sfmodel.cost import pass_flops, rolling_flops
 from sfmodel.dit import DiT
 from sfmodel.machine import said
 from sfmodel.schedule import FlowSchedule
-from sfmodel.stream import FewStepSampler, few_steps
+from sfmodel.stream import Stream, few_step
 
-Renoise = Callable[[int], Tensor]
+Noises = Callable[[int], Tensor]
 
 # Latent frames. The first one is followed along a video of VIDEO windows.
 WINDOWS, TINY_WINDOWS = (21, 9, 42), (21, 6, 12, 42, 84)
@@ -59,8 +59,9 @@ COLOURS = {
 class Way(Protocol):
     name: str
 
-    def next_chunk(self, past: Tensor, noise: Tensor, renoise: Renoise) -> Tensor:
-        """x0 [B, F, C, h, w] of the chunk after the clean latents `past`, at most a window's."""
+    def next_chunk(self, past: Tensor, noise: Noises) -> Tensor:
+        """x0 [B, F, C, h, w] of the chunk after the clean latents `past`, at most a window's.
+        noise: of a step, the initial one at 0."""
         ...
 
 
@@ -74,45 +75,43 @@ class RecomputeWindow:
         self.t = schedule.warp(preset.steps).to(model.device)
         self.sigmas = schedule.sigma(self.t)
 
-    def next_chunk(self, past: Tensor, noise: Tensor, renoise: Renoise) -> Tensor:
-        past = past[:, -self.context :]
+    def next_chunk(self, past: Tensor, noise: Noises) -> Tensor:
+        past, x = past[:, -self.context :], noise(0)
         frames = past.shape[1] + self.chunk
         layout = BlockLayout.causal(frames, self.chunk, self.tokens)
-        is_new = torch.arange(frames, device=noise.device) >= past.shape[1]
-
-        def flow(x: Tensor, step: int) -> Tensor:
-            t_BF = torch.where(is_new, self.t[step], 0.0)[None]
+        is_new = torch.arange(frames, device=x.device) >= past.shape[1]
+        for i, t in enumerate(self.t):
+            t_BF = torch.where(is_new, t, 0.0)[None]
             whole = self.model(torch.cat([past, x], 1), t_BF, self.text, layout=layout)
-            return whole[:, -self.chunk :]
-
-        return few_steps(flow, self.sigmas, noise, renoise, self.model.impl)
+            flow = whole[:, -self.chunk :].contiguous()
+            x = few_step(flow, x, i, self.sigmas, noise, self.model.impl)[1]
+        return x
 
 
 class RecomputeCache:
     name = "recompute cache"
 
-    def __init__(self, model: DiT, preset: Preset, cache: RingKVCache) -> None:
-        self.context, self.chunk = preset.window - preset.chunk, preset.chunk
-        self.sampler = FewStepSampler(model, cache, FlowSchedule(preset.shift), preset.steps)
+    def __init__(self, stream: Stream) -> None:
+        self.stream, self.context = stream, stream.preset.window - stream.preset.chunk
 
-    def next_chunk(self, past: Tensor, noise: Tensor, renoise: Renoise) -> Tensor:
-        self.sampler.cache.reset()
-        if past.shape[1]:
-            for clean in past[:, -self.context :].split(self.chunk, 1):
-                self.sampler.append(clean)
-        return self.sampler.denoise(noise, renoise)
+    def next_chunk(self, past: Tensor, noise: Noises) -> Tensor:
+        self.stream.restart()
+        self.stream.prefill(past[:, -self.context :])
+        self.stream.noise = noise
+        return self.stream.denoise().clone()
 
 
 class RingCache:
     name = "ring cache"
 
-    def __init__(self, model: DiT, preset: Preset, cache: RingKVCache) -> None:
-        self.sampler = FewStepSampler(model, cache, FlowSchedule(preset.shift), preset.steps)
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
 
-    def next_chunk(self, past: Tensor, noise: Tensor, renoise: Renoise) -> Tensor:
-        x0 = self.sampler.denoise(noise, renoise)
-        self.sampler.append(x0)
-        return x0
+    def next_chunk(self, past: Tensor, noise: Noises) -> Tensor:
+        self.stream.noise = noise
+        x0 = self.stream.denoise()
+        self.stream.update()
+        return x0.clone()
 
 
 @torch.no_grad()
@@ -139,15 +138,10 @@ def compare(
     if preset.window % preset.chunk or preset.window == preset.chunk:
         raise ValueError(f"window={preset.window}: must be two or more chunks of {preset.chunk}")
     device, began = model.device, time.monotonic()
-    caches = [model.new_cache(batch, preset.window, preset.grid) for _ in range(2)]
-    for cache in caches:
-        model.set_text(cache, text)
-    ring = RingCache(model, preset, caches[1])
-    ways: list[Way] = [
-        RecomputeWindow(model, preset, text),
-        RecomputeCache(model, preset, caches[0]),
-        ring,
-    ]
+    preset = replace(preset, first=None, sink=0)
+    recomputed, rolling = (Stream(model, None, text, preset, batch=batch) for _ in range(2))
+    ring = RingCache(rolling)
+    ways: list[Way] = [RecomputeWindow(model, preset, text), RecomputeCache(recomputed), ring]
     generator = torch.Generator(device).manual_seed(0)
     draw = functools.partial(torch.randn, generator=generator, device=device)
     shape = (batch, preset.chunk, model.config.channels, preset.height, preset.width)
@@ -159,7 +153,7 @@ def compare(
             with ranges.phase(way.name):
                 timing.wait(device)
                 start = time.perf_counter()
-                outs.append(way.next_chunk(past, draws[0], draws.__getitem__))
+                outs.append(way.next_chunk(past, draws.__getitem__))
                 timing.wait(device)
                 times[way.name].append(time.perf_counter() - start)
         return outs
@@ -170,12 +164,11 @@ def compare(
         past = torch.cat([past, next_chunk(past)[-1]], 1)
     for name in times:
         times[name].clear()
-    ring.sampler.cache.reset()
+    rolling.restart()
     last = preset.window // preset.chunk - 1  # the chunk that completes the first window
     first = last if filled else 0
     past = draw(batch, first * preset.chunk, *shape[2:])
-    for clean in past.split(preset.chunk, 1) if filled else ():
-        ring.sampler.append(clean)
+    rolling.prefill(past)
     worst = 0.0
     for i in range(first, last + chunks):
         if i > last and time.monotonic() - began > seconds:

@@ -37,10 +37,10 @@ from sfmodel.toy.evaluate import (
     Sampling,
     bands,
     evaluate,
+    generate,
     held_out,
-    judge,
     over,
-    roll,
+    score,
     seen_in,
 )
 from sfmodel.toy.vae import ToyVAE
@@ -285,7 +285,7 @@ def _said(result: dict[str, Any]) -> str:
 
 
 def references(scale: Scale, split: str) -> dict[str, dict[str, Any]]:
-    """`judge` of other real videos, the least that can be had, and of the teacher's, which sees a
+    """`score` of other real videos, the least that can be had, and of the teacher's, which sees a
     whole training clip at once."""
     codec, held = ToyVAE.from_pretrained(), _held(LONG, scale.videos, split)
     config = defaults("toy", "sf+dmd")
@@ -301,8 +301,8 @@ def references(scale: Scale, split: str) -> dict[str, dict[str, Any]]:
         flow = guided(teacher, text, torch.zeros_like(text[:1]), guidance=0.0)
         made.append(solve(flow, noise, schedule, (), config.teacher_steps)[:, -1].cpu())
     return {
-        "real, other videos": judge(seen_in(codec, held.latents_BFCHW), held.real_NFD),
-        f"teacher, {config.teacher_steps} steps": judge(
+        "real, other videos": score(seen_in(codec, held.latents_BFCHW), held.real_NFD),
+        f"teacher, {config.teacher_steps} steps": score(
             seen_in(codec, torch.cat(made)), held.real_NFD
         ),
     }
@@ -423,7 +423,7 @@ def sheets(jobs: Sequence[Job], output: Path) -> None:
         for job in chosen:
             model = _load(job.config().output / "model.safetensors")
             text = held.text_BTE[:1].to(model.device)
-            latents[job.row] = roll(model, job.sampling(), text, LONG).cpu()
+            latents[job.row] = generate(model, job.sampling(), text, LONG).cpu()
         with torch.no_grad():
             videos = codec.decode_chunk(torch.cat([*latents.values()]))[0]
         title = f"{way}, trained on {codec.temporal_factor * (FRAMES - 1) + 1} frames: one prompt"

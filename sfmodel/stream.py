@@ -1,100 +1,317 @@
-"""The generation loop: chunk by chunk through the ring cache, frames out as they are ready."""
+"""The stream: video from a few-step causal model, chunk by chunk through the ring cache, frames out
+as they are ready (arXiv 2506.08009, algorithm 2).
+
+Shapes: B samples, F latent frames of a chunk, T pixel frames, C channels, h×w latents, H×W pixels,
+E text dim.
+"""
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from sfkernels import Noise, RingKVCache, normal, sampler_step
+from sfkernels import Noise, euler_step, normal, sampler_step
+from sfkernels.arguments import check_shape
+from sfmodel import graphs
 from sfmodel.config import Preset, check_seed
 from sfmodel.dit import DiT
+from sfmodel.ranges import phase
 from sfmodel.schedule import FlowSchedule
-from sfmodel.vae.codec import VideoDecoder
+from sfmodel.vae.codec import VideoDecoder, to_bytes
 
+PROMPT, NOISE, STEP, DECODE = "prompt keys and values", "noise", "step ", "decode"
+COPY, UPDATE = "copy to host", "cache update"
 
-def few_steps(
-    flow: Callable[[Tensor, int], Tensor],
-    sigmas: Tensor,
-    noise: Tensor,
-    renoise: Callable[[int], Tensor | Noise],
-    impl: str = "auto",
-) -> Tensor:
-    """x0 after all steps: from the flow at (x, step i), x0; then fresh noise, `renoise(i + 1)`, up
-    to the next of the falling `sigmas` [steps]."""
-    x = noise
-    for i in range(len(sigmas)):
-        x0, x = few_step(x, flow(x, i), sigmas, i, renoise, impl)
-    return x0
+Run = Callable[[], None]
 
 
 def few_step(
-    x: Tensor,
     flow: Tensor,
-    sigmas: Tensor,
+    x: Tensor,
     i: int,
+    sigmas: Sequence[Tensor] | Tensor,
     renoise: Callable[[int], Tensor | Noise],
-    impl: str,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """From the flow at (x, step i): x0, and x at the σ of step i + 1; after the last step both are
-    x0."""
+    """Step i of a few-step sampler: from the flow [B, F, C, h, w] at x, x0, and x at the σ of step
+    i + 1 with fresh noise, `renoise(i + 1)`; after the last of the falling `sigmas` both are x0."""
     following = () if i + 1 == len(sigmas) else (sigmas[i + 1], renoise(i + 1))
     return sampler_step(x, flow, sigmas[i], *following, impl=impl)
 
 
-class FewStepSampler:
-    """Generates the next chunk of a stream with a few-step causal model (arXiv 2506.08009,
-    algorithm 2): predict x0, renoise to the next level, and at last one clean pass that leaves the
-    chunk's final keys and values in the cache.
+class Decoding:
+    """A clip's decoding, chunk by chunk. pixels [B, T, 3, H, W]: of the last chunk.
 
-    steps: falling indices in 1..1000, warped by the schedule. Everything that depends on them alone
-    is computed here, once.
+    launch: makes a CUDA graph of a function; None to run eagerly. A clip's first chunk is never
+    part of a graph, since it does what others do not: no convolution sees anything before it. The
+    others find the state where they left it."""
+
+    def __init__(self, codec: VideoDecoder, launch: Callable[[Run], Run] | None = None) -> None:
+        self.codec, self.launch = codec, launch
+        self.state: Any = None
+        self.kept: Any = None  # where a graph finds the state
+        self.pixels_BTCHW = torch.empty(0)
+
+    def of(self, x_BFCHW: Tensor) -> Run:
+        """What decodes the chunk that lies in x, each time that it is called."""
+
+        def decode() -> None:
+            self.pixels_BTCHW, self.state = self.codec.decode_chunk(x_BFCHW, self.state)
+
+        if self.launch is None:
+            return decode
+        self.kept = self.codec.decode_chunk(x_BFCHW)[1] if self.kept is None else self.kept
+        made_BTCHW = self.pixels_BTCHW
+
+        def in_place() -> None:
+            nonlocal made_BTCHW
+            made_BTCHW, state = self.codec.decode_chunk(x_BFCHW, self.kept)
+            self._keep(state)
+
+        replay = self.launch(in_place)
+
+        def decode_or_replay() -> None:
+            if self.state is None:
+                decode()
+                self._keep(self.state)
+                self.state = self.kept
+            else:
+                replay()
+                self.pixels_BTCHW = made_BTCHW
+
+        return decode_or_replay
+
+    def _keep(self, state: Any) -> None:
+        pairs = zip(pytree.tree_leaves(self.kept), pytree.tree_leaves(state), strict=True)
+        for kept, new in pairs:
+            kept.copy_(new)
+
+
+class Stream:
+    """A model's stream, eager or in CUDA graphs, one for each phase of a chunk: noise, the steps,
+    decoding, the copy to host memory, and the cache update, the pass that leaves the chunk's clean
+    keys and values in the cache. The update comes last, because the frames are out by then.
+
+    Each phase works on tensors that stay where they are; what changes from chunk to chunk, the
+    place in the ring and with it the noise, is read on the device. A clip's first decoding and the
+    copy are never part of a graph. `sfmodel.ranges.timed` times the phases.
+
+    codec: None for latents alone. text [1 or batch, T, E]: prompt embeddings. preset: sizes,
+    chunks, window, sink, steps. Sample b is the video of seed + b, the same on any device, in any
+    batch and by any implementation, up to rounding. euler: so many equal Euler steps, for models
+    that are not distilled, instead of the preset's few steps with fresh noise in between. graph:
+    phases become CUDA graphs now, which takes seconds; not measured on a GPU yet. noise: `noise(i)`
+    gives the next chunk's initial noise (i = 0) and the fresh noise before step i; None draws it
+    from the seed.
+
+    notes: why a phase is no graph, where that was asked for. Raises ValueError where sizes do not
+    fit together and MemoryError where the cache does not fit.
     """
 
+    @torch.no_grad()
     def __init__(
-        self, model: DiT, cache: RingKVCache, schedule: FlowSchedule, steps: Sequence[int]
+        self,
+        model: DiT,
+        codec: VideoDecoder | None,
+        text_BTE: Tensor,
+        preset: Preset,
+        *,
+        seed: int = 0,
+        batch: int = 1,
+        euler: int = 0,
+        graph: bool = False,
+        noise: Callable[[int], Tensor | Noise] | None = None,
     ) -> None:
-        self.model, self.cache = model, cache
-        t = schedule.warp(steps).to(model.device)
-        self.sigmas = schedule.sigma(t)
+        check_seed(seed, batch)
+        if not 0 <= euler <= 1000:
+            raise ValueError(f"euler={euler}: must be 0 to 1000 steps")
+        self.model, self.preset, self.batch, self.graph = model, preset.check(), batch, graph
+        self.euler, self.noise = euler, noise
+        steps = [round(1000 * (1 - i / euler)) for i in range(euler)] if euler else preset.steps
+        schedule, device = FlowSchedule(preset.shift), model.device
+        t = schedule.warp(steps).to(device)
+        self.sigmas = [*schedule.sigma(t)]
         self.modulations = [model.modulation(one) for one in t]
-        self.clean = model.modulation(torch.zeros((), device=model.device))
+        self.clean = model.modulation(torch.zeros((), device=device))
+        self.cache = model.new_cache(batch, preset.window, preset.grid, preset.sink)
+        self.seed_B = torch.arange(seed, seed + batch, device=device)
+        self.first = preset.first or preset.chunk
+        self.notes: dict[str, None] = {}
+        self.host_BTHWC = torch.empty(0, dtype=torch.uint8)
 
-    def denoise(self, noise_BFCHW: Tensor, renoise: Callable[[int], Tensor | Noise]) -> Tensor:
-        """x0 of the next chunk, float32, from its initial noise; `renoise(i)` gives the fresh noise
-        before step i. The cache is left holding keys and values of the last noisy step."""
-        return few_steps(self._flow, self.sigmas, noise_BFCHW, renoise, self.model.impl)
+        config = model.config
+        text_size = len(text_BTE), config.text_len, config.text_dim
+        self.text_BTE = torch.zeros(text_size, device=device)
+        self._set_text = self.launch(lambda: model.set_text(self.cache, self.text_BTE))
+        self.decoding: Decoding | None = None
+        if codec is not None:
+            self.decoding = Decoding(codec, self.launch if graph else None)
+        self.x: dict[int, Tensor] = {}  # of a chunk's size: its latents
+        self.phases = {size: self._phases(size) for size in {self.first, preset.chunk}}
+        self.restart(text_BTE, seed)
 
-    def step(
-        self, x_BFCHW: Tensor, i: int, renoise: Callable[[int], Tensor | Noise]
-    ) -> tuple[Tensor, Tensor]:
-        """Step i of `denoise` alone: x0 as predicted from x, and x for step i + 1, which after the
-        last step is x0 too."""
-        flow = self._flow(x_BFCHW, i)
-        return few_step(x_BFCHW, flow, self.sigmas, i, renoise, self.model.impl)
+    def _phases(self, frames: int) -> dict[str, Run]:
+        model, preset = self.model, self.preset
+        size = self.batch, frames, model.config.channels, preset.height, preset.width
+        x = self.x[frames] = torch.zeros(size, device=model.device)
 
-    def integrate(self, noise_BFCHW: Tensor) -> Tensor:
-        """x0 of the next chunk by Euler steps of dx/dσ = flow, for models not distilled."""
-        x = noise_BFCHW
-        following = [*self.sigmas[1:], torch.zeros_like(self.sigmas[0])]
-        for i, (now, then) in enumerate(zip(self.sigmas, following, strict=True)):
-            x = x + (then - now) * self._flow(x, i)
-        return x
+        def noise_of(i: int) -> Tensor | Noise:
+            if self.noise is not None:
+                return self.noise(i)
+            return Noise(self.seed_B, self.cache.chunk(frames).frame_F, i)
 
-    def _flow(self, x_BFCHW: Tensor, i: int) -> Tensor:
-        return self.model(x_BFCHW, self.modulations[i], None, cache=self.cache)
+        def draw() -> None:
+            noise = noise_of(0)
+            x.copy_(noise if isinstance(noise, Tensor) else normal(noise, size, impl=model.impl))
 
-    def append(self, x0_BFCHW: Tensor) -> None:
-        """The cache-update pass: the chunk's clean keys and values become the past."""
-        self.model(x0_BFCHW, self.clean, None, cache=self.cache)
-        self.cache.commit(x0_BFCHW.shape[1])
+        def step(i: int) -> None:
+            flow = model(x, self.modulations[i], None, cache=self.cache)
+            if not self.euler:
+                x.copy_(few_step(flow, x, i, self.sigmas, noise_of, model.impl)[1])
+                return
+            after = self.sigmas[i + 1 :] or [torch.zeros_like(self.sigmas[0])]
+            x.copy_(euler_step(x, flow, self.sigmas[i], after[0], impl=model.impl))
+
+        def update() -> None:
+            model(x, self.clean, None, cache=self.cache)
+            self.cache.commit(frames)
+
+        phases = {NOISE: self.launch(draw)}
+        for i in range(len(self.sigmas)):
+            phases[f"{STEP}{i + 1}"] = self.launch(functools.partial(step, i))
+        phases[UPDATE] = self.launch(update)
+        if self.decoding is not None:
+            phases[DECODE] = self.decoding.of(x)
+            phases[COPY] = self._copy_to_host
+        return phases
+
+    def launch(self, run: Run) -> Run:
+        """`run`, or its CUDA graph. Before a capture it really runs, so that what it moves, the
+        place in the ring, is put back."""
+        if not self.graph:
+            return run
+        start = self.cache.start.clone()
+        replay, note = graphs.captured(run, graphs.shared_pool())
+        self.cache.start.copy_(start)
+        if note:
+            self.notes[note] = None
+        return replay or run
+
+    @torch.no_grad()
+    def restart(self, text_BTE: Tensor | None = None, seed: int | None = None) -> None:
+        """Goes back to before the first chunk, of another prompt [as many as before, T, E] or of
+        another seed where one is given. Raises ValueError for a prompt that does not fit."""
+        if seed is not None:
+            check_seed(seed, self.batch)
+            seeds = range(seed, seed + self.batch)
+            self.seed_B.copy_(torch.tensor(seeds))
+        if text_BTE is not None:
+            prompts, rows, channels = self.text_BTE.shape
+            check_shape("text", text_BTE, (prompts, "T", channels))
+            if text_BTE.shape[1] > rows:
+                raise ValueError(f"text has {text_BTE.shape[1]} rows: must be at most {rows}")
+            self.text_BTE.zero_()[:, : text_BTE.shape[1]].copy_(text_BTE)
+            self.set_text()
+        self.cache.reset()
+        if self.decoding is not None:
+            self.decoding.state = None
+        self.next = self.size = self.first  # of the next chunk, and of the one that is there
+        self.pending = False  # whether its cache update is still to come
+
+    @torch.no_grad()
+    def set_text(self) -> None:
+        """Computes the keys and values of the prompt that lies in `text_BTE`."""
+        with phase(PROMPT):
+            self._set_text()
+
+    def _run(self, name: str, frames: int) -> None:
+        with phase(name):
+            self.phases[frames][name]()
+
+    @torch.no_grad()
+    def denoise(self) -> Tensor:
+        """The next chunk's clean latents x0 [B, F, C, h, w] in float32, after the cache update of
+        the one before, in memory that the next one overwrites."""
+        if self.pending:
+            self.update()
+        self.size = self.next
+        self._run(NOISE, self.size)
+        for i in range(len(self.sigmas)):
+            self._run(f"{STEP}{i + 1}", self.size)
+        self.pending = True
+        return self.x[self.size]
+
+    @torch.no_grad()
+    def decode(self) -> Tensor:
+        """The pixels [B, T, 3, H, W] of the chunk, about in [-1, 1], in memory that the next one
+        may overwrite."""
+        assert self.decoding is not None, "this stream has no codec"
+        self._run(DECODE, self.size)
+        return self.decoding.pixels_BTCHW
+
+    @torch.no_grad()
+    def copy_to_host(self) -> Tensor:
+        """The decoded chunk as bytes [B, T, H, W, 3] in host memory that the next one overwrites.
+        On a GPU they are there once the device has been waited for."""
+        self._run(COPY, self.size)
+        return self.host_BTHWC
+
+    def _copy_to_host(self) -> None:
+        assert self.decoding is not None
+        bytes_BTHWC = to_bytes(self.decoding.pixels_BTCHW)
+        if self.host_BTHWC.shape != bytes_BTHWC.shape:
+            pinned = bytes_BTHWC.is_cuda
+            self.host_BTHWC = torch.empty(bytes_BTHWC.shape, dtype=torch.uint8, pin_memory=pinned)
+        self.host_BTHWC.copy_(bytes_BTHWC, non_blocking=True)
+
+    @torch.no_grad()
+    def update(self, clean_BFCHW: Tensor | None = None) -> None:
+        """The chunk's cache-update pass, or, where clean latents of the next chunk's size are
+        given, that of those in its place."""
+        if clean_BFCHW is not None:
+            self.size = self.next
+            self.x[self.size].copy_(clean_BFCHW)
+        self._run(UPDATE, self.size)
+        self.pending, self.next = False, self.preset.chunk
+
+    @torch.no_grad()
+    def prefill(self, latents_BFCHW: Tensor) -> None:
+        """Makes given latents the stream's past: whole chunks. Raises ValueError for others."""
+        given = latents_BFCHW.shape[1]
+        if given and (given < self.next or (given - self.next) % self.preset.chunk):
+            raise ValueError(
+                f"initial has {given} latent frames: must be {self.next} plus a multiple of "
+                f"{self.preset.chunk}"
+            )
+        while latents_BFCHW.shape[1]:
+            size = self.next
+            self.update(latents_BFCHW[:, :size])
+            latents_BFCHW = latents_BFCHW[:, size:]
+
+    def latents(self) -> Iterator[Tensor]:
+        """Endless clean latents, a chunk [B, F, C, h, w] in float32 at a time, as soon as its last
+        step is done."""
+        while True:
+            yield self.denoise().clone()
+
+    def video(self, frames: int | None = None) -> Iterator[Tensor]:
+        """Decoded video, one chunk [B, T, 3, H, W] at a time as soon as it is ready; `frames` pixel
+        frames in all, endless if None. Memory does not grow."""
+        left = math.inf if frames is None else frames
+        while left > 0:
+            self.denoise()
+            pixels = self.decode()
+            pixels = pixels[:, : int(min(left, pixels.shape[1]))]
+            yield pixels.clone() if self.graph else pixels
+            left -= pixels.shape[1]
 
 
-@torch.no_grad()
 def stream_latents(
     model: DiT,
     text_BTE: Tensor,
@@ -105,8 +322,7 @@ def stream_latents(
     initial_BFCHW: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Endless clean latents, one chunk [batch, F, C, h, w] in float32 at a time, as soon as its
-    last step is done: its cache-update pass runs when the next chunk is asked for. That pass still
-    reads the latents, so they must not be changed in place.
+    last step is done: its cache-update pass runs when the next chunk is asked for.
 
     text: prompt embeddings [1 or batch, T, text_dim]. preset: sizes, chunks, window, sink, steps.
     initial: latents that come before the first one generated (image-to-video, continuation), whole
@@ -115,36 +331,12 @@ def stream_latents(
     implementation, up to rounding. Raises ValueError where sizes do not fit together and
     MemoryError where the cache does not fit.
     """
-    check_seed(seed, batch)
-    preset.check()
-    first = preset.first or preset.chunk
-    cache = model.new_cache(batch, preset.window, preset.grid, preset.sink)
-    model.set_text(cache, text_BTE)
-    sampler = FewStepSampler(model, cache, FlowSchedule(preset.shift), preset.steps)
-    seed_B = torch.arange(seed, seed + batch, device=model.device)
-    sizes = itertools.chain([first], itertools.repeat(preset.chunk))
-
+    made = Stream(model, None, text_BTE, preset, seed=seed, batch=batch)
     if initial_BFCHW is not None:
-        remaining = initial_BFCHW.float()
-        while remaining.shape[1]:
-            size = next(sizes)
-            if size > remaining.shape[1]:
-                raise ValueError(
-                    f"initial has {initial_BFCHW.shape[1]} latent frames: must be {first} plus a "
-                    f"multiple of {preset.chunk}"
-                )
-            sampler.append(remaining[:, :size])
-            remaining = remaining[:, size:]
-
-    for size in sizes:
-        shape = (batch, size, model.config.channels, preset.height, preset.width)
-        noise = functools.partial(Noise, seed_B, cache.chunk(size).frame_F)
-        x0 = sampler.denoise(normal(noise(0), shape, impl=model.impl), noise)
-        yield x0
-        sampler.append(x0)
+        made.prefill(initial_BFCHW)
+    yield from made.latents()
 
 
-@torch.no_grad()
 def stream(
     model: DiT,
     codec: VideoDecoder,
@@ -154,19 +346,13 @@ def stream(
     frames: int | None = None,
     seed: int = 0,
     batch: int = 1,
+    graph: bool = False,
 ) -> Iterator[Tensor]:
     """Decoded video, one chunk of pixel frames [batch, T, 3, H, W] in about [-1, 1] at a time, as
     soon as it is ready; `frames` pixel frames in all, endless if None. Memory does not grow.
 
-    The arguments are those of `stream_latents`. Raises ValueError for frames below 1."""
+    The arguments are those of `Stream`. Raises ValueError for frames below 1."""
     if frames is not None and frames < 1:
         raise ValueError(f"frames={frames}: must be at least 1")
-    state = None
-    left = math.inf if frames is None else frames
-    for latents in stream_latents(model, text_BTE, preset, seed=seed, batch=batch):
-        pixels, state = codec.decode_chunk(latents, state)
-        pixels = pixels[:, : int(min(left, pixels.shape[1]))]
-        yield pixels
-        left -= pixels.shape[1]
-        if left <= 0:
-            return
+    made = Stream(model, codec, text_BTE, preset, seed=seed, batch=batch, graph=graph)
+    yield from made.video(frames)

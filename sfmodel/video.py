@@ -32,6 +32,7 @@ from sfmodel.footage import covering_frames as covering_frames
 from sfmodel.footage import opened_video as opened_video
 from sfmodel.footage import read_video as read_video
 from sfmodel.footage import to_pixels as to_pixels
+from sfmodel.vae.codec import to_bytes
 
 BT709 = 1  # the code of HD television in ITU-T H.273, for primaries and transfer alike
 MIN_SHORT_SIDE = 256  # px: smaller videos are enlarged, players would blur them on a screen
@@ -47,10 +48,9 @@ def _to_images(frames: Tensor, numbers: Sequence[int], name: str = "") -> Images
     if not frames.is_floating_point():
         raise ValueError(f"frames: dtype {frames.dtype}, expected floating point in [-1, 1]")
     T, C, H, W = frames.shape
-    frames = frames.detach().float()
-    bytes_TCHW = frames.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    frames = frames.detach()
     finite_T1 = frames.isfinite().flatten(1).all(1, keepdim=True)
-    both_TN = torch.cat([bytes_TCHW.permute(0, 2, 3, 1).flatten(1), finite_T1.byte()], 1)
+    both_TN = torch.cat([to_bytes(frames).flatten(1), finite_T1.byte()], 1)
     rows_TN: Images = both_TN.cpu().numpy()
     for number, row_N in zip(numbers, rows_TN, strict=True):
         if not row_N[-1]:

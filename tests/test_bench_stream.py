@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import time
@@ -14,36 +13,37 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import codecs, harness, peers, phases, stream, timing
+from bench import codecs, harness, inputs, peers, stream, stream_report, timing
 from bench.harness import Job, Result
+from bench.inputs import StreamInputs
 from bench.peers import PEERS
-from bench.phases import Contestant, Phases, Setting, Stream, Timed, without_each
-from sfmodel.config import PRESETS, VAEConfig
+from bench.stream import Measured, Timed, Variant, without_each
+from sfmodel import graphs
+from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
-from sfmodel.stream import stream as pixel_stream
+from sfmodel.ranges import phase
 from sfmodel.stream import stream_latents
 from sfmodel.toy.vae import ToyVAE
-from tests.oracle import DEVICE
 
 CPU = torch.device("cpu")
 TOY = PRESETS["toy"]
 SMALL = replace(TOY, dit=replace(TOY.dit, dim=64, heads=1, ffn_dim=64, layers=2), window=6)
-CHUNK = phases.chunk_phases(len(SMALL.steps))
+CHUNK = stream_report.chunk_phases(len(SMALL.steps))
 TEXT = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
-def setting() -> Setting:
+def setting() -> StreamInputs:
     torch.manual_seed(0)
     model = DiT(SMALL.dit)
     torch.nn.init.normal_(model.head.head.weight, std=0.1)
-    return Setting(SMALL, model.eval(), TEXT, ToyVAE(), lambda: TEXT)
+    return StreamInputs(SMALL, model.eval(), TEXT, ToyVAE(), lambda: TEXT)
 
 
 @pytest.fixture
-def small(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> Setting:
+def small(setting: StreamInputs, monkeypatch: pytest.MonkeyPatch) -> StreamInputs:
     """What `run` measures at toy sizes."""
-    monkeypatch.setattr(phases, "toy", lambda: setting)
+    monkeypatch.setattr(stream, "toy", lambda: setting)
     monkeypatch.setattr(stream, "CLIP", 7)
     monkeypatch.setattr(peers, "measure", lambda *_: {"said": "not run: diffusers"})
     return setting
@@ -53,53 +53,39 @@ def job(**more: Any) -> Job:
     return Job(CPU, tiny=True, rounds=2, **more)
 
 
-def pretend_capture(run: Callable[[], Any], pool: Any = None) -> tuple[Callable[[], Any], str]:
-    """As `timing.captured`, which runs three times to warm up."""
+def pretend_capture(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], Any], str]:
+    """As `graphs.captured`, which runs three times to warm up."""
     for _ in range(3):
         run()
     return run, ""
 
 
-@pytest.mark.parametrize("chunk", [1, 3])
-@pytest.mark.parametrize("first", [None, 1])
 @pytest.mark.parametrize("graph", [False, True])
 @torch.no_grad()
-def test_phases_are_the_stream(
-    setting: Setting, chunk: int, first: int | None, graph: bool, monkeypatch: pytest.MonkeyPatch
+def test_what_is_timed_is_the_stream(
+    setting: StreamInputs, graph: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, three times around the ring, whatever was run before to warm up."""
-    monkeypatch.setattr(timing, "captured", pretend_capture)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    preset = replace(SMALL, chunk=chunk, first=first)
-    mine = Stream(setting, preset, Contestant("x", "auto", "auto", graph), seed=5)
-    assert [*mine.prompt] == ["text encoding", "prompt keys and values"]
-    mine.first_frame()
-    chunks = stream_latents(setting.model, TEXT, preset, seed=5)
-    for want in itertools.islice(chunks, 18 // chunk + 1):
+    """Bit for bit, three times around the ring, whatever was run before."""
+    monkeypatch.setattr(graphs, "captured", pretend_capture)
+    monkeypatch.setattr(graphs, "shared_pool", lambda: None)
+    both = replace(setting, tiny=ToyVAE(width=8))
+    mine = Measured(both, SMALL, Variant("x", "auto", "auto", graph), seed=5)
+    first = mine.first_frame()
+    assert [*first.phases][:2] == ["text encoding", "prompt keys and values"]
+    chunks = stream_latents(setting.model, TEXT, SMALL, seed=5)
+    for want in itertools.islice(chunks, 7):
         timed = mine.chunk()
-        assert torch.equal(mine.latents, want)
-    assert [*timed.phases] == phases.chunk_phases(4) and all(t > 0 for t in timed.phases.values())
-    assert sum(timed.phases.values()) <= timed.whole
+        assert torch.equal(mine.stream.x[mine.stream.size], want)
+    assert [*timed.phases] == [*CHUNK, "decode, tiny VAE"]
+    assert all(ms > 0 for ms in timed.phases.values())
+    assert sum(timed.phases[name] for name in CHUNK) <= timed.whole
     again = mine.first_latents(2)
-    chunks = stream_latents(setting.model, TEXT, preset, seed=5)
+    chunks = stream_latents(setting.model, TEXT, SMALL, seed=5)
     assert torch.equal(again, torch.cat([*itertools.islice(chunks, 2)], 1))
 
 
-@torch.no_grad()
-def test_the_host_gets_the_pixels_as_bytes(setting: Setting) -> None:
-    mine = Stream(setting, replace(SMALL, first=None), Contestant("x", "auto", "auto"))
-    mine.prompt["prompt keys and values"]()
-    want = pixel_stream(setting.model, setting.codec, TEXT, mine.preset)
-    for frames in (9, 12):
-        mine.chunk()
-        pixels = next(want)
-        assert pixels.shape[1] == frames
-        expected = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        assert torch.equal(mine.host_BTHWC, expected.permute(0, 1, 3, 4, 2))
-
-
-def test_all_share_one_set_of_weights(setting: Setting) -> None:
-    twin = phases.shared(setting.model, "reference", "sdpa")
+def test_all_share_one_set_of_weights(setting: StreamInputs) -> None:
+    twin = inputs.shared(setting.model, "reference", "sdpa")
     for mine, theirs in zip(twin.parameters(), setting.model.parameters(), strict=True):
         assert mine.data_ptr() == theirs.data_ptr()
     assert twin.blocks[0].self_attn.attention_impl == "sdpa"  # type: ignore[union-attr]
@@ -121,9 +107,9 @@ def test_full_size_runs_at_a_small_size(monkeypatch: pytest.MonkeyPatch) -> None
 
     small_parts(monkeypatch)
     monkeypatch.setattr(peers, "text_encoder", not_installed)
-    setting = phases.full_size(CPU)
+    setting = inputs.full_size(CPU)
     assert setting.model.dtype == torch.bfloat16 and setting.text_BTE.shape == (1, 16, 32)
-    row = stream.run_case(job(), setting, "chunk-wise", 1e9)
+    row = stream.run_case(job(), setting, "chunk-wise")
     for entry in row["contestants"].values():
         assert "text encoding" not in entry["phases"] and "without text" in entry["latency_ms"]
         tiny, whole = entry["phases"]["decode, tiny VAE"]["ms"], entry["phases"]["decode"]["ms"]
@@ -133,7 +119,7 @@ def test_full_size_runs_at_a_small_size(monkeypatch: pytest.MonkeyPatch) -> None
         assert "with the tiny VAE" in entry["fps"]["clip"]
         together = sum(p["ms"] for n, p in entry["phases"].items() if n in CHUNK)
         assert entry["phases_sum_ms"] == pytest.approx(together)
-    text = str(stream.breakdown(row))
+    text = str(stream_report.breakdown(row))
     assert "beside it: decode, tiny VAE" in text and "decoded by Wan2.1's VAE" in text
     assert "text encoding: no text encoder here" in text
     assert "no text encoder here: ModuleNotFoundError: No module named 'transformers'" in text
@@ -146,36 +132,11 @@ def test_full_size_with_a_text_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is installed, encoding is a phase like any other."""
     small_parts(monkeypatch)
     monkeypatch.setattr(peers, "text_encoder", lambda _, rows: lambda: torch.ones(1, rows, 32))
-    row = stream.run_case(job(), phases.full_size(CPU), "chunk-wise", 1e9)
+    row = stream.run_case(job(), inputs.full_size(CPU), "chunk-wise")
     for entry in row["contestants"].values():
         assert {"decode", "text encoding"} <= entry["phases"].keys()
         assert "without decode" in entry["latency_ms"]
     assert row["notes"][1:] == ["text encoded by transformers' UMT5"]
-
-
-@pytest.mark.parametrize("graph", [False, True])
-@torch.no_grad()
-def test_decoding_goes_on(graph: bool) -> None:
-    """Of a second clip too; with a graph, the state stays where it is."""
-    torch.manual_seed(0)
-    codec, warmed = codecs.wan_vae(CPU, torch.float32, VAEConfig(dim=8)), []
-
-    def launch(run: Callable[[], Any]) -> Callable[[], Any]:
-        warmed.append(run)
-        return pretend_capture(run)[0]
-
-    decoding, x = phases.Decoding(codec), torch.zeros(1, 3, 16, 4, 4)
-    decode = decoding.phase(x, launch if graph else None)
-    kept = decoding.kept
-    for clip in torch.randn(2, 1, 9, 16, 4, 4):
-        want, made = codec.decode_chunk(clip)[0], []
-        decoding.state = None
-        for chunk in clip.split(3, 1):
-            x.copy_(chunk)
-            decode()
-            made.append(decoding.pixels_BTCHW.clone())
-        torch.testing.assert_close(torch.cat(made, 1), want, rtol=1e-4, atol=1e-5)
-    assert len(warmed) == graph and (decoding.state is kept) == graph
 
 
 def test_with_and_without_by_hand() -> None:
@@ -197,10 +158,10 @@ def test_with_and_without_by_hand() -> None:
     assert without_each(60.0, {"step 1": 1.0}, ["cache update"])["without cache update"] == 60.0
 
 
-def test_figures_by_hand(setting: Setting) -> None:
+def test_figures_by_hand(setting: StreamInputs) -> None:
     """A chunk of 3 latent frames is 12 frames; a clip of 1 + 2·3 is 25."""
-    mine = Stream(setting, SMALL, Contestant("x", "auto", "auto"))
-    chunk = dict.fromkeys(phases.chunk_phases(4), 10.0)
+    mine = Measured(setting, SMALL, Variant("x", "auto", "auto"))
+    chunk = dict.fromkeys(stream_report.chunk_phases(4), 10.0)
     prompt = {"text encoding": 4.0, "prompt keys and values": 6.0}
     first = {name: ms for name, ms in chunk.items() if name != "cache update"} | prompt
     steady = [Timed(100.0, chunk), Timed(110.0, chunk | {"decode": 40.0}), Timed(90.0, chunk)]
@@ -216,7 +177,7 @@ def test_figures_by_hand(setting: Setting) -> None:
     assert entry["latency_ms"]["without cache update"] == 85
 
 
-def test_the_part(small: Setting) -> None:
+def test_the_part(small: StreamInputs) -> None:
     saved: list[str] = []
     result = stream.run(job(save=lambda r: saved.append(json.dumps(r))))
     assert len(saved) == 2 + len(peers.BASELINES) + 1 and not result["no_time_for"]
@@ -226,7 +187,7 @@ def test_the_part(small: Setting) -> None:
     for row, chunks in ((wide, 3), (narrow, 7)):
         assert [*row["contestants"]] == ["reference", "sdpa"]
         for entry in row["contestants"].values():
-            assert len(entry["clip_ms"]) == chunks and len(entry["steady_ms"]) == stream.FEWEST
+            assert len(entry["clip_ms"]) == chunks and len(entry["steady_ms"]) == 2
             assert "note" not in entry
     lines = {line["name"]: line for line in result["baselines"]}
     assert [*lines] == [line.name for line in peers.BASELINES]
@@ -245,7 +206,7 @@ def test_the_part(small: Setting) -> None:
         assert text in shown
 
 
-def test_the_figures(small: Setting) -> None:
+def test_the_figures(small: StreamInputs) -> None:
     pytest.importorskip("matplotlib")
     result = stream.run(job(only="chunk"))
     assert [name for name, _ in stream.figures(result)] == ["timeline", "stream"]
@@ -253,30 +214,32 @@ def test_the_figures(small: Setting) -> None:
     (only,) = stream.figures(result)
     texts = {text.get_text() for text in only[1].axes[0].texts}
     entry = result["rows"][0]["contestants"]["sdpa"]
-    assert f"{sum(entry['phases'][n]['ms'] for n in phases.chunk_phases(4)):.4g} ms" in texts
+    assert f"{sum(entry['phases'][n]['ms'] for n in stream_report.chunk_phases(4)):.4g} ms" in texts
 
 
-def test_only_what_is_wanted(small: Setting) -> None:
+def test_only_what_is_wanted(small: StreamInputs) -> None:
     result = stream.run(job(only="frame"))
     assert [row["case"] for row in result["rows"]] == ["frame-wise"]
     said = {line["name"]: line["said"] for line in result["baselines"]}
     assert said["Wan2.1-1.3B"] == said["CausVid"] == said["LTX-Video"] == "not run"
 
 
-def test_a_wrong_contestant_is_not_timed(small: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = Contestant("wrong", "auto", "auto")
-    absent = Contestant("absent", "auto", "triton2")
-    known = (phases.REFERENCE, wrong, absent)
-    monkeypatch.setattr(phases, "contestants", lambda _: known)
-    right = Stream.first_latents
+def test_a_wrong_contestant_is_not_timed(
+    small: StreamInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = Variant("wrong", "auto", "auto")
+    absent = Variant("absent", "auto", "triton2")
+    known = (stream.REFERENCE, wrong, absent)
+    monkeypatch.setattr(stream, "variants", lambda *_: known)
+    right = Measured.first_latents
 
-    def last_frame_off(self: Stream, chunks: int) -> Tensor:
+    def last_frame_off(self: Measured, chunks: int) -> Tensor:
         latents = right(self, chunks)
-        if self.model.impl == "auto":
+        if self.stream.model.impl == "auto":
             latents[:, -1] *= float("nan")
         return latents
 
-    monkeypatch.setattr(Stream, "first_latents", last_frame_off)
+    monkeypatch.setattr(Measured, "first_latents", last_frame_off)
     result = stream.run(job(only="chunk"))
     entries = result["rows"][0]["contestants"]
     assert entries["wrong"]["failed"].startswith(timing.WRONG)
@@ -286,48 +249,47 @@ def test_a_wrong_contestant_is_not_timed(small: Setting, monkeypatch: pytest.Mon
 
 
 def test_one_that_fails_while_it_is_timed_leaves(
-    small: Setting, monkeypatch: pytest.MonkeyPatch
+    small: StreamInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, calls = Stream.chunk, itertools.count()
+    right, calls = Measured.chunk, itertools.count()
 
-    def fails(self: Stream) -> Timed:
-        if self.model.impl == "auto" and next(calls) > 4:
+    def fails(self: Measured) -> Timed:
+        if self.stream.model.impl == "auto" and next(calls) > 3:
             raise RuntimeError("out of memory\nand more")
         return right(self)
 
-    monkeypatch.setattr(Stream, "chunk", fails)
+    monkeypatch.setattr(Measured, "chunk", fails)
     row = stream.run(job(only="chunk"))["rows"][0]
     assert row["contestants"]["sdpa"] == {"failed": "RuntimeError: out of memory"}
-    assert len(row["contestants"]["reference"]["steady_ms"]) == stream.FEWEST
+    assert len(row["contestants"]["reference"]["steady_ms"]) == 2
 
 
-def test_without_time(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right, but nothing of its part of the time left: no clip, a full window at once."""
-    began = functools.partial(stream.run_case, job(), setting, "chunk-wise")
-    entries = began(1e-9)["contestants"]
+def test_without_time(setting: StreamInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything, or before the clip and a full window are over: nothing is said of it."""
+    over = job(seconds=0.0)
+    entries = stream.run_case(over, setting, "chunk-wise")["contestants"]
     assert entries["reference"]["failed"] == entries["sdpa"]["failed"] == "no time left"
-    monkeypatch.setattr(stream, "PREPARING", 1e9)
-    row = began(1e-6)
-    for entry in row["contestants"].values():
-        assert entry["note"] == "no time for a clip" and "clip" not in entry["fps"]
-        assert len(entry["steady_ms"]) == stream.FEWEST and entry["first_frame_ms"] > 0
-    assert stream.best(row) and "–" in str(stream.with_and_without(row))
-    big = Job(CPU, seconds=0.0)
+    clock = iter(range(10**6))
+    monkeypatch.setattr(Job, "left", property(lambda _: 6 - next(clock)))
+    entries = stream.run_case(job(), setting, "chunk-wise")["contestants"]
+    assert entries["reference"]["failed"] == entries["sdpa"]["failed"] == "no time left"
+    monkeypatch.setattr(Job, "left", property(lambda _: -1))
     result: Result = {"rows": [], "no_time_for": []}
-    said = {line["name"]: line["said"] for line in stream.baselines(big, result, None)}
+    said = {line["name"]: line["said"] for line in stream.baselines(job(), result, None)}
     assert said["Wan2.1-1.3B"] == said["LTX-Video"] == "no time left"
     assert result["no_time_for"] == [
         f"baselines: {line.name}" for line in peers.BASELINES if line.how[:1] in ("b", "d")
     ]
+    assert stream.run(job())["no_time_for"][:2] == ["chunk-wise", "frame-wise"]
 
 
 def test_a_model_that_cannot_be_loaded_is_said(
-    small: Setting, monkeypatch: pytest.MonkeyPatch
+    small: StreamInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing() -> Setting:
+    def missing() -> StreamInputs:
         raise ValueError("the toy model needs av, of the extra 'model'")
 
-    monkeypatch.setattr(phases, "toy", missing)
+    monkeypatch.setattr(stream, "toy", missing)
     result = stream.run(job())
     assert [row["failed"] for row in result["rows"]] == 2 * [
         "ValueError: the toy model needs av, of the extra 'model'"
@@ -336,12 +298,12 @@ def test_a_model_that_cannot_be_loaded_is_said(
 
 
 def test_the_bidirectional_model_is_checked(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
+    setting: StreamInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream, "CLIP", 5)
     right = stream.bidirectional(setting)
     assert right["fps"] == pytest.approx(17 / right["latency_s"])
-    shared = phases.shared
+    shared = inputs.shared
 
     def wrong(model: DiT, impl: str, attention: str) -> DiT:
         twin = shared(model, impl, attention)
@@ -349,35 +311,20 @@ def test_the_bidirectional_model_is_checked(
             twin.head.head.weight = torch.nn.Parameter(1.1 * twin.head.head.weight)
         return twin
 
-    monkeypatch.setattr(phases, "shared", wrong)
+    monkeypatch.setattr(stream, "shared", wrong)
     assert stream.bidirectional(setting)["said"].startswith(timing.WRONG)
 
 
 def test_phases_are_clocked_in_order() -> None:
     done: list[str] = []
-    run: Phases = {name: functools.partial(done.append, name) for name in "ab"}
-    timed = phases.clocked(run, CPU)
+
+    def run() -> None:
+        for name in "ab":
+            with phase(name):
+                done.append(name)
+
+    timed = stream.clocked(run, CPU)
     assert done == ["a", "b"] == [*timed.phases] and sum(timed.phases.values()) <= timed.whole
-
-
-@pytest.mark.gpu
-@torch.no_grad()
-def test_graphs_go_on_rolling(setting: Setting) -> None:
-    """A replayed chunk is the next one of the stream, past the wrap of the ring."""
-    model = DiT(SMALL.dit).to(DEVICE).eval()
-    model.load_state_dict(setting.model.state_dict())
-    text = TEXT.to(DEVICE)
-    codec = ToyVAE().to(DEVICE)
-    on_gpu = Setting(SMALL, model, text, codec)
-    mine = Stream(on_gpu, SMALL, Contestant("x", "auto", "auto", graph=True))
-    phases.clocked(mine.prompt, torch.device(DEVICE))
-    assert not mine.notes
-    state = None
-    for want in itertools.islice(stream_latents(model, text, SMALL), 7):
-        mine.chunk()
-        torch.testing.assert_close(mine.latents, want)
-        pixels, state = codec.decode_chunk(want, state)
-        torch.testing.assert_close(mine.decoding.pixels_BTCHW, pixels, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", [*PEERS])
@@ -439,7 +386,7 @@ def test_the_paper_s_figures_have_their_peers() -> None:
 
 @torch.no_grad()
 def test_a_compiled_model_streams_the_same(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
+    setting: StreamInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Traced whole, the ring's writes included, and run as traced: no code is generated here."""
     real, traced = torch.compile, []
@@ -449,21 +396,24 @@ def test_a_compiled_model_streams_the_same(
         return real(function, backend="eager", fullgraph=True, dynamic=False)
 
     monkeypatch.setattr(torch, "compile", trace)
-    plain = Contestant("plain", "reference", "sdpa")
-    want = Stream(setting, SMALL, plain).first_latents(4)
-    got = Stream(setting, SMALL, plain._replace(compiled=True)).first_latents(4)
+    plain = Variant("plain", "reference", "sdpa")
+    want = Measured(setting, SMALL, plain).first_latents(4)
+    got = Measured(setting, SMALL, plain._replace(compiled=True)).first_latents(4)
     assert len(traced) == 1
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_compiling_is_not_begun_without_time(
-    small: Setting, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    known = (phases.REFERENCE, Contestant("compile", "reference", "sdpa", compiled=True))
-    monkeypatch.setattr(phases, "contestants", lambda _: known)
-    row = stream.run_case(job(), small, "chunk-wise", stream.COMPILING / 2)
-    assert row["contestants"]["compile"] == {"failed": "no time left"}
-    assert "ms" in row["contestants"]["reference"]
+def test_compiling_comes_last(small: StreamInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile takes minutes: its row is begun after all others."""
+    assert not any(v.compiled for v in stream.variants(torch.device("cuda")))
+    assert sum(v.compiled for v in stream.variants(torch.device("cuda"), compiled=True)) == 1
+    monkeypatch.setattr(stream, "full_size", lambda _: small)
+    monkeypatch.setattr(Job, "cuda", property(lambda _: True))
+    known = stream.REFERENCE, Variant("compile", "reference", "sdpa")
+    monkeypatch.setattr(stream, "variants", lambda _, compiled: known[: 1 + compiled])
+    result = stream.run(replace(job(only="chunk"), tiny=False))
+    assert [row["case"] for row in result["rows"]] == ["chunk-wise", "chunk-wise, compiled"]
+    assert [*result["rows"][1]["contestants"]] == ["reference", "compile"]
 
 
 def test_the_text_encoder_of_transformers() -> None:

@@ -17,9 +17,9 @@ from sfmodel.cli import main
 from sfmodel.config import PRESETS, DiTConfig, Preset
 from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule
-from sfmodel.stream import FewStepSampler, stream_latents
+from sfmodel.stream import Stream, stream_latents
 from sfmodel.toy import evaluate, world
-from sfmodel.toy.evaluate import Sampling, frechet, held_out, judge, look, roll, seen_in
+from sfmodel.toy.evaluate import Sampling, frechet, generate, held_out, measure, score, seen_in
 from sfmodel.toy.vae import ToyVAE
 
 FRAMES = 5
@@ -67,7 +67,7 @@ def path(velocity: float, at: float = 20.0) -> Tensor:
 
 
 def test_statistics_of_a_straight_path() -> None:
-    seen = look(rendered(path(1.25)))
+    seen = measure(rendered(path(1.25)))
     x, y, radius, red, green, blue, vx, vy, speed, change = seen.statistics[0].unbind(-1)
     torch.testing.assert_close(x, 20 + 5.0 * torch.arange(FRAMES), atol=0.05, rtol=0)
     torch.testing.assert_close(y, torch.full((FRAMES,), 32.0), atol=0.05, rtol=0)
@@ -83,17 +83,17 @@ def test_statistics_of_a_straight_path() -> None:
 def test_a_jump_is_impossible_a_bounce_is_not() -> None:
     jump = path(0.5)
     jump[:, 9:, 0] += 6
-    seen = look(rendered(jump))
+    seen = measure(rendered(jump))
     assert seen.impossible[0].nonzero().flatten().tolist() == [2, 3]  # around pixel frame 9
     truth = world.draw(64, 97, 5)
-    bounced = look(world.render(truth))
+    bounced = measure(world.render(truth))
     assert bounced.free.any() and not bounced.impossible.any()
 
 
 def test_a_missing_ball_is_a_row_of_zeros() -> None:
     pixels = rendered(path(1.0))
     pixels[:, 8] = -1
-    seen = look(pixels)
+    seen = measure(pixels)
     assert seen.statistics[0, 2, :6].eq(0).all() and seen.statistics.isfinite().all()
     assert seen.radius[0, 2].isnan() and not seen.clean[0, 2]
 
@@ -102,7 +102,7 @@ def test_faults_are_measured_by_their_own_name(codec: ToyVAE) -> None:
     """Distance, drift of radius and brightness, other colours, against the floor of real videos."""
     held = held_out(codec, FRAMES, 64)
     real = world.draw(64, LENGTH, 99)
-    good = judge(look(world.render(real)), held.real_NFD)
+    good = score(measure(world.render(real)), held.real_NFD)
     assert max(good["distance"]) < 1.0  # of 64 videos: most of it is their number
     assert max(good["radius"]) < 0.2 and max(good["colour"]) == 0 == max(good["impossible"])
 
@@ -110,7 +110,7 @@ def test_faults_are_measured_by_their_own_name(codec: ToyVAE) -> None:
     pixels = world.render(real)
     dim = pixels.clone()
     dim[:, later] = (dim[:, later] + 1) / 2 - 1
-    faded = judge(look(dim), held.real_NFD)
+    faded = score(measure(dim), held.real_NFD)
     # Latent frames 3 and 4 end at pixel frames 12 and 16.
     mean = float(real.brightness_B.mean())
     assert faded["brightness"][4] == pytest.approx(mean / 2, rel=0.05)
@@ -119,12 +119,12 @@ def test_faults_are_measured_by_their_own_name(codec: ToyVAE) -> None:
 
     grown = world.render(replace(real, radius_B=real.radius_B * 1.3))
     both = torch.cat([pixels[:, :9], grown[:, later]], 1)
-    swollen = judge(look(both), held.real_NFD)
+    swollen = score(measure(both), held.real_NFD)
     assert swollen["radius"][4] == pytest.approx(0.3 * float(real.radius_B.mean()), rel=0.1)
 
     other = world.render(replace(real, colour_B=(real.colour_B + 1) % len(world.COLOURS)))
     both = torch.cat([pixels[:, :9], other[:, later]], 1)
-    assert judge(look(both), held.real_NFD)["colour"] == [0, 0, 0, 1, 1]
+    assert score(measure(both), held.real_NFD)["colour"] == [0, 0, 0, 1, 1]
 
 
 def test_splits_and_prompts_are_others(codec: ToyVAE) -> None:
@@ -152,7 +152,7 @@ def model() -> DiT:
 
 def test_on_its_own_past_a_model_streams(model: DiT) -> None:
     text = torch.randn(2, 3, 32)
-    got = roll(model, Sampling(SMALL), text, 9, seed=3)
+    got = generate(model, Sampling(SMALL), text, 9, seed=3)
     chunks = stream_latents(model, text, SMALL, seed=3, batch=2)
     want = torch.cat([next(chunks) for _ in range(4)], 1)[:, :9]
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
@@ -161,13 +161,13 @@ def test_on_its_own_past_a_model_streams(model: DiT) -> None:
 def test_on_a_real_past_only_that_is_seen(model: DiT) -> None:
     """A chunk depends on the real frames before it, and not on those from it on."""
     text, real = torch.randn(2, 3, 32), torch.randn(2, 7, 4, 8, 8)
-    got = roll(model, Sampling(SMALL), text, 7, context_BFCHW=real)
-    own = roll(model, Sampling(SMALL), text, 7)
+    got = generate(model, Sampling(SMALL), text, 7, context_BFCHW=real)
+    own = generate(model, Sampling(SMALL), text, 7)
     torch.testing.assert_close(got[:, :1], own[:, :1], rtol=0, atol=0)  # no past yet
     assert (got[:, 1:] - own[:, 1:]).abs().amax((0, 2, 3, 4)).min() > 1e-3
     changed = real.clone()
     changed[:, 1:4] += 1
-    again = roll(model, Sampling(SMALL), text, 7, context_BFCHW=changed)
+    again = generate(model, Sampling(SMALL), text, 7, context_BFCHW=changed)
     torch.testing.assert_close(again[:, :4], got[:, :4], rtol=0, atol=0)
     assert (again[:, 4:] - got[:, 4:]).abs().amax((0, 2, 3, 4)).min() > 1e-3
 
@@ -175,18 +175,17 @@ def test_on_a_real_past_only_that_is_seen(model: DiT) -> None:
 def test_euler_steps_follow_the_flow(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the flow x, dx/dσ = x from 1 to 0: the product of 1 − Δσ."""
     monkeypatch.setattr(DiT, "forward", lambda self, x, *_, **__: x)
-    monkeypatch.setattr(FewStepSampler, "append", lambda self, x0: None)
     sampling = Sampling(SMALL, euler=5)
-    got = roll(model, sampling, torch.zeros(1, 1, 32), 1, seed=1)
+    got = generate(model, sampling, torch.zeros(1, 1, 32), 1, seed=1)
     few = Sampling(replace(SMALL, steps=(1000,)))
-    start = roll(model, few, torch.zeros(1, 1, 32), 1, seed=1)  # x0 = x − 1·x = 0
+    start = generate(model, few, torch.zeros(1, 1, 32), 1, seed=1)  # x0 = x − 1·x = 0
     assert start.abs().max() < 1e-6
-    sigmas = [*FlowSchedule(6.0).sigma(FlowSchedule(6.0).warp(sampling.steps)).tolist(), 0.0]
+    steps = [1000, 800, 600, 400, 200]
+    sigmas = [*FlowSchedule(6.0).sigma(FlowSchedule(6.0).warp(steps)).tolist(), 0.0]
     factor = math.prod(1 + b - a for a, b in itertools.pairwise(sigmas))
     noise = torch.randn(1, 1, 4, 8, 8)
-    cache = model.new_cache(1, 7, SMALL.grid)
-    sampler = FewStepSampler(model, cache, FlowSchedule(6.0), sampling.steps)
-    torch.testing.assert_close(sampler.integrate(noise), factor * noise)
+    stream = Stream(model, None, torch.zeros(1, 1, 32), SMALL, euler=5, noise=lambda i: noise)
+    torch.testing.assert_close(stream.denoise(), factor * noise)
     assert got.std() == pytest.approx(abs(factor), rel=0.2)
 
 
@@ -202,7 +201,7 @@ def test_the_gap_is_own_minus_real(codec: ToyVAE, model: DiT) -> None:
     late = slice(3, 7)
     means = [sum(result[name][late]) / 4 for name in ("own", "real")]
     assert result["gap"] == pytest.approx(means[0] - means[1])
-    own = roll(model, Sampling(SMALL), held.text_BTE, 7)
+    own = generate(model, Sampling(SMALL), held.text_BTE, 7)
     want = evaluate.distances(seen_in(codec, own).statistics, held.real_NFD)
     assert result["distance"] == pytest.approx(want, rel=1e-3)
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import kernels, phases, stream, train
+from bench import kernels, stream, train
 from bench.harness import Job, wrong
+from bench.inputs import StreamInputs
 from experiments import rolling
 from sfmodel.dit import DiT
 from sfmodel.toy.vae import ToyVAE
@@ -99,9 +100,9 @@ def test_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = DiT(SMALL.dit).eval().to(GPU)
     torch.nn.init.normal_(model.head.head.weight, std=0.1)
-    setting = phases.Setting(SMALL, model, TEXT.to(GPU), ToyVAE().to(GPU))
-    monkeypatch.setattr(phases, "toy", lambda: setting)
-    those = [c for c in phases.contestants(GPU) if c.name in ("triton, graph", "reference", "sdpa")]
-    monkeypatch.setattr(phases, "contestants", lambda _: those)
+    inputs = StreamInputs(SMALL, model, TEXT.to(GPU), ToyVAE().to(GPU))
+    monkeypatch.setattr(stream, "toy", lambda: inputs)
+    those = [v for v in stream.variants(GPU) if v.name in ("triton, graph", "reference", "sdpa")]
+    monkeypatch.setattr(stream, "variants", lambda *_: those)
     monkeypatch.setattr(stream, "CLIP", 4)
     check_all(stream.run(job("^chunk-wise$")))

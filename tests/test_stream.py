@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import resource
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor
 
 from sfkernels import Noise, normal
-from sfmodel.config import PRESETS, Preset
+from sfmodel import graphs
+from sfmodel.config import PRESETS, Preset, VAEConfig
 from sfmodel.dit import DiT
+from sfmodel.ranges import timed
 from sfmodel.schedule import FlowSchedule
-from sfmodel.stream import FewStepSampler, stream, stream_latents
+from sfmodel.stream import Decoding, Stream, few_step, stream, stream_latents
 from sfmodel.toy.vae import ToyVAE
+from sfmodel.vae.wan import WanVAE
 
 TOY = PRESETS["toy"]
 SMALL = replace(
@@ -83,15 +87,108 @@ def test_the_first_chunk_does_not_wait_for_the_cache(
     assert len([*stream(model, ToyVAE(), TEXT[:1], SMALL, frames=9)]) == 1
     assert passes == len(SMALL.steps)  # nothing is computed for a chunk that nobody takes
 
-    cache = model.new_cache(1, SMALL.window, SMALL.grid)
+    cache, schedule = model.new_cache(1, SMALL.window, SMALL.grid), FlowSchedule(SMALL.shift)
+    t = schedule.warp(SMALL.steps)
     with torch.no_grad():
         model.set_text(cache, TEXT[:1])
-        sampler = FewStepSampler(model, cache, FlowSchedule(SMALL.shift), SMALL.steps)
         for latents in got:
             noise = functools.partial(Noise, torch.tensor([0]), cache.chunk(3).frame_F)
-            x0 = sampler.denoise(normal(noise(0), latents.shape), noise)
-            sampler.append(x0)
-            assert torch.equal(latents, x0)
+            x = normal(noise(0), latents.shape)
+            for i in range(len(t)):
+                flow = model(x, t[i], None, cache=cache)
+                x = few_step(flow, x, i, schedule.sigma(t), noise)[1]
+            assert torch.equal(latents, x)
+            model(x, torch.tensor(0.0), None, cache=cache)
+            cache.commit(3)
+
+
+def pretend_capture(run: Callable[[], object], pool: Any) -> tuple[Callable[[], object], str]:
+    """Runs before the capture, as a capture does, and hands the function itself out."""
+    for _ in range(3):
+        run()
+    return run, ""
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("first", [None, 1])
+@torch.no_grad()
+def test_graphs_are_the_eager_stream(
+    model: DiT, chunk: int, first: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, three times around the ring, whatever was run before to warm up; then again from
+    the start, of another prompt and another seed."""
+    monkeypatch.setattr(graphs, "captured", pretend_capture)
+    monkeypatch.setattr(graphs, "shared_pool", lambda: None)
+    preset, codec = replace(SMALL, chunk=chunk, first=first), ToyVAE()
+    mine = Stream(model, codec, TEXT[:1], preset, seed=5, graph=True)
+    assert not mine.notes
+    for text, seed in ((TEXT[:1], 5), (TEXT[1:, :3], 6)):
+        mine.restart(text, seed)
+        eager = Stream(model, codec, text, preset, seed=seed)
+        for _ in range(18 // chunk + 1):
+            assert torch.equal(mine.denoise(), eager.denoise())
+            assert torch.equal(mine.decode(), eager.decode())
+            assert torch.equal(mine.copy_to_host(), eager.copy_to_host())
+        got, want = mine.video(20), eager.video(20)
+        assert all(torch.equal(*both) for both in zip(got, want, strict=True))
+
+
+def test_what_is_no_graph_is_said(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "captured", lambda run, pool: (None, "no CUDA graph: why"))
+    monkeypatch.setattr(graphs, "shared_pool", lambda: None)
+    mine = Stream(model, ToyVAE(), TEXT[:1], SMALL, graph=True)
+    assert [*mine.notes] == ["no CUDA graph: why"]
+    assert torch.equal(mine.denoise(), take(1, model))
+
+
+def test_phases_of_a_chunk_are_timed(model: DiT) -> None:
+    mine = Stream(model, ToyVAE(), TEXT[:1], SMALL)
+    with timed(torch.device("cpu")) as ms:
+        mine.restart(TEXT[:1])
+        mine.denoise()
+        mine.decode()
+        mine.copy_to_host()
+        mine.update()
+    steps = [f"step {i}" for i in (1, 2, 3, 4)]
+    assert [*ms] == ["prompt keys and values", "noise", *steps, "decode", "copy to host",
+                     "cache update"]  # fmt: skip
+    assert all(each > 0 for each in ms.values())
+
+
+@torch.no_grad()
+def test_the_host_gets_the_pixels_as_bytes(model: DiT) -> None:
+    mine = Stream(model, ToyVAE(), TEXT[:1], SMALL)
+    for frames in (9, 12):
+        mine.denoise()
+        pixels = mine.decode()
+        assert pixels.shape[1] == frames
+        expected = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        assert torch.equal(mine.copy_to_host(), expected.permute(0, 1, 3, 4, 2))
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@torch.no_grad()
+def test_decoding_goes_on(graph: bool) -> None:
+    """Of a second clip too; with a graph, the state stays where it is."""
+    torch.manual_seed(0)
+    codec, warmed = WanVAE(VAEConfig(dim=8)).eval(), []
+
+    def launch(run: Callable[[], None]) -> Callable[[], None]:
+        warmed.append(run)
+        return pretend_capture(run, None)[0]  # type: ignore[return-value]
+
+    decoding, x = Decoding(codec, launch if graph else None), torch.zeros(1, 3, 16, 4, 4)
+    decode = decoding.of(x)
+    kept = decoding.kept
+    for clip in torch.randn(2, 1, 9, 16, 4, 4):
+        want, made = codec.decode_chunk(clip)[0], []
+        decoding.state = None
+        for chunk in clip.split(3, 1):
+            x.copy_(chunk)
+            decode()
+            made.append(decoding.pixels_BTCHW.clone())
+        torch.testing.assert_close(torch.cat(made, 1), want, rtol=1e-4, atol=1e-5)
+    assert len(warmed) == graph and (decoding.state is kept) == graph
 
 
 def test_batches_are_streams_of_their_own(model: DiT) -> None:
@@ -127,11 +224,15 @@ def test_a_sample_is_the_video_of_its_seed(model: DiT) -> None:
 def test_noise_does_not_depend_on_the_chunks(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
     """Initial noise and renoise of a frame are those of its index, also after given frames."""
 
-    def noise_alone(self: FewStepSampler, noise: Tensor, renoise: Any) -> Tensor:
-        return torch.cat([noise, *(normal(renoise(i), noise.shape) for i in (1, 2))], 2)
+    def noise_alone(self: Stream) -> Tensor:
+        if self.pending:
+            self.cache.commit(self.size)
+        self.size, self.pending, self.next = self.next, True, self.preset.chunk
+        frame_F = self.cache.chunk(self.size).frame_F
+        draws = (Noise(self.seed_B, frame_F, i) for i in range(3))
+        return torch.cat([normal(noise, self.x[self.size].shape) for noise in draws], 2)
 
-    monkeypatch.setattr(FewStepSampler, "denoise", noise_alone)
-    monkeypatch.setattr(FewStepSampler, "append", lambda self, x0: self.cache.commit(x0.shape[1]))
+    monkeypatch.setattr(Stream, "denoise", noise_alone)
     threes, twos = take(2, model), take(3, model, replace(SMALL, chunk=2))
     assert threes.shape == (1, 6, 12, 8, 8) and torch.equal(threes, twos)
     assert len({float(x) for x in threes[0, :, ::4, 0, 0].flatten()}) == 18  # each its own
@@ -188,3 +289,19 @@ def test_initial_latents_must_be_whole_chunks(model: DiT) -> None:
     with pytest.raises(ValueError, match="must be 1 plus a multiple of 3"):
         take(1, model, replace(SMALL, first=1), initial_BFCHW=initial)
     assert take(1, model, replace(SMALL, first=1), initial_BFCHW=initial[:, :1]).shape[1] == 3
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_captured_and_eager_agree_bit_for_bit(model: DiT) -> None:
+    """A replayed chunk is the next one of the stream, past the wrap of the ring."""
+    device = torch.device("cuda")
+    on_gpu = DiT(SMALL.dit).to(device).eval()
+    on_gpu.load_state_dict(model.state_dict())
+    codec, text = ToyVAE().to(device), TEXT[:1].to(device)
+    mine = Stream(on_gpu, codec, text, SMALL, graph=True)
+    eager = Stream(on_gpu, codec, text, SMALL)
+    assert not mine.notes
+    for _ in range(7):
+        assert torch.equal(mine.denoise(), eager.denoise())
+        torch.testing.assert_close(mine.decode(), eager.decode(), rtol=1e-3, atol=1e-3)

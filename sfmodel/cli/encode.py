@@ -311,7 +311,7 @@ def decode(
     frames = 1 + codec.temporal_factor * (latents_NFCHW.shape[1] - 1)
     for name, latents_1FCHW in zip(names, latents_NFCHW.split(1), strict=True):
         chunks = _decoded(latents_1FCHW, codec, device)
-        write_videos(chunks, [name], [source.name], settings.fps, frames, device)
+        write_videos(chunks, [name], [source.name], settings.fps, frames, str(device))
 
 
 def check_outputs(names: Sequence[Path], watch: bool = False) -> None:
@@ -330,13 +330,13 @@ def write_videos(
     titles: Sequence[str],
     fps: float,
     frames: int | str,
-    device: torch.device,
+    where: str,
     watch: bool = False,
 ) -> None:
-    """Videos that come as chunks [B, T, 3, H, W] from `device` into an MP4 and a contact sheet
-    each. frames: how many will come, or "endless". watch: play the first one in the terminal.
-    Ctrl-C ends them there and is raised again; so does a frame with NaN or infinity, with
-    FloatingPointError. What came before is kept."""
+    """Writes videos that come as chunks [B, T, 3, H, W] into an MP4 and a contact sheet each.
+    where: on what device they are made. frames: how many will come, or "endless". watch: play the
+    first one in the terminal. Ctrl-C ends them there and is raised again; so does a frame with NaN
+    or infinity, with FloatingPointError. What came before is kept."""
     sheets = [ContactSheet() for _ in names]
     player = TerminalPlayer(fps) if watch else None
     done, shown, began, first = 0, 0, time.perf_counter(), 0.0
@@ -372,7 +372,7 @@ def write_videos(
     print(
         f"{'stopped after ' if stopped else ''}{shown} frames in {seconds:.2f} s "
         f"({len(names) * shown / seconds:.1f} FPS; first frame after {first:.3f} s), "
-        f"{device}: {', '.join(str(name) for name in names)}"
+        f"{where}: {', '.join(str(name) for name in names)}"
     )
     if stopped:
         raise stopped

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from sfmodel.extras import require
 
@@ -37,8 +37,8 @@ from sfmodel.pretrained import (
     told,
 )
 from sfmodel.process import prepared
-from sfmodel.stream import stream
-from sfmodel.toy.evaluate import Sampling, draw, held_out, judge, seen_in, table
+from sfmodel.stream import Stream
+from sfmodel.toy.evaluate import Sampling, draw, held_out, score, seen_in, table
 from sfmodel.toy.evaluate import evaluate as measure_model
 from sfmodel.train.config import RECIPES, TrainConfig, defaults
 from sfmodel.train.data import read_prompts
@@ -62,6 +62,7 @@ def generate(
     tile: int | None = None,
     output: Path = Path("out/video.mp4"),
     watch: bool = False,
+    eager: bool = False,
 ) -> None:
     """Stream a video from a sentence, chunk by chunk, into an MP4 and a contact sheet beside it.
 
@@ -87,6 +88,7 @@ def generate(
         tile: Decode in tiles of so many latents a side, for little memory; with --vae wan.
         output: The MP4 to write.
         watch: Play the video in the terminal while it is made.
+        eager: On a GPU, launch kernels one by one instead of by CUDA graphs.
     """
     settings = sized(find_preset(preset), height, width)
     settings = replace(
@@ -116,15 +118,23 @@ def generate(
     model, codec = load_model(), load_codec()
     # A few videos of the toy fit side by side, of a large model one after the other.
     together = 16 if preset == "toy" else 1
+    graph = device.type == "cuda" and not eager
+    stream: Stream | None = None
     for i in range(0, len(prompts), together):
         few = slice(i, i + together)
         rows = last if len(prompts) == 1 else text.rows(prompts[few], device)
         text_BTE = pad_sequence([row.float() for row in rows], batch_first=True).to(device)
-        chunks = stream(
-            model, codec, text_BTE, settings, seed=seed + i, batch=len(prompts[few]),
-            frames=None if frames == "endless" else frames,
-        )  # fmt: skip
-        write_videos(chunks, names[few], prompts[few], settings.fps, frames, device, watch)
+        if stream is not None and stream.batch == len(text_BTE):
+            stream.restart(text_BTE, seed + i)
+        else:
+            options: Any = {"seed": seed + i, "batch": len(text_BTE), "graph": graph}
+            with told("capturing CUDA graphs" if graph else "preparing the stream"):
+                stream = Stream(model, codec, text_BTE, settings, **options)
+            for note in stream.notes:
+                print(f"launched one by one: {note}", file=sys.stderr)
+        where = f"{device}, in CUDA graphs" if graph and not stream.notes else str(device)
+        chunks = stream.video(None if frames == "endless" else frames)
+        write_videos(chunks, names[few], prompts[few], settings.fps, frames, where, watch)
 
 
 def train_command(arguments: Sequence[str]) -> Callable[..., None]:
@@ -193,7 +203,7 @@ def evaluate(
         check_writable(output / name)
     model, codec, _ = load_toy(checkpoint)
     held = held_out(codec, frames, videos, split)
-    floor = judge(seen_in(codec, held.latents_BFCHW), held.real_NFD)
+    floor = score(seen_in(codec, held.latents_BFCHW), held.real_NFD)
     console = Console(width=None if Console().is_terminal else 120)
     with console.status("generating") as status:
         result = measure_model(model, sampling, codec, held, trained, told=status.update)

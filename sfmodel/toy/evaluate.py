@@ -13,7 +13,6 @@ Shapes: B videos, T pixel frames, F latent frames, C channels, H×W latents, D s
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -26,13 +25,10 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
-from sfkernels import Noise, normal
-from sfkernels.layout import chunk_sizes
-from sfmodel.config import Preset, check_seed
+from sfmodel.config import Preset
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
-from sfmodel.schedule import FlowSchedule
-from sfmodel.stream import FewStepSampler
+from sfmodel.stream import Stream
 from sfmodel.toy import world
 from sfmodel.toy.text import ToyTextEncoder
 from sfmodel.toy.vae import ToyVAE
@@ -52,7 +48,7 @@ MEASURES = {
 }
 
 
-class Seen(NamedTuple):
+class Measurements(NamedTuple):
     """What videos show, [B, F] each but the first. statistics [B, F, D]: as `statistics` has them.
     radius in px, brightness in 0..1, colour an index; whether a frame is clean
     (`world.Measurement.clean_BT`); whether, in a pixel frame since the latent frame before, the
@@ -67,7 +63,7 @@ class Seen(NamedTuple):
     impossible: Tensor
 
 
-def look(pixels_BTCHW: Tensor) -> Seen:
+def measure(pixels_BTCHW: Tensor) -> Measurements:
     """At videos of T = 1 + 4·(F − 1) pixel frames."""
     m = world.measure(pixels_BTCHW)
     at = slice(None, None, ToyVAE.temporal_factor)
@@ -79,7 +75,7 @@ def look(pixels_BTCHW: Tensor) -> Seen:
         still = torch.zeros_like(padded[:, :1])
         return torch.cat([still, padded.unflatten(1, (-1, ToyVAE.temporal_factor)).any(2)], 1)
 
-    return Seen(
+    return Measurements(
         statistics(m.position_BT2[:, at], m.radius_BT[:, at], m.rgb_BT3[:, at]),
         m.radius_BT[:, at],
         m.brightness_BT[:, at],
@@ -122,8 +118,8 @@ def distances(made_BFD: Tensor, real_NFD: Tensor, which: slice = slice(None)) ->
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a model is sampled. euler: so many equal Euler steps (flow-matching models) instead of
-    the preset's few steps with fresh noise in between."""
+    """The way a model is sampled. euler: so many equal Euler steps (flow-matching models) instead
+    of the preset's few steps with fresh noise in between."""
 
     preset: Preset
     euler: int = 0
@@ -133,15 +129,8 @@ class Sampling:
         if not 0 <= self.euler <= 1000:
             raise ValueError(f"euler={self.euler}: must be 0 to 1000 steps")
 
-    @property
-    def steps(self) -> tuple[int, ...]:
-        if not self.euler:
-            return self.preset.steps
-        return tuple(round(1000 * (1 - i / self.euler)) for i in range(self.euler))
 
-
-@torch.no_grad()
-def roll(
+def generate(
     model: DiT,
     sampling: Sampling,
     text_BTE: Tensor,
@@ -152,30 +141,17 @@ def roll(
 ) -> Tensor:
     """Latents [B, F, C, H, W] that a model generates chunk by chunk, on its own past, or, where
     real latents are given as context, every chunk on theirs."""
-    preset, batch = sampling.preset, len(text_BTE)
-    check_seed(seed, batch)
-    cache = model.new_cache(batch, preset.window, preset.grid, preset.sink)
-    model.set_text(cache, text_BTE)
-    sampler = FewStepSampler(model, cache, FlowSchedule(preset.shift), sampling.steps)
-    seed_B = torch.arange(seed, seed + batch, device=model.device)
-    made: list[Tensor] = []
-    begin = 0
-    first = preset.first or preset.chunk
-    chunks = 1 + math.ceil(max(0, frames - first) / preset.chunk)
-    for size in chunk_sizes(first + (chunks - 1) * preset.chunk, preset.chunk, preset.first):
-        shape = (batch, size, model.config.channels, preset.height, preset.width)
-        noise = functools.partial(Noise, seed_B, cache.chunk(size).frame_F)
-        start = normal(noise(0), shape, impl=model.impl)
-        x0 = sampler.integrate(start) if sampling.euler else sampler.denoise(start, noise)
-        made.append(x0)
-        if begin + size < frames:
-            past = x0 if context_BFCHW is None else context_BFCHW[:, begin : begin + size]
-            sampler.append(past)
-        begin += size
-    return torch.cat(made, 1)[:, :frames]
+    preset, euler = sampling.preset, sampling.euler
+    stream = Stream(model, None, text_BTE, preset, seed=seed, batch=len(text_BTE), euler=euler)
+    made = stream.denoise().clone()
+    while (begin := made.shape[1]) < frames:
+        if context_BFCHW is not None:
+            stream.update(context_BFCHW[:, begin - stream.size : begin])
+        made = torch.cat([made, stream.denoise()], 1)
+    return made[:, :frames]
 
 
-class Held(NamedTuple):
+class HeldOut(NamedTuple):
     """What no model has seen. real: statistics [N, F, D] of real videos. text, latents: prompts,
     and one real clip for each, other than those."""
 
@@ -185,7 +161,7 @@ class Held(NamedTuple):
 
 
 @torch.no_grad()
-def held_out(codec: ToyVAE, frames: int, videos: int, split: str = "test") -> Held:
+def held_out(codec: ToyVAE, frames: int, videos: int, split: str = "test") -> HeldOut:
     """split: "test", or "validation", on which settings are chosen."""
     seed = {"test": 7_000_001, "validation": 8_000_001}[split]
     real = []
@@ -195,11 +171,11 @@ def held_out(codec: ToyVAE, frames: int, videos: int, split: str = "test") -> He
         m = world.measure(world.render(some))
         real.append(statistics(m.position_BT2, m.radius_BT, m.rgb_BT3))
     clips = codec.sample_latents(videos, frames, seed + 1000)
-    return Held(torch.cat(real), ToyTextEncoder()(clips.sentences), clips.latents_BFCHW)
+    return HeldOut(torch.cat(real), ToyTextEncoder()(clips.sentences), clips.latents_BFCHW)
 
 
 @torch.no_grad()
-def seen_in(codec: ToyVAE, latents_BFCHW: Tensor) -> Seen:
+def seen_in(codec: ToyVAE, latents_BFCHW: Tensor) -> Measurements:
     """Measurements of latents. Raises FloatingPointError where one holds NaN or infinity."""
     bad = (~latents_BFCHW.isfinite()).flatten(2).any(2).nonzero().tolist()
     if bad:
@@ -209,11 +185,11 @@ def seen_in(codec: ToyVAE, latents_BFCHW: Tensor) -> Seen:
         )
     device = codec.mean_C11.device
     split = latents_BFCHW.split(BATCH)
-    parts = [look(codec.decode_chunk(part.to(device))[0].cpu()) for part in split]
-    return Seen(*(torch.cat(each) for each in zip(*parts, strict=True)))
+    parts = [measure(codec.decode_chunk(part.to(device))[0].cpu()) for part in split]
+    return Measurements(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
-def judge(seen: Seen, real_NFD: Tensor) -> dict[str, list[float]]:
+def score(seen: Measurements, real_NFD: Tensor) -> dict[str, list[float]]:
     """By latent frame: the Fréchet "distance"; the drift of each ball from its own first frame, as
     a mean: "radius" in px, "brightness" in 0..1, "colour" the share whose colour is another one;
     the share of moves far from walls that are "impossible"; the share of frames that are not
@@ -236,10 +212,10 @@ def judge(seen: Seen, real_NFD: Tensor) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def evaluate(
-    model: DiT, sampling: Sampling, codec: ToyVAE, held: Held, trained: int, seed: int = 0,
+    model: DiT, sampling: Sampling, codec: ToyVAE, held: HeldOut, trained: int, seed: int = 0,
     told: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """`judge` of a video for each of `held`'s prompts, as long as they are. trained: latent frames
+    """`score` of a video for each of `held`'s prompts, as long as they are. trained: latent frames
     of a training clip: within them, "own" and "real" are the distances by frame of the statistics
     of a frame alone, on the model's own past and on a real one, and "gap" is the difference of
     their means over the second half."""
@@ -253,12 +229,12 @@ def evaluate(
             context = held.latents_BFCHW[rows].to(model.device) if real else None
             text = held.text_BTE[rows].to(model.device)
             options: Any = {"seed": seed + begin, "context_BFCHW": context}
-            parts.append(roll(model, sampling, text, length, **options).cpu())
+            parts.append(generate(model, sampling, text, length, **options).cpu())
         return torch.cat(parts)
 
     own = seen_in(codec, made(frames, real=False))
     on_real = seen_in(codec, made(trained, real=True))
-    result: dict[str, Any] = dict(judge(own, held.real_NFD))
+    result: dict[str, Any] = dict(score(own, held.real_NFD))
     pasts = {"own": own, "real": on_real}
     still = {
         name: distances(seen.statistics, held.real_NFD, STILL)[:trained]
@@ -283,7 +259,7 @@ def over(values: Sequence[float], band: tuple[int, int]) -> float:
 
 
 def table(result: Mapping[str, Any], floor: Mapping[str, Any], trained: int) -> Table:
-    """What `evaluate` found, by bands of frames, beside the `judge` of real videos."""
+    """What `evaluate` found, by bands of frames, beside the `score` of real videos."""
     parts = bands(len(result["distance"]), trained)
     made = Table(title="by latent frame; in brackets: other real videos through the codec")
     made.add_column("")

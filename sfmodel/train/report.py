@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sfmodel.dit import DiT
 from sfmodel.files import atomic, cannot_write
-from sfmodel.stream import stream
+from sfmodel.stream import Stream
 from sfmodel.train import parallel
 from sfmodel.train.data import skipped_report
 from sfmodel.video import contact_sheet_of_rows
@@ -138,8 +138,8 @@ class Report:
         text = run.text(PROMPTS, run.ranks.device)
         model = model.to(run.ranks.device).eval()
         frames = 1 + run.codec.temporal_factor * (2 * max(config.frames) - 1)
-        options = {"frames": frames, "seed": config.seed, "batch": len(PROMPTS)}
-        videos = torch.cat([*stream(model, run.codec, text, preset, **options)], 1)
+        made = Stream(model, run.codec, text, preset, seed=config.seed, batch=len(PROMPTS))
+        videos = torch.cat([*made.video(frames)], 1)
         labels = [prompt or "(no prompt)" for prompt in PROMPTS]
         contact_sheet_of_rows(videos, path, labels, f"{config.recipe}, update {run.step}")
 

@@ -88,6 +88,12 @@ class Memory:
         return State(tuple(self._after))
 
 
+def to_bytes(pixels_BTCHW: Tensor) -> Tensor:
+    """Pixels [..., 3, H, W], clamped to [-1, 1], as bytes [..., H, W, 3] on the same device."""
+    scaled = pixels_BTCHW.float().clamp(-1, 1).add(1).mul(127.5).round()
+    return scaled.to(torch.uint8).movedim(-3, -1).contiguous()
+
+
 def check_pixels(codec: VideoCodec, pixels_BTCHW: Tensor, starts: bool) -> None:
     """Raises ValueError for pixels that are no chunk of a clip (`starts`: its first)."""
     _, T, H, W = _check_shape("pixels", pixels_BTCHW, 3)

@@ -34,10 +34,10 @@ from torch import Tensor
 from sfkernels import BlockLayout
 from sfkernels.dispatch import IMPLS
 from sfkernels.layout import chunk_sizes
-from sfmodel.config import DiTConfig, VAEConfig
+from sfmodel.config import DiTConfig, Preset, VAEConfig
 from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule
-from sfmodel.stream import FewStepSampler
+from sfmodel.stream import Stream
 from sfmodel.train.rollout import Rollout
 from sfmodel.vae.codec import VideoCodec
 from sfmodel.vae.taehv import TinyVAE
@@ -119,29 +119,28 @@ def layout_of(case: Case, x_BFCHW: Tensor, model: DiT) -> BlockLayout:
 
 
 def roll(case: Case, tensors: Tensors, model: DiT, text: Tensor) -> Tensor:
-    noise, renoise = tensors["noise"], tensors["renoise"]
+    noise, renoise, options = tensors["noise"], tensors["renoise"], case.options
     initial = tensors.get("initial", noise[:, :0])
     frames = initial.shape[1] + noise.shape[1]
-    _, ph, pw = model.config.patch
-    grid = noise.shape[3] // ph, noise.shape[4] // pw
-    options = case.options
-    cache = model.new_cache(len(noise), options.get("window", frames), grid, options.get("sink", 0))
-    model.set_text(cache, text[: len(noise)])
-    sampler = FewStepSampler(model, cache, FlowSchedule(), STEPS)
-    video, at = [], 0
-    for size in chunk_sizes(frames, options["chunk"], options.get("first")):
-        here = slice(at - initial.shape[1], at - initial.shape[1] + size)
-        if at < initial.shape[1]:
-            sampler.append(initial[:, at : at + size])
-        else:
-            fresh = renoise[:, here]
-            x0 = sampler.denoise(noise[:, here], lambda i, fresh=fresh: fresh[:, :, i - 1])  # type: ignore[misc]
-            sampler.append(x0)
-            video.append(x0)
-        at += size
+    preset = Preset(
+        model.config, noise.shape[3], noise.shape[4], steps=STEPS, chunk=options["chunk"],
+        first=options.get("first"), window=options.get("window", frames),
+        sink=options.get("sink", 0),
+    )  # fmt: skip
+    video = noise[:, :0]
+
+    def given(i: int) -> Tensor:
+        here = slice(video.shape[1], video.shape[1] + stream.size)
+        return renoise[:, here, i - 1] if i else noise[:, here]
+
+    batch = len(noise)
+    stream = Stream(model, None, text[:batch], preset, batch=batch, noise=given)
+    stream.prefill(initial)
+    for _ in chunk_sizes(frames, options["chunk"], options.get("first")):
+        if video.shape[1] < noise.shape[1]:
+            video = torch.cat([video, stream.denoise()], 1)
     # A recording may or may not repeat the frames it was given.
-    given = [initial] if tensors["video"].shape[1] == frames else []
-    return torch.cat([*given, *video], 1)
+    return torch.cat([initial, video], 1) if tensors["video"].shape[1] == frames else video
 
 
 def self_force(case: Case, tensors: Tensors, model: DiT, text: Tensor) -> Tensor:

@@ -1,0 +1,63 @@
+"""CUDA graphs: a function's launches, recorded once and replayed without Python."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def shared_pool() -> Any:
+    """A memory pool for graphs of which no two run at once, and none reads what another left."""
+    return torch.cuda.graph_pool_handle()
+
+
+def captured(run: Callable[[], object], pool: Any = None) -> tuple[Callable[[], None] | None, str]:
+    """The replay of `run` as a CUDA graph; or None and why there is none. It really runs three
+    times before, which compiles its kernels and chooses its algorithms."""
+    warm(run)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with capture(graph, pool):
+            run()
+    except RuntimeError as error:
+        said = str(error).splitlines()
+        return None, f"no CUDA graph: {type(error).__name__}: {said[0] if said else ''}"[:300]
+    return graph.replay, ""
+
+
+@contextlib.contextmanager
+def capture(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
+    """`torch.cuda.graph`. Where a capture fails PyTorch 2.11 leaves its stream the current one and
+    the allocator in the capture, which no capture and no empty_cache survives: both are put back,
+    and the error is that of the body."""
+    device, stream = torch.cuda.current_device(), torch.cuda.current_stream()
+    pool = pool or torch.cuda.graph_pool_handle()
+    cause: BaseException | None = None
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            try:
+                yield
+            except BaseException as error:
+                cause = error
+                raise
+    except BaseException as error:
+        torch.cuda.set_stream(stream)
+        with contextlib.suppress(RuntimeError):  # later versions have ended it
+            torch._C._cuda_endAllocateToPool(device, pool)
+        raise cause or error from None
+
+
+def warm(run: Callable[[], object]) -> None:
+    """Runs three times on a side stream, as a capture asks for; the first call compiles."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
