@@ -53,7 +53,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(PRESETS, "wan-1.3b", SMALL)
     monkeypatch.setattr(pretrained, "WanVAE", vae)
     monkeypatch.setattr(vae, "spatial_factor", 8, raising=False)
-    monkeypatch.setattr("sfmodel.cli.main.load_text", lambda *_: TEXT())
+    monkeypatch.setattr("sfmodel.cli.generate.load_text", lambda *_: TEXT())
     monkeypatch.setattr("sfmodel.cli.encode.load_text", lambda *_: TEXT())
     monkeypatch.setenv("SFMODEL_MODELS", str(folder))
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,68 @@
+"""`sfmodel evaluate`: a model of the toy world, measured against real videos."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from sfmodel.config import PRESETS
+from sfmodel.files import atomic, check_writable
+from sfmodel.pretrained import TOY_WEIGHTS, load_toy
+from sfmodel.toy.evaluate import Sampling, draw, held_out, score, seen_in, table
+from sfmodel.toy.evaluate import evaluate as measure_model
+
+
+def evaluate(
+    checkpoint: Path | None = None,
+    chunk: int = 3,
+    window: int = 7,
+    sink: int = 0,
+    frames: int = 28,
+    trained: int = 7,
+    videos: int = 256,
+    euler: int = 0,
+    split: Literal["test", "validation"] = "test",
+    output: Path = Path("out/evaluation"),
+) -> None:
+    """Measure a model of the toy world against real videos that it has never seen, by frame: a
+    table, evaluation.json and evaluation.png.
+
+    Args:
+        checkpoint: Weights; the shipped ones if not given.
+        chunk: Latent frames generated at a time.
+        window: Latent frames that the KV cache holds, the current chunk included.
+        sink: First latent frames that stay in the cache for good.
+        frames: Latent frames of a video.
+        trained: Latent frames of a training clip, within which the exposure gap is measured.
+        videos: To generate.
+        euler: Euler steps a chunk, for a model that is not distilled; 0 takes the few steps.
+        split: Real videos to measure against.
+        output: Folder for the files.
+    """
+    for name, value in (("videos", videos), ("trained", trained), ("frames", frames)):
+        least = {"videos": 16, "trained": 2, "frames": trained}[name]
+        if value < least:
+            raise ValueError(f"{name}={value}: must be at least {least}")
+    sampling = Sampling(replace(PRESETS["toy"], chunk=chunk, window=window, sink=sink), euler)
+    for name in ("evaluation.json", "evaluation.png"):
+        check_writable(output / name)
+    model, codec, _ = load_toy(checkpoint)
+    held = held_out(codec, frames, videos, split)
+    floor = score(seen_in(codec, held.latents_BFCHW), held.real_NFD)
+    console = Console(width=None if Console().is_terminal else 120)
+    with console.status("generating") as status:
+        result = measure_model(model, sampling, codec, held, trained, told=status.update)
+    facts = {
+        "checkpoint": str(checkpoint or TOY_WEIGHTS),
+        "preset": asdict(sampling.preset),
+        "floor": floor,
+    }
+    with atomic(output / "evaluation.json") as part:
+        part.write_text(json.dumps({**facts, **result}, indent=1))
+    draw(result, floor, trained, output / "evaluation.png")
+    console.print(table(result, floor, trained))
+    print(f"{output}/evaluation.json, evaluation.png")

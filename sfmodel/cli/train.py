@@ -1,0 +1,43 @@
+"""`sfmodel train`: the trainer, with the defaults of a preset and a recipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated
+
+import tyro
+
+from sfmodel.config import PRESETS
+from sfmodel.train.config import RECIPES, TrainConfig, defaults
+from sfmodel.train.loop import train
+
+
+def train_command(arguments: Sequence[str]) -> Callable[..., None]:
+    """`sfmodel train` with the defaults of the preset and the recipe that the arguments name."""
+
+    def named(option: str, known: Iterable[str], otherwise: str) -> str:
+        for i, word in enumerate(arguments):
+            name, equals, value = word.partition("=")
+            if name == f"--{option}":
+                value = value if equals else "".join(arguments[i + 1 : i + 2])
+                return value if value in known else otherwise  # an unknown one is refused later
+        return otherwise
+
+    default = defaults(named("preset", PRESETS, "toy"), named("recipe", RECIPES, "tf"))
+
+    def run(
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default, resume: bool = False
+    ) -> None:
+        """Train a model: progress, log.jsonl, curves.png, samples, checkpoints, weights. The
+        defaults are those of the preset and the recipe. Under torchrun, on all its ranks.
+
+        Args:
+            resume: Continue the run in the output folder, bit for bit as if it had not stopped, or
+                start it where there is none.
+        """
+        weights = train(config, resume=resume)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"weights: {weights}; see them: sfmodel generate --checkpoint {weights}")
+
+    return run
