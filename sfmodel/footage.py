@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -80,30 +79,6 @@ def covering_frames(
         for frame, count in _counted(timed, fps):
             if count:
                 yield from itertools.repeat(_picture(frame, stream, (height, width)), count)
-
-
-def read_video(path: str | os.PathLike[str], max_frames: int | None = None) -> tuple[Tensor, float]:
-    """Read a video file: float32 frames [T, 3, H, W] in [-1, 1] and the frames per second.
-
-    path: any format that FFmpeg reads. max_frames: stop after that many; all are held in memory.
-    Frames are upright and have square pixels. Raises FileNotFoundError for a missing file,
-    ValueError for one that is damaged or no video.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no such file: {path}")
-    if max_frames is not None and max_frames < 1:
-        raise ValueError(f"max_frames: {max_frames}, expected 1 or more")
-    try:
-        with opened_video(path) as (container, stream):
-            frame_rate = stream.average_rate or stream.guessed_rate
-            counted = itertools.islice(_counted(_timed(container, stream, None), None), max_frames)
-            images = [_picture(frame, stream) for frame, _ in counted]
-        if not images or frame_rate is None:
-            raise ValueError("damaged: no frame can be decoded")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return to_pixels(images).contiguous(), float(frame_rate)
 
 
 def length(stream: av.VideoStream, fps: float) -> float:

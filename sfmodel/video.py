@@ -30,7 +30,6 @@ from sfmodel.footage import VIDEOS as VIDEOS
 from sfmodel.footage import Images
 from sfmodel.footage import covering_frames as covering_frames
 from sfmodel.footage import opened_video as opened_video
-from sfmodel.footage import read_video as read_video
 from sfmodel.footage import to_pixels as to_pixels
 from sfmodel.vae.codec import to_bytes
 
@@ -290,28 +289,6 @@ class ContactSheet:
     ) -> None:
         """Write the sheet as PNG. Raises ValueError without frames, OSError if it cannot."""
         _draw_sheet(self._kept, Path(path), columns, title)
-
-
-def contact_sheet(
-    frames: Tensor,
-    path: str | os.PathLike[str],
-    columns: int | None = None,
-    title: str | None = None,
-    limit: int = 24,
-) -> None:
-    """Write a PNG grid of evenly chosen frames, each with its number (from 0) under it.
-
-    frames: float [T, 3, H, W] in [-1, 1]; at most `limit` are shown, the first and last included.
-    columns: frames in a row, by default up to 8. title: above, in lines as wide as the frames.
-    Raises ValueError for arguments out of range, FloatingPointError for frames with NaN or
-    infinity, OSError where the path cannot be written.
-    """
-    if limit < 1:
-        raise ValueError(f"limit: {limit}, expected 1 or more")
-    count = min(len(frames), limit)
-    chosen = np.linspace(0, len(frames) - 1, count).round().astype(int).tolist()
-    images_THWC = _to_images(frames[chosen], chosen)
-    _draw_sheet(list(zip(chosen, images_THWC, strict=True)), Path(path), columns, title)
 
 
 def contact_sheet_of_rows(

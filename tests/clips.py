@@ -1,12 +1,17 @@
-"""A clip that goes through a codec of Wan2.1's latents, whole and in chunks."""
+"""Clips: what goes through a codec of Wan2.1's latents, whole and in chunks, and what a video file
+holds."""
 
 from __future__ import annotations
 
+import itertools
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sfmodel.footage import _counted, _picture, _timed, opened_video, to_pixels
 from sfmodel.vae.codec import State
 
 
@@ -45,3 +50,27 @@ def goes_on_twice(chunk: Any, parts: tuple[Tensor, Tensor, Tensor], apart: float
 def assert_same(a: Any, b: Any) -> None:
     # A convolution may sum in another order for another number of frames.
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def read_video(path: str | os.PathLike[str], max_frames: int | None = None) -> tuple[Tensor, float]:
+    """Read a video file: float32 frames [T, 3, H, W] in [-1, 1] and the frames per second.
+
+    path: any format that FFmpeg reads. max_frames: stop after that many; all are held in memory.
+    Frames are upright and have square pixels. Raises FileNotFoundError for a missing file,
+    ValueError for one that is damaged or no video.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}")
+    if max_frames is not None and max_frames < 1:
+        raise ValueError(f"max_frames: {max_frames}, expected 1 or more")
+    try:
+        with opened_video(path) as (container, stream):
+            frame_rate = stream.average_rate or stream.guessed_rate
+            counted = itertools.islice(_counted(_timed(container, stream, None), None), max_frames)
+            images = [_picture(frame, stream) for frame, _ in counted]
+        if not images or frame_rate is None:
+            raise ValueError("damaged: no frame can be decoded")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return to_pixels(images).contiguous(), float(frame_rate)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from sfmodel.cli.main import main
 from sfmodel.extras import EXTRAS
 from sfmodel.pretrained import TOY_WEIGHTS
-from sfmodel.video import read_video
+from tests.clips import read_video
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:

@@ -22,8 +22,9 @@ from sfmodel.toy.text import ToyTextEncoder
 from sfmodel.train.data import LatentShards, Prompts, open_source
 from sfmodel.vae.taehv import TinyVAE
 from sfmodel.vae.wan import WanVAE
-from sfmodel.video import VideoWriter, read_video
+from sfmodel.video import VideoWriter
 from sfmodel.weights import checkpoint
+from tests.clips import read_video
 from tests.test_cli import refused, run
 
 # The text encoder has a test of its own (test_umt5.py); the toy's takes its place here.

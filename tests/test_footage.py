@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from sfmodel import footage
-from sfmodel.footage import Images, covering_frames, length, opened_video, read_video
+from sfmodel.footage import Images, covering_frames, length, opened_video
 from sfmodel.video import VideoWriter
+from tests.clips import read_video
 from tests.test_video import grey_levels, moving_disc
 
 ONE, END = 1 << 16, 1 << 30

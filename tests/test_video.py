@@ -7,6 +7,7 @@ import signal
 import threading
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +19,9 @@ from torch import Tensor
 from sfmodel.video import (
     ContactSheet,
     VideoWriter,
-    contact_sheet,
     contact_sheet_of_rows,
-    read_video,
 )
+from tests.clips import read_video
 
 
 def moving_disc(frames: int, height: int = 64, width: int = 64) -> Tensor:
@@ -258,18 +258,23 @@ def test_what_is_not_finite_is_no_picture(tmp_path: Path, value: float, dtype: t
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
+def contact_sheet(frames: Tensor, path: Path, **how: Any) -> None:
+    sheet = ContactSheet()
+    sheet.add(frames)
+    sheet.save(path, **how)
+
+
 def test_contact_sheet(tmp_path: Path) -> None:
-    frames = grey_levels(50)
-    contact_sheet(frames, tmp_path / "a.png", columns=4, title="fifty greys", limit=11)
+    frames = grey_levels(11)
+    contact_sheet(frames, tmp_path / "a.png", columns=4, title="eleven greys")
     plain = tmp_path / "plain.png"
-    contact_sheet(frames, plain, columns=4, limit=11)
+    contact_sheet(frames, plain, columns=4)
     sheet = image(plain)
     width, height = 8 + 4 * (128 + 8), 8 + 3 * (128 + 14 + 16)
     assert sheet.shape == (height, width, 3)
     assert image(tmp_path / "a.png").shape == (height + 18 + 16, width, 3)
-    chosen = np.linspace(0, 49, 11).round().astype(int)
-    for place, index in enumerate(chosen):
-        row, column = divmod(place, 4)
+    for index in range(11):
+        row, column = divmod(index, 4)
         upper, left = 8 + row * 158, 8 + column * 136
         grey = round((float(frames[index, 0, 0, 0]) + 1) * 127.5)
         assert (sheet[upper : upper + 128, left : left + 128] == grey).all()
