@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sfmodel.footage import _counted, _picture, _timed, opened_video, to_pixels
-from sfmodel.vae.codec import State
+from sfmodel.vae.codec import CausalState
 
 
 def latents() -> Tensor:
@@ -34,11 +34,11 @@ def in_parts(chunk: Any, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Any
     return torch.cat(parts, 1), state
 
 
-def goes_on_twice(chunk: Any, parts: tuple[Tensor, Tensor, Tensor], apart: float) -> State:
+def goes_on_twice(chunk: Any, parts: tuple[Tensor, Tensor, Tensor], apart: float) -> CausalState:
     """The state after the first part, from which the two others go on; they are at least so far
     `apart`, and it does not change."""
     first, second, third = parts
-    state: State = chunk(first)[1]
+    state: CausalState = chunk(first)[1]
     kept = [frames.clone() for frames in state.before]
     on, other = chunk(second, state)[0], chunk(third, state)[0]
     assert (on - other).abs().max() > apart

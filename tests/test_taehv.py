@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sfmodel.vae.codec import State
+from sfmodel.vae.codec import CausalState
 from sfmodel.vae.taehv import TinyVAE
 from tests import clips
 from tests.clips import assert_same, goes_on_twice, in_parts
@@ -40,7 +40,7 @@ def pixels() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def decoded(vae: TinyVAE, latents: Tensor) -> tuple[Tensor, State]:
+def decoded(vae: TinyVAE, latents: Tensor) -> tuple[Tensor, CausalState]:
     return vae.decode_chunk(latents)
 
 
@@ -62,7 +62,7 @@ def test_recorded_pixels_and_latents(vae: TinyVAE) -> None:
 def test_decoding_in_chunks_equals_the_whole(
     vae: TinyVAE,
     latents: Tensor,
-    decoded: tuple[Tensor, State],
+    decoded: tuple[Tensor, CausalState],
     sizes: tuple[int, ...],
 ) -> None:
     assert decoded[0].shape == (2, 21, 3, 24, 40)
@@ -88,7 +88,7 @@ def test_a_still_is_a_group_of_four(vae: TinyVAE, pixels: Tensor) -> None:
 
 
 def test_a_clip_is_the_same_in_any_batch(
-    vae: TinyVAE, latents: Tensor, decoded: tuple[Tensor, State], pixels: Tensor
+    vae: TinyVAE, latents: Tensor, decoded: tuple[Tensor, CausalState], pixels: Tensor
 ) -> None:
     assert_same(vae.decode_chunk(latents[1:])[0], decoded[0][1:])
     assert_same(vae.encode_chunk(pixels[1:])[0], vae.encode_chunk(pixels)[0][1:])
@@ -144,7 +144,7 @@ def test_real_sizes_without_data() -> None:
 
 
 def test_wrong_sizes_are_refused(vae: TinyVAE, latents: Tensor, pixels: Tensor) -> None:
-    decoder, encoder = State((torch.zeros(2, 1, 3, 5, 256),)), State(())
+    decoder, encoder = CausalState((torch.zeros(2, 1, 3, 5, 256),)), CausalState(())
     for wrong in (latents[:, :, :15], latents[0]):
         with pytest.raises(ValueError, match=r"latents have shape .*: must be \[B, frames, 16, H,"):
             vae.decode_chunk(wrong)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sfmodel.config import VAEConfig
-from sfmodel.vae.codec import State
+from sfmodel.vae.codec import CausalState
 from sfmodel.vae.convolution import channels_last, conv3d
 from sfmodel.vae.wan import CausalConv3d, WanVAE
 from sfmodel.weights import names
@@ -45,7 +45,7 @@ def pixels() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def decoded(vae: WanVAE, latents: Tensor) -> tuple[Tensor, State]:
+def decoded(vae: WanVAE, latents: Tensor) -> tuple[Tensor, CausalState]:
     return vae.decode_chunk(latents)
 
 
@@ -64,7 +64,7 @@ def test_recorded_pixels(vae: WanVAE) -> None:
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1, 1), (1, 3, 2), (3, 3), (2, 4)])
 def test_decoding_in_chunks_equals_the_whole(
-    vae: WanVAE, latents: Tensor, decoded: tuple[Tensor, State], sizes: tuple[int, ...]
+    vae: WanVAE, latents: Tensor, decoded: tuple[Tensor, CausalState], sizes: tuple[int, ...]
 ) -> None:
     assert decoded[0].shape == (2, 21, 3, 24, 40)
     assert (decoded[0][0] - decoded[0][1]).abs().max() > 0.1
@@ -167,7 +167,9 @@ def test_half_precision_is_as_close_as_it_can_be(vae: WanVAE, latents: Tensor) -
     assert (got - want).norm() / want.norm() < 0.03
 
 
-def test_layout_of_weights_changes_nothing(latents: Tensor, decoded: tuple[Tensor, State]) -> None:
+def test_layout_of_weights_changes_nothing(
+    latents: Tensor, decoded: tuple[Tensor, CausalState]
+) -> None:
     vae = channels_last(small())
     conv = vae.decoder.conv1.weight
     assert conv.is_contiguous(memory_format=torch.channels_last_3d) and not conv.is_contiguous()

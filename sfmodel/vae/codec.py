@@ -45,19 +45,19 @@ class VideoCodec(VideoDecoder, Protocol):
         ...
 
 
-class State(NamedTuple):
+class CausalState(NamedTuple):
     """What the next chunk of a clip needs of those before: the last frames [B, T, H, W, C] that
     each convolution over time has seen, in the order in which they run. Never changed."""
 
     before: tuple[Tensor, ...]
 
 
-class Memory:
-    """Hands out the frames of a State, one convolution over time after the other, and collects the
-    next. looks_back: how many frames before its own a convolution sees."""
+class FrameCache:
+    """Hands out the frames of a CausalState, one convolution over time after the other, and
+    collects the next. context_frames: how many frames before its own a convolution sees."""
 
-    def __init__(self, state: State | None, looks_back: int) -> None:
-        self.starts, self.looks_back = state is None, looks_back
+    def __init__(self, state: CausalState | None, context_frames: int) -> None:
+        self.starts, self.context_frames = state is None, context_frames
         self._before: Iterator[Tensor] = iter(() if state is None else state.before)
         self._after: list[Tensor] = []
 
@@ -67,25 +67,25 @@ class Memory:
         if not self.starts:
             return next(self._before)
         B, T, *size = x_BTHWC.shape
-        return None if T == 1 else x_BTHWC.new_zeros(B, self.looks_back, *size)
+        return None if T == 1 else x_BTHWC.new_zeros(B, self.context_frames, *size)
 
     def keep(self, x_BTHWC: Tensor, count: int | None = None) -> None:
-        """The last `count` frames of x (None: looks_back), after zeros where it has fewer. A copy:
-        a view would keep the memory of the whole chunk."""
-        count = self.looks_back if count is None else count
+        """Keeps the last `count` frames of x (None: context_frames), after zeros where there are
+        fewer. A copy: a view would keep the memory of the whole chunk."""
+        count = self.context_frames if count is None else count
         missing, last_BTHWC = count - x_BTHWC.shape[1], x_BTHWC[:, -count:]
         padding = (0, 0, 0, 0, 0, 0, missing, 0)
         self._after.append(F.pad(last_BTHWC, padding) if missing > 0 else last_BTHWC.clone())
 
-    def behind(self, x_BTHWC: Tensor) -> Tensor:
+    def prepend(self, x_BTHWC: Tensor) -> Tensor:
         """x behind the frames before it, and its last frames kept."""
         before = self.before(x_BTHWC)
         x_BTHWC = x_BTHWC if before is None else torch.cat([before, x_BTHWC], 1)
         self.keep(x_BTHWC)
         return x_BTHWC
 
-    def state(self) -> State:
-        return State(tuple(self._after))
+    def state(self) -> CausalState:
+        return CausalState(tuple(self._after))
 
 
 def to_bytes(pixels_BTCHW: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def check_latents(codec: VideoDecoder, latents_BFCHW: Tensor) -> None:
         raise ValueError(f"latents have {frames} frames of {H}×{W}: none may be 0")
 
 
-def check_before(name: str, x_BTCHW: Tensor, state: State | None, scale: int = 1) -> None:
+def check_before(name: str, x_BTCHW: Tensor, state: CausalState | None, scale: int = 1) -> None:
     """Raises ValueError for a chunk of another batch, height or width than those before it. scale:
     its height over that of the frames that are kept first."""
     if state is not None:

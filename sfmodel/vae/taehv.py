@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfmodel.vae.codec import Memory, State, check_before, check_latents, check_pixels
+from sfmodel.vae.codec import CausalState, FrameCache, check_before, check_latents, check_pixels
 from sfmodel.vae.convolution import conv2d, conv3d, upsampled_conv2d
 
 # Levels by the number of their first layer in the public names: the encoder's, with the frames that
@@ -59,13 +59,13 @@ class TinyVAE(nn.Module):
         self.decoder = nn.ModuleDict({str(at): layer for at, layer in decoder.items()})
 
     def decode_chunk(
-        self, latents_BFCHW: Tensor, state: State | None = None
-    ) -> tuple[Tensor, State]:
+        self, latents_BFCHW: Tensor, state: CausalState | None = None
+    ) -> tuple[Tensor, CausalState]:
         """As `VideoCodec`: latents [B, F, 16, H, W] to pixels [B, T, 3, 8H, 8W] in [-1, 1]."""
         check_latents(self, latents_BFCHW)
         check_before("latents", latents_BFCHW, state)
         layers: Any = self.decoder
-        memory = Memory(state, 1)
+        cache = FrameCache(state, 1)
         latents_BTHWC = latents_BFCHW.to(layers["1"].weight.dtype).movedim(2, -1).contiguous()
         x_BTHWC = conv2d((latents_BTHWC / 3).tanh() * 3, layers["1"]).relu_()
         # Of the four frames of a clip's first latent frame only the last is part of the clip. Once
@@ -73,17 +73,17 @@ class TinyVAE(nn.Module):
         skip = int(state is None)
         for at, *_ in DECODER_LEVELS:
             for i in range(BLOCKS):
-                x_BTHWC = layers[str(at + i)](x_BTHWC, memory)
+                x_BTHWC = layers[str(at + i)](x_BTHWC, cache)
             if at == DECODER_LEVELS[-1][0]:
                 x_BTHWC = x_BTHWC[:, skip:]
             x_BTHWC = _grow(x_BTHWC, layers[str(at + 4)].conv.weight, layers[str(at + 5)].weight)
         pixels_BTHWC = conv2d(x_BTHWC[:, skip:].relu_(), layers["22"])
         pixels_BTHWC = (2 * pixels_BTHWC - 1).clamp_(-1, 1)
-        return pixels_BTHWC.movedim(-1, 2), memory.state()
+        return pixels_BTHWC.movedim(-1, 2), cache.state()
 
     def encode_chunk(
-        self, pixels_BTCHW: Tensor, state: State | None = None
-    ) -> tuple[Tensor, State]:
+        self, pixels_BTCHW: Tensor, state: CausalState | None = None
+    ) -> tuple[Tensor, CausalState]:
         """Pixels [B, T, 3, H, W] in [-1, 1] to latents [B, F, 16, H / 8, W / 8].
 
         state: None at the start of a clip, where T = 1 + 4k gives k + 1 latent frames as Wan2.1
@@ -97,15 +97,15 @@ class TinyVAE(nn.Module):
             still_BTCHW = pixels_BTCHW[:, :1].expand(-1, self.temporal_factor - 1, -1, -1, -1)
             pixels_BTCHW = torch.cat([still_BTCHW, pixels_BTCHW], 1)
         layers: Any = self.encoder
-        memory = Memory(state, 1)
+        cache = FrameCache(state, 1)
         pixels_BTHWC = pixels_BTCHW.to(layers["0"].weight.dtype).movedim(2, -1).contiguous()
         x_BTHWC = conv2d(pixels_BTHWC * 0.5 + 0.5, layers["0"]).relu_()
         for at, _ in ENCODER_LEVELS:
             x_BTHWC = _pool(x_BTHWC, layers[str(at)].conv.weight, layers[str(at + 1)].weight)
             for i in range(BLOCKS):
-                x_BTHWC = layers[str(at + 2 + i)](x_BTHWC, memory)
+                x_BTHWC = layers[str(at + 2 + i)](x_BTHWC, cache)
         latents_BFHWC = conv2d(x_BTHWC, layers["17"])
-        return latents_BFHWC.movedim(-1, 2).contiguous(), memory.state()
+        return latents_BFHWC.movedim(-1, 2).contiguous(), cache.state()
 
 
 class MemoryBlock(nn.Module):
@@ -116,7 +116,7 @@ class MemoryBlock(nn.Module):
         inputs = {"0": 2 * channels, "2": channels, "4": channels}
         self.conv = nn.ModuleDict({at: _conv(C, channels) for at, C in inputs.items()})
 
-    def forward(self, x_BTHWC: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x_BTHWC: Tensor, cache: FrameCache) -> Tensor:
         layers: Any = self.conv
         # A convolution over two frames finds both where they are, once the frame from before is put
         # in front: x is read and written once more. Setting each frame beside the one before it, as
@@ -124,7 +124,7 @@ class MemoryBlock(nn.Module):
         # convolution for each of the two and a shifted sum would read x twice and a result more.
         now_before_OSCHW = layers["0"].weight.unflatten(1, (2, -1))
         before_now_OCSHW = now_before_OSCHW.flip(1).transpose(1, 2)
-        h_BTHWC = conv3d(memory.behind(x_BTHWC), before_now_OCSHW, layers["0"].bias).relu_()
+        h_BTHWC = conv3d(cache.prepend(x_BTHWC), before_now_OCSHW, layers["0"].bias).relu_()
         h_BTHWC = conv2d(h_BTHWC, layers["2"]).relu_()
         return conv2d(h_BTHWC, layers["4"]).add_(x_BTHWC).relu_()
 

@@ -26,7 +26,7 @@ import sfkernels as sf
 from sfkernels.dispatch import cached_tensors
 from sfmodel.config import VAEConfig
 from sfmodel.vae import convolution
-from sfmodel.vae.codec import Memory, State, check_before, check_latents, check_pixels
+from sfmodel.vae.codec import CausalState, FrameCache, check_before, check_latents, check_pixels
 
 # Of the latents, by channel: diffusion models see (latents − mean) / std.
 MEAN = (
@@ -39,10 +39,10 @@ STD = (
 )
 # The official norm divides by max(‖x‖, 1e-12): so zeros stay zeros, and nothing else changes.
 EPS = 1e-24
-LOOKS_BACK = 2  # frames before its own that a convolution over time sees
+CONTEXT_FRAMES = 2  # frames before its own that a convolution over time sees
 
 
-class Sum:
+class PendingResidual:
     """x + y + bias, still to be taken: whoever comes next does so in the same pass over memory. y
     and its bias are what a residual block adds. It is taken once and then holds no memory, whoever
     still has it."""
@@ -53,7 +53,7 @@ class Sum:
     def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return self._parts.pop()
 
-    def taken(self) -> Tensor:
+    def resolve(self) -> Tensor:
         x, y, bias = self.parts()
         x = x if y is None else x + y
         return x if bias is None else x + bias
@@ -72,11 +72,11 @@ class Norm(nn.Module):
         out_BLC = sf.rms_norm(x_BLC, self.gamma.flatten(), eps=EPS, impl=self.impl)
         return out_BLC.view(x_BTHWC.shape)
 
-    def silu(self, total: Sum, memory: Memory) -> tuple[Tensor, Tensor]:
+    def silu(self, pending: PendingResidual, cache: FrameCache) -> tuple[Tensor, Tensor]:
         """The sum (x itself if there is no y), and SiLU of its norm behind the frames before it,
         whose last ones are kept."""
-        x_BTHWC, y_BTHWC, bias_C = total.parts()
-        before = memory.before(x_BTHWC)
+        x_BTHWC, y_BTHWC, bias_C = pending.parts()
+        before = cache.before(x_BTHWC)
         sum_BLC, out_BLC = sf.rms_norm_silu(
             x_BTHWC.flatten(1, 3),
             self.gamma.flatten(),
@@ -87,7 +87,7 @@ class Norm(nn.Module):
             impl=self.impl,
         )
         out_BTHWC = out_BLC.unflatten(1, (-1, *x_BTHWC.shape[2:4]))
-        memory.keep(out_BTHWC)
+        cache.keep(out_BTHWC)
         return x_BTHWC if sum_BLC is None else sum_BLC.view(x_BTHWC.shape), out_BTHWC
 
 
@@ -124,14 +124,14 @@ class ResidualBlock(nn.Module):
         )
         self.shortcut = CausalConv3d(inputs, outputs, 1, 1) if inputs != outputs else nn.Identity()
 
-    def forward(self, total: Sum, memory: Memory) -> Sum:
+    def forward(self, pending: PendingResidual, cache: FrameCache) -> PendingResidual:
         norm, conv, norm2, conv2 = cast(Any, self.residual.values())
-        x_BTHWC, h_BTHWC = norm.silu(total, memory)
+        x_BTHWC, h_BTHWC = norm.silu(pending, cache)
         out_BTHWC, bias_C = conv.apart(h_BTHWC)
-        between = Sum(out_BTHWC, None, bias_C)
+        between = PendingResidual(out_BTHWC, None, bias_C)
         del h_BTHWC, out_BTHWC  # gigabytes
-        _, h_BTHWC = norm2.silu(between, memory)
-        return Sum(self.shortcut(x_BTHWC), *conv2.apart(h_BTHWC))
+        _, h_BTHWC = norm2.silu(between, cache)
+        return PendingResidual(self.shortcut(x_BTHWC), *conv2.apart(h_BTHWC))
 
 
 class AttentionBlock(nn.Module):
@@ -143,14 +143,14 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, total: Sum, memory: Memory) -> Sum:
-        x_BTHWC = total.taken()
+    def forward(self, pending: PendingResidual, cache: FrameCache) -> PendingResidual:
+        x_BTHWC = pending.resolve()
         h_NLC = self.norm(x_BTHWC).flatten(0, 1).flatten(1, 2)
         qkv = F.linear(h_NLC, self.to_qkv.weight.flatten(1), self.to_qkv.bias)
         q, k, v = qkv[:, None].chunk(3, -1)
         h_NLC = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         h_NLC = F.linear(h_NLC, self.proj.weight.flatten(1), self.proj.bias)
-        return Sum(x_BTHWC, h_NLC.view(x_BTHWC.shape))
+        return PendingResidual(x_BTHWC, h_NLC.view(x_BTHWC.shape))
 
 
 class Downsample(nn.Module):
@@ -162,16 +162,16 @@ class Downsample(nn.Module):
         if time:
             self.time_conv = CausalConv3d(channels, channels, 3, 1, stride=2)
 
-    def forward(self, total: Sum, memory: Memory) -> Sum:
-        x_BTHWC = total.taken()
+    def forward(self, pending: PendingResidual, cache: FrameCache) -> PendingResidual:
+        x_BTHWC = pending.resolve()
         conv = cast(nn.Conv2d, self.resample["1"])
         x_BTHWC = convolution.conv2d(F.pad(x_BTHWC, (0, 0, 0, 1, 0, 1)), conv)
         if hasattr(self, "time_conv"):
-            before = memory.before(x_BTHWC)
-            memory.keep(x_BTHWC, 1)
+            before = cache.before(x_BTHWC)
+            cache.keep(x_BTHWC, 1)
             if before is not None:
                 x_BTHWC = self.time_conv(torch.cat([before, x_BTHWC], 1))
-        return Sum(x_BTHWC)
+        return PendingResidual(x_BTHWC)
 
 
 class Upsample(nn.Module):
@@ -183,19 +183,19 @@ class Upsample(nn.Module):
         if time:
             self.time_conv = CausalConv3d(channels, 2 * channels, 3, 1)
 
-    def forward(self, total: Sum, memory: Memory) -> Sum:
-        x_BTHWC = total.taken()
+    def forward(self, pending: PendingResidual, cache: FrameCache) -> PendingResidual:
+        x_BTHWC = pending.resolve()
         if hasattr(self, "time_conv"):
             # The first frame of a clip stays one, and the others do not look back at it.
-            first = x_BTHWC[:, : int(memory.starts)]
-            later = x_BTHWC[:, int(memory.starts) :]
-            behind = memory.behind(later)
+            first = x_BTHWC[:, : int(cache.starts)]
+            later = x_BTHWC[:, int(cache.starts) :]
+            behind = cache.prepend(later)
             if later.shape[1]:
                 pairs_BTHW2C = self.time_conv(behind).unflatten(-1, (2, -1))
                 later = pairs_BTHW2C.movedim(-2, 2).flatten(1, 2)
             x_BTHWC = torch.cat([first, later], 1)
         conv = cast(nn.Conv2d, self.resample["1"])
-        return Sum(convolution.upsampled_conv2d(x_BTHWC, conv.weight, conv.bias))
+        return PendingResidual(convolution.upsampled_conv2d(x_BTHWC, conv.weight, conv.bias))
 
 
 class Coder(nn.Module):
@@ -216,15 +216,15 @@ class Coder(nn.Module):
         )
         self.head = nn.ModuleDict({"0": Norm(last, 3, impl), "2": CausalConv3d(last, outputs)})
 
-    def finish(self, total: Sum, memory: Memory) -> Tensor:
+    def finish(self, pending: PendingResidual, cache: FrameCache) -> Tensor:
         norm, conv = cast(Any, self.head.values())
-        return cast(Tensor, conv(norm.silu(total, memory)[1]))
+        return cast(Tensor, conv(norm.silu(pending, cache)[1]))
 
 
-def _run(layers: nn.ModuleList, total: Sum, memory: Memory) -> Sum:
+def _run(layers: nn.ModuleList, pending: PendingResidual, cache: FrameCache) -> PendingResidual:
     for layer in layers:
-        total = layer(total, memory)
-    return total
+        pending = layer(pending, cache)
+    return pending
 
 
 class Encoder(Coder):
@@ -241,10 +241,10 @@ class Encoder(Coder):
         super().__init__(3, widths[0], width, width, 2 * config.channels, impl)
         self.downsamples = nn.ModuleList(layers)
 
-    def forward(self, x_BTHWC: Tensor, memory: Memory) -> Tensor:
-        total = Sum(self.conv1(memory.behind(x_BTHWC)))
-        total = _run(self.middle, _run(self.downsamples, total, memory), memory)
-        return self.finish(total, memory)
+    def forward(self, x_BTHWC: Tensor, cache: FrameCache) -> Tensor:
+        pending = PendingResidual(self.conv1(cache.prepend(x_BTHWC)))
+        pending = _run(self.middle, _run(self.downsamples, pending, cache), cache)
+        return self.finish(pending, cache)
 
 
 class Decoder(Coder):
@@ -269,18 +269,20 @@ class Decoder(Coder):
             reach = reach if level + 1 == len(widths) else -(-reach // 2)
         self.reach = reach
 
-    def forward(self, z_BTHWC: Tensor, memory: Memory, tile: int | None) -> Tensor:
-        total = _run(self.middle, Sum(self.conv1(memory.behind(z_BTHWC))), memory)
+    def forward(self, z_BTHWC: Tensor, cache: FrameCache, tile: int | None) -> Tensor:
+        pending = _run(self.middle, PendingResidual(self.conv1(cache.prepend(z_BTHWC))), cache)
         H, W = z_BTHWC.shape[2:4]
         if tile is None or tile >= max(H, W):
-            return self.finish(_run(self.upsamples, total, memory), memory)
-        x_BTHWC = total.taken()
+            return self.finish(_run(self.upsamples, pending, cache), cache)
+        x_BTHWC = pending.resolve()
         bands = []
         for rows in _tiles(H, tile, self.reach):
             band = []
             for columns in _tiles(W, tile, self.reach):
                 piece_BTHWC = x_BTHWC[:, :, rows.around, columns.around].contiguous()
-                pixels = self.finish(_run(self.upsamples, Sum(piece_BTHWC), memory), memory)
+                pixels = self.finish(
+                    _run(self.upsamples, PendingResidual(piece_BTHWC), cache), cache
+                )
                 scale = pixels.shape[2] // piece_BTHWC.shape[2]
                 band.append(pixels[:, :, rows.pixels(scale), columns.pixels(scale)])
             bands.append(torch.cat(band, 3))
@@ -329,8 +331,8 @@ class WanVAE(nn.Module):
         self.conv2 = CausalConv3d(config.channels, config.channels, 1, 1)
 
     def encode_chunk(
-        self, pixels_BTCHW: Tensor, state: State | None = None
-    ) -> tuple[Tensor, State]:
+        self, pixels_BTCHW: Tensor, state: CausalState | None = None
+    ) -> tuple[Tensor, CausalState]:
         """As `VideoCodec`: pixels [B, T, 3, H, W] to normalised latents [B, F, 16, H / 8, W / 8],
         the means of their distributions, in float32."""
         check_pixels(self, pixels_BTCHW, state is None)
@@ -341,28 +343,28 @@ class WanVAE(nn.Module):
         for chunk in (*pixels_BTCHW[:, :first].split(1, 1), *pixels_BTCHW[:, first:].split(4, 1)):
             if not chunk.shape[1]:
                 continue
-            memory = Memory(state, LOOKS_BACK)
+            cache = FrameCache(state, CONTEXT_FRAMES)
             x_BTHWC = chunk.to(self.conv1.weight.dtype).movedim(2, -1).contiguous()
-            z_BFHWC = self.conv1(self.encoder(x_BTHWC, memory))
+            z_BFHWC = self.conv1(self.encoder(x_BTHWC, cache))
             latents.append(z_BFHWC[..., : self.latent_channels])
-            state = memory.state()
+            state = cache.state()
         assert state is not None
         z_BFHWC = torch.cat(latents, 1).float()
         mean_C, std_C = _statistics(self.latent_channels, z_BFHWC.device)
         return ((z_BFHWC - mean_C) / std_C).movedim(-1, 2).contiguous(), state
 
     def decode_chunk(
-        self, latents_BFCHW: Tensor, state: State | None = None
-    ) -> tuple[Tensor, State]:
+        self, latents_BFCHW: Tensor, state: CausalState | None = None
+    ) -> tuple[Tensor, CausalState]:
         """As `VideoCodec`: normalised latents [B, F, 16, H, W] to pixels [B, T, 3, 8H, 8W]."""
         check_latents(self, latents_BFCHW)
         check_before("latents", latents_BFCHW, state)
         mean_C, std_C = _statistics(self.latent_channels, latents_BFCHW.device)
         z_BFHWC = latents_BFCHW.float().movedim(2, -1) * std_C + mean_C
-        memory = Memory(state, LOOKS_BACK)
+        cache = FrameCache(state, CONTEXT_FRAMES)
         z_BFHWC = self.conv2(z_BFHWC.to(self.conv2.weight.dtype).contiguous())
-        pixels_BTHWC = self.decoder(z_BFHWC, memory, self.tile)
-        return pixels_BTHWC.movedim(-1, 2), memory.state()
+        pixels_BTHWC = self.decoder(z_BFHWC, cache, self.tile)
+        return pixels_BTHWC.movedim(-1, 2), cache.state()
 
 
 @cached_tensors
