@@ -1,5 +1,5 @@
-"""FLOPs, bytes, floors and memory of streams and of training, from arithmetic alone, for any
-resolution, window, chunk and number of steps. `python -m bench predict` shows it.
+"""FLOPs, bytes, floors and memory of streams and of training at any resolution, window, chunk and
+number of steps, from arithmetic alone. `python -m bench predict` shows it.
 
 "Floor" is FLOPs over the attainable rate of matrix products or bytes over that of a copy, whichever
 takes longer, summed over the components: no launch gaps, no exponentials, no decoder's bytes.
@@ -85,7 +85,6 @@ def rolling_flops(
 
 
 def parameters(config: DiTConfig) -> int:
-    """Weights and biases of the model."""
     d, ends = config.dim, math.prod(config.patch) * config.channels
     attention = 4 * (d * d + d) + 2 * d  # q, k, v, o; the two QK-norms
     ffn = 2 * d * config.ffn_dim + config.ffn_dim + d
@@ -192,7 +191,7 @@ def decode_flops(
     resolution."""
     if decoder != "wan":
         dim, first, folded = 96, False, False
-    flops = _vae_attention_flops(frames, height * width, dim) if decoder == "wan" else 0
+    flops = _vae_attention_flops(frames, height * width, dim) * (decoder == "wan")
     for count, a, b, taps, space, times in DECODERS[decoder]:
         # The convolutions that make two frames of one have three taps and skip the first frame.
         made = times * frames - (times if taps == 3 else times - 1) * first
@@ -257,15 +256,11 @@ SHEETS = {
     "l40s": ("L40S", 142, 362, 0.864, 45, 32),
     "rtx4090": ("RTX 4090", 128, 165.2, 1.008, 24, 32),
 }
+SOURCES = {"h200": "measured"}
 GPUS = {
     key: Gpu(
-        name,
-        multiprocessors,
-        tflops * MATMUL_SHARE,
-        tbps * COPY_SHARE,
-        gib,
-        link * LINK_SHARE,
-        source="measured" if key == "h200" else "data sheet × the H200's share of its data sheet",
+        *(name, multiprocessors, tflops * MATMUL_SHARE, tbps * COPY_SHARE, gib, link * LINK_SHARE),
+        source=SOURCES.get(key, "data sheet × the H200's share of its data sheet"),
     )
     for key, (name, multiprocessors, tflops, tbps, gib, link) in SHEETS.items()
 }

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench import compare, readme, report
+from bench import compare, report
 from bench.harness import Result, Table
+from experiments import readme
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 MARKUP = "[B, L] <b> & 'x'"

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import readme
-from experiments import table2
+from experiments import readme, table2
 from experiments.table2 import FRAMES, LONG, ROWS, WAYS, Job, Scale
 from sfmodel.toy.evaluate import bands
 from sfmodel.train.config import RECIPES
