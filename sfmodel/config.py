@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sfkernels.layout import check_window
+
 
 @dataclass(frozen=True)
 class DiTConfig:
@@ -120,9 +122,6 @@ class Preset:
 
     def check(self) -> Preset:
         """The preset itself. Raises ValueError for sizes that do not fit together."""
-        # Here, because formulas that know presets alone need no PyTorch.
-        from sfkernels.layout import check_window
-
         for name in ("height", "width", "chunk", "first"):
             value = getattr(self, name)
             if value is not None and value < 1:
