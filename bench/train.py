@@ -5,7 +5,7 @@ A clip of 21 latent frames in chunks of 3, batch 1: float32 weights, bfloat16 ar
 TF: teacher forcing, [clean ‖ noisy], and DF: diffusion forcing, of the flow-matching loss, every
 block recomputed in the backward pass. SF-n: self forcing that exits at step n, with DMD by a real
 and a fake score of the generator's size; its critic: the same rollout and the flow-matching loss of
-the fake score.
+the fake score. An iteration is `Run.update` of the trainer, its phases are the trainer's own.
 
 Contestants share weights, optimisers and all that is not self-attention. Each is compared first:
 loss or video, the norm of the gradient and the gradients of two layers. Not measured on a GPU yet.
@@ -13,20 +13,29 @@ loss or video, the norm of the gradient and the gradients of two layers. Not mea
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from bench import attention, harness, kernels, timing
 from bench.contest import EAGER
-from bench.iterations import Training, attending, check, exit_step_of
+from bench.phases import random_model
 from sfmodel import ranges
 from sfmodel.config import PRESETS, Preset
-from sfmodel.cost import training_flops
+from sfmodel.cost import clip_chunks, training_flops
+from sfmodel.dit import SelfAttention
 from sfmodel.machine import said
+from sfmodel.train.batch import Batch, Models
+from sfmodel.train.config import TrainConfig
+from sfmodel.train.data import Clips
+from sfmodel.train.loop import Run
+from sfmodel.train.objectives import Distillation
+from sfmodel.train.parallel import Ranks
 
 IN_FULL = {"TF": "teacher forcing", "DF": "diffusion forcing"}
 GENERATORS = ("TF", "SF-4", "DF", "SF-1", "SF-2", "SF-3")  # the most telling first
@@ -48,18 +57,149 @@ PAPER = {
 }
 
 
+QKV = "blocks.{}.self_attn.qkv.weight"
+
+
+class OneClip:
+    """A source of training data that gives one clip of random latents and embeddings, always."""
+
+    has_latents = True
+
+    def __init__(self, preset: Preset, frames: int) -> None:
+        size = frames, preset.dit.channels, preset.height, preset.width
+        text = torch.randn(1, preset.dit.text_len, preset.dit.text_dim)
+        self.clips = Clips(torch.randn(1, *size), text, [""])
+        self.skipped: dict[str, str] = {}
+
+    def draw(self, *_: Any, **__: Any) -> Clips:
+        return self.clips
+
+
+class Training:
+    """The trainer of random weights on one clip. run: of one recipe at a time, so that memory holds
+    the moments of one run's optimisers; all runs share their models."""
+
+    def __init__(self, preset: str, device: torch.device, bf16: bool) -> None:
+        torch.manual_seed(0)
+        self.device, self.sizes = device, PRESETS[preset]
+        frames = sum(clip_chunks(self.sizes))
+        self.config = TrainConfig(
+            preset=preset, frames=(frames,), chunks=(self.sizes.chunk,), windows=(frames,), batch=1,
+            ema=0.0, bf16=bf16, recompute=True,
+        )  # fmt: skip
+        self.source = OneClip(self.sizes, frames)
+        self.models = {"tf": Models(random_model(self.sizes.dit, device))}
+        self.models["df"] = self.models["tf"]
+        self.run = self._run("tf")
+
+    def prepare(self, row: str) -> None:
+        """Makes the run of a row's recipe the current one."""
+        recipe = {"TF": "tf", "DF": "df"}.get(row, "sf+dmd")
+        if self.run.learners and self.run.config.recipe == recipe:
+            return
+        self.run.learners.clear()  # before the next run's optimisers have moments
+        timing.free(self.device)
+        self.run = self._run(recipe)
+
+    def _run(self, recipe: str) -> Run:
+        if recipe not in self.models:
+            real, fake = (random_model(self.sizes.dit, self.device) for _ in range(2))
+            half = torch.bfloat16 if self.config.bf16 else torch.float32
+            real = real.to(half).requires_grad_(False)
+            self.models[recipe] = Models(self.models["tf"].generator, real, fake)
+        config = dataclasses.replace(self.config, recipe=recipe)
+        ranks = Ranks(0, 1, self.device)
+        run = Run(config, ranks, source=self.source, models=self.models[recipe])
+        for learner in run.learners.values():
+            for parameter in learner.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            learner.step(0.0)  # makes room for the moments, which no iteration then pays for
+            learner.zero_grad()
+        return run
+
+    def attend_by(self, impl: str) -> None:
+        """Chooses the implementation of self-attention in all models."""
+        for model in self.run.models:
+            for module in model.modules() if model is not None else ():
+                if isinstance(module, SelfAttention):
+                    module.attention_impl = impl
+
+    def batch(self, row: str) -> Batch:
+        batch = Batch.draw(self.run.context, 0, row)
+        if row in IN_FULL:
+            return batch
+        return dataclasses.replace(batch, exit_step=exit_step_of(row))
+
+    def iteration(self, row: str) -> tuple[float, dict[str, float]]:
+        """Milliseconds of one update: in all, and of each phase."""
+        timing.wait(self.device)
+        began = time.perf_counter()
+        with ranges.timed(self.device) as phases:
+            self.run.update(learner_of(row), self.batch(row))
+            timing.wait(self.device)
+        whole = 1e3 * (time.perf_counter() - began)
+        self.free()
+        return whole, phases
+
+    def results(self, row: str) -> dict[str, Tensor]:
+        """What two contestants are to agree in: the loss or the video, and gradients. That of a
+        rollout is of a loss drawn at random, since scores of random weights magnify every error.
+        Leaves no gradient behind."""
+        found: dict[str, Tensor] = {}
+        objective, batch = self.run.objective, self.batch(row).load(range(1))
+        with self.run.autocast():
+            if isinstance(objective, Distillation):
+                found["video"], backward = objective.generate(batch)
+                if learner_of(row) == "generator":
+                    backward(batch.clean_BFCHW)
+                else:
+                    found["loss"] = objective.critic_loss(batch, batch.clean_BFCHW)
+            else:
+                found["loss"] = objective.generator_loss(batch)
+            if "loss" in found:
+                found["loss"].backward()
+        model = getattr(self.run.models, learner_of(row))
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found["norm of the gradient"] = torch.nn.utils.get_total_norm([*grads.values()])
+        for i in (0, len(model.blocks) - 1):
+            found[f"gradient of {QKV.format(i)}"] = grads[QKV.format(i)]
+        self.free()
+        return {name: tensor.detach() for name, tensor in found.items()}
+
+    def free(self) -> None:
+        for learner in self.run.learners.values():
+            learner.zero_grad()
+
+
+def learner_of(row: str) -> Literal["generator", "critic"]:
+    return "critic" if row.endswith("critic") else "generator"
+
+
+def exit_step_of(row: str) -> int:
+    """The index of the few step at which "SF-n" or "SF-n critic" exits."""
+    return int(row[len("SF-")]) - 1
+
+
+def check(got: dict[str, Tensor], want: dict[str, Tensor], half: bool) -> None:
+    """Raises AssertionError unless loss and gradients agree to rounding. half: in bfloat16."""
+    for name, theirs in want.items():
+        error = float((got[name] - theirs).norm() / theirs.norm())
+        allowed = (1e-2 if name == "loss" else 5e-2) if half else 1e-4
+        assert error <= allowed, f"{name} is off by {error:.1e}, allowed {allowed:.0e}"  # NaN too
+
+
 def run(job: harness.Job) -> harness.Result:
     dtype = torch.float32 if job.tiny else torch.bfloat16
     result = job.begin("train", dtype)
-    preset = PRESETS["toy" if job.tiny else "wan-1.3b"]
     job.tick("random weights")
-    training = Training(preset, job.device, dtype)
+    training = Training("toy" if job.tiny else "wan-1.3b", job.device, bf16=not job.tiny)
     chosen = [name for name in ROWS if job.wants(name)]
     for i, name in enumerate(chosen):
         if job.left <= 0:
             result["no_time_for"].append(name)
             continue
-        row: dict[str, Any] = {"case": name, "flops": flops(preset, name), "contestants": {}}
+        row: dict[str, Any] = {"case": name, "flops": flops(training.sizes, name)}
+        row["contestants"] = {}
         result["rows"].append(row)
         try:
             measure(training, row, job, result, job.left / (len(chosen) - i))
@@ -72,8 +212,8 @@ def run(job: harness.Job) -> harness.Result:
 def flops(preset: Preset, row: str) -> float:
     if row in IN_FULL:
         return training_flops(preset)[IN_FULL[row]]
-    which = "critic" if row.endswith("critic") else "generator"
-    return training_flops(preset, exit_step=exit_step_of(row))[f"self forcing, {which}"]
+    found = training_flops(preset, exit_step=exit_step_of(row))
+    return found[f"self forcing, {learner_of(row)}"]
 
 
 def measure(
@@ -87,24 +227,22 @@ def measure(
     again while the row has taken less than its share of `seconds`."""
     until = job.left - seconds
     name, entries = row["case"], row["contestants"]
-    layout = training.layouts.get(name)
     training.prepare(name)
     want: dict[str, Tensor] = {}
-    right: dict[str, Callable[..., Tensor] | None] = {}
+    right: list[str] = []
     for impl in TINY_IMPLS if job.tiny else IMPLS:
-        if impl == "flex" and layout is None:  # masked patterns are what it is for
+        if impl == "flex" and name not in IN_FULL:  # masked patterns are what it is for
             continue
         if impl == "flex" and job.left < attention.COMPILE_SECONDS:
             result["no_time_for"].append(f"{name} with FlexAttention")
             continue
         job.tick(f"{name}: is {impl} right?")
         try:
-            flex = attention.flex_attention(layout, job.device) if impl == "flex" else None
-            with attending(training, impl, flex):
-                got = training.results(name)
+            training.attend_by(impl)
+            got = training.results(name)
             want = want or got
             check(got, want, half=not job.tiny)
-            right[impl] = flex
+            right.append(impl)
         except Exception as error:
             if not want:
                 raise
@@ -112,29 +250,30 @@ def measure(
             entries[impl] = {"failed": wrong + timing.reason(error)}
         _free(training)
 
-    times: dict[str, list[dict[str, float]]] = {impl: [] for impl in right}
+    times: dict[str, list[tuple[float, dict[str, float]]]] = {impl: [] for impl in right}
     rounds = min(job.rounds, ROUNDS)
     for i in range(rounds):
         if i and job.left <= until:
             break
-        for impl, flex in [*right.items()]:
+        for impl in [*right]:
             job.tick(f"{name}: round {i + 1} of {rounds}, {impl}")
             try:
-                around = ranges.phase(impl), attending(training, impl, flex)
-                with around[0], around[1], timing.peak_memory(job.device) as peak:
-                    times[impl].append(training.iteration(name))
+                training.attend_by(impl)
+                with ranges.phase(impl), timing.peak_memory(job.device) as peak:
+                    whole, phases = training.iteration(name)
+                times[impl].append((whole, phases))
             except Exception as error:
                 entries[impl] = {"failed": timing.reason(error)}
-                del right[impl]
+                right.remove(impl)
                 _free(training)
                 continue
-            timed = timing.summary([sum(each.values()) for each in times[impl]])
+            timed = timing.summary([whole for whole, _ in times[impl]])
             timed.peak_mib = peak[0]
             entries[impl] = timing.entry(
                 timed,
                 flops=row["flops"],
                 tflops=row["flops"] / timed.p50 / 1e9,
-                phases={p: _phase([each[p] for each in times[impl]]) for p in times[impl][0]},
+                phases={p: _phase([each[p] for _, each in times[impl]]) for p in phases},
             )
         row["rounds"] = i + 1
         job.save(result)

@@ -18,7 +18,9 @@ import torch
 
 from sfmodel import process
 from sfmodel.files import alone
-from sfmodel.train import loop, parallel, recipes, report
+from sfmodel.train import loop, parallel, report
+from sfmodel.train.batch import MicroBatch
+from sfmodel.train.config import RECIPES
 from sfmodel.train.loop import train
 from sfmodel.weights import checkpoint
 from tests.damage import DAMAGE
@@ -108,15 +110,15 @@ def test_a_stop_in_an_update_goes_on_as_if_there_was_none(
     settings = config(folder, recipe, optimizer=optimizer, save_every=4, **change)
     with monkeypatch.context() as patch:
         for name in ("learn", "learn_critic"):
-            learn = getattr(recipes.Part, name)
+            learn = getattr(RECIPES[recipe], name)
 
-            def stopped(self: recipes.Part, share: float, learn: Any = learn) -> float:
+            def stopped(batch: MicroBatch, share: float, learn: Any = learn) -> float:
                 calls.append(share)
                 if len(calls) == call:
                     signal.raise_signal(number)
-                return learn(self, share)
+                return learn(batch, share)
 
-            patch.setattr(recipes.Part, name, stopped)
+            patch.setattr(RECIPES[recipe], name, stopped)
         stir()
         before = signal.getsignal(number)
         with pytest.raises(KeyboardInterrupt):
@@ -397,13 +399,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name = "learn" if which == "generator" else "learn_critic"
-    learn = getattr(recipes.Part, name)
+    learn = getattr(RECIPES[recipe], name)
 
-    def exploding(self: recipes.Part, share: float) -> float:
-        value = learn(self, share)
-        if self.update.step < 2:
+    def exploding(batch: MicroBatch, share: float) -> float:
+        value = learn(batch, share)
+        if batch.batch.step < 2:
             return value
-        model = self.models.generator if which == "generator" else self.models.critic
+        model = (
+            batch.context.models.generator if which == "generator" else batch.context.models.critic
+        )
         assert model is not None
         for parameter in model.parameters():
             assert parameter.grad is not None
@@ -412,7 +416,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_once(
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(recipes.Part, name, exploding)
+        patch.setattr(RECIPES[recipe], name, exploding)
         with pytest.raises(FloatingPointError) as raised:
             train(config(folder, recipe), device="cpu")
     failed = folder / "checkpoints" / "failed-step-000002"

@@ -39,9 +39,17 @@ def model() -> DiT:
     return model.double()
 
 
+class Generated(Rollout):
+    """A rollout and its video."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.video = self.generate()
+
+
 def rollout(
     model: DiT, layout: BlockLayout, exit_step: int = 3, batch: int = 2, **more: Any
-) -> Rollout:
+) -> Generated:
     """With the same noise whatever the exit step."""
     generator = torch.Generator().manual_seed(1)
 
@@ -53,7 +61,7 @@ def rollout(
         more["context_noise_BFCHW"] = context
     text = torch.randn(batch, 3, 8, generator=generator)
     tensors = noise, renoise, text
-    return Rollout(model, layout, FlowSchedule(), STEPS, exit_step, *tensors, **more)
+    return Generated(model, layout, FlowSchedule(), STEPS, exit_step, *tensors, **more)
 
 
 @pytest.mark.parametrize("chunks", [(3, 3, 3, 3), (1, 2, 2, 2), (1,) * 6])

@@ -69,7 +69,7 @@ class Ranks:
         return self.rank == 0
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Of each value, over all ranks."""
+        """The mean of each value over all ranks."""
         means = self._reduce([*values.values()], dist.ReduceOp.SUM, self.world)
         return dict(zip(values, means, strict=True))
 
@@ -166,8 +166,9 @@ def place(
     bf16: bool = False,
 ) -> Model:
     """A model that was made on the meta device, cut over the ranks and filled with `state`, which
-    only the first rank needs to have. bf16: what is gathered for the arithmetic is in bfloat16; the
-    ranks keep their own parts, and sum gradients, in the model's dtype."""
+    only the first rank needs to have; None leaves its weights to be written. bf16: what is gathered
+    for the arithmetic is in bfloat16; the ranks keep their own parts, and sum gradients, in the
+    model's dtype."""
     if ranks.mesh is not None:
         whole: dict[str, Any] = {"mesh": ranks.mesh, "reshard_after_forward": True}
         half = torch.bfloat16 if bf16 else None
@@ -184,8 +185,9 @@ def place(
             if hasattr(model, method):
                 register_fsdp_forward_method(model, method)
     model.to_empty(device=ranks.device)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks.world > 1)
-    set_model_state_dict(model, dict(state or {}), options=options)
+    if state is not None:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks.world > 1)
+        set_model_state_dict(model, dict(state), options=options)
     return model
 
 
@@ -243,7 +245,7 @@ def save(
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Those of a run that are there, the newest last. What else lies there does not count."""
+    """Checkpoints in a run's folder, the newest last. Nothing else that lies there counts."""
     return sorted((path for path in folder.glob("step-*") if _step(path) >= 0), key=_step)
 
 
@@ -254,7 +256,8 @@ def _step(path: Path) -> int:
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """What `save` was told of a checkpoint. Raises ValueError where that cannot be read."""
+    """The step and the facts that `save` was given with a checkpoint. Raises ValueError where they
+    cannot be read."""
     try:
         for each in path.iterdir():
             if each.is_symlink():
