@@ -17,7 +17,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,10 +30,11 @@ from sfmodel.config import PRESETS, Preset
 from sfmodel.cost import clip_chunks, training_flops
 from sfmodel.dit import SelfAttention
 from sfmodel.machine import said
-from sfmodel.train.batch import Batch, Models
+from sfmodel.train.batch import Batch
 from sfmodel.train.config import TrainConfig
 from sfmodel.train.data import Clips
 from sfmodel.train.loop import Run
+from sfmodel.train.models import Models
 from sfmodel.train.objectives import Distillation
 from sfmodel.train.parallel import Ranks
 
@@ -55,8 +56,6 @@ PAPER = {
     "SF-3": (13.72, 6.22),
     "SF-4": (14.55, 7.01),
 }
-
-
 QKV = "blocks.{}.self_attn.qkv.weight"
 
 
@@ -75,103 +74,82 @@ class OneClip:
         return self.clips
 
 
-class Training:
-    """The trainer of random weights on one clip. run: of one recipe at a time, so that memory holds
-    the moments of one run's optimisers; all runs share their models."""
+def new_run(recipe: str, preset: str, device: torch.device, bf16: bool) -> Run:
+    """The trainer of random weights, whose optimisers have their moments."""
+    torch.manual_seed(0)
+    sizes = PRESETS[preset]
+    frames = sum(clip_chunks(sizes))
+    config = TrainConfig(
+        recipe, preset, frames=(frames,), chunks=(sizes.chunk,), windows=(frames,), batch=1,
+        ema=0.0, bf16=bf16, recompute=True,
+    )  # fmt: skip
+    models = Models(random_model(sizes.dit, device))
+    if config.objective.needs_critic:
+        real, critic = (random_model(sizes.dit, device) for _ in range(2))
+        real = real.to(torch.bfloat16 if bf16 else torch.float32).requires_grad_(False)
+        models = Models(models.generator, real, critic)
+    run = Run(config, Ranks(0, 1, device), source=OneClip(sizes, frames), models=models)
+    for learner in run.learners.values():
+        for parameter in learner.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        learner.step(0.0)  # makes room for the moments, which no iteration then pays for
+        learner.zero_grad()
+    return run
 
-    def __init__(self, preset: str, device: torch.device, bf16: bool) -> None:
-        torch.manual_seed(0)
-        self.device, self.sizes = device, PRESETS[preset]
-        frames = sum(clip_chunks(self.sizes))
-        self.config = TrainConfig(
-            preset=preset, frames=(frames,), chunks=(self.sizes.chunk,), windows=(frames,), batch=1,
-            ema=0.0, bf16=bf16, recompute=True,
-        )  # fmt: skip
-        self.source = OneClip(self.sizes, frames)
-        self.models = {"tf": Models(random_model(self.sizes.dit, device))}
-        self.models["df"] = self.models["tf"]
-        self.run = self._run("tf")
 
-    def prepare(self, row: str) -> None:
-        """Makes the run of a row's recipe the current one."""
-        recipe = {"TF": "tf", "DF": "df"}.get(row, "sf+dmd")
-        if self.run.learners and self.run.config.recipe == recipe:
-            return
-        self.run.learners.clear()  # before the next run's optimisers have moments
-        timing.free(self.device)
-        self.run = self._run(recipe)
+def attend_by(run: Run, impl: str) -> None:
+    """Chooses the implementation of self-attention in all models."""
+    for model in filter(None, run.models):
+        for module in model.modules():
+            if isinstance(module, SelfAttention):
+                module.attention_impl = impl
 
-    def _run(self, recipe: str) -> Run:
-        if recipe not in self.models:
-            real, fake = (random_model(self.sizes.dit, self.device) for _ in range(2))
-            half = torch.bfloat16 if self.config.bf16 else torch.float32
-            real = real.to(half).requires_grad_(False)
-            self.models[recipe] = Models(self.models["tf"].generator, real, fake)
-        config = dataclasses.replace(self.config, recipe=recipe)
-        ranks = Ranks(0, 1, self.device)
-        run = Run(config, ranks, source=self.source, models=self.models[recipe])
-        for learner in run.learners.values():
-            for parameter in learner.parameters:
-                parameter.grad = torch.zeros_like(parameter)
-            learner.step(0.0)  # makes room for the moments, which no iteration then pays for
-            learner.zero_grad()
-        return run
 
-    def attend_by(self, impl: str) -> None:
-        """Chooses the implementation of self-attention in all models."""
-        for model in self.run.models:
-            for module in model.modules() if model is not None else ():
-                if isinstance(module, SelfAttention):
-                    module.attention_impl = impl
+def batch_of(run: Run, row: str) -> Batch:
+    batch = Batch.draw(run.context, 0, row)
+    return batch if row in IN_FULL else dataclasses.replace(batch, exit_step=exit_step_of(row))
 
-    def batch(self, row: str) -> Batch:
-        batch = Batch.draw(self.run.context, 0, row)
-        if row in IN_FULL:
-            return batch
-        return dataclasses.replace(batch, exit_step=exit_step_of(row))
 
-    def iteration(self, row: str) -> tuple[float, dict[str, float]]:
-        """Milliseconds of one update: in all, and of each phase."""
-        timing.wait(self.device)
-        began = time.perf_counter()
-        with ranges.timed(self.device) as phases:
-            self.run.update(learner_of(row), self.batch(row))
-            timing.wait(self.device)
-        whole = 1e3 * (time.perf_counter() - began)
-        self.free()
-        return whole, phases
+def iteration(run: Run, row: str) -> tuple[float, dict[str, float]]:
+    """Milliseconds of one update: in all, and of each phase."""
+    device, learner = run.ranks.device, learner_of(row)
+    timing.wait(device)
+    began = time.perf_counter()
+    with ranges.timed(device) as phases:
+        run.update(learner, batch_of(run, row))
+        timing.wait(device)
+    whole = 1e3 * (time.perf_counter() - began)
+    run.learners[learner].zero_grad()
+    return whole, phases
 
-    def results(self, row: str) -> dict[str, Tensor]:
-        """What two contestants are to agree in: the loss or the video, and gradients. That of a
-        rollout is of a loss drawn at random, since scores of random weights magnify every error.
-        Leaves no gradient behind."""
-        found: dict[str, Tensor] = {}
-        objective, batch = self.run.objective, self.batch(row).load(range(1))
-        with self.run.autocast():
-            if isinstance(objective, Distillation):
-                found["video"], backward = objective.generate(batch)
-                if learner_of(row) == "generator":
-                    backward(batch.clean_BFCHW)
-                else:
-                    found["loss"] = objective.critic_loss(batch, batch.clean_BFCHW)
+
+def results(run: Run, row: str) -> dict[str, Tensor]:
+    """What two contestants are to agree in: the loss or the video, and gradients. That of a
+    rollout is of a loss drawn at random, since scores of random weights magnify every error.
+    Leaves no gradient behind."""
+    found: dict[str, Tensor] = {}
+    objective, batch = run.objective, batch_of(run, row).load(range(1))
+    learner, model = run.learners[learner_of(row)], getattr(run.models, learner_of(row))
+    with run.autocast():
+        if not isinstance(objective, Distillation):
+            found["loss"] = objective.generator_loss(batch)
+            found["loss"].backward()
+        else:
+            found["video"], backward = objective.generate(batch)
+            if model is run.models.generator:
+                backward(batch.clean_BFCHW)
             else:
-                found["loss"] = objective.generator_loss(batch)
-            if "loss" in found:
+                found["loss"] = objective.critic_loss(batch, batch.clean_BFCHW)
                 found["loss"].backward()
-        model = getattr(self.run.models, learner_of(row))
-        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        found["norm of the gradient"] = torch.nn.utils.get_total_norm([*grads.values()])
-        for i in (0, len(model.blocks) - 1):
-            found[f"gradient of {QKV.format(i)}"] = grads[QKV.format(i)]
-        self.free()
-        return {name: tensor.detach() for name, tensor in found.items()}
-
-    def free(self) -> None:
-        for learner in self.run.learners.values():
-            learner.zero_grad()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found["norm of the gradient"] = torch.nn.utils.get_total_norm([*grads.values()])
+    for i in (0, len(model.blocks) - 1):
+        found[f"gradient of {QKV.format(i)}"] = grads[QKV.format(i)]
+    learner.zero_grad()
+    return {name: tensor.detach() for name, tensor in found.items()}
 
 
-def learner_of(row: str) -> Literal["generator", "critic"]:
+def learner_of(row: str) -> str:
     return "critic" if row.endswith("critic") else "generator"
 
 
@@ -191,18 +169,24 @@ def check(got: dict[str, Tensor], want: dict[str, Tensor], half: bool) -> None:
 def run(job: harness.Job) -> harness.Result:
     dtype = torch.float32 if job.tiny else torch.bfloat16
     result = job.begin("train", dtype)
-    job.tick("random weights")
-    training = Training("toy" if job.tiny else "wan-1.3b", job.device, bf16=not job.tiny)
+    preset = "toy" if job.tiny else "wan-1.3b"
+    run: Run | None = None  # of one recipe at a time
     chosen = [name for name in ROWS if job.wants(name)]
     for i, name in enumerate(chosen):
         if job.left <= 0:
             result["no_time_for"].append(name)
             continue
-        row: dict[str, Any] = {"case": name, "flops": flops(training.sizes, name)}
+        row: dict[str, Any] = {"case": name, "flops": flops(PRESETS[preset], name)}
         row["contestants"] = {}
         result["rows"].append(row)
         try:
-            measure(training, row, job, result, job.left / (len(chosen) - i))
+            recipe = {"TF": "tf", "DF": "df"}.get(name, "sf+dmd")
+            if run is None or run.config.recipe != recipe:
+                job.tick(f"{recipe}: random weights")
+                run = None
+                timing.free(job.device)
+                run = new_run(recipe, preset, job.device, bf16=not job.tiny)
+            measure(run, row, job, result, job.left / (len(chosen) - i))
         except Exception as error:  # nothing to compare with; the other row still runs
             row["failed"] = timing.reason(error)
         job.save(result)
@@ -217,17 +201,12 @@ def flops(preset: Preset, row: str) -> float:
 
 
 def measure(
-    training: Training,
-    row: dict[str, Any],
-    job: harness.Job,
-    result: harness.Result,
-    seconds: float,
+    run: Run, row: dict[str, Any], job: harness.Job, result: harness.Result, seconds: float
 ) -> None:
     """Checks all contestants of a row, then times those that are right, in turn: once at least, and
     again while the row has taken less than its share of `seconds`."""
     until = job.left - seconds
     name, entries = row["case"], row["contestants"]
-    training.prepare(name)
     want: dict[str, Tensor] = {}
     right: list[str] = []
     for impl in TINY_IMPLS if job.tiny else IMPLS:
@@ -238,8 +217,8 @@ def measure(
             continue
         job.tick(f"{name}: is {impl} right?")
         try:
-            training.attend_by(impl)
-            got = training.results(name)
+            attend_by(run, impl)
+            got = results(run, name)
             want = want or got
             check(got, want, half=not job.tiny)
             right.append(impl)
@@ -248,7 +227,7 @@ def measure(
                 raise
             wrong = f"{timing.WRONG}: " * isinstance(error, AssertionError)
             entries[impl] = {"failed": wrong + timing.reason(error)}
-        _free(training)
+        _free(run)
 
     times: dict[str, list[tuple[float, dict[str, float]]]] = {impl: [] for impl in right}
     rounds = min(job.rounds, ROUNDS)
@@ -258,14 +237,14 @@ def measure(
         for impl in [*right]:
             job.tick(f"{name}: round {i + 1} of {rounds}, {impl}")
             try:
-                training.attend_by(impl)
+                attend_by(run, impl)
                 with ranges.phase(impl), timing.peak_memory(job.device) as peak:
-                    whole, phases = training.iteration(name)
+                    whole, phases = iteration(run, name)
                 times[impl].append((whole, phases))
             except Exception as error:
                 entries[impl] = {"failed": timing.reason(error)}
                 right.remove(impl)
-                _free(training)
+                _free(run)
                 continue
             timed = timing.summary([whole for whole, _ in times[impl]])
             timed.peak_mib = peak[0]
@@ -284,9 +263,10 @@ def _phase(milliseconds: Sequence[float]) -> dict[str, float]:
     return {"ms": timed.p50, "p99_ms": timed.p99}
 
 
-def _free(training: Training) -> None:
-    training.free()
-    timing.free(training.device)
+def _free(run: Run) -> None:
+    for learner in run.learners.values():
+        learner.zero_grad()
+    timing.free(run.ranks.device)
 
 
 def _as_published(row: dict[str, Any]) -> tuple[bool, int]:

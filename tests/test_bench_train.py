@@ -13,7 +13,7 @@ import torch
 
 import sfkernels as sf
 from bench import harness, timing, train
-from bench.train import Training, check
+from bench.train import attend_by, batch_of, check, iteration, new_run, results
 from sfkernels import BlockLayout
 from sfkernels.dispatch import IMPLS
 from sfmodel.config import PRESETS
@@ -32,12 +32,12 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "toy", SMALL)
 
 
-def training() -> Training:
-    return Training("toy", CPU, bf16=False)
+def trainer(recipe: str = "tf", bf16: bool = False) -> Run:
+    return new_run(recipe, "toy", CPU, bf16)
 
 
-def models(t: Training) -> dict[str, DiT]:
-    return {name: m for name, m in t.run.models._asdict().items() if m is not None}
+def models(run: Run) -> dict[str, DiT]:
+    return {name: m for name, m in run.models._asdict().items() if m is not None}
 
 
 def test_diffusion_forcing_is_the_weighted_flow_error_of_noisy_chunks() -> None:
@@ -58,19 +58,17 @@ def test_diffusion_forcing_is_the_weighted_flow_error_of_noisy_chunks() -> None:
 
 
 def test_an_iteration_moves_the_weights_and_leaves_no_gradient() -> None:
-    t = training()
-    model = t.run.models.generator
+    run = trainer()
+    model = run.models.generator
     before = [p.detach().clone() for p in model.parameters()]
-    whole, phases = t.iteration("TF")
+    whole, phases = iteration(run, "TF")
     assert [*phases] == ["forward", "backward", "optimiser"]
     assert 0.5 * whole < sum(phases.values()) < whole
     moved = [not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
     assert all(moved) and model.recompute  # recomputed blocks too
     assert all(p.grad is None for p in model.parameters())
-    tokens = t.batch("TF").layout.tokens
-    t.prepare("DF")
-    assert tokens == 2 * t.batch("DF").layout.tokens == 2 * 19 * 4
-    assert t.run.models.generator is model
+    tokens = batch_of(run, "TF").layout.tokens
+    assert tokens == 2 * batch_of(trainer("df"), "DF").layout.tokens == 2 * 19 * 4
 
 
 @pytest.mark.skipif("flex" not in IMPLS, reason="FlexAttention is no implementation here")
@@ -80,14 +78,13 @@ def test_flex_attention_sees_what_the_layout_shows(
     row: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward only: PyTorch has no backward pass of it on a CPU."""
-    t = training()
-    t.prepare(row)
-    batch = t.batch(row).load(range(1))
+    run = trainer(row.lower())
+    batch = batch_of(run, row).load(range(1))
 
     def loss(impl: str) -> torch.Tensor:
-        t.attend_by(impl)
+        attend_by(run, impl)
         with torch.no_grad():
-            return t.run.objective.generator_loss(batch)
+            return run.objective.generator_loss(batch)
 
     want, got = loss("reference"), loss("flex")
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
@@ -103,14 +100,14 @@ def test_our_kernels_agree_in_mixed_precision(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(PRESETS, "toy", small)
     monkeypatch.setattr(train, "clip_chunks", lambda _: (1, 1))
     monkeypatch.setattr(Run, "autocast", lambda _: torch.autocast("cpu", torch.float16))
-    t = Training("toy", CPU, bf16=True)
-    t.attend_by("sdpa")
-    want = t.results("TF")
-    for module in t.run.models.generator.modules():
+    run = trainer(bf16=True)
+    attend_by(run, "sdpa")
+    want = results(run, "TF")
+    for module in run.models.generator.modules():
         if hasattr(module, "impl"):
             module.impl = "triton"  # type: ignore[assignment]
-    t.attend_by("triton")
-    got = t.results("TF")
+    attend_by(run, "triton")
+    got = results(run, "TF")
     assert any(not torch.equal(got[name], want[name]) for name in want)  # other kernels
     check(got, want, half=True)
 
@@ -137,15 +134,14 @@ def test_a_wrong_contestant_is_said_and_not_timed(monkeypatch: pytest.MonkeyPatc
 
 def test_one_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Also while it is timed, and the one that all are compared with."""
-    iteration = Training.iteration
 
-    def fails_second(self: Training, row: str) -> Any:
-        block: Any = self.run.models.generator.blocks[0]
+    def fails_second(run: Run, row: str) -> Any:
+        block: Any = run.models.generator.blocks[0]
         if block.self_attn.attention_impl == "sdpa":
             raise torch.OutOfMemoryError("no memory")
-        return iteration(self, row)
+        return iteration(run, row)
 
-    monkeypatch.setattr(Training, "iteration", fails_second)
+    monkeypatch.setattr(train, "iteration", fails_second)
     result = train.run(harness.Job(CPU, tiny=True, rounds=2, only="TF"))
     assert result["rows"][0]["contestants"]["sdpa"] == {"failed": "OutOfMemoryError: no memory"}
     assert result["rows"][0]["contestants"]["reference"]["ms"] > 0
@@ -198,16 +194,15 @@ def test_flex_attention_is_not_begun_without_time(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("row", ["SF-2", "SF-2 critic"])
 def test_self_forcing_trains_the_generator_or_the_critic(row: str) -> None:
     """All weights of the one that learns move, none of the others."""
-    t = training()
-    t.prepare(row)
-    assert t.batch(row).exit_step == 1
-    before = {name: [p.detach().clone() for p in m.parameters()] for name, m in models(t).items()}
+    run = trainer("sf+dmd")
+    assert batch_of(run, row).exit_step == 1
+    before = {name: [p.detach().clone() for p in m.parameters()] for name, m in models(run).items()}
     assert len(before) == 3
-    _, phases = t.iteration(row)
+    _, phases = iteration(run, row)
     learner = train.learner_of(row)
     judged = "forward" if learner == "critic" else "score"
     assert [*phases] == ["rollout", judged, "backward", "optimiser"]
-    for name, model in models(t).items():
+    for name, model in models(run).items():
         pairs = zip(model.parameters(), before[name], strict=True)
         moved = {not torch.equal(now, then) for now, then in pairs}
         assert moved == {name == learner}, name
@@ -215,18 +210,17 @@ def test_self_forcing_trains_the_generator_or_the_critic(row: str) -> None:
 
 
 def test_every_model_attends_by_the_same_implementation() -> None:
-    t = training()
-    t.prepare("SF-1")
-    t.attend_by("reference")
-    found = {m.attention_impl for model in models(t).values() for m in model.modules()
+    run = trainer("sf+dmd")
+    attend_by(run, "reference")
+    found = {m.attention_impl for model in models(run).values() for m in model.modules()
              if isinstance(m, SelfAttention)}  # fmt: skip
-    assert len(models(t)) == 3 and found == {"reference"}
+    assert len(models(run)) == 3 and found == {"reference"}
 
 
 def test_a_row_takes_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """With little time each row is timed once, in place of one row that is timed well."""
     clock = iter(range(10**6))
-    monkeypatch.setattr(Training, "iteration", lambda *_: (2.0, {"forward": 1.0, "backward": 1.0}))
+    monkeypatch.setattr(train, "iteration", lambda *_: (2.0, {"forward": 1.0, "backward": 1.0}))
     monkeypatch.setattr(harness.Job, "left", property(lambda _: 100.0 - next(clock)))
     result = train.run(harness.Job(CPU, tiny=True, only="^(TF|DF|SF-1)$"))
     assert [row["rounds"] for row in result["rows"]] == [3, 3, 3]

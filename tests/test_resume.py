@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +370,22 @@ def test_an_interrupt_in_a_checkpoint_is_one(
     assert not [*tmp_path.rglob("*.part")]
 
 
+def test_a_run_with_the_names_of_version_0_1_goes_on(tmp_path: Path) -> None:
+    """Its settings `fall` and `fade` are called otherwise now."""
+    settings = config(tmp_path / "run", decay_fraction=0.5, darken=0.5)
+    train(replace(settings, steps=2), device="cpu")
+    facts = tmp_path / "run" / "checkpoints" / "step-000002" / parallel.FACTS
+    said = facts.read_text()
+    for old, new in (("fall", "decay_fraction"), ("fade", "darken")):
+        assert f'"{new}": 0.5' in said
+        said = said.replace(f'"{new}"', f'"{old}"')
+    facts.write_text(said)
+    with pytest.raises(ValueError, match=r"is of a run with darken=0\.5: resume with the same set"):
+        train(replace(settings, darken=0.1), resume=True, device="cpu")
+    train(settings, resume=True, device="cpu")
+    assert steps(tmp_path / "run") == ["step-000002", "step-000004"]
+
+
 def test_folders_of_other_runs_are_left_alone(tmp_path: Path, ended: Path) -> None:
     with alone(ended), pytest.raises(ValueError, match="another process writes there"):
         train(config(ended, optimizer="muon"), resume=True, device="cpu")
@@ -405,10 +422,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_once(
         value = learn(batch, share)
         if batch.batch.step < 2:
             return value
-        model = (
-            batch.context.models.generator if which == "generator" else batch.context.models.critic
-        )
-        assert model is not None
+        model = getattr(batch.context.models, which)
         for parameter in model.parameters():
             assert parameter.grad is not None
             parameter.grad *= gradient

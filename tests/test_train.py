@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sfmodel.dit import DiT
 from sfmodel.train import loop, parallel
 from sfmodel.train.config import RECIPES, defaults
 from sfmodel.train.loop import train
+from sfmodel.train.models import Models
 from sfmodel.weights import checkpoint
 from tests.tiny_runs import TINY, config, draw_pictures, logged, steps, tiny, weights
 
@@ -180,6 +182,27 @@ def test_prompts_are_enough_without_clips(tmp_path: Path) -> None:
         train(config(tmp_path / "a", data=prompts), device="cpu")
     train(config(tmp_path / "b", "sf+dmd", data=prompts, steps=1), device="cpu")
     assert logged(tmp_path / "b")[0]["loss"] > 0
+
+
+def test_models_and_data_may_be_ready_ones(tmp_path: Path) -> None:
+    """They are learned as those that the settings name."""
+    settings = config(tmp_path / "run", "sf+dmd")
+    ranks = parallel.Ranks(0, 1, torch.device("cpu"))
+    named, ready = loop.Run(settings, ranks), Models.load(settings, ranks)
+    bare = replace(settings, init=None, teacher=None, output=Path("/proc/none"))
+    given = loop.Run(bare, ranks, source=named.source, models=ready)
+    assert named.train_step() == given.train_step() and given.models is ready
+    for models, recipe in ((ready, "tf"), (Models(ready.generator), "sf+dmd")):
+        with pytest.raises(ValueError, match=f"models: recipe='{re.escape(recipe)}' learns with a"):
+            loop.Run(replace(bare, recipe=recipe), ranks, models=models)
+
+
+def test_without_an_average_the_generator_itself_is_saved(tmp_path: Path, runs: list[Any]) -> None:
+    path = train(config(tmp_path / "run", steps=2, ema=0.0), device="cpu")
+    assert all(is_file(runs[0].models.generator, path).values())
+    assert runs[0].average is runs[0].models.generator
+    train(config(tmp_path / "run", steps=4, ema=0.0), device="cpu", resume=True)
+    assert steps(tmp_path / "run") == ["step-000002", "step-000004"]
 
 
 def test_a_rate_warms_up_and_falls(tmp_path: Path) -> None:

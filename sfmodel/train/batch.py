@@ -19,23 +19,13 @@ import torch
 from torch import Tensor
 
 from sfkernels import BlockLayout
-from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule
-from sfmodel.train.discriminator import Discriminator
 
 if TYPE_CHECKING:
     from sfmodel.train.config import TrainConfig
     from sfmodel.train.data import Source
+    from sfmodel.train.models import Models
     from sfmodel.train.trajectories import Trajectories
-
-
-class Models(NamedTuple):
-    """All that take part. real: frozen. discriminator: reads the critic's features."""
-
-    generator: DiT
-    real: DiT | None = None
-    critic: DiT | None = None
-    discriminator: Discriminator | None = None
 
 
 class TrainContext(NamedTuple):

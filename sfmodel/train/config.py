@@ -221,12 +221,16 @@ class TrainConfig:
         """The settings as JSON has them."""
         return json.loads(json.dumps(asdict(self), default=str))
 
-    def differing(self, saved: Mapping[str, Any]) -> list[str]:
-        """The settings in which a saved run's decide otherwise what is computed."""
+    def differing(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a saved run that decide otherwise what is computed."""
         mine, saved = self.plain(), {_RENAMED.get(name, name): saved[name] for name in saved}
         free = {"output", "steps", "threads", "shard", "micro_batch", "patience"}
         free |= {"log_every", "save_every", "sample_every"}
-        return [name for name in mine if name not in free and saved.get(name) != mine[name]]
+        return {
+            name: saved.get(name)
+            for name in mine
+            if name not in free and saved.get(name) != mine[name]
+        }
 
 
 # A clip of 7 latent frames is 25 pixel frames, in which a fast ball crosses most of the box.

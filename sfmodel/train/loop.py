@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from sfmodel.config import PRESETS, DiTConfig
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
 from sfmodel.process import noting
@@ -32,10 +31,10 @@ from sfmodel.schedule import FlowSchedule
 from sfmodel.toy.text import ToyTextEncoder
 from sfmodel.toy.vae import ToyVAE
 from sfmodel.train import parallel
-from sfmodel.train.batch import Batch, Draw, Models, TrainContext, seed_of
+from sfmodel.train.batch import Batch, Draw, TrainContext, seed_of
 from sfmodel.train.config import TrainConfig
 from sfmodel.train.data import Prompts, Source, open_source
-from sfmodel.train.discriminator import Discriminator
+from sfmodel.train.models import Models, load_dit
 from sfmodel.train.parallel import Ranks
 from sfmodel.train.report import Record, Report, means
 from sfmodel.train.trajectories import Trajectories, guided, solve
@@ -123,39 +122,35 @@ class Run:
         toy = config.preset == "toy"
         self.codec = ToyVAE.from_pretrained().to(ranks.device) if toy else None
         self.text = ToyTextEncoder() if toy else None
-        self.source = source or self._open_source()
+        self.source = source or open_source(
+            config.data, self.preset, max(config.frames), ToyVAE() if toy else None, self.text,
+            config.drop_word, config.drop_text,
+        )  # fmt: skip
         if self.objective.needs_clips and not self.source.has_latents:
             raise ValueError(
                 f"recipe={config.recipe!r} learns from clips: {config.data} holds prompts alone"
             )
         if config.darken and self.codec is None:
             raise ValueError(f"darken={config.darken}: only the toy world has a light")
-        self.models = models or self._load_models()
-        self._check_models()
+        self.models = models or Models.load(config, ranks)
+        self.models.check(config)
         self._prepare_passes()
-        self.average = self._averaged_model()
+        self.average = self.models.generator
+        if config.ema:
+            self.average = load_dit(config, ranks, config.preset, None).requires_grad_(False)
+            for mine, theirs in self._averaged():
+                mine.copy_(theirs)
         self.learners = self._learners()
+        trajectories = Trajectories(config.output / "trajectories", config.pairs)
         self.context = TrainContext(
-            config,
-            self.models,
-            self.source,
-            Trajectories(config.output / "trajectories", config.pairs),
-            self._negative(),
-            self._dark(),
-            ranks.device,
-            FlowSchedule(self.preset.shift),
-        )
+            config, self.models, self.source, trajectories, self._negative(), self._dark(),
+            ranks.device, FlowSchedule(self.preset.shift),
+        )  # fmt: skip
         self.step = 0
         self.seconds = 0.0
         self.of_critic: list[Record] = []  # its updates of the step that is not over
         self.recent: list[Record] = []  # of steps since the last line of the log
         self.asked: Callable[[], bool] = lambda: False  # whether to stop, the same on all ranks
-
-    def _open_source(self) -> Source:
-        config = self.config
-        codec = None if self.codec is None else ToyVAE()
-        most, words = max(config.frames), (config.drop_word, config.drop_text)
-        return open_source(config.data, self.preset, most, codec, self.text, *words)
 
     def _negative(self) -> Tensor:
         """Embeddings [1, T, E] of the prompt that guidance leads away from."""
@@ -172,57 +167,19 @@ class Run:
         black = torch.full((1, 1, 3, 8, 8), -1.0, device=self.ranks.device)
         return self.codec.encode_chunk(black)[0][0, 0]
 
-    def _load_models(self) -> Models:
-        """All that the recipe needs, of files or drawn from the run's seed."""
-        config, objective, own = self.config, self.objective, self.preset.dit
-        real = critic = head = None
-        generator = self._dit(own, config.init)
-        if objective.needs_teacher:
-            sizes = PRESETS[config.teacher_preset or config.preset].dit
-            real = self._dit(sizes, config.teacher, frozen=True)
-        if objective.needs_critic:
-            critic = self._dit(own, config.critic or config.teacher)
-        if objective.needs_discriminator:
-            head = self._place(Discriminator, own)
-        return Models(generator, real, critic, head)
-
-    def _check_models(self) -> None:
-        needed = {
-            "real": self.objective.needs_teacher,
-            "critic": self.objective.needs_critic,
-            "discriminator": self.objective.needs_discriminator,
-        }
-        for name, needs in needed.items():
-            if needs != (getattr(self.models, name) is not None):
-                must = "needs" if needs else "has no use for"
-                raise ValueError(f"models: recipe={self.config.recipe!r} {must} {name!r}")
-
     def _prepare_passes(self) -> None:
-        """Recomputed and compiled, where settings say so, is every model that sees whole clips: a
+        """Recomputes and compiles, where settings say so, all models that see whole clips: a
         rollout runs each exit step again as a whole, and each of its chunks has other shapes."""
-        generator, real, critic, _ = self.models
-        for model in (generator, real, critic):
-            if model is not None:
-                rolls = model is generator and self.objective.context == "own"
-                model.recompute = self.config.recompute and not rolls
-                if self.config.compile and not rolls:
+        for name, model in self.models._asdict().items():
+            if isinstance(model, DiT):
+                whole = name != "generator" or self.objective.context != "own"
+                model.recompute = self.config.recompute and whole
+                if self.config.compile and whole:
                     model.compile()
 
-    def _averaged_model(self) -> DiT:
-        """A copy of the generator; itself where there is no average."""
-        if not self.config.ema:
-            return self.models.generator
-        impls = self.config.impl, self.config.attention_impl
-        with torch.device("meta"):
-            average = DiT(self.preset.dit, *impls).requires_grad_(False)
-        average = parallel.place(average, None, self.ranks, bf16=self.config.bf16)
-        for mine, theirs in self._averaged(average):
-            mine.copy_(theirs)
-        return average
-
-    def _averaged(self, average: DiT) -> Iterator[tuple[Tensor, Tensor]]:
+    def _averaged(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Each weight of the average and that of the generator, without gradient."""
-        models = average, self.models.generator
+        models = self.average, self.models.generator
         pairs = ([p.detach() for p in parallel.local(model.parameters())] for model in models)
         return zip(*pairs, strict=True)
 
@@ -238,31 +195,6 @@ class Run:
                 learned["discriminator"] = head
             learners["critic"] = Learner(learned, config, config.lr_critic)
         return learners
-
-    def _dit(self, sizes: DiTConfig, weights: Path | None, frozen: bool = False) -> DiT:
-        """A model of a file's weights, or drawn from the run's seed; the same on all ranks. frozen:
-        in the dtype of the arithmetic, without gradient."""
-        impls = self.config.impl, self.config.attention_impl
-        model = self._place(DiT, sizes, *impls, weights=weights, frozen=frozen)
-        return model.requires_grad_(not frozen).train(not frozen)
-
-    def _place(
-        self, make: Callable[..., Any], *arguments: Any, weights: Path | None = None,
-        frozen: bool = False,
-    ) -> Any:  # fmt: skip
-        state: dict[str, Tensor] = {}
-        with torch.device("meta"):
-            model = make(*arguments)
-        if frozen and self.config.bf16:
-            model = model.bfloat16()
-        if weights is not None:
-            # Every rank looks, so that all of them refuse a file that is not there.
-            state, _ = checkpoint.matching(model, weights)
-        elif self.ranks.first:
-            with torch.random.fork_rng([]):
-                torch.manual_seed(seed_of(self.config.seed, make.__name__))
-                state = make(*arguments).state_dict()
-        return parallel.place(model, state, self.ranks, bf16=self.config.bf16)
 
     def _split(self, clips: int) -> list[range]:
         """This rank's micro-batches of a global batch."""
@@ -327,19 +259,25 @@ class Run:
         after = self.step - config.ema_start
         if config.ema:
             decay = min(config.ema, (1 + after) / (10 + after)) if after > 0 else 0.0
-            for mine, theirs in self._averaged(self.average):
+            for mine, theirs in self._averaged():
                 mine.lerp_(theirs, 1 - decay)
         self.seconds += time.perf_counter() - began
         return record
 
-    def update(
-        self, which: Literal["generator", "critic"], batch: Batch, share: float = 1.0
-    ) -> Record:
-        """One update of a learner on a global batch at a share of the peak learning rate; returns
-        its loss and the norm of its gradient. Raises as `train_step`."""
-        learner = self.learners[which]
+    def update(self, which: str, batch: Batch, rate: float = 1.0) -> Record:
+        """One update of "generator" or "critic" on a global batch, at a share of the peak learning
+        rate; returns its loss and the norm of its gradient. Raises as `train_step`."""
+        learner, micro_batches = self.learners[which], self._split(batch.clips)
+        learn = self.objective.learn if which == "generator" else self.objective.learn_critic
+        share, loss = 1 / len(micro_batches), 0.0
         learner.zero_grad()
-        loss = self._accumulate(which, batch)
+        with self.autocast():
+            for samples in micro_batches:
+                # An update may take minutes, of which a node that is taken back leaves less.
+                if self.asked():
+                    learner.zero_grad()
+                    raise Stopped
+                loss += learn(batch.load(samples), share) * share
         with phase("optimiser"):
             found = self.ranks.mean({"loss": loss, "norm": learner.norm()})
         if not all(map(math.isfinite, found.values())):
@@ -350,22 +288,9 @@ class Run:
                 f"{self.step + 1}; the state before it is in {where}"
             )
         with phase("optimiser"):
-            learner.step(share)
+            learner.step(rate)
         prefix = "" if which == "generator" else "critic_"
         return {f"{prefix}{key}": value for key, value in found.items()}
-
-    def _accumulate(self, which: str, batch: Batch) -> float:
-        """The mean loss of this rank's micro-batches, whose gradients are added up."""
-        learn = self.objective.learn if which == "generator" else self.objective.learn_critic
-        parts, loss = self._split(batch.clips), 0.0
-        with self.autocast():
-            for samples in parts:
-                # An update may take minutes, of which a node that is taken back leaves less.
-                if self.asked():
-                    self.learners[which].zero_grad()
-                    raise Stopped
-                loss += learn(batch.load(samples), 1 / len(parts)) / len(parts)
-        return loss
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.bf16)
@@ -428,7 +353,7 @@ class Run:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise parallel.damaged(found[-1], error) from None
         if other := self.config.differing(saved):
-            was = ", ".join(f"{name}={saved.get(name)!r}" for name in other)
+            was = ", ".join(f"{name}={value!r}" for name, value in other.items())
             raise ValueError(f"{found[-1]}: is of a run with {was}: resume with the same settings")
         state = self.state()
         parallel.load(found[-1], state, self.ranks)

@@ -160,15 +160,14 @@ def alone(folder: Path, ranks: Ranks) -> Iterator[None]:
 
 def place(
     model: Model,
-    state: Mapping[str, Tensor] | None,
+    state: Mapping[str, Tensor],
     ranks: Ranks,
     *,
     bf16: bool = False,
 ) -> Model:
     """A model that was made on the meta device, cut over the ranks and filled with `state`, which
-    only the first rank needs to have; None leaves its weights to be written. bf16: what is gathered
-    for the arithmetic is in bfloat16; the ranks keep their own parts, and sum gradients, in the
-    model's dtype."""
+    only the first rank needs to have. bf16: what is gathered for the arithmetic is in bfloat16; the
+    ranks keep their own parts, and sum gradients, in the model's dtype."""
     if ranks.mesh is not None:
         whole: dict[str, Any] = {"mesh": ranks.mesh, "reshard_after_forward": True}
         half = torch.bfloat16 if bf16 else None
@@ -185,9 +184,8 @@ def place(
             if hasattr(model, method):
                 register_fsdp_forward_method(model, method)
     model.to_empty(device=ranks.device)
-    if state is not None:
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks.world > 1)
-        set_model_state_dict(model, dict(state), options=options)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks.world > 1)
+    set_model_state_dict(model, dict(state), options=options)
     return model
 
 

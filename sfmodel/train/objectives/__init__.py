@@ -100,9 +100,8 @@ class Distillation(Objective):
             )  # fmt: skip
             return rollout.generate(), rollout.backward
         clean = batch.clean_BFCHW
-        points = [
-            add_noise(clean, noise, schedule.sigma(t)) for t in schedule.warp(steps).to(noise)
-        ]
+        sigmas = schedule.sigma(schedule.warp(steps).to(noise))
+        points = [add_noise(clean, noise, sigma) for sigma in sigmas]
         t_BF, x = batch.at_few_steps(torch.stack(points, 1))
         past = clean if layout.teacher_forcing else None
         flow = model(x, t_BF, batch.text_BTE, layout=layout, clean_BFCHW=past)
