@@ -293,7 +293,8 @@ def tables(result: harness.Result) -> list[harness.Table]:
             fastest[row["case"]] = min(timed.items(), key=lambda item: item[1]["ms"])
     columns = ["", "self-attention", "s", "p99", "of which", "peak GiB", "TFLOP/s", "% of product"]
     title = f"training iteration: {result['sizes']}, batch 1, {said(result['machine'])}"
-    notes = ["peak GiB: beside weights and AdamW's averages; TFLOP/s: of what the pattern needs, "
+    notes = ["s: of a whole update, what lies between its phases included",
+             "peak GiB: beside weights and AdamW's averages; TFLOP/s: of what the pattern needs, "
              "what is recomputed included"]  # fmt: skip
 
     def ratio(seconds: float, of: float | None) -> str:

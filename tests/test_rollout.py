@@ -77,7 +77,7 @@ def test_a_rollout_to_the_last_step_is_the_stream(
     renoise = torch.randn(2, frames, 3, 4, 4, 6, generator=generator)
     cache = model.new_cache(2, window or frames, GRID, sink)
     with torch.no_grad():
-        model.set_text(cache, got.text)
+        model.set_text(cache, got.text_BTE)
         sampler = FewStepSampler(model, cache, FlowSchedule(), STEPS)
         want = []
         for now in got.chunks:
@@ -107,7 +107,7 @@ def whole_graph(
         past = torch.cat(seen, 1) if seen else x[:, :0]
         times = torch.cat([torch.zeros(len(x), past.shape[1]), t[exit_step].expand(x.shape[:2])], 1)
         with past_detached(past.shape[1] * TOKENS * detach):
-            flow = model(torch.cat([past, x], 1), times, r.text, layout=layout)
+            flow = model(torch.cat([past, x], 1), times, r.text_BTE, layout=layout)
         x0 = x - sigma * flow[:, past.shape[1] :]
         video.append(x0)
         clean = x0.detach()

@@ -34,7 +34,7 @@ from sfmodel.train import parallel
 from sfmodel.train.batch import Batch, Draw, TrainContext, seed_of
 from sfmodel.train.config import TrainConfig
 from sfmodel.train.data import Prompts, Source, open_source
-from sfmodel.train.models import Models, load_dit
+from sfmodel.train.models import Models, load
 from sfmodel.train.parallel import Ranks
 from sfmodel.train.report import Record, Report, means
 from sfmodel.train.trajectories import Trajectories, guided, solve
@@ -137,7 +137,7 @@ class Run:
         self._prepare_passes()
         self.average = self.models.generator
         if config.ema:
-            self.average = load_dit(config, ranks, config.preset, None).requires_grad_(False)
+            self.average = load(config, ranks, DiT, self.preset.dit).requires_grad_(False)
             for mine, theirs in self._averaged():
                 mine.copy_(theirs)
         self.learners = self._learners()

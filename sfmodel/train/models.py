@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from sfmodel.config import PRESETS
+from sfmodel.config import PRESETS, DiTConfig
 from sfmodel.dit import DiT
 from sfmodel.train import parallel
 from sfmodel.train.batch import seed_of
@@ -17,6 +18,8 @@ from sfmodel.train.config import TrainConfig
 from sfmodel.train.discriminator import Discriminator
 from sfmodel.train.parallel import Ranks
 from sfmodel.weights import checkpoint
+
+Model = TypeVar("Model", DiT, Discriminator)
 
 
 class Models(NamedTuple):
@@ -29,15 +32,15 @@ class Models(NamedTuple):
 
     @classmethod
     def load(cls, config: TrainConfig, ranks: Ranks) -> Models:
-        objective, real, critic, head = config.objective, None, None, None
-        generator = load_dit(config, ranks, config.preset, config.init)
+        objective, own, real, critic, head = config.objective, config.model.dit, None, None, None
+        generator = load(config, ranks, DiT, own, config.init)
         if objective.needs_teacher:
-            sizes = config.teacher_preset or config.preset
-            real = load_dit(config, ranks, sizes, config.teacher, frozen=True)
+            sizes = PRESETS[config.teacher_preset or config.preset].dit
+            real = load(config, ranks, DiT, sizes, config.teacher, frozen=True)
         if objective.needs_critic:
-            critic = load_dit(config, ranks, config.preset, config.critic or config.teacher)
+            critic = load(config, ranks, DiT, own, config.critic or config.teacher)
         if objective.needs_discriminator:
-            head = _placed(config, ranks, Discriminator, config.model.dit)
+            head = load(config, ranks, Discriminator, own)
         return cls(generator, real, critic, head)
 
     def check(self, config: TrainConfig) -> None:
@@ -50,23 +53,18 @@ class Models(NamedTuple):
             raise ValueError(f"models: recipe={config.recipe!r} learns with {must}")
 
 
-def load_dit(
-    config: TrainConfig, ranks: Ranks, preset: str, weights: Path | None, frozen: bool = False
-) -> DiT:
+def load(
+    config: TrainConfig, ranks: Ranks, make: type[Model], sizes: DiTConfig,
+    weights: Path | None = None, frozen: bool = False,
+) -> Model:  # fmt: skip
     """A model of a file's weights, or drawn from the run's seed; the same on all ranks. frozen: in
     the dtype of the arithmetic, without gradient."""
-    arguments = PRESETS[preset].dit, config.impl, config.attention_impl
-    model = _placed(config, ranks, DiT, *arguments, weights=weights, frozen=frozen)
-    return model.requires_grad_(not frozen).train(not frozen)
-
-
-def _placed(
-    config: TrainConfig, ranks: Ranks, make: Callable[..., Any], *arguments: Any,
-    weights: Path | None = None, frozen: bool = False,
-) -> Any:  # fmt: skip
+    build: Callable[[], Model] = functools.partial(
+        make, sizes, impl=config.impl, attention_impl=config.attention_impl
+    )
     state: dict[str, Tensor] = {}
     with torch.device("meta"):
-        model = make(*arguments)
+        model = build()
     if frozen and config.bf16:
         model = model.bfloat16()
     if weights is not None:
@@ -75,5 +73,6 @@ def _placed(
     elif ranks.first:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed_of(config.seed, make.__name__))
-            state = make(*arguments).state_dict()
-    return parallel.place(model, state, ranks, bf16=config.bf16)
+            state = build().state_dict()
+    placed = parallel.place(model, state, ranks, bf16=config.bf16)
+    return placed.requires_grad_(not frozen).train(not frozen)

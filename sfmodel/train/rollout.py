@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from sfmodel.dit import DiT, Past, TextKeys
 from sfmodel.schedule import FlowSchedule, add_noise
 
 
+@dataclass(eq=False)
 class Rollout:
     """A clip that `generate` makes and through which `backward` takes a gradient.
 
@@ -38,42 +40,36 @@ class Rollout:
     Raises ValueError for sizes that do not fit together.
     """
 
-    def __init__(
-        self,
-        model: DiT,
-        layout: BlockLayout,
-        schedule: FlowSchedule,
-        steps: Sequence[int],
-        exit_step: int,
-        noise_BFCHW: Tensor,
-        renoise_BFSCHW: Tensor,
-        text_BTE: Tensor,
-        *,
-        context_noise_BFCHW: Tensor | None = None,
-        gradient_frames: int | None = None,
-    ) -> None:
-        batch, frames = noise_BFCHW.shape[:2]
+    model: DiT
+    layout: BlockLayout
+    schedule: FlowSchedule
+    steps: Sequence[int]
+    exit_step: int
+    noise_BFCHW: Tensor
+    renoise_BFSCHW: Tensor
+    text_BTE: Tensor
+    context_noise_BFCHW: Tensor | None = None
+    gradient_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        layout, last = self.layout, len(self.steps) - 1
+        batch, frames, *shape = self.noise_BFCHW.shape
         if layout.teacher_forcing or layout.frames != frames:
             raise ValueError(
                 f"layout has {layout.frames} frames, teacher_forcing={layout.teacher_forcing}: a "
                 f"rollout of {frames} frames takes one of as many, without"
             )
-        if not 0 <= exit_step < len(steps):
-            raise ValueError(f"exit_step={exit_step}: must be from 0 to {len(steps) - 1}")
-        want = (batch, frames, len(steps) - 1, *noise_BFCHW.shape[2:])
-        if tuple(renoise_BFSCHW.shape) != want:
-            raise ValueError(f"renoise has shape {[*renoise_BFSCHW.shape]}: must be {[*want]}")
-        self.model, self.layout, self.schedule = model, layout, schedule
-        self.t = schedule.warp(steps).to(model.device)
-        self.sigmas = schedule.sigma(self.t)
-        self.exit_step = exit_step
-        self.noise, self.renoise, self.text = noise_BFCHW, renoise_BFSCHW, text_BTE
-        self.context_noise = context_noise_BFCHW
+        if not 0 <= self.exit_step <= last:
+            raise ValueError(f"exit_step={self.exit_step}: must be from 0 to {last}")
+        got, want = [*self.renoise_BFSCHW.shape], [batch, frames, last, *shape]
+        if got != want:
+            raise ValueError(f"renoise has shape {got}: must be {want}")
+        self.t = self.schedule.warp(self.steps).to(self.model.device)
+        self.sigmas = self.schedule.sigma(self.t)
         ends = [*itertools.accumulate(layout.chunks)]
-        self.chunks = [
-            slice(end - size, end) for end, size in zip(ends, layout.chunks, strict=True)
-        ]
-        keep_from = 0 if gradient_frames is None else frames - gradient_frames
+        sizes = zip(ends, layout.chunks, strict=True)
+        self.chunks = [slice(end - size, end) for end, size in sizes]
+        keep_from = 0 if self.gradient_frames is None else frames - self.gradient_frames
         self.with_gradient = [chunk.start >= keep_from for chunk in self.chunks]
 
     @torch.no_grad()
@@ -82,11 +78,11 @@ class Rollout:
         the clip, and the input of each chunk's exit step."""
         model, clean = self.model, torch.zeros((), device=self.model.device)
         self.k, self.v = self._new_cache()
-        self.keys = model.text_keys(self.text)
+        self.keys = model.text_keys(self.text_BTE)
         self.exit_inputs: list[Tensor] = []
         video = []
         for i, chunk in enumerate(self.chunks):
-            x, fresh = self.noise[:, chunk].float(), self.renoise[:, chunk]
+            x, fresh = self.noise_BFCHW[:, chunk].float(), self.renoise_BFSCHW[:, chunk]
             for step in range(self.exit_step):
                 flow = self._flow(i, x, self.t[step])
                 following = self.sigmas[step + 1], fresh[:, :, step].contiguous()
@@ -94,8 +90,8 @@ class Rollout:
             self.exit_inputs.append(x)
             x0 = self._x0(i)
             video.append(x0)
-            if self.context_noise is not None:
-                noise = self.context_noise[:, chunk].float()
+            if self.context_noise_BFCHW is not None:
+                noise = self.context_noise_BFCHW[:, chunk].float()
                 x0 = add_noise(x0, noise, self.schedule.sigma(clean))
             self._flow(i, x0, clean, keep=True)
         return torch.cat(video, 1)
@@ -105,7 +101,7 @@ class Rollout:
         video is `upstream` [B, F, C, H, W], any number of times once it is generated."""
         with torch.enable_grad():
             # All chunks share the prompt's keys: their gradients meet there and go back once.
-            keys = self.model.text_keys(self.text)
+            keys = self.model.text_keys(self.text_BTE)
             learned = [each for pair in keys for each in pair if each.requires_grad]
             cut = [[each.detach().requires_grad_(each.requires_grad) for each in k] for k in keys]
             self.keys = TextKeys(*cut)
@@ -119,7 +115,13 @@ class Rollout:
         config, device = self.model.config, self.model.device
         half = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if half else self.model.dtype
-        size = config.layers, len(self.noise), self.layout.tokens, config.heads, config.head_dim
+        size = (
+            config.layers,
+            len(self.noise_BFCHW),
+            self.layout.tokens,
+            config.heads,
+            config.head_dim,
+        )
         k, v = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
         return k, v
 
