@@ -124,7 +124,7 @@ def iteration(run: Run, row: str) -> tuple[float, dict[str, float]]:
 
 
 def results(run: Run, row: str) -> dict[str, Tensor]:
-    """What two contestants are to agree in: the loss or the video, and gradients. That of a
+    """Tensors that two contestants are to agree in: the loss or the video, and gradients. That of a
     rollout is of a loss drawn at random, since scores of random weights magnify every error.
     Leaves no gradient behind."""
     found: dict[str, Tensor] = {}
@@ -270,7 +270,7 @@ def _free(run: Run) -> None:
 
 
 def _as_published(row: dict[str, Any]) -> tuple[bool, int]:
-    """In the order of Figure 6, the critics after the generators."""
+    """Key of Figure 6's order, the critics after the generators."""
     name = row["case"].split()[0]
     return row["case"] != name, [*PAPER].index(name)
 

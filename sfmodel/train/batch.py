@@ -50,10 +50,11 @@ class Draw(NamedTuple):
     device: torch.device
 
     def normal(self, name: str, *shape: int) -> Tensor:
+        """Normal numbers, [B, *shape]."""
         return self._each(torch.randn, name, shape)
 
     def uniform(self, name: str, *shape: int) -> Tensor:
-        """In [0, 1)."""
+        """Uniform numbers in [0, 1), [B, *shape]."""
         return self._each(torch.rand, name, shape)
 
     def _each(self, draw: Callable[..., Tensor], name: str, shape: Sequence[int]) -> Tensor:

@@ -132,6 +132,7 @@ class Run:
             )
         if config.darken and self.codec is None:
             raise ValueError(f"darken={config.darken}: only the toy world has a light")
+        negative_1TE, dark_CHW = self._negative(), self._dark()
         self.models = models or Models.load(config, ranks)
         self.models.check(config)
         self._prepare_passes()
@@ -143,8 +144,8 @@ class Run:
         self.learners = self._learners()
         trajectories = Trajectories(config.output / "trajectories", config.pairs)
         self.context = TrainContext(
-            config, self.models, self.source, trajectories, self._negative(), self._dark(),
-            ranks.device, FlowSchedule(self.preset.shift),
+            config, self.models, self.source, trajectories, negative_1TE, dark_CHW, ranks.device,
+            FlowSchedule(self.preset.shift),
         )  # fmt: skip
         self.step = 0
         self.seconds = 0.0
@@ -184,7 +185,7 @@ class Run:
         return zip(*pairs, strict=True)
 
     def _learners(self) -> dict[str, Learner]:
-        """What is learned, by name, each with its optimisers."""
+        """Learned models by name, each with its optimisers."""
         config = self.config
         generator, _, critic, head = self.models
         learners = {"generator": Learner({"generator": generator}, config, config.lr)}

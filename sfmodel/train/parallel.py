@@ -141,8 +141,8 @@ def _lost(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def alone(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """As `files.alone`, which the first rank asks; where it is refused, all are. Removes what was
-    left of checkpoints by a run that was killed while it wrote."""
+    """Holds a folder as `files.alone`, which the first rank asks; where it is refused, all are.
+    Removes what was left of checkpoints by a run that was killed while it wrote."""
     refused: Exception | None = None
     with contextlib.ExitStack() as stack:
         if ranks.first:

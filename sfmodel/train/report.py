@@ -81,7 +81,7 @@ class Report:
             self.progress.print(text) if self.live else print(text, flush=True)
 
     def preparing(self, done: int) -> None:
-        """So many of the teacher's trajectories are there."""
+        """Shows that so many of the teacher's trajectories are made."""
         said = f"trajectory {done} of {self.config.pairs}"
         if self.live:
             self.progress.update(self.task, said=said)

@@ -114,6 +114,6 @@ class Distillation(Objective):
 
 
 def score_timesteps(s_B: Tensor, schedule: FlowSchedule) -> Tensor:
-    """Where scores are compared: timesteps [B] from uniform s in [0, 1), shifted towards noise as
+    """Timesteps [B] to compare scores at, from uniform s in [0, 1): shifted towards noise as
     the schedule is and kept off both ends, as the public Self Forcing has it."""
     return (schedule.shifted(s_B) * TRAIN_STEPS).clamp(LOWEST, HIGHEST)
