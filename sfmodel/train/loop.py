@@ -242,8 +242,8 @@ class Run:
 
     def train_step(self) -> Record:
         """The critic's updates and one of the generator; returns means over the ranks. Raises
-        FloatingPointError, with the state before this update saved, where one is not finite, and
-        Stopped where it is asked to: called again, also after `resume`, it goes on."""
+        FloatingPointError before an update that is not finite, and Stopped where it is asked to:
+        called again, also after `resume`, it goes on."""
         config = self.config
         record: Record = {}
         began = time.perf_counter()
@@ -283,10 +283,9 @@ class Run:
             found = self.ranks.mean({"loss": loss, "norm": learner.norm()})
         if not all(map(math.isfinite, found.values())):
             learner.zero_grad()
-            where = self.save("failed-")
             raise FloatingPointError(
                 f"{which}: loss is {found['loss']}, norm of the gradient {found['norm']} in update "
-                f"{self.step + 1}; the state before it is in {where}"
+                f"{self.step + 1}"
             )
         with phase("optimiser"):
             learner.step(rate)
@@ -380,7 +379,8 @@ def train(
     """Runs to `config.steps` with progress, and returns the path of the averaged weights.
 
     `process.STOPS` stop it before the next micro-batch: it saves what whole updates of generator or
-    critic have learned and raises KeyboardInterrupt. Raises ValueError where the folder holds
+    critic have learned and raises KeyboardInterrupt. Raises FloatingPointError, with the state
+    before it saved, for an update that is not finite, and ValueError where the folder holds
     another run and `resume` is not set, or another process trains there."""
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -424,6 +424,9 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Path:
                 if run.step == config.steps or run.step % config.save_every == 0:
                     run.save()
                 report.sample()
+        except FloatingPointError as error:
+            where = run.save("failed-")
+            raise FloatingPointError(f"{error}; the state before it is in {where}") from None
         except Stopped:
             learned = run.step or run.of_critic
             if learned:
