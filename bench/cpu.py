@@ -148,7 +148,7 @@ def _train(recipe: str, threads: int, job: Job) -> Result:
             config = defaults("toy", recipe)
             batch = 4 if job.tiny else config.batch
             changes: dict[str, Any] = {"output": folder, "impl": impl, "batch": batch}
-            if config.needs_teacher:
+            if config.objective.needs_teacher:
                 changes |= {"teacher": TOY_WEIGHTS, "init": TOY_WEIGHTS, "critic_warmup": 0}
             ranks = held.enter_context(started(0, job.device))
             trained = Run(dataclasses.replace(config, **changes, threads=threads), ranks)

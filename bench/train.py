@@ -5,7 +5,7 @@ A clip of 21 latent frames in chunks of 3, batch 1: float32 weights, bfloat16 ar
 TF: teacher forcing, [clean ‖ noisy], and DF: diffusion forcing, of the flow-matching loss, every
 block recomputed in the backward pass. SF-n: self forcing that exits at step n, with DMD by a real
 and a fake score of the generator's size; its critic: the same rollout and the flow-matching loss of
-the fake score.
+the fake score. An iteration is `Run.update` of the trainer, its phases are the trainer's own.
 
 Contestants share weights, optimisers and all that is not self-attention. Each is compared first:
 loss or video, the norm of the gradient and the gradients of two layers. Not measured on a GPU yet.
@@ -13,8 +13,10 @@ loss or video, the norm of the gradient and the gradients of two layers. Not mea
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +24,19 @@ from torch import Tensor
 
 from bench import attention, harness, kernels, timing
 from bench.contest import EAGER
-from bench.iterations import Training, attending, check, exit_step_of
+from bench.inputs import random_model
 from sfmodel import ranges
 from sfmodel.config import PRESETS, Preset
-from sfmodel.cost import training_flops
+from sfmodel.cost import clip_chunks, training_flops
+from sfmodel.dit import SelfAttention
 from sfmodel.machine import said
+from sfmodel.train.batch import Batch
+from sfmodel.train.config import TrainConfig
+from sfmodel.train.data import Clips
+from sfmodel.train.loop import Run
+from sfmodel.train.models import Models
+from sfmodel.train.objectives import Distillation
+from sfmodel.train.parallel import Ranks
 
 IN_FULL = {"TF": "teacher forcing", "DF": "diffusion forcing"}
 GENERATORS = ("TF", "SF-4", "DF", "SF-1", "SF-2", "SF-3")  # the most telling first
@@ -46,23 +56,137 @@ PAPER = {
     "SF-3": (13.72, 6.22),
     "SF-4": (14.55, 7.01),
 }
+QKV = "blocks.{}.self_attn.qkv.weight"
+
+
+class OneClip:
+    """A source of training data that gives one clip of random latents and embeddings, always."""
+
+    has_latents = True
+
+    def __init__(self, preset: Preset, frames: int) -> None:
+        size = frames, preset.dit.channels, preset.height, preset.width
+        text = torch.randn(1, preset.dit.text_len, preset.dit.text_dim)
+        self.clips = Clips(torch.randn(1, *size), text, [""])
+        self.skipped: dict[str, str] = {}
+
+    def draw(self, *_: Any, **__: Any) -> Clips:
+        return self.clips
+
+
+def new_run(recipe: str, preset: str, device: torch.device, bf16: bool) -> Run:
+    """The trainer of random weights, whose optimisers have their moments."""
+    torch.manual_seed(0)
+    sizes = PRESETS[preset]
+    frames = sum(clip_chunks(sizes))
+    config = TrainConfig(
+        recipe, preset, frames=(frames,), chunks=(sizes.chunk,), windows=(frames,), batch=1,
+        ema=0.0, bf16=bf16, recompute=True,
+    )  # fmt: skip
+    models = Models(random_model(sizes.dit, device))
+    if config.objective.needs_critic:
+        real, critic = (random_model(sizes.dit, device) for _ in range(2))
+        real = real.to(torch.bfloat16 if bf16 else torch.float32).requires_grad_(False)
+        models = Models(models.generator, real, critic)
+    run = Run(config, Ranks(0, 1, device), source=OneClip(sizes, frames), models=models)
+    for learner in run.learners.values():
+        for parameter in learner.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        learner.step(0.0)  # makes room for the moments, which no iteration then pays for
+        learner.zero_grad()
+    return run
+
+
+def attend_by(run: Run, impl: str) -> None:
+    """Chooses the implementation of self-attention in all models."""
+    for model in filter(None, run.models):
+        for module in model.modules():
+            if isinstance(module, SelfAttention):
+                module.attention_impl = impl
+
+
+def batch_of(run: Run, row: str) -> Batch:
+    batch = Batch.draw(run.context, 0, row)
+    return batch if row in IN_FULL else dataclasses.replace(batch, exit_step=exit_step_of(row))
+
+
+def iteration(run: Run, row: str) -> tuple[float, dict[str, float]]:
+    """Milliseconds of one update: in all, and of each phase."""
+    device, learner = run.ranks.device, learner_of(row)
+    timing.wait(device)
+    began = time.perf_counter()
+    with ranges.timed(device) as phases:
+        run.update(learner, batch_of(run, row))
+        timing.wait(device)
+    whole = 1e3 * (time.perf_counter() - began)
+    run.learners[learner].zero_grad()
+    return whole, phases
+
+
+def results(run: Run, row: str) -> dict[str, Tensor]:
+    """Tensors that two contestants are to agree in: the loss or the video, and gradients. That of a
+    rollout is of a loss drawn at random, since scores of random weights magnify every error.
+    Leaves no gradient behind."""
+    found: dict[str, Tensor] = {}
+    objective, batch = run.objective, batch_of(run, row).load(range(1))
+    learner, model = run.learners[learner_of(row)], getattr(run.models, learner_of(row))
+    with run.autocast():
+        if not isinstance(objective, Distillation):
+            found["loss"] = objective.generator_loss(batch)
+            found["loss"].backward()
+        else:
+            found["video"], backward = objective.generate(batch)
+            if model is run.models.generator:
+                backward(batch.clean_BFCHW)
+            else:
+                found["loss"] = objective.critic_loss(batch, batch.clean_BFCHW)
+                found["loss"].backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found["norm of the gradient"] = torch.nn.utils.get_total_norm([*grads.values()])
+    for i in (0, len(model.blocks) - 1):
+        found[f"gradient of {QKV.format(i)}"] = grads[QKV.format(i)]
+    learner.zero_grad()
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def learner_of(row: str) -> str:
+    return "critic" if row.endswith("critic") else "generator"
+
+
+def exit_step_of(row: str) -> int:
+    """The index of the few step at which "SF-n" or "SF-n critic" exits."""
+    return int(row[len("SF-")]) - 1
+
+
+def check(got: dict[str, Tensor], want: dict[str, Tensor], half: bool) -> None:
+    """Raises AssertionError unless loss and gradients agree to rounding. half: in bfloat16."""
+    for name, theirs in want.items():
+        error = float((got[name] - theirs).norm() / theirs.norm())
+        allowed = (1e-2 if name == "loss" else 5e-2) if half else 1e-4
+        assert error <= allowed, f"{name} is off by {error:.1e}, allowed {allowed:.0e}"  # NaN too
 
 
 def run(job: harness.Job) -> harness.Result:
     dtype = torch.float32 if job.tiny else torch.bfloat16
     result = job.begin("train", dtype)
-    preset = PRESETS["toy" if job.tiny else "wan-1.3b"]
-    job.tick("random weights")
-    training = Training(preset, job.device, dtype)
+    preset = "toy" if job.tiny else "wan-1.3b"
+    run: Run | None = None  # of one recipe at a time
     chosen = [name for name in ROWS if job.wants(name)]
     for i, name in enumerate(chosen):
         if job.left <= 0:
             result["no_time_for"].append(name)
             continue
-        row: dict[str, Any] = {"case": name, "flops": flops(preset, name), "contestants": {}}
+        row: dict[str, Any] = {"case": name, "flops": flops(PRESETS[preset], name)}
+        row["contestants"] = {}
         result["rows"].append(row)
         try:
-            measure(training, row, job, result, job.left / (len(chosen) - i))
+            recipe = {"TF": "tf", "DF": "df"}.get(name, "sf+dmd")
+            if run is None or run.config.recipe != recipe:
+                job.tick(f"{recipe}: random weights")
+                run = None
+                timing.free(job.device)
+                run = new_run(recipe, preset, job.device, bf16=not job.tiny)
+            measure(run, row, job, result, job.left / (len(chosen) - i))
         except Exception as error:  # nothing to compare with; the other row still runs
             row["failed"] = timing.reason(error)
         job.save(result)
@@ -72,69 +196,63 @@ def run(job: harness.Job) -> harness.Result:
 def flops(preset: Preset, row: str) -> float:
     if row in IN_FULL:
         return training_flops(preset)[IN_FULL[row]]
-    which = "critic" if row.endswith("critic") else "generator"
-    return training_flops(preset, exit_step=exit_step_of(row))[f"self forcing, {which}"]
+    found = training_flops(preset, exit_step=exit_step_of(row))
+    return found[f"self forcing, {learner_of(row)}"]
 
 
 def measure(
-    training: Training,
-    row: dict[str, Any],
-    job: harness.Job,
-    result: harness.Result,
-    seconds: float,
+    run: Run, row: dict[str, Any], job: harness.Job, result: harness.Result, seconds: float
 ) -> None:
     """Checks all contestants of a row, then times those that are right, in turn: once at least, and
     again while the row has taken less than its share of `seconds`."""
     until = job.left - seconds
     name, entries = row["case"], row["contestants"]
-    layout = training.layouts.get(name)
-    training.prepare(name)
     want: dict[str, Tensor] = {}
-    right: dict[str, Callable[..., Tensor] | None] = {}
+    right: list[str] = []
     for impl in TINY_IMPLS if job.tiny else IMPLS:
-        if impl == "flex" and layout is None:  # masked patterns are what it is for
+        if impl == "flex" and name not in IN_FULL:  # masked patterns are what it is for
             continue
         if impl == "flex" and job.left < attention.COMPILE_SECONDS:
             result["no_time_for"].append(f"{name} with FlexAttention")
             continue
         job.tick(f"{name}: is {impl} right?")
         try:
-            flex = attention.flex_attention(layout, job.device) if impl == "flex" else None
-            with attending(training, impl, flex):
-                got = training.results(name)
+            attend_by(run, impl)
+            got = results(run, name)
             want = want or got
             check(got, want, half=not job.tiny)
-            right[impl] = flex
+            right.append(impl)
         except Exception as error:
             if not want:
                 raise
             wrong = f"{timing.WRONG}: " * isinstance(error, AssertionError)
             entries[impl] = {"failed": wrong + timing.reason(error)}
-        _free(training)
+        _free(run)
 
-    times: dict[str, list[dict[str, float]]] = {impl: [] for impl in right}
+    times: dict[str, list[tuple[float, dict[str, float]]]] = {impl: [] for impl in right}
     rounds = min(job.rounds, ROUNDS)
     for i in range(rounds):
         if i and job.left <= until:
             break
-        for impl, flex in [*right.items()]:
+        for impl in [*right]:
             job.tick(f"{name}: round {i + 1} of {rounds}, {impl}")
             try:
-                around = ranges.phase(impl), attending(training, impl, flex)
-                with around[0], around[1], timing.peak_memory(job.device) as peak:
-                    times[impl].append(training.iteration(name))
+                attend_by(run, impl)
+                with ranges.phase(impl), timing.peak_memory(job.device) as peak:
+                    whole, phases = iteration(run, name)
+                times[impl].append((whole, phases))
             except Exception as error:
                 entries[impl] = {"failed": timing.reason(error)}
-                del right[impl]
-                _free(training)
+                right.remove(impl)
+                _free(run)
                 continue
-            timed = timing.summary([sum(each.values()) for each in times[impl]])
+            timed = timing.summary([whole for whole, _ in times[impl]])
             timed.peak_mib = peak[0]
             entries[impl] = timing.entry(
                 timed,
                 flops=row["flops"],
                 tflops=row["flops"] / timed.p50 / 1e9,
-                phases={p: _phase([each[p] for each in times[impl]]) for p in times[impl][0]},
+                phases={p: _phase([each[p] for _, each in times[impl]]) for p in phases},
             )
         row["rounds"] = i + 1
         job.save(result)
@@ -145,13 +263,14 @@ def _phase(milliseconds: Sequence[float]) -> dict[str, float]:
     return {"ms": timed.p50, "p99_ms": timed.p99}
 
 
-def _free(training: Training) -> None:
-    training.free()
-    timing.free(training.device)
+def _free(run: Run) -> None:
+    for learner in run.learners.values():
+        learner.zero_grad()
+    timing.free(run.ranks.device)
 
 
 def _as_published(row: dict[str, Any]) -> tuple[bool, int]:
-    """In the order of Figure 6, the critics after the generators."""
+    """Key of Figure 6's order, the critics after the generators."""
     name = row["case"].split()[0]
     return row["case"] != name, [*PAPER].index(name)
 
@@ -174,7 +293,8 @@ def tables(result: harness.Result) -> list[harness.Table]:
             fastest[row["case"]] = min(timed.items(), key=lambda item: item[1]["ms"])
     columns = ["", "self-attention", "s", "p99", "of which", "peak GiB", "TFLOP/s", "% of product"]
     title = f"training iteration: {result['sizes']}, batch 1, {said(result['machine'])}"
-    notes = ["peak GiB: beside weights and AdamW's averages; TFLOP/s: of what the pattern needs, "
+    notes = ["s: of a whole update, what lies between its phases included",
+             "peak GiB: beside weights and AdamW's averages; TFLOP/s: of what the pattern needs, "
              "what is recomputed included"]  # fmt: skip
 
     def ratio(seconds: float, of: float | None) -> str:

@@ -44,10 +44,10 @@ from sfmodel.toy.evaluate import (
     seen_in,
 )
 from sfmodel.toy.vae import ToyVAE
+from sfmodel.train.batch import Draw
 from sfmodel.train.config import TrainConfig, defaults
 from sfmodel.train.loop import train
 from sfmodel.train.parallel import checkpoints
-from sfmodel.train.recipes import Draw
 from sfmodel.train.trajectories import guided, solve
 from sfmodel.video import contact_sheet_of_rows
 from sfmodel.weights import checkpoint
@@ -68,8 +68,9 @@ class Row:
 
 
 # Learning rates are the best of a few on the validation split (docs/training.md).
-FLOW = (("optimizer", "adamw"), ("lr", 1e-3), ("betas", (0.0, 0.99)), ("ema", 0.98), ("warmup", 5),
-        ("fall", 1.0), ("drop_text", 0.0), ("fade", 0.0), ("context_noise", 0.0))  # fmt: skip
+FLOW = (("optimizer", "adamw"), ("lr", 1e-3), ("betas", (0.0, 0.99)), ("ema", 0.98),
+        ("warmup", 5), ("decay_fraction", 1.0), ("drop_text", 0.0), ("darken", 0.0),
+        ("context_noise", 0.0))  # fmt: skip
 ROWS = {
     "TF": Row("tf", EULER, FLOW),
     "DF": Row("df", EULER, FLOW),

@@ -355,7 +355,8 @@ def decode(
 
 def clip_chunks(preset: Preset) -> tuple[int, ...]:
     """Latent frames of each chunk of a clip, as many whole chunks as it holds."""
-    return (preset.chunk,) * max(1, CLIP // preset.chunk)
+    first = preset.first or preset.chunk
+    return (first, *(preset.chunk,) * ((CLIP - first) // preset.chunk))
 
 
 def fps(preset: Preset, gpu: Gpu, windows: Sequence[int], precision: str, decoder: str) -> Row:

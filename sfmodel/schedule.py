@@ -61,3 +61,8 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """x_t of x0 and noise [B, F, ...] for sigma [], [B] or [B, F]."""
     sigma = sigma.reshape(sigma.shape + (1,) * (x0.dim() - sigma.dim()))
     return torch.lerp(x0, noise, sigma.to(x0.dtype))
+
+
+def x0_of(x: Tensor, flow: Tensor, sigma: Tensor) -> Tensor:
+    """x0 that a flow predicts at x [B, F, ...] for sigma [], [B] or [B, F]."""
+    return x - sigma.reshape(sigma.shape + (1,) * (x.dim() - sigma.dim())) * flow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import pytest
 import torch
 
 import sfkernels as sf
-from bench import attention, harness, iterations, timing, train
-from bench.iterations import Training, attending, check
+from bench import harness, timing, train
+from bench.train import attend_by, batch_of, check, iteration, new_run, results
 from sfkernels import BlockLayout
+from sfkernels.dispatch import IMPLS
 from sfmodel.config import PRESETS
 from sfmodel.cost import training_flops
 from sfmodel.dit import DiT, SelfAttention
-from sfmodel.train.objectives import diffusion_forcing_loss
+from sfmodel.train.loop import Run
+from sfmodel.train.objectives.flow import diffusion_forcing_loss
 
 TOY = PRESETS["toy"]
 SMALL = replace(TOY, dit=replace(TOY.dit, dim=64, heads=1, ffn_dim=64, layers=2))
@@ -29,8 +32,12 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "toy", SMALL)
 
 
-def training() -> Training:
-    return Training(SMALL, CPU, torch.float32)
+def trainer(recipe: str = "tf", bf16: bool = False) -> Run:
+    return new_run(recipe, "toy", CPU, bf16)
+
+
+def models(run: Run) -> dict[str, DiT]:
+    return {name: m for name, m in run.models._asdict().items() if m is not None}
 
 
 def test_diffusion_forcing_is_the_weighted_flow_error_of_noisy_chunks() -> None:
@@ -51,59 +58,73 @@ def test_diffusion_forcing_is_the_weighted_flow_error_of_noisy_chunks() -> None:
 
 
 def test_an_iteration_moves_the_weights_and_leaves_no_gradient() -> None:
-    t = training()
-    before = [p.detach().clone() for p in t.model.parameters()]
-    assert [*t.iteration("TF")] == ["forward", "backward", "optimiser"]
-    moved = [not torch.equal(p, b) for p, b in zip(t.model.parameters(), before, strict=True)]
-    assert all(moved)  # recomputed blocks too
-    assert all(p.grad is None for p in t.model.parameters())
-    assert t.layouts["TF"].tokens == 2 * t.layouts["DF"].tokens == 2 * 21 * 4
+    run = trainer()
+    model = run.models.generator
+    before = [p.detach().clone() for p in model.parameters()]
+    whole, phases = iteration(run, "TF")
+    assert [*phases] == ["forward", "backward", "optimiser"]
+    assert 0.5 * whole < sum(phases.values()) < whole
+    moved = [not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
+    assert all(moved) and model.recompute  # recomputed blocks too
+    assert all(p.grad is None for p in model.parameters())
+    tokens = batch_of(run, "TF").layout.tokens
+    assert tokens == 2 * batch_of(trainer("df"), "DF").layout.tokens == 2 * 19 * 4
 
 
+@pytest.mark.skipif("flex" not in IMPLS, reason="FlexAttention is no implementation here")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("row", [*train.IN_FULL])
-def test_flex_attention_sees_what_the_layout_shows(row: str) -> None:
+def test_flex_attention_sees_what_the_layout_shows(
+    row: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Forward only: PyTorch has no backward pass of it on a CPU."""
-    t = training()
-    layout = t.layouts[row]
-    with torch.no_grad():
-        want = t.loss(row)
-        with attending(t, "flex", attention.flex_attention(layout, CPU)):
-            got = t.loss(row)
-        whole = BlockLayout((layout.tokens,), 1)
-        with attending(t, "flex", attention.flex_attention(whole, CPU)):
-            other = t.loss(row)
+    run = trainer(row.lower())
+    batch = batch_of(run, row).load(range(1))
+
+    def loss(impl: str) -> torch.Tensor:
+        attend_by(run, impl)
+        with torch.no_grad():
+            return run.objective.generator_loss(batch)
+
+    want, got = loss("reference"), loss("flex")
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
-    assert abs(other - want) > 1e-4 * want
-    assert sf.block_causal_attention.__module__ == "sfkernels.attention"  # as it was
+    monkeypatch.setattr(sf, "block_causal_attention", unmasked("flex"))
+    assert abs(loss("flex") - want) > 1e-4 * want
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 def test_our_kernels_agree_in_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 weights under autocast, blocks recomputed, all ops by Triton. In float16: the
     interpreter's matrix products of bfloat16 are wrong."""
-    monkeypatch.setattr(iterations, "clip_chunks", lambda _: (1, 1))
-    one_layer = replace(SMALL, dit=replace(SMALL.dit, layers=1))
-    t = Training(one_layer, CPU, torch.float16)
-    with attending(t, "sdpa"):
-        want = t.results("TF")
-    for module in t.model.modules():
+    small = replace(SMALL, chunk=1, dit=replace(SMALL.dit, layers=1))
+    monkeypatch.setitem(PRESETS, "toy", small)
+    monkeypatch.setattr(train, "clip_chunks", lambda _: (1, 1))
+    monkeypatch.setattr(Run, "autocast", lambda _: torch.autocast("cpu", torch.float16))
+    run = trainer(bf16=True)
+    attend_by(run, "sdpa")
+    want = results(run, "TF")
+    for module in run.models.generator.modules():
         if hasattr(module, "impl"):
             module.impl = "triton"  # type: ignore[assignment]
-    with attending(t, "triton"):
-        got = t.results("TF")
+    attend_by(run, "triton")
+    got = results(run, "TF")
     assert any(not torch.equal(got[name], want[name]) for name in want)  # other kernels
     check(got, want, half=True)
 
 
-def test_a_wrong_contestant_is_said_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def unmasked(wrong: str) -> Callable[..., torch.Tensor]:
+    """The op, which under the implementation `wrong` shows everything to all."""
     right = sf.block_causal_attention
 
-    def unmasked(q: Any, k: Any, v: Any, layout: BlockLayout, *, impl: str, **_: Any) -> Any:
-        seen = BlockLayout((layout.tokens,), 1) if impl == "sdpa" else layout
+    def attend(q: Any, k: Any, v: Any, layout: BlockLayout, *, impl: str, **_: Any) -> Any:
+        seen = BlockLayout((layout.tokens,), 1) if impl == wrong else layout
         return right(q, k, v, seen, impl=impl)
 
-    monkeypatch.setattr(sf, "block_causal_attention", unmasked)
+    return attend
+
+
+def test_a_wrong_contestant_is_said_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sf, "block_causal_attention", unmasked("sdpa"))
     result = train.run(harness.Job(CPU, tiny=True, rounds=1, only="DF"))
     entries = result["rows"][0]["contestants"]
     assert entries["sdpa"]["failed"].startswith(timing.WRONG) and "ms" in entries["reference"]
@@ -113,14 +134,14 @@ def test_a_wrong_contestant_is_said_and_not_timed(monkeypatch: pytest.MonkeyPatc
 
 def test_one_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Also while it is timed, and the one that all are compared with."""
-    iteration = Training.iteration
 
-    def fails_second(self: Training, row: str) -> Any:
-        if self.model.blocks[0].self_attn.attention_impl == "sdpa":  # type: ignore[union-attr]
+    def fails_second(run: Run, row: str) -> Any:
+        block: Any = run.models.generator.blocks[0]
+        if block.self_attn.attention_impl == "sdpa":
             raise torch.OutOfMemoryError("no memory")
-        return iteration(self, row)
+        return iteration(run, row)
 
-    monkeypatch.setattr(Training, "iteration", fails_second)
+    monkeypatch.setattr(train, "iteration", fails_second)
     result = train.run(harness.Job(CPU, tiny=True, rounds=2, only="TF"))
     assert result["rows"][0]["contestants"]["sdpa"] == {"failed": "OutOfMemoryError: no memory"}
     assert result["rows"][0]["contestants"]["reference"]["ms"] > 0
@@ -173,17 +194,15 @@ def test_flex_attention_is_not_begun_without_time(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("row", ["SF-2", "SF-2 critic"])
 def test_self_forcing_trains_the_generator_or_the_critic(row: str) -> None:
     """All weights of the one that learns move, none of the others."""
-    t = training()
-    t.prepare(row)
-    assert t.scores is not None
-    real, fake, _ = t.scores
-    models = {"generator": t.model, "real": real, "fake": fake}
-    before = {name: [p.detach().clone() for p in m.parameters()] for name, m in models.items()}
-    times = t.iteration(row)
-    learner = "fake" if row.endswith("critic") else "generator"
-    assert [*times] == ["rollout", "forward" if learner == "fake" else "score", "backward",
-                        "optimiser"]  # fmt: skip
-    for name, model in models.items():
+    run = trainer("sf+dmd")
+    assert batch_of(run, row).exit_step == 1
+    before = {name: [p.detach().clone() for p in m.parameters()] for name, m in models(run).items()}
+    assert len(before) == 3
+    _, phases = iteration(run, row)
+    learner = train.learner_of(row)
+    judged = "forward" if learner == "critic" else "score"
+    assert [*phases] == ["rollout", judged, "backward", "optimiser"]
+    for name, model in models(run).items():
         pairs = zip(model.parameters(), before[name], strict=True)
         moved = {not torch.equal(now, then) for now, then in pairs}
         assert moved == {name == learner}, name
@@ -191,18 +210,17 @@ def test_self_forcing_trains_the_generator_or_the_critic(row: str) -> None:
 
 
 def test_every_model_attends_by_the_same_implementation() -> None:
-    t = training()
-    t.prepare("SF-1")
-    with attending(t, "reference"):
-        found = {m.attention_impl for model in t.models for m in model.modules()
-                 if isinstance(m, SelfAttention)}  # fmt: skip
-    assert len(t.models) == 3 and found == {"reference"}
+    run = trainer("sf+dmd")
+    attend_by(run, "reference")
+    found = {m.attention_impl for model in models(run).values() for m in model.modules()
+             if isinstance(m, SelfAttention)}  # fmt: skip
+    assert len(models(run)) == 3 and found == {"reference"}
 
 
 def test_a_row_takes_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """With little time each row is timed once, in place of one row that is timed well."""
     clock = iter(range(10**6))
-    monkeypatch.setattr(Training, "iteration", lambda *_: {"forward": 1.0, "backward": 1.0})
+    monkeypatch.setattr(train, "iteration", lambda *_: (2.0, {"forward": 1.0, "backward": 1.0}))
     monkeypatch.setattr(harness.Job, "left", property(lambda _: 100.0 - next(clock)))
     result = train.run(harness.Job(CPU, tiny=True, only="^(TF|DF|SF-1)$"))
     assert [row["rounds"] for row in result["rows"]] == [3, 3, 3]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sfmodel.config import PRESETS, DiTConfig
 from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule
-from sfmodel.train import objectives
 from sfmodel.train.discriminator import DEPTHS, Discriminator, logits, taps
+from sfmodel.train.objectives import gan
 
 CONFIG = DiTConfig(
     dim=32, ffn_dim=48, heads=2, layers=4, channels=4, freq_dim=16, text_dim=8, text_len=6
@@ -159,7 +159,7 @@ def test_it_learns_to_tell_two_kinds_of_video_apart() -> None:
     losses = []
     for _ in range(25):
         logit, (fake, real, noise, t, *steps) = batch()
-        loss = objectives.discriminator_loss(logit, fake, real, noise, t, schedule, *steps)
+        loss = gan.discriminator_loss(logit, fake, real, noise, t, schedule, *steps)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -168,8 +168,8 @@ def test_it_learns_to_tell_two_kinds_of_video_apart() -> None:
     assert sum(losses[-5:]) / 5 < 0.1
     logit, (fake, real, noise, t, *_) = batch()
     with torch.no_grad():  # videos that it has not seen
-        assert objectives.gan_generator_loss(logit, fake, real, noise, t, schedule) > 2
-        assert objectives.gan_generator_loss(logit, real, fake, noise, t, schedule) < 0.2
+        assert gan.gan_generator_loss(logit, fake, real, noise, t, schedule) > 2
+        assert gan.gan_generator_loss(logit, real, fake, noise, t, schedule) < 0.2
 
 
 FEATURES = [*torch.zeros(3, 2, 7, CONFIG.dim)]

@@ -16,6 +16,8 @@ from sfmodel.config import DiTConfig
 from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule
 from sfmodel.train import objectives
+from sfmodel.train.objectives import dmd, gan, ode, sid
+from sfmodel.train.objectives.flow import diffusion_forcing_loss, teacher_forcing_loss
 
 SCHEDULE = FlowSchedule()
 SHAPE = (2, 3, 4, 2, 2)
@@ -46,12 +48,10 @@ def drawn() -> tuple[Tensor, ...]:
     return x, noise, objectives.score_timesteps(torch.rand(2), SCHEDULE), text, unprompted
 
 
-def score(
-    inputs: tuple[Tensor, ...], real: Score, fake: Score, guidance: float
-) -> objectives.Score:
+def score(inputs: tuple[Tensor, ...], real: Score, fake: Score, guidance: float) -> dmd.Score:
     _, noise, t, text, unprompted = inputs
     return functools.partial(
-        objectives.scores, noise_BFCHW=noise, t_B=t, text_BTE=text, unprompted_BTE=unprompted,
+        dmd.scores, noise_BFCHW=noise, t_B=t, text_BTE=text, unprompted_BTE=unprompted,
         real=real, fake=fake, schedule=SCHEDULE, guidance=guidance,  # type: ignore[arg-type]
     )  # fmt: skip
 
@@ -90,7 +90,7 @@ def test_dmd(guidance: float) -> None:
     inputs = drawn()
     real, fake = Score(0.7, 0.2), Score(0.4, -0.3)
     x = inputs[0].requires_grad_()
-    loss = objectives.dmd_loss(x, score(inputs, real, fake, guidance))
+    loss = dmd.dmd_loss(x, score(inputs, real, fake, guidance))
     (got,) = torch.autograd.grad(loss, x, retain_graph=True)
     with torch.no_grad():
         real_x0, fake_x0 = by_hand(real, fake, guidance)(*inputs)
@@ -116,7 +116,7 @@ def test_sid() -> None:
         return (apart * ((real_x0 - x) - 1.0 * apart) / size).mean(), size
 
     x = inputs[0].clone().requires_grad_()
-    loss = objectives.sid_loss(x, score(inputs, real, fake, 3.0))
+    loss = sid.sid_loss(x, score(inputs, real, fake, 3.0))
     with torch.no_grad():
         want, size = value(inputs[0])
         torch.testing.assert_close(loss.detach(), want, rtol=1e-5, atol=1e-9)
@@ -131,7 +131,7 @@ def test_sid() -> None:
 def test_the_critic_learns_the_flow_of_what_is_generated() -> None:
     x, noise, t, text, _ = drawn()
     fake = Score(0.4, -0.3)
-    loss = objectives.critic_loss(fake, x, noise, t, text, SCHEDULE)  # type: ignore[arg-type]
+    loss = dmd.critic_loss(fake, x, noise, t, text, SCHEDULE)  # type: ignore[arg-type]
     (got,) = torch.autograd.grad(loss, fake.weights)
     want, count = torch.zeros(2, dtype=torch.float64), 0
     total = 0.0
@@ -172,9 +172,9 @@ def test_flow_matching_of_clips(context: str, weighted: bool) -> None:
     layout = BlockLayout((1, 2), 4, teacher_forcing=context == "clean")
     given = weight if weighted else None
     if context == "clean":
-        loss = objectives.teacher_forcing_loss(model, clean, past, *shared, text, layout, given)
+        loss = teacher_forcing_loss(model, clean, past, *shared, text, layout, given)
     else:
-        loss = objectives.diffusion_forcing_loss(model, clean, *shared, text, layout, given)
+        loss = diffusion_forcing_loss(model, clean, *shared, text, layout, given)
     (got,) = torch.autograd.grad(loss, model.weights)
     a, b = model.weights.tolist()
     total, want, count = 0.0, torch.zeros(2, dtype=torch.float64), clean.numel()
@@ -199,7 +199,7 @@ def test_the_gradient_of_ode_regression() -> None:
     steps = SCHEDULE.warp([1000, 500])
     t = steps[torch.tensor([[0, 1, 1], [1, 0, 0]])].double()
     layout, text = BlockLayout((1, 2), 4), torch.zeros(2, 1, 3)
-    loss = objectives.ode_regression_loss(model, x, t, clean, text, layout, SCHEDULE)
+    loss = ode.ode_regression_loss(model, x, t, clean, text, layout, SCHEDULE)
     (got,) = torch.autograd.grad(loss, model.weights)
     a, b = model.weights.tolist()
     want = torch.zeros(2, dtype=torch.float64)
@@ -221,7 +221,7 @@ def test_ode_regression_is_the_error_of_x0() -> None:
     x, clean = torch.randn(2, *SHAPE)
     t = SCHEDULE.warp([1000, 500])[torch.tensor([[0, 1, 1], [1, 0, 0]])]
     text, layout = torch.randn(2, 5, 3), BlockLayout((1, 2), 4)
-    loss = objectives.ode_regression_loss(model, x, t, clean, text, layout, SCHEDULE)
+    loss = ode.ode_regression_loss(model, x, t, clean, text, layout, SCHEDULE)
     flow = model(x, t, text, layout=layout)
     sigma = torch.tensor([[1.0, 0.833333, 0.833333], [0.833333, 1.0, 1.0]])
     want = (x - sigma[:, :, None, None, None] * flow - clean).square().mean()
@@ -256,19 +256,19 @@ def sums(x_t: Tensor) -> list[Tensor]:
 def test_the_relativistic_loss_of_pairs() -> None:
     winner = torch.tensor([0.5, -2.0], dtype=torch.float64, requires_grad=True)
     loser = torch.tensor([-1.0, 1.0], dtype=torch.float64, requires_grad=True)
-    loss = objectives.relativistic_loss(winner, loser)
+    loss = gan.relativistic_loss(winner, loser)
     assert loss.item() == pytest.approx((math.log1p(math.exp(-1.5)) + math.log1p(math.exp(3))) / 2)
     loss.backward()
     want = [-1 / (1 + math.exp(1.5)) / 2, -1 / (1 + math.exp(-3)) / 2]
     assert winner.grad is not None and winner.grad.tolist() == pytest.approx(want)
     assert loser.grad is not None and loser.grad.tolist() == pytest.approx([-w for w in want])
-    assert objectives.relativistic_loss(torch.tensor([-200.0]), torch.tensor([200.0])) == 400
+    assert gan.relativistic_loss(torch.tensor([-200.0]), torch.tensor([200.0])) == 400
 
 
 def test_the_penalty_is_the_squared_slope_in_a_direction() -> None:
     logit = torch.tensor([1.0, 2.0], requires_grad=True)
     perturbed = torch.tensor([1.1, 1.6], requires_grad=True)
-    penalty = objectives.finite_difference_penalty(logit, perturbed, 0.2)
+    penalty = gan.finite_difference_penalty(logit, perturbed, 0.2)
     assert penalty.item() == pytest.approx((0.5**2 + 2.0**2) / 2)
     penalty.backward()
     assert perturbed.grad is not None and perturbed.grad.tolist() == pytest.approx([2.5, -10.0])
@@ -280,7 +280,7 @@ def test_the_penalty_is_on_average_the_squared_gradient() -> None:
     with torch.no_grad():
         steps = torch.randn(100_000, 1, 2, 1, 2, dtype=torch.float64)
         perturbed = logit(x + 1e-3 * steps)
-        got = objectives.finite_difference_penalty(logit(x), perturbed, 1e-3)
+        got = gan.finite_difference_penalty(logit(x), perturbed, 1e-3)
         assert float(got) == pytest.approx(float((0.3 + 2 * 0.2 * x).square().sum()), rel=0.03)
 
 
@@ -288,7 +288,7 @@ def test_the_generator_takes_the_gradient_of_the_generated_video_alone() -> None
     fake, noise, t, _, _ = drawn()
     real, logit = torch.randn_like(fake).requires_grad_(), Logit(0.05, 0.02)
     fake.requires_grad_()
-    loss = objectives.gan_generator_loss(logit, fake, real, noise, t, SCHEDULE)
+    loss = gan.gan_generator_loss(logit, fake, real, noise, t, SCHEDULE)
     loss.backward()
     with torch.no_grad():
         fake_t, real_t = noisy(fake, noise, t), noisy(real, noise, t)
@@ -321,7 +321,7 @@ def test_the_discriminator_parts_pairs_with_small_slopes() -> None:
         apart = zip(sums(x_t + sigma * step), sums(x_t), strict=True)
         differences.append([(one - other) / sigma for one, other in apart])
     for weights in ((0.0, 0.0), (7.0, 0.0), (0.0, 5.0), (30.0, 30.0)):
-        loss = objectives.discriminator_loss(
+        loss = gan.discriminator_loss(
             logit, fake, real, noise, t, SCHEDULE, fake_step, real_step,
             r1=weights[0], r2=weights[1], penalty_sigma=sigma,
         )  # fmt: skip
@@ -346,6 +346,6 @@ def test_the_penalties_of_the_paper() -> None:
     fake, noise, t, _, _ = drawn()
     real, *steps = torch.randn(3, *SHAPE, dtype=torch.float64)
     loss = functools.partial(
-        objectives.discriminator_loss, Logit(0.05, 0.02), fake, real, noise, t, SCHEDULE, *steps
+        gan.discriminator_loss, Logit(0.05, 0.02), fake, real, noise, t, SCHEDULE, *steps
     )
     torch.testing.assert_close(loss(), loss(r1=30, r2=30, penalty_sigma=0.05), rtol=0, atol=0)

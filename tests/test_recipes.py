@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from sfkernels import BlockLayout
 from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule
-from sfmodel.train import recipes
+from sfmodel.train import objectives
+from sfmodel.train.batch import Batch, Draw, MicroBatch, seed_of
 from sfmodel.train.config import RECIPES
 from sfmodel.train.loop import Run
 from sfmodel.train.parallel import Ranks
-from sfmodel.train.recipes import Part, Update
 from sfmodel.train.rollout import Rollout
 from sfmodel.train.trajectories import IN_FILE, Trajectories, guided, solve
 from tests.tiny_runs import TINY, config, tiny
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SCHEDULE = FlowSchedule(TINY.shift)
-DISTILLED = [name for name, kind in RECIPES.items() if kind.distils]
+DISTILLED = [name for name, objective in RECIPES.items() if objective.needs_critic]
 
 Make = Callable[..., Run]
 
@@ -44,6 +44,11 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
     with tiny():
         yield made
+
+
+def load(run: Run, step: int, samples: int) -> MicroBatch:
+    """The first samples of a batch of the generator."""
+    return Batch.draw(run.context, step, "generator").load(range(samples))
 
 
 class Call:
@@ -83,11 +88,11 @@ def test_a_batch_is_the_mean_of_its_parts(recipe: str, make: Make) -> None:
     """Also of parts that end in shorter prompts."""
     run = make(recipe, drop_word=0.5)
     models = run.models.generator, run.models.critic, run.models.discriminator
-    for name in ("learn", "learn_critic")[: 1 + RECIPES[recipe].distils]:
-        update = Update(run.setting, 1, name)
-        whole = getattr(Part(update, range(4)), name)(1.0)
+    for name in ("learn", "learn_critic")[: 1 + RECIPES[recipe].needs_critic]:
+        learn, batch = getattr(run.objective, name), Batch.draw(run.context, 1, name)
+        whole = learn(batch.load(range(4)), 1.0)
         want = gradients(*models)
-        halves = [getattr(Part(update, rows), name)(0.5) for rows in (range(2), range(2, 4))]
+        halves = [learn(batch.load(samples), 0.5) for samples in (range(2), range(2, 4))]
         assert sum(halves) / 2 == pytest.approx(whole, rel=1e-4)
         assert abs(halves[0] - halves[1]) > 1e-6 * abs(whole)
         assert_close(want, gradients(*models), 2e-3 if "gan" in recipe else 1e-4)
@@ -97,15 +102,15 @@ def test_a_batch_is_the_mean_of_its_parts(recipe: str, make: Make) -> None:
 
 
 def test_what_an_update_shares_is_drawn_anew_for_each(make: Make) -> None:
-    setting = make("sf+dmd", frames=(1, 4), chunks=(1, 3), windows=(3, 4)).setting
-    updates = [Update(setting, step, "generator") for step in range(60)]
+    setting = make("sf+dmd", frames=(1, 4), chunks=(1, 3), windows=(3, 4)).context
+    updates = [Batch.draw(setting, step, "generator") for step in range(60)]
     assert {u.exit_step for u in updates} == {0, 1, 2, 3}
     assert {(u.frames, u.chunk, u.window) for u in updates} == {
         (f, c, w) for f in (1, 4) for c in (1, 3) for w in (3, 4)
     }
     assert {(u.frames, u.clips) for u in updates} == {(1, 16), (4, 4)}
-    again = [Update(setting, step, "generator") for step in range(60)]
-    other = [Update(setting, step, "critic 0") for step in range(60)]
+    again = [Batch.draw(setting, step, "generator") for step in range(60)]
+    other = [Batch.draw(setting, step, "critic 0") for step in range(60)]
     for name in ("seed", "exit_step", "frames"):
         drawn = [[getattr(u, name) for u in each] for each in (updates, again, other)]
         assert drawn[0] == drawn[1] != drawn[2]
@@ -122,7 +127,7 @@ def test_all_parts_of_an_update_exit_at_the_same_step(
             super().__init__(*arguments, **more)
             exits.append(self.exit_step)
 
-    monkeypatch.setattr(recipes, "Rollout", Watched)
+    monkeypatch.setattr(objectives, "Rollout", Watched)
     for _ in range(4):
         run.train_step()
     assert len(exits) == 4 * 3 * 4
@@ -138,17 +143,17 @@ def test_what_chunks_see_of_the_others(recipe: str, make: Make) -> None:
     seen = set()
     t_S = SCHEDULE.warp(TINY.steps)
     for step in range(6):
-        part = Part(Update(run.setting, step, "generator"), range(4))
-        part.learn(1.0)
-        assert call.layout is not None and part.real is not None
+        part = load(run, step, 4)
+        run.objective.learn(part, 1.0)
+        assert call.layout is not None and part.clean_BFCHW is not None
         clean = recipe == "tf+dmd"
         assert call.layout == BlockLayout.causal(4, 1, 4, first=1, window=3, teacher_forcing=clean)
         assert (call.clean is not None) == clean
-        assert call.clean is None or torch.equal(call.clean, part.real)
+        assert call.clean is None or torch.equal(call.clean, part.clean_BFCHW)
         # The same noise at whatever step, which is all that x is made of beside the clip.
-        noise = part.draw.normal("noise", *part.shape[1:])
+        noise = part.noise("noise")
         sigma = (call.t / 1000)[:, :, None, None, None]
-        torch.testing.assert_close(call.x, (1 - sigma) * part.real + sigma * noise)
+        torch.testing.assert_close(call.x, (1 - sigma) * part.clean_BFCHW + sigma * noise)
         seen |= {*call.t.flatten().tolist()}
         assert any(len({*row.tolist()}) > 1 for row in call.t)  # chunks have their own
     assert seen == {*t_S.tolist()}
@@ -160,23 +165,23 @@ def test_the_gradient_of_distribution_matching_on_real_context(make: Make) -> No
     generator, real, fake, _ = run.models
     assert real is not None and fake is not None
     call = Call(generator)
-    part = Part(Update(run.setting, 0, "generator"), range(4))
-    loss = part.learn(0.25)
+    part = load(run, 0, 4)
+    loss = run.objective.learn(part, 0.25)
     got = gradients(generator, fake)
     x0 = call.x - (call.t / 1000)[:, :, None, None, None] * call.flow
     t = SCHEDULE.shifted(part.draw.uniform("score level")).clamp(0.02, 0.98) * 1000
-    noise = part.draw.normal("score noise", *part.shape[1:])
+    noise = part.noise("score noise")
     s = SCHEDULE.sigma(t)[:, None, None, None, None]
     with torch.no_grad():
         x_t = (1 - s) * x0 + s * noise
         nothing = torch.zeros(4, 1, 32)
-        prompted = real(x_t, t, part.text)
+        prompted = real(x_t, t, part.text_BTE)
         real_x0 = x_t - s * (prompted + 1.5 * (prompted - real(x_t, t, nothing)))
-        fake_x0 = x_t - s * fake(x_t, t, part.text)
+        fake_x0 = x_t - s * fake(x_t, t, part.text_BTE)
         size = (x0 - real_x0).abs().mean((1, 2, 3, 4), keepdim=True)
         direction = (fake_x0 - real_x0) / size
     # The graph of the first pass is gone.
-    flow = generator(call.x, call.t, part.text, layout=call.layout, clean_BFCHW=call.clean)
+    flow = generator(call.x, call.t, part.text_BTE, layout=call.layout, clean_BFCHW=call.clean)
     x0 = call.x - (call.t / 1000)[:, :, None, None, None] * flow
     (0.25 * (direction * x0).mean()).backward()
     assert_close(gradients(generator, fake), got, 1e-3)
@@ -187,11 +192,12 @@ def test_the_gradient_of_distribution_matching_on_real_context(make: Make) -> No
 def test_the_gradient_goes_through_the_whole_loss(recipe: str, make: Make) -> None:
     """That of the video and that of the generator are those of one graph."""
     run = make(recipe)
-    part = Part(Update(run.setting, 0, "generator"), range(4))
-    loss = part.learn(1.0)
+    assert isinstance(run.objective, objectives.Distillation)
+    part = load(run, 0, 4)
+    loss = run.objective.learn(part, 1.0)
     got = gradients(run.models.generator)
-    video, _ = part._generated()
-    whole = part._judged(video)
+    video, _ = run.objective.generate(part)
+    whole = run.objective.generator_loss(part, video)
     assert whole.item() == pytest.approx(loss)
     whole.backward()
     assert_close(gradients(run.models.generator), got, 1e-4)
@@ -200,12 +206,12 @@ def test_the_gradient_goes_through_the_whole_loss(recipe: str, make: Make) -> No
 @pytest.mark.parametrize("recipe", DISTILLED)
 def test_the_critic_learns_from_what_the_generator_makes_now(recipe: str, make: Make) -> None:
     run = make(recipe)
-    update = Update(run.setting, 0, "critic 0")
-    before = Part(update, range(4)).learn_critic(1.0)
+    batch = Batch.draw(run.context, 0, "critic 0")
+    before = run.objective.learn_critic(batch.load(range(4)), 1.0)
     assert not gradients(run.models.generator)
     with torch.no_grad():
         run.models.generator.head.head.bias.add_(1.0)
-    assert Part(update, range(4)).learn_critic(1.0) != pytest.approx(before, rel=1e-4)
+    assert run.objective.learn_critic(batch.load(range(4)), 1.0) != pytest.approx(before, rel=1e-4)
 
 
 @pytest.mark.parametrize("recipe", ["tf", "df", "tf+dmd", "sf+dmd"])
@@ -215,8 +221,8 @@ def test_the_first_chunk_is_hidden_from_the_last(recipe: str, make: Make) -> Non
         run = make(recipe, hide_first=hide, chunks=(1,), frames=(1, 4), windows=(4,))
         layouts = set()
         for step in range(8):
-            part = Part(Update(run.setting, step, "generator"), range(1))
-            layouts.add(part._layout())
+            part = load(run, step, 1)
+            layouts.add(part.batch.layout)
         first = {layout.frames: layout.rows[-1].keys[0][0] for layout in layouts}
         if recipe.startswith("tf"):
             assert first == {1: 4, 4: 4 if hide else 0}  # the clean frame comes before
@@ -237,13 +243,13 @@ def test_rollouts_have_the_layout_of_the_update(
             noisy.append(more["context_noise_BFCHW"] is not None)
 
     noisy: list[bool] = []
-    monkeypatch.setattr(recipes, "Rollout", Watched)
-    Part(Update(run.setting, 0, "generator"), range(2)).learn(1.0)
+    monkeypatch.setattr(objectives, "Rollout", Watched)
+    run.objective.learn(load(run, 0, 2), 1.0)
     want = BlockLayout.causal(4, 1, 4, first=1, window=3, sink=1, hide_first=True)
     assert made[0].layout == want and noisy == [True]
     assert made[0].with_gradient == [False, False, True, True]
     other = make("sf+dmd", renoise_context=False)
-    Part(Update(other.setting, 0, "generator"), range(2)).learn(1.0)
+    other.objective.learn(load(other, 0, 2), 1.0)
     assert all(made[1].with_gradient) and noisy == [True, False]
 
 
@@ -252,37 +258,37 @@ def test_rollouts_have_the_layout_of_the_update(
 def test_flow_matching(recipe: str, min_sigma: float | None, make: Make) -> None:
     run = make(recipe, min_sigma=min_sigma)
     call = Call(run.models.generator)
-    part = Part(Update(run.setting, 3, "generator"), range(4))
-    loss = part.learn(1.0)
-    assert part.real is not None and call.layout is not None
-    noise, sigma = part.draw.normal("noise", *part.shape[1:]), call.t / 1000
+    part = load(run, 3, 4)
+    loss = run.objective.learn(part, 1.0)
+    assert call.layout is not None
+    noise, sigma = part.noise("noise"), call.t / 1000
     s = sigma[:, :, None, None, None]
-    torch.testing.assert_close(call.x, (1 - s) * part.real + s * noise)
+    torch.testing.assert_close(call.x, (1 - s) * part.clean_BFCHW + s * noise)
     weight = SCHEDULE.weight(call.t) if min_sigma is None else (sigma / 0.3).clamp(max=1) ** 2
-    error = (call.flow - (noise - part.real)).square().mean((2, 3, 4))
+    error = (call.flow - (noise - part.clean_BFCHW)).square().mean((2, 3, 4))
     assert loss == pytest.approx((weight * error).mean().item(), rel=1e-3)
     assert call.layout.chunks == (4,) or recipe != "bidirectional"
     assert all(len({*row.tolist()}) == len(call.layout.chunks) for row in call.t)
     assert (call.clean is not None) == call.layout.teacher_forcing == (recipe == "tf")
-    assert call.clean is None or torch.equal(call.clean, part.real)
+    assert call.clean is None or torch.equal(call.clean, part.clean_BFCHW)
 
 
 def test_context_may_be_dark_and_noisy(make: Make) -> None:
-    run = make("tf", fade=0.5, context_noise=0.4)
-    assert run.setting.dark_CHW is not None
-    dark, call = run.setting.dark_CHW, Call(run.models.generator)
-    part = Part(Update(run.setting, 0, "generator"), range(4))
-    loss = part.learn(1.0)
-    assert part.real is not None
-    noise, s = part.draw.normal("noise", *part.shape[1:]), (call.t / 1000)[:, :, None, None, None]
+    run = make("tf", darken=0.5, context_noise=0.4)
+    assert run.context.dark_CHW is not None
+    dark, call = run.context.dark_CHW, Call(run.models.generator)
+    part = load(run, 0, 4)
+    loss = run.objective.learn(part, 1.0)
+    noise, s = part.noise("noise"), (call.t / 1000)[:, :, None, None, None]
     share = part.draw.uniform("fade", 2)[:, :, None, None, None, None]
-    seen, context = (part.real + 0.5 * share[:, i] * (dark - part.real) for i in (0, 1))
+    missing = dark - part.clean_BFCHW
+    seen, context = (part.clean_BFCHW + 0.5 * share[:, i] * missing for i in (0, 1))
     torch.testing.assert_close(call.x, (1 - s) * seen + s * noise)
     level = 0.4 * part.draw.uniform("context level")[:, None, None, None, None]
-    context = context + level * part.draw.normal("context noise", *part.shape[1:])
+    context = context + level * part.noise("context noise")
     torch.testing.assert_close(call.clean, context)
     x0 = call.x - s * call.flow
-    want = ((x0 - part.real) / s.clamp(min=0.3)).square().mean()  # of the clip as it is
+    want = ((x0 - part.clean_BFCHW) / s.clamp(min=0.3)).square().mean()  # of the clip as it is
     assert loss == pytest.approx(want.item(), rel=1e-3)
 
 
@@ -294,35 +300,35 @@ def test_regression_starts_from_the_teacher_s_trajectories(make: Make) -> None:
     seen: dict[bool, set[int]] = {False: set(), True: set()}
     chosen = set()
     for step in range(12):
-        part = Part(Update(run.setting, step, "generator"), range(4))
-        loss = part.learn(1.0)
-        assert part.points is not None and call.layout is not None
-        clean, forcing = part.points[:, -1], step % 2 == 1
+        part = load(run, step, 4)
+        loss = run.objective.learn(part, 1.0)
+        assert part.points_BSFCHW is not None and call.layout is not None
+        clean, forcing = part.points_BSFCHW[:, -1], step % 2 == 1
         assert call.layout.teacher_forcing == forcing
         assert (call.clean is not None) == forcing
         assert call.clean is None or torch.equal(call.clean, clean)
         for b, f in ((b, f) for b in range(4) for f in range(4)):
             k = t_S.index(call.t[b, f].item())
-            assert torch.equal(call.x[b, f], part.points[b, k, f])
+            assert torch.equal(call.x[b, f], part.points_BSFCHW[b, k, f])
             seen[forcing].add(k)
         s = SCHEDULE.sigma(call.t)[:, :, None, None, None]
         want = (call.x - s * call.flow - clean).square().mean()
         assert loss == pytest.approx(want.item(), rel=1e-4)
-        chosen |= {row.sum().item() for row in part.points}
+        chosen |= {row.sum().item() for row in part.points_BSFCHW}
     assert seen == {False: {0, 1, 2, 3, 4}, True: {0, 1, 2, 3}}
     assert len(chosen) == 6  # all that there are
 
 
 def test_trajectories_are_those_of_the_teacher(make: Make) -> None:
     run = make("ode", guidance=0.5, pairs=3)
-    points, text = run.setting.trajectories.draw([2, 0])
+    points, text = run.context.trajectories.draw([2, 0])
     teacher = run.models.real
     assert teacher is not None and points.shape == (2, 5, 4, 4, 8, 8)
     assert points[:, 0].std() == pytest.approx(1, abs=0.1)
     flow = guided(teacher, text, torch.zeros(1, 1, 32), 0.5)
     again = solve(flow, points[:, 0], SCHEDULE, TINY.steps, 20)
     torch.testing.assert_close(again, points, rtol=1e-4, atol=1e-4)
-    prompts = run.source.draw(recipes.seed_of(0, "trajectories"), 3, 4, latents=False)
+    prompts = run.source.draw(seed_of(0, "trajectories"), 3, 4, latents=False)
     assert torch.equal(text, prompts.text_BTE[[2, 0]])
 
 
@@ -369,10 +375,10 @@ def test_trajectories_are_not_made_twice(tmp_path: Path) -> None:
 
     count = 2 * IN_FILE + 3
     stored = Trajectories(tmp_path / "t", count)
-    told: list[int] = []
-    stored.make(solved, {"teacher": "a"}, ALONE, told.append)
+    progress: list[int] = []
+    stored.make(solved, {"teacher": "a"}, ALONE, progress.append)
     parts = [range(IN_FILE), range(IN_FILE, 2 * IN_FILE), range(2 * IN_FILE, count)]
-    assert asked == parts and told == [part.stop for part in parts]
+    assert asked == parts and progress == [part.stop for part in parts]
     names = sorted(path.name for path in (tmp_path / "t").iterdir())
     assert len(names) == 4 and not any(name.startswith(".") for name in names)
 
@@ -414,8 +420,8 @@ def test_guidance_leads_away_from_the_negative_prompt(make: Make) -> None:
 
 
 def test_draws_hang_on_the_row_alone() -> None:
-    def draw(*rows: int) -> recipes.Draw:
-        return recipes.Draw(7, range(*rows), torch.device("cpu"))
+    def draw(*samples: int) -> Draw:
+        return Draw(7, range(*samples), torch.device("cpu"))
 
     whole = draw(0, 4).normal("noise", 3, 2)
     assert torch.equal(whole[2:], draw(2, 4).normal("noise", 3, 2))
@@ -423,12 +429,12 @@ def test_draws_hang_on_the_row_alone() -> None:
     uniform = draw(0, 500).uniform("u", 8)
     assert 0 <= uniform.min() < 0.01 and 0.99 < uniform.max() < 1
     assert draw(0, 500).normal("n", 8).std() == pytest.approx(1, abs=0.05)
-    assert recipes.seed_of(1, "a") == recipes.seed_of(1, "a") != recipes.seed_of(1, "b")
+    assert seed_of(1, "a") == seed_of(1, "a") != seed_of(1, "b")
 
 
 def test_every_update_draws_other_clips(make: Make) -> None:
     run = make("tf")
-    seeds = {Update(run.setting, step, name).seed for step in range(9) for name in ("a", "b")}
+    seeds = {Batch.draw(run.context, step, name).seed for step in range(9) for name in ("a", "b")}
     assert len(seeds) == 18
-    one, other = (Part(Update(run.setting, step, "generator"), range(4)).real for step in (0, 1))
-    assert one is not None and other is not None and not torch.equal(one, other)
+    one, other = (load(run, step, 4).clean_BFCHW for step in (0, 1))
+    assert not torch.equal(one, other)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import torch
 
 from sfmodel import process
 from sfmodel.files import alone
-from sfmodel.train import loop, parallel, recipes, report
+from sfmodel.train import loop, parallel, report
+from sfmodel.train.batch import MicroBatch
+from sfmodel.train.config import RECIPES
 from sfmodel.train.loop import train
 from sfmodel.weights import checkpoint
 from tests.damage import DAMAGE
@@ -108,15 +111,15 @@ def test_a_stop_in_an_update_goes_on_as_if_there_was_none(
     settings = config(folder, recipe, optimizer=optimizer, save_every=4, **change)
     with monkeypatch.context() as patch:
         for name in ("learn", "learn_critic"):
-            learn = getattr(recipes.Part, name)
+            learn = getattr(RECIPES[recipe], name)
 
-            def stopped(self: recipes.Part, share: float, learn: Any = learn) -> float:
+            def stopped(batch: MicroBatch, share: float, learn: Any = learn) -> float:
                 calls.append(share)
                 if len(calls) == call:
                     signal.raise_signal(number)
-                return learn(self, share)
+                return learn(batch, share)
 
-            patch.setattr(recipes.Part, name, stopped)
+            patch.setattr(RECIPES[recipe], name, stopped)
         stir()
         before = signal.getsignal(number)
         with pytest.raises(KeyboardInterrupt):
@@ -367,6 +370,22 @@ def test_an_interrupt_in_a_checkpoint_is_one(
     assert not [*tmp_path.rglob("*.part")]
 
 
+def test_a_run_with_the_names_of_version_0_1_goes_on(tmp_path: Path) -> None:
+    """Its settings `fall` and `fade` are called otherwise now."""
+    settings = config(tmp_path / "run", decay_fraction=0.5, darken=0.5)
+    train(replace(settings, steps=2), device="cpu")
+    facts = tmp_path / "run" / "checkpoints" / "step-000002" / parallel.FACTS
+    said = facts.read_text()
+    for old, new in (("fall", "decay_fraction"), ("fade", "darken")):
+        assert f'"{new}": 0.5' in said
+        said = said.replace(f'"{new}"', f'"{old}"')
+    facts.write_text(said)
+    with pytest.raises(ValueError, match=r"is of a run with darken=0\.5: resume with the same set"):
+        train(replace(settings, darken=0.1), resume=True, device="cpu")
+    train(settings, resume=True, device="cpu")
+    assert steps(tmp_path / "run") == ["step-000002", "step-000004"]
+
+
 def test_folders_of_other_runs_are_left_alone(tmp_path: Path, ended: Path) -> None:
     with alone(ended), pytest.raises(ValueError, match="another process writes there"):
         train(config(ended, optimizer="muon"), resume=True, device="cpu")
@@ -397,14 +416,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name = "learn" if which == "generator" else "learn_critic"
-    learn = getattr(recipes.Part, name)
+    learn = getattr(RECIPES[recipe], name)
 
-    def exploding(self: recipes.Part, share: float) -> float:
-        value = learn(self, share)
-        if self.update.step < 2:
+    def exploding(batch: MicroBatch, share: float) -> float:
+        value = learn(batch, share)
+        if batch.batch.step < 2:
             return value
-        model = self.models.generator if which == "generator" else self.models.critic
-        assert model is not None
+        model = getattr(batch.context.models, which)
         for parameter in model.parameters():
             assert parameter.grad is not None
             parameter.grad *= gradient
@@ -412,7 +430,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_once(
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(recipes.Part, name, exploding)
+        patch.setattr(RECIPES[recipe], name, exploding)
         with pytest.raises(FloatingPointError) as raised:
             train(config(folder, recipe), device="cpu")
     failed = folder / "checkpoints" / "failed-step-000002"

@@ -39,9 +39,17 @@ def model() -> DiT:
     return model.double()
 
 
+class Generated(Rollout):
+    """A rollout and its video."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.video = self.generate()
+
+
 def rollout(
     model: DiT, layout: BlockLayout, exit_step: int = 3, batch: int = 2, **more: Any
-) -> Rollout:
+) -> Generated:
     """With the same noise whatever the exit step."""
     generator = torch.Generator().manual_seed(1)
 
@@ -53,7 +61,7 @@ def rollout(
         more["context_noise_BFCHW"] = context
     text = torch.randn(batch, 3, 8, generator=generator)
     tensors = noise, renoise, text
-    return Rollout(model, layout, FlowSchedule(), STEPS, exit_step, *tensors, **more)
+    return Generated(model, layout, FlowSchedule(), STEPS, exit_step, *tensors, **more)
 
 
 @pytest.mark.parametrize("chunks", [(3, 3, 3, 3), (1, 2, 2, 2), (1,) * 6])
@@ -69,7 +77,7 @@ def test_a_rollout_to_the_last_step_is_the_stream(
     renoise = torch.randn(2, frames, 3, 4, 4, 6, generator=generator)
     cache = model.new_cache(2, window or frames, GRID, sink)
     with torch.no_grad():
-        model.set_text(cache, got.text)
+        model.set_text(cache, got.text_BTE)
         t = FlowSchedule().warp(STEPS)
         sigmas = FlowSchedule().sigma(t)
         want = []
@@ -104,7 +112,7 @@ def whole_graph(
         past = torch.cat(seen, 1) if seen else x[:, :0]
         times = torch.cat([torch.zeros(len(x), past.shape[1]), t[exit_step].expand(x.shape[:2])], 1)
         with past_detached(past.shape[1] * TOKENS * detach):
-            flow = model(torch.cat([past, x], 1), times, r.text, layout=layout)
+            flow = model(torch.cat([past, x], 1), times, r.text_BTE, layout=layout)
         x0 = x - sigma * flow[:, past.shape[1] :]
         video.append(x0)
         clean = x0.detach()

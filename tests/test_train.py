@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sfmodel.dit import DiT
 from sfmodel.train import loop, parallel
 from sfmodel.train.config import RECIPES, defaults
 from sfmodel.train.loop import train
+from sfmodel.train.models import Models
 from sfmodel.weights import checkpoint
 from tests.tiny_runs import TINY, config, draw_pictures, logged, steps, tiny, weights
 
@@ -72,12 +74,12 @@ def test_every_recipe_trains_from_the_command_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder, kind = tmp_path / "run", RECIPES[recipe]
+    folder, objective = tmp_path / "run", RECIPES[recipe]
     init = weights(tmp_path / "init.safetensors", 1)
     teacher = weights(tmp_path / "teacher.safetensors", 2)
     words = ["--recipe", recipe, "--init", init, "--frames", 4, "--windows", 3, 4, "--steps", 2]
     words += ["--batch", 2, "--chunks", 1, 3, "--log-every", 1, "--threads", 1, "--pairs", 2]
-    if kind.distils or kind.objective == "ode":
+    if objective.needs_critic or objective.needs_teacher:
         words += ["--teacher", teacher, "--critic-steps", 1, "--critic-warmup", 0]
     words += ["--output", folder]
     monkeypatch.setattr(sys, "argv", ["sfmodel", "train", *map(str, words)])
@@ -87,15 +89,15 @@ def test_every_recipe_trains_from_the_command_line(
     assert json.loads((folder / "config.json").read_text())["recipe"] == recipe
     lines = logged(folder)
     assert [line["step"] for line in lines] == [1, 2]
-    losses = {"loss", "norm"} | ({"critic_loss", "critic_norm"} if kind.distils else set())
+    critics = {"critic_loss", "critic_norm"} if objective.needs_critic else set()
     for line in lines:
-        assert losses == {name for name in line if re.search("loss|norm", name)}
+        assert {"loss", "norm"} | critics == {name for name in line if re.search("loss|norm", name)}
         assert all(map(math.isfinite, line.values())) and line["norm"] > 0
     assert (folder / "curves.png").stat().st_size > 1000
     sampled = [path.name for path in (folder / "samples").glob("*")]
-    assert sampled == ([] if kind.context == "whole" else ["update-000002.png"])
+    assert sampled == ([] if objective.context == "whole" else ["update-000002.png"])
     assert steps(folder) == ["step-000002"]
-    assert (folder / "trajectories").exists() == (kind.objective == "ode")
+    assert (folder / "trajectories").exists() == objective.needs_trajectories
 
     (run,) = runs
     assert not any(is_file(run.models.generator, init).values())
@@ -104,16 +106,16 @@ def test_every_recipe_trains_from_the_command_line(
     assert json.loads(metadata["step"]) == 2 and json.loads(metadata["recipe"]) == recipe
     averaged = is_file(run.average, folder / "model.safetensors")
     assert all(averaged.values())
-    assert (run.models.critic is not None) == kind.distils
+    assert (run.models.critic is not None) == objective.needs_critic
     if run.models.critic is not None:
         kept = {name for name, same in is_file(run.models.critic, teacher).items() if same}
         unread = {"head.head.weight", "head.head.bias", "head.modulation"}  # by the discriminator
-        assert kept == (unread if kind.objective == "gan" else set())
-    assert (run.models.real is not None) == (kind.objective in ("ode", "dmd", "sid"))
+        assert kept == (unread if objective.needs_discriminator else set())
+    assert (run.models.real is not None) == objective.needs_teacher
     if run.models.real is not None:
         assert all(is_file(run.models.real, teacher).values())
         assert not any(p.requires_grad for p in run.models.real.parameters())
-    assert (run.models.discriminator is not None) == (kind.objective == "gan")
+    assert (run.models.discriminator is not None) == objective.needs_discriminator
     if run.models.discriminator is not None:
         assert run.models.discriminator.logit.weight.abs().min() > 0  # it is zero at first
 
@@ -152,7 +154,7 @@ def test_training_learns(tmp_path: Path) -> None:
 )
 def test_bad_settings(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        config(tmp_path / "run", **{"recipe": "tf", **change})
+        config(tmp_path / "run", **{"recipe": "tf", **change}).check_files()
 
 
 @pytest.mark.parametrize(
@@ -182,8 +184,29 @@ def test_prompts_are_enough_without_clips(tmp_path: Path) -> None:
     assert logged(tmp_path / "b")[0]["loss"] > 0
 
 
+def test_models_and_data_may_be_ready_ones(tmp_path: Path) -> None:
+    """They are learned as those that the settings name."""
+    settings = config(tmp_path / "run", "sf+dmd")
+    ranks = parallel.Ranks(0, 1, torch.device("cpu"))
+    named, ready = loop.Run(settings, ranks), Models.load(settings, ranks)
+    bare = replace(settings, init=None, teacher=None, output=Path("/proc/none"))
+    given = loop.Run(bare, ranks, source=named.source, models=ready)
+    assert named.train_step() == given.train_step() and given.models is ready
+    for models, recipe in ((ready, "tf"), (Models(ready.generator), "sf+dmd")):
+        with pytest.raises(ValueError, match=f"models: recipe='{re.escape(recipe)}' learns with a"):
+            loop.Run(replace(bare, recipe=recipe), ranks, models=models)
+
+
+def test_without_an_average_the_generator_itself_is_saved(tmp_path: Path, runs: list[Any]) -> None:
+    path = train(config(tmp_path / "run", steps=2, ema=0.0), device="cpu")
+    assert all(is_file(runs[0].models.generator, path).values())
+    assert runs[0].average is runs[0].models.generator
+    train(config(tmp_path / "run", steps=4, ema=0.0), device="cpu", resume=True)
+    assert steps(tmp_path / "run") == ["step-000002", "step-000004"]
+
+
 def test_a_rate_warms_up_and_falls(tmp_path: Path) -> None:
-    settings = config(tmp_path / "run", steps=10, warmup=4, fall=0.5)
+    settings = config(tmp_path / "run", steps=10, warmup=4, decay_fraction=0.5)
     rates = [loop._rate(step, settings) for step in range(10)]
     assert rates[:3] == pytest.approx([0.25, 0.5, 0.75]) and rates[3:6] == [1.0] * 3
     assert rates[6:] == pytest.approx([0.02 + 0.98 * left / 5 for left in (4, 3, 2, 1)])

@@ -15,7 +15,8 @@ from unittest import mock
 import torch
 
 from sfmodel.files import alone
-from sfmodel.train import parallel, recipes, report
+from sfmodel.train import parallel, report
+from sfmodel.train.batch import MicroBatch
 from sfmodel.train.config import TrainConfig
 from sfmodel.train.loop import train
 from sfmodel.train.trajectories import IN_FILE
@@ -41,15 +42,16 @@ def trajectories(folder: Path) -> TrainConfig:
 def stopped(config: TrainConfig, second: bool) -> None:
     """Trains until the second rank alone has a signal, in the third micro-batch of the first
     update, and then goes on."""
-    learn, calls = recipes.Part.learn_critic, []
+    objective, calls = config.objective, []
+    learn = objective.learn_critic
 
-    def signalled(self: recipes.Part, share: float) -> float:
+    def signalled(batch: MicroBatch, share: float) -> float:
         calls.append(share)
         if second and len(calls) == 3:
             signal.raise_signal(signal.SIGTERM)
-        return learn(self, share)
+        return learn(batch, share)
 
-    with mock.patch.object(recipes.Part, "learn_critic", signalled):
+    with mock.patch.object(objective, "learn_critic", signalled):
         try:
             train(config, device=CPU)
         except KeyboardInterrupt:

@@ -10,20 +10,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from sfkernels import BlockLayout
 from sfkernels.dispatch import IMPLS
 from sfmodel.config import PRESETS, Preset, check_seed
 from sfmodel.dit import DiT
 from sfmodel.files import check_writable
+from sfmodel.train.objectives import Objective
+from sfmodel.train.objectives.dmd import DMD
+from sfmodel.train.objectives.flow import FlowMatching
+from sfmodel.train.objectives.gan import GAN
+from sfmodel.train.objectives.ode import ODERegression
+from sfmodel.train.objectives.sid import SiD
 from sfmodel.weights import checkpoint
 
-Context = Literal["whole", "clean", "noisy", "either", "own"]
-Objective = Literal["flow", "ode", "dmd", "sid", "gan"]
-
 PATIENCE = 600.0  # seconds
-# What settings are at least and at most.
+# The least and the most that settings may be.
 _RANGES: dict[tuple[float, float], tuple[str, ...]] = {
     (1, math.inf): (
         *("frames", "chunks", "windows", "steps", "batch", "log_every", "save_every", "pairs"),
@@ -34,47 +37,29 @@ _RANGES: dict[tuple[float, float], tuple[str, ...]] = {
         *("weight_decay", "lr", "lr_critic", "clip", "min_sigma", "context_noise", "gan_penalty"),
     ),
     (0, 1024): ("threads",),
-    (0, 1): ("drop_text", "drop_word", "fall", "fade", "ema", "betas"),
+    (0, 1): ("drop_text", "drop_word", "decay_fraction", "darken", "ema", "betas"),
     (-1e9, 1e9): ("guidance", "gan_sigma"),
 }
 
+# Settings that runs of version 0.1.0 have saved under other names.
+_RENAMED = {"fall": "decay_fraction", "fade": "darken"}
 WEIGHTS = Path(__file__).parent.parent / "toy" / "weights"
 
 
-class Recipe(NamedTuple):
-    """context: what a chunk sees of the others: the whole noisy clip, both ways ("whole"), real
-    clean ones before it (teacher forcing, "clean"), real ones as noisy as they are (diffusion
-    forcing, "noisy"), one of these two by turns ("either"), or what the model itself generated
-    (self forcing, "own"). objective: what is learned from the result."""
-
-    context: Context
-    objective: Objective
-
-    @property
-    def distils(self) -> bool:
-        """Whether a critic learns beside the generator."""
-        return self.objective in ("dmd", "sid", "gan")
-
-    @property
-    def needs_clips(self) -> bool:
-        """Whether prompts alone are not enough to learn from."""
-        return self.objective != "ode" and (self.context != "own" or self.objective == "gan")
-
-
-RECIPES: dict[str, Recipe] = {
-    "bidirectional": Recipe("whole", "flow"),
-    "tf": Recipe("clean", "flow"),
-    "df": Recipe("noisy", "flow"),
-    "ode": Recipe("either", "ode"),
-    "tf+dmd": Recipe("clean", "dmd"),
-    "tf+sid": Recipe("clean", "sid"),
-    "tf+gan": Recipe("clean", "gan"),
-    "df+dmd": Recipe("noisy", "dmd"),  # CausVid (arXiv 2412.07772)
-    "df+sid": Recipe("noisy", "sid"),
-    "df+gan": Recipe("noisy", "gan"),
-    "sf+dmd": Recipe("own", "dmd"),
-    "sf+sid": Recipe("own", "sid"),
-    "sf+gan": Recipe("own", "gan"),
+RECIPES: dict[str, Objective] = {
+    "bidirectional": FlowMatching("whole"),
+    "tf": FlowMatching("clean"),
+    "df": FlowMatching("noisy"),
+    "ode": ODERegression("either"),
+    "tf+dmd": DMD("clean"),
+    "tf+sid": SiD("clean"),
+    "tf+gan": GAN("clean"),
+    "df+dmd": DMD("noisy"),  # CausVid (arXiv 2412.07772)
+    "df+sid": SiD("noisy"),
+    "df+gan": GAN("noisy"),
+    "sf+dmd": DMD("own"),
+    "sf+sid": SiD("own"),
+    "sf+gan": GAN("own"),
 }
 
 
@@ -108,17 +93,17 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks
     lr: float = 2e-6  # peak learning rate of the generator
     warmup: int = 0  # updates of linear warm-up
-    fall: float = 0.0  # share of all updates in which the rate falls linearly to 2%, at the end
+    decay_fraction: float = 0.0  # share of all updates, at the end: the rate falls linearly to 2%
     betas: tuple[float, float] = (0.0, 0.999)  # of AdamW
     weight_decay: float = 0.01  # of matrices
     clip: float = 10.0  # largest norm of the gradient
-    ema: float = 0.99  # decay of the averaged weights, which are what generates
+    ema: float = 0.99  # decay of the averaged weights, which are what generates; 0: no average
     ema_start: int = 40  # updates before the average begins
 
     # flow matching
     min_sigma: float | None = None  # counts x0's error as 1/max(σ, this)²; None: Wan's bell
     context_noise: float = 0.0  # TF: largest noise on the clean context, in the latents' units
-    fade: float = 0.0  # TF: largest share of the light that is missing where the model looks
+    darken: float = 0.0  # TF: largest share of the light that is missing where the model looks
 
     # ODE regression
     pairs: int = 3072  # trajectories of the teacher
@@ -175,50 +160,47 @@ class TrainConfig:
         check_seed(self.seed, videos=1024)  # more than samples show
         if not 0 < self.patience < 10**8:
             raise ValueError(f"patience={self.patience}: must be seconds, more than 0")
-        if self.needs_teacher and self.teacher is None:
-            raise ValueError(f"recipe={self.recipe!r} learns from a teacher: give its weights")
-        other = self.teacher_preset not in (None, self.preset)
-        if self.kind.distils and self.critic is None and (other or self.teacher is None):
-            raise ValueError(
-                f"recipe={self.recipe!r}: a critic of {self.preset!r} cannot start from "
-                f"teacher={self.teacher} of {self.teacher_preset or self.preset!r}: give critic"
-            )
-        if self.kind.objective == "ode" and len(self.frames) > 1:
+        if self.objective.needs_trajectories and len(self.frames) > 1:
             raise ValueError(f"frames={self.frames}: the teacher's trajectories have one length")
-        if self.kind.context == "whole" and self.hide_first:
+        if self.objective.context == "whole" and self.hide_first:
             raise ValueError("hide_first: a bidirectional model has no first chunk")
         for frames, chunk, window in itertools.product(self.frames, self.chunks, self.windows):
             self.layout(frames, chunk, window)
 
     def check_files(self) -> None:
-        """Raises ValueError or OSError for weights that are not there or not of these models, and
-        for a folder that cannot be written. Reads no weights and leaves nothing."""
+        """Raises ValueError or OSError for weights that are missing or not of these models, and for
+        a folder that cannot be written. Reads no weights and leaves nothing."""
+        objective, size = self.objective, self.teacher_preset or self.preset
+        if objective.needs_teacher and self.teacher is None:
+            raise ValueError(f"recipe={self.recipe!r} learns from a teacher: give its weights")
+        mine = self.teacher is not None and size == self.preset
+        if objective.needs_critic and self.critic is None and not mine:
+            raise ValueError(
+                f"recipe={self.recipe!r}: a critic of {self.preset!r} cannot start from "
+                f"teacher={self.teacher} of {size!r}: give critic"
+            )
         check_writable(self.output / "config.json")
-        own, real = self.model.dit, PRESETS[self.teacher_preset or self.preset].dit
-        critic = self.critic or self.teacher if self.kind.distils else None
-        teacher = self.teacher if self.needs_teacher else None
+        own, real = self.model.dit, PRESETS[size].dit
+        critic = self.critic or self.teacher if objective.needs_critic else None
+        teacher = self.teacher if objective.needs_teacher else None
         for sizes, weights in ((own, self.init), (real, teacher), (own, critic)):
             if weights is not None:
                 checkpoint.check(functools.partial(DiT, sizes), weights)
 
     @property
-    def kind(self) -> Recipe:
+    def objective(self) -> Objective:
         return RECIPES[self.recipe]
 
     @property
     def model(self) -> Preset:
         return PRESETS[self.preset]
 
-    @property
-    def needs_teacher(self) -> bool:
-        return self.kind.objective in ("ode", "dmd", "sid")
-
     def layout(
         self, frames: int, chunk: int, window: int, teacher_forcing: bool = False
     ) -> BlockLayout:
         """Who sees whom in a clip. Raises ValueError for sizes that do not fit together."""
         tokens = math.prod(self.model.grid)
-        if self.kind.context == "whole":
+        if self.objective.context == "whole":
             return BlockLayout((frames,), tokens)
         return BlockLayout.causal(
             frames,
@@ -232,44 +214,46 @@ class TrainConfig:
         )
 
     def clips(self, frames: int) -> int:
-        """Of one update, if they have so many frames."""
+        """How many clips of so many latent frames one update has."""
         return self.batch * max(self.frames) // frames
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The settings as JSON has them."""
         return json.loads(json.dumps(asdict(self), default=str))
 
-    def differing(self, saved: Mapping[str, Any]) -> list[str]:
-        """The settings in which a saved run's decide otherwise what is computed."""
-        mine = self.plain()
+    def differing(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a saved run that decide otherwise what is computed."""
+        mine, saved = self.plain(), {_RENAMED.get(name, name): saved[name] for name in saved}
         free = {"output", "steps", "threads", "shard", "micro_batch", "patience"}
         free |= {"log_every", "save_every", "sample_every"}
-        return [name for name in mine if name not in free and saved.get(name) != mine[name]]
+        return {
+            name: saved.get(name)
+            for name in mine
+            if name not in free and saved.get(name) != mine[name]
+        }
 
 
 # A clip of 7 latent frames is 25 pixel frames, in which a fast ball crosses most of the box.
 _SHORT = {"frames": (7,), "chunks": (1, 3), "windows": (7,)}
 _TEACHER, _INIT = WEIGHTS / "toy_teacher.safetensors", WEIGHTS / "toy_ode.safetensors"
 _TOY: dict[str, Any] = dict(
-    optimizer="muon", lr=2e-3, warmup=50, fall=0.6, betas=(0.9, 0.95), clip=1.0, ema=0.998,
-    ema_start=0, min_sigma=0.3, guidance=0.0, log_every=20, save_every=200,
+    optimizer="muon", lr=2e-3, warmup=50, decay_fraction=0.6, betas=(0.9, 0.95), clip=1.0,
+    ema=0.998, ema_start=0, min_sigma=0.3, guidance=0.0, log_every=20, save_every=200,
 )  # fmt: skip
 _TOY_BY: dict[str, dict[str, Any]] = {
     "bidirectional": dict(**_SHORT, steps=2400),
     "flow": dict(
         frames=(1, 4, 16), chunks=(1, 3), windows=(6, 9, 15), steps=800, batch=32,
-        context_noise=0.4, fade=0.5,
+        context_noise=0.4, darken=0.5,
     ),
     "ode": dict(**_SHORT, steps=500, lr=1e-3, ema=0.995, init=_TEACHER, teacher=_TEACHER),
     "distillation": dict(
         **_SHORT, steps=40, batch=24, optimizer="adamw", lr=1e-4, lr_critic=3e-4, warmup=5,
-        fall=1.0, betas=(0.0, 0.99), weight_decay=0.0, ema=0.98, critic_warmup=20, drop_text=0.0,
-        init=_INIT, teacher=_TEACHER, log_every=5, save_every=10,
+        decay_fraction=1.0, betas=(0.0, 0.99), weight_decay=0.0, ema=0.98, critic_warmup=20,
+        drop_text=0.0, init=_INIT, teacher=_TEACHER, log_every=5, save_every=10,
     ),
 }  # fmt: skip
 _WAN: dict[str, Any] = dict(bf16=True, recompute=True, micro_batch=1, drop_text=0.0, drop_word=0.0)
-# Where the public configuration of SiD differs from that of DMD.
-_WAN_SID: dict[str, Any] = dict(lr_critic=2e-6, weight_decay=0.0)
 
 
 def defaults(preset: str = "toy", recipe: str = "tf") -> TrainConfig:
@@ -279,18 +263,18 @@ def defaults(preset: str = "toy", recipe: str = "tf") -> TrainConfig:
     The paper counts 600 updates of the critic, of which every fifth comes with one of the
     generator: 120 here, and its average begins after 200 of them: 40 here.
     """
-    kind = RECIPES.get(recipe, RECIPES["tf"])
+    objective = RECIPES.get(recipe, RECIPES["tf"])
     if preset == "toy":
-        by = "distillation" if kind.distils else kind.objective
-        return TrainConfig(recipe, **{**_TOY, **_TOY_BY.get(recipe, _TOY_BY[by])})
+        others = _TOY_BY["distillation" if objective.needs_critic else "flow"]
+        return TrainConfig(recipe, **{**_TOY, **_TOY_BY.get(recipe, others)})
     folder = Path(f"wan_models/Wan2.1-T2V-{preset.removeprefix('wan-').upper()}")
     official = folder / "diffusion_pytorch_model.safetensors"
     return TrainConfig(
         recipe,
         preset,
-        init=Path("checkpoints/ode_init.pt") if kind.distils else official,
-        teacher=official if kind.objective != "flow" else None,
+        init=Path("checkpoints/ode_init.pt") if objective.needs_critic else official,
+        teacher=official if objective.needs_critic or objective.needs_teacher else None,
         data=Path("data"),
         **_WAN,
-        **(_WAN_SID if kind.objective == "sid" else {}),
+        **objective.wan_settings,
     )

@@ -1,4 +1,4 @@
-"""Where training takes its clips and prompts from: the toy world, latents, videos, prompts alone.
+"""Sources of clips and prompts for training: the toy world, latents, videos, prompts alone.
 
 What one sample of a batch is does not depend on which others are asked for, so that the data are
 the same however a batch is split among ranks and micro-batches.
@@ -82,8 +82,8 @@ class ToyWorld:
     def draw(
         self, seed: int, batch: int, frames: int, rows: slice = slice(None), latents: bool = True
     ) -> Clips:
-        """As `Source.draw`. The whole batch is drawn, which is cheap; only its rows are rendered,
-        where the codec is."""
+        """Draws as every `Source`: the whole batch, which is cheap, of which only `rows` are
+        rendered, where the codec is."""
         picked = _picked(batch, rows)
         generator = world.generator_of(seed)
         truth = world.draw(batch, 1 + self.codec.temporal_factor * (frames - 1), generator)
@@ -108,7 +108,7 @@ class _File(NamedTuple):
 
 
 class _Files:
-    """What all sources of files share. Samples are drawn uniformly, each by a generator of its own;
+    """Base of all sources of files. Samples are drawn uniformly, each by a generator of its own;
     where a clip cannot be used, that generator goes on. No clip is remembered as bad: what a sample
     is would then depend on what was drawn before."""
 
@@ -146,7 +146,7 @@ class _Files:
     def draw(
         self, seed: int, batch: int, frames: int, rows: slice = slice(None), latents: bool = True
     ) -> Clips:
-        """As `Source.draw`."""
+        """Draws as every `Source`."""
         if latents and not self.has_latents:
             raise ValueError(
                 f"{self.path}: has prompts alone, this recipe needs clips: must be a folder of "
@@ -207,7 +207,7 @@ class _Files:
         return _header(path, self.preset, self.frames)
 
     def _latents(self, path: Path, row: int, frames: int) -> Tensor:
-        """Of one clip [F, C, H, W]."""
+        """Latents of one clip, [F, C, H, W]."""
         with _safetensors(path) as file:
             return _finite("latents", file.get_slice("latents")[row, :frames])
 
@@ -369,7 +369,7 @@ def _safetensors(path: Path) -> Iterator[Any]:
 
 
 def _header(path: Path, preset: Preset, frames: int) -> _File:
-    """Of a .safetensors file with clips of so many frames or more, or, if 0, with prompts alone."""
+    """Header of a file with clips of so many frames or more, or, if 0, with prompts alone."""
     dit, count = preset.dit, 0
     with _safetensors(path) as file:
         embedded = not frames or "text" in file.keys()  # noqa: SIM118
@@ -425,7 +425,7 @@ def _shape(file: Any, name: str) -> list[int]:
 
 
 def _finite(name: str, x: Tensor) -> Tensor:
-    """In float32 on the CPU."""
+    """The tensor in float32 on the CPU."""
     x = x.float().cpu()
     if not x.isfinite().all():
         raise ValueError(f"{name} holds NaN or infinity")

@@ -23,19 +23,19 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from sfmodel.config import PRESETS, DiTConfig
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
 from sfmodel.process import noting
+from sfmodel.ranges import phase
 from sfmodel.schedule import FlowSchedule
 from sfmodel.toy.text import ToyTextEncoder
 from sfmodel.toy.vae import ToyVAE
 from sfmodel.train import parallel
+from sfmodel.train.batch import Batch, Draw, TrainContext, seed_of
 from sfmodel.train.config import TrainConfig
 from sfmodel.train.data import Prompts, Source, open_source
-from sfmodel.train.discriminator import Discriminator
+from sfmodel.train.models import Models, load
 from sfmodel.train.parallel import Ranks
-from sfmodel.train.recipes import Draw, Models, Part, Setting, Update, seed_of
 from sfmodel.train.report import Record, Report, means
 from sfmodel.train.trajectories import Trajectories, guided, solve
 from sfmodel.weights import checkpoint
@@ -69,7 +69,7 @@ class Learner:
             parameter.grad = None
 
     def norm(self) -> float:
-        """Of the gradient, which is cut to config.clip."""
+        """The norm of the gradient, which is then cut to config.clip."""
         found = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         return float(found.full_tensor() if hasattr(found, "full_tensor") else found)
 
@@ -99,106 +99,105 @@ class Learner:
 class Run:
     """A run's models, optimisers and folder.
 
-    Raises ValueError for settings, weights or data that do not fit together."""
+    source, models: ready ones, in place of those that config's files and seed give. Models lie on
+    the device, on several ranks as `parallel.place` leaves them, and are trained in place. Raises
+    ValueError for settings, weights or data that do not fit together."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        ranks: Ranks,
+        *,
+        source: Source | None = None,
+        models: Models | None = None,
+    ) -> None:
         self.config, self.ranks, self.preset = config, ranks, config.model
-        kind = config.kind
-        config.check_files()
+        self.objective = config.objective
+        if models is None:
+            config.check_files()
         if config.optimizer == "muon" and ranks.world > 1:
             raise ValueError("optimizer='muon' runs on one rank: use 'adamw' on several")
         for frames in config.frames:
-            self._rows(config.clips(frames))
+            self._split(config.clips(frames))
         toy = config.preset == "toy"
         self.codec = ToyVAE.from_pretrained().to(ranks.device) if toy else None
         self.text = ToyTextEncoder() if toy else None
-        self.source: Source = open_source(
-            config.data,
-            self.preset,
-            max(config.frames),
-            ToyVAE() if toy else None,
-            self.text,
-            config.drop_word,
-            config.drop_text,
-        )
-        if kind.needs_clips and not self.source.has_latents:
+        self.source = source or open_source(
+            config.data, self.preset, max(config.frames), ToyVAE() if toy else None, self.text,
+            config.drop_word, config.drop_text,
+        )  # fmt: skip
+        if self.objective.needs_clips and not self.source.has_latents:
             raise ValueError(
                 f"recipe={config.recipe!r} learns from clips: {config.data} holds prompts alone"
             )
-        negative = torch.zeros(1, 1, self.preset.dit.text_dim)
-        if config.negative is not None:
-            prompts = Prompts(config.negative, self.preset, self.text)
-            negative = prompts.draw(0, 1, 1, latents=False).text_BTE
-        self.negative = negative.to(ranks.device)
-        dark = None
-        if self.codec is not None:
-            black = torch.full((1, 1, 3, 8, 8), -1.0, device=ranks.device)
-            dark = self.codec.encode_chunk(black)[0][0, 0]
-        elif config.fade:
-            raise ValueError(f"fade={config.fade}: only the toy world has a light")
-
-        generator = self._dit(self.preset.dit, config.init)
-        self.average = self._dit(self.preset.dit, None).requires_grad_(False)
-        with torch.no_grad():
-            for mine, theirs in self._averaged(generator):
+        if config.darken and self.codec is None:
+            raise ValueError(f"darken={config.darken}: only the toy world has a light")
+        negative_1TE, dark_CHW = self._negative(), self._dark()
+        self.models = models or Models.load(config, ranks)
+        self.models.check(config)
+        self._prepare_passes()
+        self.average = self.models.generator
+        if config.ema:
+            self.average = load(config, ranks, DiT, self.preset.dit).requires_grad_(False)
+            for mine, theirs in self._averaged():
                 mine.copy_(theirs)
-        self.learners = {"generator": Learner({"generator": generator}, config, config.lr)}
-        real = critic = head = None
-        if config.needs_teacher:
-            sizes = PRESETS[config.teacher_preset or config.preset].dit
-            real = self._dit(sizes, config.teacher, frozen=True)
-        if kind.distils:
-            critic = self._dit(self.preset.dit, config.critic or config.teacher)
-            learned: dict[str, nn.Module] = {"critic": critic}
-            if kind.objective == "gan":
-                head = self._place(Discriminator, self.preset.dit)
-                critic.head.requires_grad_(False)  # what is read are the blocks before it
-                learned["discriminator"] = head
-            self.learners["critic"] = Learner(learned, config, config.lr_critic)
-        self.models = Models(generator, real, critic, head)
-        for model in (generator, real, critic):
-            if model is not None:
-                # A rollout runs each exit step again as a whole, and every chunk has other shapes.
-                rolls = model is generator and kind.context == "own"
-                model.recompute = config.recompute and not rolls
-                if config.compile and not rolls:
-                    model.compile()
+        self.learners = self._learners()
         trajectories = Trajectories(config.output / "trajectories", config.pairs)
-        self.setting = Setting(
-            config, self.models, self.source, trajectories, self.negative, dark, ranks.device
-        )
+        self.context = TrainContext(
+            config, self.models, self.source, trajectories, negative_1TE, dark_CHW, ranks.device,
+            FlowSchedule(self.preset.shift),
+        )  # fmt: skip
         self.step = 0
         self.seconds = 0.0
         self.of_critic: list[Record] = []  # its updates of the step that is not over
         self.recent: list[Record] = []  # of steps since the last line of the log
         self.asked: Callable[[], bool] = lambda: False  # whether to stop, the same on all ranks
 
-    def _dit(self, sizes: DiTConfig, weights: Path | None, frozen: bool = False) -> DiT:
-        """Of a file's weights, or drawn from the run's seed; the same on all ranks. frozen: in the
-        dtype of the arithmetic, without gradient."""
-        impls = self.config.impl, self.config.attention_impl
-        model = self._place(DiT, sizes, *impls, weights=weights, frozen=frozen)
-        return model.requires_grad_(not frozen).train(not frozen)
+    def _negative(self) -> Tensor:
+        """Embeddings [1, T, E] of the prompt that guidance leads away from."""
+        text_1TE = torch.zeros(1, 1, self.preset.dit.text_dim)
+        if self.config.negative is not None:
+            prompts = Prompts(self.config.negative, self.preset, self.text)
+            text_1TE = prompts.draw(0, 1, 1, latents=False).text_BTE
+        return text_1TE.to(self.ranks.device)
 
-    def _place(
-        self, make: Callable[..., Any], *arguments: Any, weights: Path | None = None,
-        frozen: bool = False,
-    ) -> Any:  # fmt: skip
-        state: dict[str, Tensor] = {}
-        with torch.device("meta"):
-            model = make(*arguments)
-        if frozen and self.config.bf16:
-            model = model.bfloat16()
-        if weights is not None:
-            # Every rank looks, so that all of them refuse a file that is not there.
-            state, _ = checkpoint.matching(model, weights)
-        elif self.ranks.first:
-            with torch.random.fork_rng([]):
-                torch.manual_seed(seed_of(self.config.seed, make.__name__))
-                state = make(*arguments).state_dict()
-        return parallel.place(model, state, self.ranks, bf16=self.config.bf16)
+    def _dark(self) -> Tensor | None:
+        """Latents [C, H, W] of the toy world without light."""
+        if self.codec is None:
+            return None
+        black = torch.full((1, 1, 3, 8, 8), -1.0, device=self.ranks.device)
+        return self.codec.encode_chunk(black)[0][0, 0]
 
-    def _rows(self, clips: int) -> list[range]:
+    def _prepare_passes(self) -> None:
+        """Recomputes and compiles, where settings say so, all models that see whole clips: a
+        rollout runs each exit step again as a whole, and each of its chunks has other shapes."""
+        for name, model in self.models._asdict().items():
+            if isinstance(model, DiT):
+                whole = name != "generator" or self.objective.context != "own"
+                model.recompute = self.config.recompute and whole
+                if self.config.compile and whole:
+                    model.compile()
+
+    def _averaged(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each weight of the average and that of the generator, without gradient."""
+        models = self.average, self.models.generator
+        pairs = ([p.detach() for p in parallel.local(model.parameters())] for model in models)
+        return zip(*pairs, strict=True)
+
+    def _learners(self) -> dict[str, Learner]:
+        """Learned models by name, each with its optimisers."""
+        config = self.config
+        generator, _, critic, head = self.models
+        learners = {"generator": Learner({"generator": generator}, config, config.lr)}
+        if critic is not None:
+            learned: dict[str, nn.Module] = {"critic": critic}
+            if head is not None:
+                critic.head.requires_grad_(False)  # what is read are the blocks before it
+                learned["discriminator"] = head
+            learners["critic"] = Learner(learned, config, config.lr_critic)
+        return learners
+
+    def _split(self, clips: int) -> list[range]:
         """This rank's micro-batches of a global batch."""
         local, left = divmod(clips, self.ranks.world)
         micro = min(self.config.micro_batch or local, local)
@@ -210,88 +209,86 @@ class Run:
         begin = self.ranks.rank * local
         return [range(i, i + micro) for i in range(begin, begin + local, micro)]
 
-    def _averaged(self, generator: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        pairs = (parallel.local(model.parameters()) for model in (self.average, generator))
-        return zip(*pairs, strict=True)
-
-    def prepare(self, told: Callable[[int], None] = lambda done: None) -> None:
-        """What must be there before the first update: the teacher's trajectories."""
-        config, real = self.config, self.models.real
-        if config.kind.objective != "ode":
+    def prepare(self, progress: Callable[[int], None] = lambda done: None) -> None:
+        """Makes what must be there before the first update: the teacher's trajectories."""
+        if not self.objective.needs_trajectories:
             return
-        assert real is not None
-        (frames,) = config.frames
-
-        def solved(rows: range) -> tuple[Tensor, Tensor]:
-            seed = seed_of(config.seed, "trajectories")
-            prompts = self.source.draw(
-                seed, config.pairs, frames, slice(rows.start, rows.stop), latents=False
-            )
-            shape = frames, self.preset.dit.channels, self.preset.height, self.preset.width
-            noise = Draw(seed, rows, self.ranks.device).normal("noise", *shape)
-            text = prompts.text_BTE.to(self.ranks.device)
-            flow = guided(real, text, self.negative, config.guidance)
-            schedule = FlowSchedule(self.preset.shift)
-            with self.autocast():
-                return solve(flow, noise, schedule, self.preset.steps, config.teacher_steps), text
-
+        config = self.config
         facts = {
             name: config.plain()[name]
-                for name in (
+            for name in (
                 "preset", "teacher", "teacher_preset", "teacher_steps", "guidance", "negative",
                 "data", "frames", "pairs", "drop_text", "drop_word", "seed",
             )
         }  # fmt: skip
-        self.setting.trajectories.make(solved, facts, self.ranks, told)
+        self.context.trajectories.make(self._solve, facts, self.ranks, progress)
+
+    def _solve(self, samples: range) -> tuple[Tensor, Tensor]:
+        """Points [B, S + 1, F, C, H, W] and text [B, T, E] of some trajectories of the teacher."""
+        config, preset, real = self.config, self.preset, self.models.real
+        assert real is not None
+        (frames,) = config.frames
+        seed = seed_of(config.seed, "trajectories")
+        prompts = self.source.draw(
+            seed, config.pairs, frames, slice(samples.start, samples.stop), latents=False
+        )
+        shape = frames, preset.dit.channels, preset.height, preset.width
+        noise = Draw(seed, samples, self.ranks.device).normal("noise", *shape)
+        text = prompts.text_BTE.to(self.ranks.device)
+        flow = guided(real, text, self.context.negative_1TE, config.guidance)
+        with self.autocast():
+            points = solve(flow, noise, self.context.schedule, preset.steps, config.teacher_steps)
+        return points, text
 
     def train_step(self) -> Record:
         """The critic's updates and one of the generator; returns means over the ranks. Raises
-        FloatingPointError, with the state before this update saved, where one is not finite, and
-        Stopped where it is asked to: called again, also after `resume`, it goes on."""
+        FloatingPointError before an update that is not finite, and Stopped where it is asked to:
+        called again, also after `resume`, it goes on."""
         config = self.config
         record: Record = {}
         began = time.perf_counter()
         if "critic" in self.learners:
             count = config.critic_steps + (0 if self.step else config.critic_warmup)
             while (i := len(self.of_critic)) < count:
-                self.of_critic.append(self._update("critic", f"critic {i}", 1.0))
+                batch = Batch.draw(self.context, self.step, f"critic {i}")
+                self.of_critic.append(self.update("critic", batch))
             record = means(self.of_critic[-config.critic_steps :])
-        record |= self._update("generator", "generator", _rate(self.step, config))
+        batch = Batch.draw(self.context, self.step, "generator")
+        record |= self.update("generator", batch, _rate(self.step, config))
         self.of_critic = []
         self.step += 1
         after = self.step - config.ema_start
-        decay = min(config.ema, (1 + after) / (10 + after)) if after > 0 else 0.0
-        with torch.no_grad():
-            for average, value in self._averaged(self.models.generator):
-                average.lerp_(value, 1 - decay)
+        if config.ema:
+            decay = min(config.ema, (1 + after) / (10 + after)) if after > 0 else 0.0
+            for mine, theirs in self._averaged():
+                mine.lerp_(theirs, 1 - decay)
         self.seconds += time.perf_counter() - began
         return record
 
-    def _update(self, which: str, name: str, share: float) -> Record:
-        learner = self.learners[which]
-        update = Update(self.setting, self.step, name)
+    def update(self, which: str, batch: Batch, rate: float = 1.0) -> Record:
+        """One update of "generator" or "critic" on a global batch, at a share of the peak learning
+        rate; returns its loss and the norm of its gradient. Raises as `train_step`."""
+        learner, micro_batches = self.learners[which], self._split(batch.clips)
+        learn = self.objective.learn if which == "generator" else self.objective.learn_critic
+        share, loss = 1 / len(micro_batches), 0.0
         learner.zero_grad()
-        rows = self._rows(update.clips)
-        loss = 0.0
         with self.autocast():
-            for each in rows:
+            for samples in micro_batches:
                 # An update may take minutes, of which a node that is taken back leaves less.
                 if self.asked():
                     learner.zero_grad()
                     raise Stopped
-                part = Part(update, each)
-                learn = part.learn if which == "generator" else part.learn_critic
-                loss += learn(1 / len(rows)) / len(rows)
-        norm = learner.norm()
-        found = self.ranks.mean({"loss": loss, "norm": norm})
+                loss += learn(batch.load(samples), share) * share
+        with phase("optimiser"):
+            found = self.ranks.mean({"loss": loss, "norm": learner.norm()})
         if not all(map(math.isfinite, found.values())):
             learner.zero_grad()
-            where = self.save("failed-")
             raise FloatingPointError(
                 f"{which}: loss is {found['loss']}, norm of the gradient {found['norm']} in update "
-                f"{self.step + 1}; the state before it is in {where}"
+                f"{self.step + 1}"
             )
-        learner.step(share)
+        with phase("optimiser"):
+            learner.step(rate)
         prefix = "" if which == "generator" else "critic_"
         return {f"{prefix}{key}": value for key, value in found.items()}
 
@@ -356,7 +353,7 @@ class Run:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise parallel.damaged(found[-1], error) from None
         if other := self.config.differing(saved):
-            was = ", ".join(f"{name}={saved.get(name)!r}" for name in other)
+            was = ", ".join(f"{name}={value!r}" for name, value in other.items())
             raise ValueError(f"{found[-1]}: is of a run with {was}: resume with the same settings")
         state = self.state()
         parallel.load(found[-1], state, self.ranks)
@@ -382,7 +379,8 @@ def train(
     """Runs to `config.steps` with progress, and returns the path of the averaged weights.
 
     `process.STOPS` stop it before the next micro-batch: it saves what whole updates of generator or
-    critic have learned and raises KeyboardInterrupt. Raises ValueError where the folder holds
+    critic have learned and raises KeyboardInterrupt. Raises FloatingPointError, with the state
+    before it saved, for an update that is not finite, and ValueError where the folder holds
     another run and `resume` is not set, or another process trains there."""
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -409,14 +407,14 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Path:
         def asked() -> bool:
             return ranks.any(bool(signals) or report.failed is not None)
 
-        def told(done: int) -> None:
+        def progress(done: int) -> None:
             report.preparing(done)
             if asked():
                 raise KeyboardInterrupt  # what is made so far is kept
 
         if resume and not (run.step or run.of_critic):
             report.say(f"{folder}: holds no checkpoint to resume: a new run")
-        run.prepare(told)
+        run.prepare(progress)
         report.began = time.perf_counter()
         run.asked = asked
         report.sample()  # of a run that was killed before it was
@@ -426,6 +424,9 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Path:
                 if run.step == config.steps or run.step % config.save_every == 0:
                     run.save()
                 report.sample()
+        except FloatingPointError as error:
+            where = run.save("failed-")
+            raise FloatingPointError(f"{error}; the state before it is in {where}") from None
         except Stopped:
             learned = run.step or run.of_critic
             if learned:
@@ -441,7 +442,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Path:
 
 def _rate(step: int, config: TrainConfig) -> float:
     """Share of the peak learning rate at an update."""
-    fall = 1.0
-    if config.fall:
-        fall = min(1.0, (config.steps - step) / (config.fall * config.steps))
-    return min(1.0, (step + 1) / max(config.warmup, 1)) * (0.02 + 0.98 * fall)
+    decay = 1.0
+    if config.decay_fraction:
+        decay = min(1.0, (config.steps - step) / (config.decay_fraction * config.steps))
+    return min(1.0, (step + 1) / max(config.warmup, 1)) * (0.02 + 0.98 * decay)

@@ -69,7 +69,7 @@ class Ranks:
         return self.rank == 0
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Of each value, over all ranks."""
+        """The mean of each value over all ranks."""
         means = self._reduce([*values.values()], dist.ReduceOp.SUM, self.world)
         return dict(zip(values, means, strict=True))
 
@@ -141,8 +141,8 @@ def _lost(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def alone(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """As `files.alone`, which the first rank asks; where it is refused, all are. Removes what was
-    left of checkpoints by a run that was killed while it wrote."""
+    """Holds a folder as `files.alone`, which the first rank asks; where it is refused, all are.
+    Removes what was left of checkpoints by a run that was killed while it wrote."""
     refused: Exception | None = None
     with contextlib.ExitStack() as stack:
         if ranks.first:
@@ -160,7 +160,7 @@ def alone(folder: Path, ranks: Ranks) -> Iterator[None]:
 
 def place(
     model: Model,
-    state: Mapping[str, Tensor] | None,
+    state: Mapping[str, Tensor],
     ranks: Ranks,
     *,
     bf16: bool = False,
@@ -185,7 +185,7 @@ def place(
                 register_fsdp_forward_method(model, method)
     model.to_empty(device=ranks.device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks.world > 1)
-    set_model_state_dict(model, dict(state or {}), options=options)
+    set_model_state_dict(model, dict(state), options=options)
     return model
 
 
@@ -243,7 +243,7 @@ def save(
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Those of a run that are there, the newest last. What else lies there does not count."""
+    """Checkpoints in a run's folder, the newest last. Nothing else that lies there counts."""
     return sorted((path for path in folder.glob("step-*") if _step(path) >= 0), key=_step)
 
 
@@ -254,7 +254,8 @@ def _step(path: Path) -> int:
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """What `save` was told of a checkpoint. Raises ValueError where that cannot be read."""
+    """The step and the facts that `save` was given with a checkpoint. Raises ValueError where they
+    cannot be read."""
     try:
         for each in path.iterdir():
             if each.is_symlink():

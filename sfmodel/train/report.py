@@ -81,7 +81,7 @@ class Report:
             self.progress.print(text) if self.live else print(text, flush=True)
 
     def preparing(self, done: int) -> None:
-        """So many of the teacher's trajectories are there."""
+        """Shows that so many of the teacher's trajectories are made."""
         said = f"trajectory {done} of {self.config.pairs}"
         if self.live:
             self.progress.update(self.task, said=said)
@@ -118,7 +118,7 @@ class Report:
         """A contact sheet of what the averaged weights generate, where there is a decoder: after
         every `sample_every` updates and the last, unless it is there."""
         run, config = self.run, self.config
-        if run.codec is None or run.text is None or config.kind.context == "whole":
+        if run.codec is None or run.text is None or config.objective.context == "whole":
             return
         due = run.step == config.steps or (
             config.sample_every and run.step % config.sample_every == 0

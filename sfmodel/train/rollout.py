@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,10 +22,12 @@ from torch import Tensor
 from sfkernels import BlockLayout, sampler_step
 from sfmodel.dit import DiT, Past, TextKeys
 from sfmodel.schedule import FlowSchedule, add_noise
+from sfmodel.stream import few_step
 
 
+@dataclass(eq=False)
 class Rollout:
-    """A generated clip.
+    """A clip that `generate` makes and through which `backward` takes a gradient.
 
     layout: chunks, window, sink and whether the last chunk sees the first; not teacher forcing.
     steps: falling indices in 1..1000, warped by the schedule. exit_step: index of the step whose
@@ -35,78 +38,71 @@ class Rollout:
     gradient_frames: backward passes only for chunks that begin in the last so many frames (None:
     all); the others are context.
 
-    video: [B, F, C, H, W] in float32, without gradient. Raises ValueError for sizes that do not fit
-    together.
+    Raises ValueError for sizes that do not fit together.
     """
 
-    def __init__(
-        self,
-        model: DiT,
-        layout: BlockLayout,
-        schedule: FlowSchedule,
-        steps: Sequence[int],
-        exit_step: int,
-        noise_BFCHW: Tensor,
-        renoise_BFSCHW: Tensor,
-        text_BTE: Tensor,
-        *,
-        context_noise_BFCHW: Tensor | None = None,
-        gradient_frames: int | None = None,
-    ) -> None:
-        batch, frames = noise_BFCHW.shape[:2]
+    model: DiT
+    layout: BlockLayout
+    schedule: FlowSchedule
+    steps: Sequence[int]
+    exit_step: int
+    noise_BFCHW: Tensor
+    renoise_BFSCHW: Tensor
+    text_BTE: Tensor
+    context_noise_BFCHW: Tensor | None = None
+    gradient_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        layout, last = self.layout, len(self.steps) - 1
+        batch, frames, *shape = self.noise_BFCHW.shape
         if layout.teacher_forcing or layout.frames != frames:
             raise ValueError(
                 f"layout has {layout.frames} frames, teacher_forcing={layout.teacher_forcing}: a "
                 f"rollout of {frames} frames takes one of as many, without"
             )
-        if not 0 <= exit_step < len(steps):
-            raise ValueError(f"exit_step={exit_step}: must be from 0 to {len(steps) - 1}")
-        want = (batch, frames, len(steps) - 1, *noise_BFCHW.shape[2:])
-        if tuple(renoise_BFSCHW.shape) != want:
-            raise ValueError(f"renoise has shape {[*renoise_BFSCHW.shape]}: must be {[*want]}")
-        self.model, self.layout, self.text = model, layout, text_BTE
-        self.t = schedule.warp(steps).to(model.device)
-        self.sigmas = schedule.sigma(self.t)
-        self.exit_step = exit_step
-        clean = torch.zeros((), device=model.device)
-        smallest = schedule.sigma(clean)
-
+        if not 0 <= self.exit_step <= last:
+            raise ValueError(f"exit_step={self.exit_step}: must be from 0 to {last}")
+        got, want = [*self.renoise_BFSCHW.shape], [batch, frames, last, *shape]
+        if got != want:
+            raise ValueError(f"renoise has shape {got}: must be {want}")
+        self.t = self.schedule.warp(self.steps).to(self.model.device)
+        self.sigmas = self.schedule.sigma(self.t)
         ends = [*itertools.accumulate(layout.chunks)]
-        self.chunks = [
-            slice(end - size, end) for end, size in zip(ends, layout.chunks, strict=True)
-        ]
-        keep_from = 0 if gradient_frames is None else frames - gradient_frames
+        sizes = zip(ends, layout.chunks, strict=True)
+        self.chunks = [slice(end - size, end) for end, size in sizes]
+        keep_from = 0 if self.gradient_frames is None else frames - self.gradient_frames
         self.with_gradient = [chunk.start >= keep_from for chunk in self.chunks]
-        config, device = model.config, model.device
-        half = torch.is_autocast_enabled(device.type)
-        size = config.layers, batch, layout.tokens, config.heads, config.head_dim
-        dtype = torch.get_autocast_dtype(device.type) if half else model.dtype
-        self.k, self.v = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
 
+    @torch.no_grad()
+    def generate(self) -> Tensor:
+        """The video [B, F, C, H, W] in float32. Keeps what `backward` needs: the keys and values of
+        the clip, and the input of each chunk's exit step."""
+        model, clean = self.model, torch.zeros((), device=self.model.device)
+        self.k, self.v = self._new_cache()
+        self.keys = model.text_keys(self.text_BTE)
         self.exit_inputs: list[Tensor] = []
         video = []
-        with torch.no_grad():
-            self.keys = model.text_keys(text_BTE)
-            for i, chunk in enumerate(self.chunks):
-                x, fresh = noise_BFCHW[:, chunk].float(), renoise_BFSCHW[:, chunk]
-                for step in range(exit_step):
-                    flow = self._flow(i, x, self.t[step])
-                    following = self.sigmas[step + 1], fresh[:, :, step].contiguous()
-                    _, x = sampler_step(x, flow, self.sigmas[step], *following, impl=model.impl)
-                self.exit_inputs.append(x)
-                x0 = self._x0(i)
-                video.append(x0)
-                if context_noise_BFCHW is not None:
-                    x0 = add_noise(x0, context_noise_BFCHW[:, chunk].float(), smallest)
-                self._flow(i, x0, clean, keep=True)
-        self.video = torch.cat(video, 1)
+        for i, chunk in enumerate(self.chunks):
+            x, fresh = self.noise_BFCHW[:, chunk].float(), self.renoise_BFSCHW[:, chunk]
+            noises = {n + 1: fresh[:, :, n].contiguous() for n in range(self.exit_step)}
+            for step in range(self.exit_step):
+                flow = self._flow(i, x, self.t[step])
+                _, x = few_step(flow, x, step, self.sigmas, noises.__getitem__, model.impl)
+            self.exit_inputs.append(x)
+            x0 = self._x0(i)
+            video.append(x0)
+            if self.context_noise_BFCHW is not None:
+                noise = self.context_noise_BFCHW[:, chunk].float()
+                x0 = add_noise(x0, noise, self.schedule.sigma(clean))
+            self._flow(i, x0, clean, keep=True)
+        return torch.cat(video, 1)
 
     def backward(self, upstream_BFCHW: Tensor) -> None:
-        """Adds to the parameters' gradients those of a loss whose gradient with respect to `video`
-        is `upstream`. Its chunks may be passed any number of times."""
+        """Adds to the parameters' gradients those of a loss whose gradient with respect to the
+        video is `upstream` [B, F, C, H, W], any number of times once it is generated."""
         with torch.enable_grad():
             # All chunks share the prompt's keys: their gradients meet there and go back once.
-            keys = self.model.text_keys(self.text)
+            keys = self.model.text_keys(self.text_BTE)
             learned = [each for pair in keys for each in pair if each.requires_grad]
             cut = [[each.detach().requires_grad_(each.requires_grad) for each in k] for k in keys]
             self.keys = TextKeys(*cut)
@@ -115,6 +111,21 @@ class Rollout:
                     self._x0(i).backward(upstream_BFCHW[:, chunk])
             torch.autograd.backward(learned, [e.grad for k in cut for e in k if e.requires_grad])
 
+    def _new_cache(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the whole clip, [layers, B, L, heads, head_dim] each."""
+        config, device = self.model.config, self.model.device
+        half = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if half else self.model.dtype
+        size = (
+            config.layers,
+            len(self.noise_BFCHW),
+            self.layout.tokens,
+            config.heads,
+            config.head_dim,
+        )
+        k, v = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
+        return k, v
+
     def _flow(self, i: int, x_BFCHW: Tensor, t: Tensor, keep: bool = False) -> Tensor:
         begin = self.chunks[i].start * self.layout.frame_tokens
         spans = ((lo, min(hi, begin)) for lo, hi in self.layout.rows[i].keys if lo < begin)
@@ -122,7 +133,7 @@ class Rollout:
         return self.model(x_BFCHW, t, self.keys, past=past)
 
     def _x0(self, i: int) -> Tensor:
-        """Of the exit step."""
+        """x0 of chunk i by its exit step."""
         x, sigma = self.exit_inputs[i], self.sigmas[self.exit_step]
         flow = self._flow(i, x, self.t[self.exit_step])
         return sampler_step(x, flow, sigma, impl=self.model.impl)[0]

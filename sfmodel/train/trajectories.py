@@ -67,7 +67,7 @@ def guided(
 
 
 class Trajectories:
-    """Those of a folder, in order."""
+    """Trajectories of a folder, in order."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.count = folder, count
@@ -78,8 +78,10 @@ class Trajectories:
             end = min(begin + IN_FILE, self.count)
             yield self.folder / f"trajectories-{begin:06d}.safetensors", range(begin, end)
 
-    def make(self, solve: Callable[[range], tuple[Tensor, Tensor]], facts: dict[str, object],
-             ranks: Ranks, told: Callable[[int], None] = lambda done: None) -> None:  # fmt: skip
+    def make(
+        self, solve: Callable[[range], tuple[Tensor, Tensor]], facts: dict[str, object],
+        ranks: Ranks, progress: Callable[[int], None] = lambda done: None,
+    ) -> None:  # fmt: skip
         """Writes what is missing: `solve` gives points and text of some trajectories. facts: what
         they depend on. Raises ValueError where the folder holds those of others."""
         files = [*self.files()]
@@ -99,7 +101,7 @@ class Trajectories:
             points, text = solve(rows)
             if begin + ranks.rank < len(files) and not path.exists():
                 save_tensors(path, {"points": points, "text": text}, {})
-            told(files[min(begin + ranks.world, len(files)) - 1][1].stop)
+            progress(files[min(begin + ranks.world, len(files)) - 1][1].stop)
         ranks.wait()
 
     def draw(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:

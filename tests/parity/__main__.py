@@ -158,8 +158,9 @@ def self_force(case: Case, tensors: Tensors, model: DiT, text: Tensor) -> Tensor
         text[: len(noise)],
         context_noise_BFCHW=tensors["context_noise"],
     )
+    video = rollout.generate()
     rollout.backward(tensors["upstream"])
-    return rollout.video
+    return video
 
 
 def worst_gradient(tensors: Tensors, model: DiT) -> float:
