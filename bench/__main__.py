@@ -27,9 +27,13 @@ from sfmodel.extras import require
 from sfmodel.process import prepared
 
 SUITES = ("quick", "gpu", "full", "verify")
-NAMES = ("kernels", "stream", "decode", "cpu", "train", "predict", "report", "compare", "readme",
-         "tune")  # fmt: skip
-COMMANDS = {**{name: f"bench.{name}" for name in NAMES}, "extrapolate": "experiments.rolling"}
+OPS = ("kernels", "cpu")
+NAMES = ("stream", "decode", "train", "predict", "report", "compare", "readme", "tune")
+COMMANDS = {
+    **{name: f"bench.ops.{name}" for name in OPS},
+    **{name: f"bench.{name}" for name in NAMES},
+    "extrapolate": "experiments.rolling",
+}
 # Those that need tyro and a video encoder.
 TRAINED = {"demo": "experiments.demo", "experiment": "experiments.table2"}
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-from bench import attention, contest, harness, kernels, rows, timing
 from bench.attention import Case
 from bench.attention_cases import FULL, TINY, cases
 from bench.contest import run_case
+from torch import Tensor
+
+from bench import attention, contest, harness, kernels, rows, timing
 from bench.harness import Job, Result, plain_console, show
 from sfkernels.roofline import attention_flops
 from tests.oracle import DEVICE

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from bench.contest import run_case
+from bench.works import Search, Work, searches, works
 from torch import Tensor
 
 from bench import cpu, kernels, rows, timing, tune
-from bench.contest import run_case
 from bench.harness import Job, plain_console, show
-from bench.works import Search, Work, searches, works
 from sfkernels import cpp, launch, roofline
 from sfkernels.launch import Flat, RowTile, Tile
 from sfmodel import machine

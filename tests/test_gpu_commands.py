@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import kernels, phases, stream, train
+from bench import phases, stream, train
 from bench.harness import Job, wrong
+from bench.ops import kernels
 from experiments import rolling
 from sfmodel.dit import DiT
 from sfmodel.toy.vae import ToyVAE

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import sfkernels as sf
 from bench import timing
-from bench.timing import Contestant
+from bench.timing import Implementation
 from sfkernels.gpu import norm_fwd
 from sfkernels.gpu.tiles import tile_table
 from sfmodel.cli import main
@@ -193,7 +193,7 @@ def test_one_that_cannot_be_captured_leaves_the_others(x: Tensor) -> None:
     for upstream in (None, [[x]] * 2):
         ops = {"waits": waits, "fails": fails, "runs": lambda x: x * 2}
         those = [
-            Contestant(name, op if upstream is None else backward(op), upstream)
+            Implementation(name, op if upstream is None else backward(op), upstream)
             for name, op in ops.items()
         ]
         timed = timing.measure(those, [[x]] * 2, rounds=2)

@@ -2,70 +2,66 @@
 run: norms, RoPE and the sampler as a share of what a copy reaches, attention of what a matrix
 product does.
 
-Every contestant is compared with float64 first; one that is wrong is reported and not timed.
+Every implementation is compared with float64 first; one that is wrong is reported and not timed.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from bench import attention, attention_cases, harness, rows, timing
-from bench.contest import EAGER, OURS, Case, best, interpreted, run_case
-from bench.harness import Job, Result, Table
+from bench import harness, timing
+from bench.harness import EAGER, OURS, Job, Result, Table
+from bench.ops import attention, memory_bound
+from bench.ops.measure import best, run_case
+from sfkernels.cases import AttentionCase, Case
+from sfkernels.testing import interpreted
 from sfmodel.machine import said
 
 
-def cases(tiny: bool) -> list[Case]:
-    sizes = (rows.TINY, attention_cases.TINY) if tiny else (rows.FULL, attention_cases.FULL)
-    return [*rows.cases(sizes[0]), *attention_cases.cases(sizes[1])]
+def rows(tiny: bool) -> list[tuple[Case, bool]]:
+    """The cases, and whether something that compiles for each takes part."""
+    small = memory_bound.TINY if interpreted() else memory_bound.SMALL
+    return [
+        *memory_bound.rows(small if tiny else memory_bound.FULL),
+        *attention.rows(attention.TINY if tiny else attention.FULL),
+    ]
 
 
 def run(job: Job) -> Result:
-    """Compiling takes most of the time: first all cases without, then what is left of it again
-    with those contestants that compile for each case."""
+    """Compiling takes most of the time: first all cases without, then with what is left of it again
+    with those implementations that compile for each case."""
     result = job.begin("kernels", torch.float32 if job.tiny else torch.bfloat16)
-    rounds = 1 if interpreted() else job.rounds  # an interpreter's times say nothing
-    chosen = [case for case in cases(job.tiny) if job.wants(case.label)]
-    again = [case for case in chosen if case.compiler and job.cuda]
-    again.sort(key=_is_not_a_pattern)
-    found: dict[str, dict[str, Any]] = {}
+    job.rounds = 1 if interpreted() else job.rounds  # an interpreter's times say nothing
     copies: dict[int, float] = {}
-    for case, compiled in [*((c, False) for c in chosen), *((c, True) for c in again)]:
-        compiler, seconds = case.compiler or ("", 0.0)
-        label = case.label + f" with {compiler}" * compiled
-        if job.left < seconds * compiled:
-            result["no_time_for"].append(label)
-            continue
-        job.tick(label)
-        try:
-            if compiled and "failed" in found[case.label]:
-                continue
-            row = run_case(case, job.device, result["ceilings"], rounds, compiled)
-            if not is_attention(row):
-                if case.nbytes not in copies:
-                    copies[case.nbytes] = timing.copy_bandwidth(job.device, case.nbytes, rounds)
-                row["copy_gbps"] = copies[case.nbytes]
-            found[case.label] = row
-        except Exception as error:  # the other cases still run
-            failed = {"failed": timing.reason(error)}
-            if compiled:
-                found[case.label]["contestants"][compiler] = failed
-            else:
-                found[case.label] = {"case": case.label, **failed}
-        result["rows"] = [*found.values()]
-        timing.free(job.device)
-        job.save(result)
+    every = rows(job.tiny)
+    for case, _ in every:
+        job.add(result, case.label, functools.partial(row, case, job, result, copies, False))
+    again = [case for case, compiled in every if compiled and job.cuda]
+    for case in sorted(again, key=_is_not_a_pattern):
+        name = "flex" if isinstance(case, AttentionCase) else "compile"
+        job.add(result, case.label, functools.partial(row, case, job, result, copies, True), name)
     return job.end(result)
+
+
+def row(case: Case, job: Job, result: Result, copies: dict[int, float], compiled: bool) -> Result:
+    """copies: GB/s by bytes, as far as they are known."""
+    out = run_case(case, job.device, result["ceilings"], job.rounds, compiled)
+    if not isinstance(case, AttentionCase):
+        if case.nbytes not in copies:
+            copies[case.nbytes] = timing.copy_bandwidth(job.device, case.nbytes, job.rounds)
+        out["copy_gbps"] = copies[case.nbytes]
+    return out
 
 
 def _is_not_a_pattern(case: Case) -> tuple[bool, bool]:
     """Of cases to compile for, those patterns that FlexAttention is made for come first, and their
     backward pass before all."""
-    return not isinstance(case, attention.Case) or case.layout is None, not case.backward
+    return not isinstance(case, AttentionCase) or case.layout is None, not case.backward
 
 
 def is_attention(row: dict[str, Any]) -> bool:
@@ -122,9 +118,7 @@ def tables(result: Result) -> list[Table]:
         (f"arithmetic decides; a matrix product: {rate}",
          (*common, unit, "% of product", "MiB", last)),
     )  # fmt: skip
-    lines = [*sorted(notes)]
-    if result["no_time_for"]:
-        lines.append(f"no time for: {', '.join(result['no_time_for'])}")
+    lines = [*sorted(notes), *harness.left_out(result)]
     return [
         Table(f"{title} ({here})", columns, body, lines if body is both[-1] or not both[-1] else ())
         for (title, columns), body in zip(kinds, both, strict=True)
