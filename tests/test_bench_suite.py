@@ -92,7 +92,7 @@ def test_what_a_part_measured_is_kept_when_it_fails(tmp_path: Path) -> None:
 
 
 def test_a_part_runs_in_a_process(tmp_path: Path) -> None:
-    one = suite.step("kernels", 60.0, "--tiny", "--only", "^rms_norm 48")
+    one = suite.step("kernels", 60.0, "--tiny", "--only", "^rms_norm 1560")
     out = one.run(tmp_path / "kernels", 60.0)
     assert out["ok"], out
     (row,) = out["result"]["rows"]
@@ -153,7 +153,7 @@ def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compared.code == 0 and compared.lines == [f"no change ({compared.compared} compared)"]
     slowed = json.loads(json.dumps(result))
     rows = {row["case"]: row for row in slowed["parts"]["kernels"]["result"]["rows"]}
-    entry = rows["rms_norm 48 x 96"]["contestants"]["native"]
+    entry = rows["rms_norm 1560 x 1536"]["contestants"]["native"]
     entry["ms"] *= 3
     (change,) = compare.compare(result, slowed).changes
-    assert change.key == ("kernels", "rms_norm 48 x 96", "native") and change.times > 2.5
+    assert change.key == ("kernels", "rms_norm 1560 x 1536", "native") and change.times > 2.5
