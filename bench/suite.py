@@ -81,11 +81,11 @@ PRESETS = {
     "quick": Preset(
         115.0,
         (
-            step("kernels", 40.0, "--tiny"),
-            step("stream", 30.0, "--tiny"),
-            step("decode", 25.0, "--tiny"),
-            step("extrapolate", 30.0, "--tiny"),
-            step("train", 45.0, "--tiny"),
+            step("kernels", 60.0, "--tiny"),
+            step("stream", 40.0, "--tiny"),
+            step("decode", 35.0, "--tiny"),
+            step("extrapolate", 40.0, "--tiny"),
+            step("train", 50.0, "--tiny"),
         ),
         needs_gpu=False,
     ),

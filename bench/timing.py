@@ -9,6 +9,7 @@ On CPU the same in wall-clock time. A profiler sees each as an NVTX range.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import math
 import statistics
@@ -195,6 +196,17 @@ def free(device: torch.device) -> None:
         gc.collect()
         with contextlib.suppress(RuntimeError):  # of an earlier failure: what follows says so
             torch.cuda.empty_cache()
+
+
+def keep_memory() -> None:
+    """Keeps memory that is freed with the process, where the allocator is glibc's: nothing is
+    mapped apart (M_MMAP_MAX), nothing given back to the system (M_TRIM_THRESHOLD). Else every call
+    faults the pages of large outputs in anew, which takes longer than the op, whoever computes
+    it."""
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)
+        mallopt(-1, 2**31 - 1)
 
 
 def wait(device: torch.device) -> None:

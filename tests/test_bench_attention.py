@@ -45,6 +45,7 @@ def plain_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (attention, memory_bound, kernels):
         monkeypatch.setattr(module, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(timing, "keep_memory", lambda: None)  # for the whole process
 
 
 def test_flops_by_hand() -> None:

@@ -420,7 +420,7 @@ def test_nvidia_smi_is_asked_for_the_state(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.skipif(bool(cpp.MISSING), reason=cpp.MISSING)
 def test_the_cpu_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One op and the toy stream, right and timed; --only leaves out all others."""
-    monkeypatch.setattr(cpu, "keep_memory", lambda: None)  # for the whole process
+    monkeypatch.setattr(timing, "keep_memory", lambda: None)  # for the whole process
     only = "^adaln 48 x 96, float32, 1 thread|^toy stream, 1 thread"
     assert cpu.main(["--tiny", "--only", only, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import sfkernels as sf
-from bench import attention, harness, iterations, timing, train
+from bench import harness, iterations, timing, train
 from bench.iterations import Training, attending, check
+from bench.ops import flex
 from sfkernels import BlockLayout
 from sfmodel.config import PRESETS
 from sfmodel.cost import training_flops
@@ -68,10 +69,10 @@ def test_flex_attention_sees_what_the_layout_shows(row: str) -> None:
     layout = t.layouts[row]
     with torch.no_grad():
         want = t.loss(row)
-        with attending(t, "flex", attention.flex_attention(layout, CPU)):
+        with attending(t, "flex", flex.flex_attention(layout, CPU)):
             got = t.loss(row)
         whole = BlockLayout((layout.tokens,), 1)
-        with attending(t, "flex", attention.flex_attention(whole, CPU)):
+        with attending(t, "flex", flex.flex_attention(whole, CPU)):
             other = t.loss(row)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
     assert abs(other - want) > 1e-4 * want

@@ -2,15 +2,13 @@
 shapes of Wan2.1, with one thread and with two, in float32 and bfloat16; then what they make of a
 toy stream and of a toy training step.
 
-Every result is compared with float64 first. Memory that is freed stays with the process: else every
-call faults the pages of large outputs in anew, which takes longer than the op, whoever computes it.
-Five minutes on two cores, most of which torch.compile takes.
+Every result is compared with float64 first. Five minutes on two cores, most of which torch.compile
+takes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import sys
@@ -36,7 +34,6 @@ from sfmodel.train.config import defaults
 from sfmodel.train.loop import Run
 from sfmodel.train.parallel import started
 
-ROUNDS = 10
 DTYPES = (torch.float32, torch.bfloat16)
 THREADS = (1, 2)
 CHUNK = (3, FRAME, 1536)  # of Wan2.1-1.3B
@@ -54,9 +51,9 @@ def sizes(dtype: torch.dtype, tiny: bool) -> memory_bound.Sizes:
 def run(job: Job) -> Result:
     if cpp.MISSING:
         raise ValueError(f"there are no ops in C++ to measure: {cpp.MISSING}")
-    keep_memory()
+    timing.keep_memory()
     threads = torch.get_num_threads()
-    job.rounds = min(job.rounds, ROUNDS)
+    job.rounds = min(job.rounds, kernels.CPU_ROUNDS)
     result = job.begin("cpu", torch.float32)
     result["instructions"] = cpp.LOADED
     copies: dict[int, dict[int, float]] = {count: {} for count in THREADS}
@@ -83,15 +80,6 @@ def run(job: Job) -> Result:
 
 def said_threads(count: int) -> str:
     return f"{count} thread{'s' * (count > 1)}"
-
-
-def keep_memory() -> None:
-    """Where the allocator is glibc's: nothing is mapped apart (M_MMAP_MAX), and nothing is given
-    back to the system (M_TRIM_THRESHOLD)."""
-    with contextlib.suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)
-        mallopt(-1, 2**31 - 1)
 
 
 def _stream(job: Job) -> Result:

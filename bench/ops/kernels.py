@@ -22,6 +22,8 @@ from sfkernels.cases import AttentionCase, Case
 from sfkernels.testing import interpreted
 from sfmodel.machine import said
 
+CPU_ROUNDS = 10
+
 
 def rows(tiny: bool) -> list[tuple[Case, bool]]:
     """The cases, and whether something that compiles for each takes part."""
@@ -36,7 +38,8 @@ def run(job: Job) -> Result:
     """Compiling takes most of the time: first all cases without, then with what is left of it again
     with those implementations that compile for each case."""
     result = job.begin("kernels", torch.float32 if job.tiny else torch.bfloat16)
-    job.rounds = 1 if interpreted() else job.rounds  # an interpreter's times say nothing
+    if not job.cuda:  # an interpreter's times say nothing
+        job.rounds = 1 if interpreted() else min(job.rounds, CPU_ROUNDS)
     copies: dict[int, float] = {}
     every = rows(job.tiny)
     for case, _ in every:
@@ -263,4 +266,5 @@ def _roofline(result: Result) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    timing.keep_memory()
     return harness.command("kernels", sys.modules[__name__], arguments, __doc__)
