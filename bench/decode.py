@@ -268,50 +268,38 @@ def tables(result: Result) -> list[Table]:
     unit, scale = kernels.product_unit(result["ceilings"])
     columns = ("case", "", "ms", "p99", "with launch", unit, "% of product", "MiB", "error",
                "PSNR dB", "time / ours")  # fmt: skip
-    body: list[list[str]] = []
-    notes: dict[str, None] = {}
-    for row in result["rows"]:
-        if "failed" in row:
-            body.append([row["case"], f"failed: {row['failed']}", *[""] * 9])
-            continue
+
+    def share(row: Result, ms: float) -> str:
         timed = harness.timed(row)
         ours = next((timed[name]["ms"] for name in (OURS, TINY) if name in timed), None)
+        return f"{ms / ours:.2f}" if ours else ""
 
-        def share(ms: float, ours: float | None = ours) -> str:
-            return f"{ms / ours:.2f}" if ours else ""
+    def cells(row: Result, name: str, e: Result) -> list[str]:
+        return [
+            name,
+            kernels.number(e["ms"]),
+            kernels.number(e["p99_ms"]),
+            kernels.number(e["launched_ms"]) if "launched_ms" in e else "",
+            kernels.number(scale * e["tflops"]),
+            kernels.percent(e["tflops"], product),
+            f"{e['peak_mib']:.0f}" if "peak_mib" in e else "",
+            f"{e['error']:.1e}",
+            f"{e['psnr_db']:.1f}" if "psnr_db" in e else "exact",
+            share(row, e["ms"]),
+        ]
 
-        for i, (name, e) in enumerate(row["contestants"].items()):
-            label = row["case"] if i == 0 else ""
-            if "ms" not in e:
-                body.append([label, f"{name}: {e['failed']}", *[""] * 9])
-                continue
-            if "note" in e:
-                notes[f"{name}: {e['note']}"] = None
-            body.append(
-                [
-                    label,
-                    name,
-                    kernels.number(e["ms"]),
-                    kernels.number(e["p99_ms"]),
-                    kernels.number(e["launched_ms"]) if "launched_ms" in e else "",
-                    kernels.number(scale * e["tflops"]),
-                    kernels.percent(e["tflops"], product),
-                    f"{e['peak_mib']:.0f}" if "peak_mib" in e else "",
-                    f"{e['error']:.1e}",
-                    f"{e['psnr_db']:.1f}" if "psnr_db" in e else "exact",
-                    share(e["ms"]),
-                ]
-            )
+    lines, notes = [], ["error and PSNR: against float32"]
+    for row in result["rows"]:
+        lines += harness.body({"rows": [row]}, columns, cells)
+        notes += [f"{name}: {e['note']}" for name, e in harness.timed(row).items() if "note" in e]
         for name, key in (("floor", "floor_ms"), ("floor, folded", "folded_floor_ms")):
             if key in row:
-                body.append(["", name, kernels.number(row[key]), *[""] * 7, share(row[key])])
-                notes[FLOOR] = None
-    lines = ["error and PSNR: against float32", *notes]
-    if "note" in result:
-        lines.append(result["note"])
-    lines += harness.left_out(result)
+                lines.append(["", name, kernels.number(row[key]), *[""] * 7, share(row, row[key])])
+                notes.append(FLOOR)
+    notes = [*dict.fromkeys(notes), *filter(None, [result.get("note")])]
     title = f"video VAEs, {result['sizes']}, {result['ceilings']['dtype']}"
-    return [Table(f"{title} ({said(result['machine'])})", columns, body, lines)]
+    notes += harness.left_out(result)
+    return [Table(f"{title} ({said(result['machine'])})", columns, lines, notes)]
 
 
 def figures(result: Result) -> Iterator[tuple[str, Any]]:

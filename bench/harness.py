@@ -180,6 +180,24 @@ def timed(row: Result) -> dict[str, dict[str, Any]]:
     return {name: e for name, e in row.get("contestants", {}).items() if "ms" in e}
 
 
+def body(
+    result: Result, columns: Sequence[str], cells: Callable[[Result, str, Result], list[str]]
+) -> list[list[str]]:
+    """The lines of a table: of each row its implementations, the first behind its name, with what
+    `cells` says of one that was timed, or why there is none."""
+    rest = [""] * (len(columns) - 2)
+    lines = []
+    for row in result["rows"]:
+        if "failed" in row:
+            lines.append([row["case"], f"failed: {row['failed']}", *rest])
+        label = row["case"]
+        for name, e in row.get("contestants", {}).items():
+            said = cells(row, name, e) if "ms" in e else [f"{name}: {e['failed']}", *rest]
+            lines.append([label, *said])
+            label = ""
+    return lines
+
+
 def left_out(result: Result) -> list[str]:
     """A line on what there was no time for, if there is any."""
     names = result["no_time_for"]

@@ -18,8 +18,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,6 @@ from bench import timing
 from sfkernels import cases, check, launch, testing
 from sfkernels.cases import CHUNK, FRAME, WINDOW, AttentionCase, Case, Heads
 from sfkernels.launch import Flat, RowTile, Setting, Tile
-from sfkernels.testing import Op
 from sfmodel.files import atomic
 from sfmodel.machine import machine
 
@@ -194,51 +194,9 @@ def tune(
     for case in search.cases:
         if of_copy and time.monotonic() > deadline:
             break  # what is known of the first case decides
-        torch.manual_seed(0)
-        op = case.by(search.impl)
-        sets = [case.make(device) for _ in range(timing.count_sets(case.nbytes, device))]
-        with launch.using(**{search.kernel: default}):
-            outs = testing.results(op, sets[0])
-            upstream = [torch.randn_like(out) for out in outs] if case.backward else []
-            want = testing.results(op, sets[0], upstream)
-        right = [
-            s
-            for s in times
-            if s == default
-            # Candidates are compiled in the first case; past the deadline no further one is.
-            or (
-                (of_copy or time.monotonic() < deadline)
-                and _agrees(search.kernel, s, op, sets[0], upstream, want)
-            )
-        ]
-        measured: dict[Setting, float] = {}
-        for start in range(0, max(len(right) - 1, 1), BATCH):
-            group = [default, *right[1 + start : 1 + start + BATCH]]
-            if measured and time.monotonic() > deadline:
-                break
-            several = [
-                timing.Implementation(
-                    str(i),
-                    op,
-                    [upstream] * len(sets) if case.backward else None,
-                    functools.partial(launch.using, **{search.kernel: s}),
-                )
-                for i, s in enumerate(group)
-            ]
-            one = timing.measure(several, sets, rounds)
-            anchor = one["0"]
-            if isinstance(anchor, str):
-                return None
-            # What the clocks did between two groups shows in the default, which is in both.
-            drift = anchor.p50 / measured.setdefault(default, anchor.p50)
-            for i, setting in enumerate(group):
-                timed = one[str(i)]
-                if not isinstance(timed, str):
-                    measured[setting] = timed.p50 / drift
+        measured = time_in(case, search, [*times], device, deadline, rounds, bool(of_copy))
         times = {s: [*times[s], measured[s]] for s in times if s in measured}
-        copied = timing.copy_bandwidth(device, case.nbytes, rounds)
-        of_copy.append(copied)
-        del sets
+        of_copy.append(timing.copy_bandwidth(device, case.nbytes, rounds))
         timing.free(device)
     if not times:
         return None
@@ -252,6 +210,62 @@ def tune(
     why = _why(search, best, order, default, times, score, of_copy)
     entry: dict[str, Any] = {"channels": search.channels, **vars(replace(best, why=why))}
     return entry
+
+
+def time_in(
+    case: Case,
+    search: Search,
+    settings: Sequence[Setting],
+    device: torch.device,
+    deadline: float,
+    rounds: int,
+    compiled: bool,
+) -> dict[Setting, float]:
+    """Milliseconds of those settings that agree with the first, the default; of none if that
+    fails. Past the deadline none is compiled, unless they are already, and no further group is
+    timed."""
+    torch.manual_seed(0)
+    op, default = case.by(search.impl), settings[0]
+    sets = [case.make(device) for _ in range(timing.count_sets(case.nbytes, device))]
+    upstream: list[Tensor] = []
+
+    def under(setting: Setting) -> AbstractContextManager[None]:
+        return launch.using(**{search.kernel: setting})
+
+    def results(setting: Setting) -> list[Tensor]:
+        with under(setting):
+            return testing.results(op, sets[0], upstream)
+
+    want = results(default)
+    if case.backward:
+        upstream += [torch.randn_like(out) for out in want]
+        want = results(default)
+    right = [
+        s
+        for s in settings[1:]
+        if (compiled or time.monotonic() < deadline) and _agrees(s, results, want)
+    ]
+    grads = [upstream] * len(sets) if case.backward else None
+    measured: dict[Setting, float] = {}
+    for start in range(0, max(len(right), 1), BATCH):
+        if measured and time.monotonic() > deadline:
+            break
+        group = {str(i): s for i, s in enumerate([default, *right[start : start + BATCH]])}
+        several = [
+            timing.Implementation(name, op, grads, functools.partial(under, setting))
+            for name, setting in group.items()
+        ]
+        found = timing.measure(several, sets, rounds)
+        anchor = found["0"]
+        if isinstance(anchor, str):
+            return {}
+        # What the clocks did between two groups shows in the default, which is in both.
+        drift = anchor.p50 / measured.setdefault(default, anchor.p50)
+        for name, setting in group.items():
+            timed = found[name]
+            if not isinstance(timed, str):
+                measured[setting] = timed.p50 / drift
+    return measured
 
 
 def _why(
@@ -281,28 +295,19 @@ def _said(setting: Setting) -> str:
 
 
 def _agrees(
-    kernel: str,
-    setting: Setting,
-    op: Op,
-    inputs: Sequence[Tensor],
-    upstream: Sequence[Tensor],
-    want: Sequence[Tensor],
+    setting: Setting, results: Callable[[Setting], list[Tensor]], want: list[Tensor]
 ) -> bool:
     """Whether a candidate computes what the default does, to a few roundings of the dtype and the
     order of sums."""
     try:
-        with launch.using(**{kernel: setting}):
-            got = testing.results(op, inputs, upstream)
+        for ours, theirs in zip(results(setting), want, strict=True):
+            eps = torch.finfo(theirs.dtype).eps if theirs.is_floating_point() else 0.0
+            allowed = max(4 * eps, 1e-4) * float(theirs.float().abs().max())
+            worst = float((ours.float() - theirs.float()).abs().max())
+            assert worst <= allowed, f"{worst:.1e} from the default"  # NaN fails too
     except Exception as error:
-        print(f"  {kernel} {_said(setting)}: {timing.reason(error)}", file=sys.stderr)
+        print(f"  {_said(setting)}: {timing.reason(error)}", file=sys.stderr)
         return False
-    for ours, theirs in zip(got, want, strict=True):
-        eps = torch.finfo(theirs.dtype).eps if theirs.is_floating_point() else 0.0
-        relative = max(4 * eps, 1e-4)
-        allowed = relative * float(theirs.float().abs().max())
-        if not float((ours.float() - theirs.float()).abs().max()) <= allowed:  # NaN fails too
-            print(f"  {kernel} {_said(setting)}: differs from the default", file=sys.stderr)
-            return False
     return True
 
 

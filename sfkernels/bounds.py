@@ -9,26 +9,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sfkernels import launch
-from sfkernels.cases import (
-    CHUNK,
-    FRAME,
-    NORMS,
-    SAMPLERS,
-    Case,
-    Heads,
-    dmd_gradient,
-    normal,
-    normalisation,
-    qk_norm_rope,
-    quantize_rows,
-    ring_attention,
-    rms_norm_silu,
-    rope_table,
-    sampler_step,
-    self_forcing,
-    training,
-)  # fmt: skip
+from sfkernels import cases, launch
+from sfkernels.cases import CHUNK, FRAME, NORMS, Case, Heads
 
 FEW = (80, 90)  # where forms are compiled that add little
 # The frame slots that a thread looks up in a kernel that writes into a ring.
@@ -76,16 +58,15 @@ def ahead_of_time() -> list[Bounded]:
     for of in (Heads(), Heads(head_dim=64, dtype=fp16)):
         found += [*_attention_ahead(of), *_attention_ahead(of, "gluon")]
     found += [replace(one, archs=FEW) for one in wide]
-    for channels, residual, backward in itertools.product(
-        (96, 192, 384), (False, True), (False, True)
-    ):
-        case = rms_norm_silu(4, CHUNK * FRAME, channels, bf16, backward, residual)
+    both = False, True
+    for channels, residual, backward in itertools.product((96, 192, 384), both, both):
+        case = cases.rms_norm_silu(4, CHUNK * FRAME, channels, bf16, backward, residual)
         archs = launch.ARCHITECTURES if channels == 96 else FEW
         found.append(Bounded(_way("norm", backward), case, bf16, STATS, archs=archs))
-    others = {"sampler_step": [sampler_step(form) for form in SAMPLERS]}
-    others |= {"normal": [normal()], "dmd_gradient": [dmd_gradient()], "rope_table": [rope_table()]}
-    for launcher, cases in others.items():
-        found += [Bounded(launcher, case, fp32, SCALARS) for case in cases]
+    others = [("sampler_step", cases.sampler_step(form)) for form in cases.SAMPLERS]
+    others += [("normal", cases.normal()), ("dmd_gradient", cases.dmd_gradient())]
+    others.append(("rope_table", cases.rope_table()))
+    found += [Bounded(launcher, case, fp32, SCALARS) for launcher, case in others]
     return found
 
 
@@ -100,31 +81,31 @@ def _rows_ahead(channels: int, dtype: torch.dtype) -> Iterator[Bounded]:
     if half and channels == 1536:
         forms += [(op, False) for op in NORMS if op.startswith("gated")]
     for (op, gate), backward in itertools.product(forms, (False, True)):
-        case = normalisation(op, *size, dtype, backward, gate)
+        case = cases.normalisation(op, *size, dtype, backward, gate)
         archs = launch.ARCHITECTURES if op.endswith("adaln") and gate else FEW
         yield Bounded(_way("norm", backward), case, dtype, STATS, archs=archs)
     for backward in (False, True):
-        case = qk_norm_rope(*size, 128, dtype, backward)
+        case = cases.qk_norm_rope(*size, 128, dtype, backward)
         yield Bounded(_way("qk_norm_rope", backward), case, dtype, STATS)
-    case = qk_norm_rope(*size, 128, dtype, append=7 * CHUNK)
+    case = cases.qk_norm_rope(*size, 128, dtype, append=7 * CHUNK)
     yield Bounded("qk_norm_rope_fwd", case, dtype, SLOTS)
     for into in (torch.int8, torch.float8_e4m3fn):
-        case = quantize_rows(CHUNK * FRAME, channels, dtype, into)
+        case = cases.quantize_rows(CHUNK * FRAME, channels, dtype, into)
         yield Bounded("quantize_rows", case, dtype, SCALES)
 
 
 def _attention_ahead(of: Heads, impl: str = "triton") -> Iterator[Bounded]:
     window, both = 7 * CHUNK, (False, True)
-    forced = [training(of, 2 * CHUNK, backward, teacher_forcing=True) for backward in both]
-    past = [self_forcing(of, 8 * CHUNK, backward) for backward in both]
+    forced = [cases.training(of, 2 * CHUNK, backward, teacher_forcing=True) for backward in both]
+    past = [cases.self_forcing(of, 8 * CHUNK, backward) for backward in both]
     found = {"attention_fwd": [forced[0], past[0]], "attention_bwd": [forced[1], past[1]]}
-    found["ring_attention"] = [ring_attention(of, CHUNK, window)]
+    found["ring_attention"] = [cases.ring_attention(of, CHUNK, window)]
     if impl == "triton":
         # So few queries that the keys are split everywhere.
-        found["combine_parts"] = [ring_attention(of, 1, window)]
-        found["rotate_ring"] = [ring_attention(of, CHUNK, window, table=True)]
-    for launcher, cases in found.items():
-        for case in cases:
+        found["combine_parts"] = [cases.ring_attention(of, 1, window)]
+        found["rotate_ring"] = [cases.ring_attention(of, CHUNK, window, table=True)]
+    for launcher, forms in found.items():
+        for case in forms:
             few = FEW if case in past else launch.ARCHITECTURES
             yield Bounded(
                 launcher if impl == "triton" else f"hopper.{launcher}",

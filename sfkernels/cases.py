@@ -119,15 +119,10 @@ def normalisation(
     def without_gate(x: Tensor, y: Tensor, *rest: Tensor, impl: str) -> Any:
         return function(x, y, None, *rest, impl=impl)
 
-    return Case(
-        op if gate else f"{op}, no gate",
-        f"{tokens} x {channels}",
-        function if gate else without_gate,
-        make,
-        roofline.row_flops(op, tokens * channels, backward),
-        roofline.norm_bytes(tokens, channels, NORMS[op][backward], dtype.itemsize),
-        backward,
-    )
+    flops = roofline.row_flops(op, tokens * channels, backward)
+    nbytes = roofline.norm_bytes(tokens, channels, NORMS[op][backward], dtype.itemsize)
+    call, name = (function, op) if gate else (without_gate, f"{op}, no gate")
+    return Case(name, f"{tokens} x {channels}", call, make, flops, nbytes, backward)
 
 
 def rms_norm_silu(
@@ -150,15 +145,10 @@ def rms_norm_silu(
         outs = norm.rms_norm_silu(x, weight, y, bias_C=bias_C, before_BPC=before, impl=impl)
         return outs if residual else outs[1]
 
-    return Case(
-        "rms_norm_silu" if residual else "rms_norm_silu, no residual",
-        f"{tokens} x {channels}",
-        function,
-        make,
-        roofline.row_flops("rms_norm_silu", tokens * channels, backward),
-        roofline.norm_silu_bytes(tokens, before, channels, dtype.itemsize, backward),
-        backward,
-    )
+    flops = roofline.row_flops("rms_norm_silu", tokens * channels, backward)
+    nbytes = roofline.norm_silu_bytes(tokens, before, channels, dtype.itemsize, backward)
+    name = "rms_norm_silu" if residual else "rms_norm_silu, no residual"
+    return Case(name, f"{tokens} x {channels}", function, make, flops, nbytes, backward)
 
 
 def qk_norm_rope(
@@ -185,29 +175,21 @@ def qk_norm_rope(
         """The rings are returned too, to be compared."""
         return rope.qk_norm_rope_append(*tensors, impl=impl), *tensors[4:6]
 
-    return Case(
-        "qk_norm_rope_append" if append else "qk_norm_rope",
-        f"{tokens} x {channels}",
-        into_ring if append else new,
-        make,
-        roofline.row_flops("qk_norm_rope", tokens * channels, backward),
-        roofline.qk_norm_rope_bytes(tokens, channels, head_dim, dtype.itemsize, backward),
-        backward,
-    )
+    flops = roofline.row_flops("qk_norm_rope", tokens * channels, backward)
+    nbytes = roofline.qk_norm_rope_bytes(tokens, channels, head_dim, dtype.itemsize, backward)
+    call, name = (into_ring, "qk_norm_rope_append") if append else (new, "qk_norm_rope")
+    return Case(name, f"{tokens} x {channels}", call, make, flops, nbytes, backward)
 
 
 def quantize_rows(tokens: int, channels: int, dtype: torch.dtype, into: torch.dtype) -> Case:
     def make(device: torch.device) -> list[Tensor]:
         return [torch.randn(1, tokens, channels, device=device).to(dtype)]
 
-    return Case(
-        f"quantize_rows, {'int8' if into == torch.int8 else 'e4m3'}",
-        f"{tokens} x {channels}",
-        functools.partial(quant.quantize_rows, dtype=into),
-        make,
-        roofline.row_flops("quantize_rows", tokens * channels),
-        roofline.quantize_bytes(tokens, channels, dtype.itemsize),
-    )
+    flops = roofline.row_flops("quantize_rows", tokens * channels)
+    nbytes = roofline.quantize_bytes(tokens, channels, dtype.itemsize)
+    function = functools.partial(quant.quantize_rows, dtype=into)
+    name = f"quantize_rows, {'int8' if into == torch.int8 else 'e4m3'}"
+    return Case(name, f"{tokens} x {channels}", function, make, flops, nbytes)
 
 
 # By form of the sampler: the latents it takes beside x and the flow, and the tensors it moves.
@@ -243,7 +225,10 @@ def sampler_step(form: str, frames: int = CHUNK, latents: Sequence[int] = LATENT
         return sampler.sampler_step(x, flow, sigma, after, noise, **options)
 
     elements = torch.Size(shape).numel()
-    flops, nbytes = roofline.row_flops("sampler_step", elements), 4 * moved * elements
+    flops, nbytes = (
+        roofline.row_flops("sampler_step", elements),
+        roofline.sampler_bytes(elements, moved),
+    )
     return Case(f"sampler_step, {form}", _times(shape), function, make, flops, nbytes)
 
 
@@ -262,14 +247,15 @@ def normal(frames: int = CHUNK, latents: Sequence[int] = LATENTS) -> Case:
 def dmd_gradient(frames: int = WINDOW, latents: Sequence[int] = LATENTS) -> Case:
     shape = (1, frames, *latents)
     elements = torch.Size(shape).numel()
-    return Case(
-        "dmd_gradient",
-        _times(shape),
-        sampler.dmd_gradient,
-        lambda device: [*torch.randn(3, *shape, device=device)],
+
+    def make(device: torch.device) -> list[Tensor]:
+        return [*torch.randn(3, *shape, device=device)]
+
+    flops, nbytes = (
         roofline.row_flops("dmd_gradient", elements),
         roofline.sampler_bytes(elements, 4),
     )
+    return Case("dmd_gradient", _times(shape), sampler.dmd_gradient, make, flops, nbytes)
 
 
 def rope_table(frames: int = CHUNK, grid: tuple[int, int] = GRID, head_dim: int = 128) -> Case:
@@ -278,14 +264,12 @@ def rope_table(frames: int = CHUNK, grid: tuple[int, int] = GRID, head_dim: int 
     def function(frame: Tensor, impl: str) -> Tensor:
         return rope.rope_table(frame, grid, head_dim, impl=impl)
 
-    return Case(
-        "rope_table",
-        f"{tokens} x {head_dim}",
-        function,
-        lambda device: [torch.arange(frames, device=device) + 100],
-        roofline.row_flops("rope_table", tokens * head_dim),
-        roofline.rope_table_bytes(tokens, head_dim),
-    )
+    def make(device: torch.device) -> list[Tensor]:
+        return [torch.arange(frames, device=device) + 100]
+
+    flops = roofline.row_flops("rope_table", tokens * head_dim)
+    nbytes = roofline.rope_table_bytes(tokens, head_dim)
+    return Case("rope_table", f"{tokens} x {head_dim}", function, make, flops, nbytes)
 
 
 def _times(shape: Sequence[int]) -> str:

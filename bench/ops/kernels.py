@@ -78,55 +78,43 @@ def tables(result: Result) -> list[Table]:
     copy, product = ceilings["copy_gbps"], ceilings.get("matmul_tflops")
     unit, scale = product_unit(ceilings)
     rate = f"{scale * product:.3g} {unit}" if product else "not measured"
-    both: tuple[list[list[str]], list[list[str]]] = ([], [])
-    notes: set[str] = set()
-    kernels = False  # of ours, were any timed?
-    for row in result["rows"]:
-        if "failed" in row:
-            both[is_attention(row)].append([row["case"], f"failed: {row['failed']}", *[""] * 7])
-            continue
-        memory = not is_attention(row)
-        first = best(row["contestants"])["best_ours"]
-        ours = row["contestants"][first]["ms"] if first else None
-        kernels = kernels or first in OURS
-        for i, (name, e) in enumerate(row["contestants"].items()):
-            label = row["case"] if i == 0 else ""
-            if "ms" not in e:
-                both[not memory].append([label, f"{name}: {e['failed']}", *[""] * 7])
-                continue
-            if "note" in e:
-                notes.add(f"* {e['note']}")
-            if memory:
-                shares = [number(e["gbps"]), percent(e["gbps"], copy)]
-                shares.append(percent(e["gbps"], row["copy_gbps"]))
-            else:
-                shares = [number(scale * e["tflops"]), percent(e["tflops"], product)]
-                shares.append(f"{e['peak_mib']:.0f}" if "peak_mib" in e else "")
-            both[not memory].append(
-                [
-                    label,
-                    name + " *" * ("note" in e),
-                    microseconds(e["ms"]),
-                    microseconds(e["p99_ms"]),
-                    microseconds(e["launched_ms"]) if "launched_ms" in e else "",
-                    *shares,
-                    f"{e['ms'] / ours:.2f}" if ours else "",
-                ]
-            )
+    notes = {f"* {e['note']}" for row in result["rows"] for e in harness.timed(row).values()
+             if "note" in e}  # fmt: skip
+    ours = {row["case"]: best(row.get("contestants", {}))["best_ours"] for row in result["rows"]}
+
+    def cells(row: Result, name: str, e: Result) -> list[str]:
+        if is_attention(row):
+            shares = [number(scale * e["tflops"]), percent(e["tflops"], product)]
+            shares.append(f"{e['peak_mib']:.0f}" if "peak_mib" in e else "")
+        else:
+            shares = [number(e["gbps"]), percent(e["gbps"], copy)]
+            shares.append(percent(e["gbps"], row["copy_gbps"]))
+        first = ours[row["case"]]
+        return [
+            name + (" *" if "note" in e else ""),
+            microseconds(e["ms"]),
+            microseconds(e["p99_ms"]),
+            microseconds(e["launched_ms"]) if "launched_ms" in e else "",
+            *shares,
+            f"{e['ms'] / row['contestants'][first]['ms']:.2f}" if first else "",
+        ]
+
     common = ("case", "", "µs", "p99", "with launch")
-    last = "time / ours" if kernels else "time / eager"
-    kinds = (
-        (f"bytes decide; a large copy: {copy:.0f} GB/s",
+    last = "time / ours" if any(name in OURS for name in ours.values()) else "time / eager"
+    found = []
+    for attention_too, title, columns in (
+        (False, f"bytes decide; a large copy: {copy:.0f} GB/s",
          (*common, "GB/s", "% of large copy", "% of same-size copy", last)),
-        (f"arithmetic decides; a matrix product: {rate}",
+        (True, f"arithmetic decides; a matrix product: {rate}",
          (*common, unit, "% of product", "MiB", last)),
-    )  # fmt: skip
-    lines = [*sorted(notes), *harness.left_out(result)]
-    return [
-        Table(f"{title} ({here})", columns, body, lines if body is both[-1] or not both[-1] else ())
-        for (title, columns), body in zip(kinds, both, strict=True)
-        if body
-    ]
+    ):  # fmt: skip
+        rows = [row for row in result["rows"] if is_attention(row) == attention_too]
+        if rows:
+            lines = harness.body({"rows": rows}, columns, cells)
+            found.append(Table(f"{title} ({here})", columns, lines))
+    if found:
+        found[-1] = found[-1]._replace(notes=[*sorted(notes), *harness.left_out(result)])
+    return found
 
 
 def product_unit(ceilings: dict[str, Any]) -> tuple[str, float]:
