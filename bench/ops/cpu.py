@@ -34,6 +34,7 @@ from sfmodel.train.config import defaults
 from sfmodel.train.loop import Run
 from sfmodel.train.parallel import started
 
+ROUNDS = 10
 DTYPES = (torch.float32, torch.bfloat16)
 THREADS = (1, 2)
 CHUNK = (3, FRAME, 1536)  # of Wan2.1-1.3B
@@ -53,7 +54,7 @@ def run(job: Job) -> Result:
         raise ValueError(f"there are no ops in C++ to measure: {cpp.MISSING}")
     timing.keep_memory()
     threads = torch.get_num_threads()
-    job.rounds = min(job.rounds, kernels.CPU_ROUNDS)
+    job.rounds = min(job.rounds, ROUNDS)
     result = job.begin("cpu", torch.float32)
     result["instructions"] = cpp.LOADED
     copies: dict[int, dict[int, float]] = {count: {} for count in THREADS}

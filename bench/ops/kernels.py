@@ -22,7 +22,7 @@ from sfkernels.cases import AttentionCase, Case
 from sfkernels.testing import interpreted
 from sfmodel.machine import said
 
-CPU_ROUNDS = 10
+CPU_ROUNDS = 5
 
 
 def rows(tiny: bool) -> list[tuple[Case, bool]]:
