@@ -23,7 +23,8 @@ from torch import Tensor
 from bench import harness, timing
 from bench.harness import EAGER
 from bench.iterations import Training, attending, check, exit_step_of
-from bench.ops import flex, kernels
+from bench.ops import kernels
+from bench.ops.flex import COMPILE_SECONDS, flex_attention
 from sfmodel.config import PRESETS, Preset
 from sfmodel.cost import training_flops
 from sfmodel.machine import said
@@ -94,12 +95,12 @@ def measure(
     for impl in TINY_IMPLS if job.tiny else IMPLS:
         if impl == "flex" and layout is None:  # masked patterns are what it is for
             continue
-        if impl == "flex" and job.left < flex.COMPILE_SECONDS:
+        if impl == "flex" and job.left < COMPILE_SECONDS:
             result["no_time_for"].append(f"{name} with FlexAttention")
             continue
         job.tick(f"{name}: is {impl} right?")
         try:
-            flex = flex.flex_attention(layout, job.device) if impl == "flex" else None
+            flex = flex_attention(layout, job.device) if impl == "flex" else None
             with attending(training, impl, flex):
                 got = training.results(name)
             want = want or got
