@@ -27,9 +27,10 @@ from sfmodel.extras import require
 from sfmodel.process import prepared
 
 SUITES = ("quick", "gpu", "full", "verify")
-NAMES = ("kernels", "stream", "decode", "cpu", "train", "predict", "report", "compare",
-         "tune")  # fmt: skip
+OPS = ("kernels", "cpu")
+NAMES = ("stream", "decode", "train", "predict", "report", "compare", "tune")
 COMMANDS = {
+    **{name: f"bench.ops.{name}" for name in OPS},
     **{name: f"bench.{name}" for name in NAMES},
     "extrapolate": "experiments.rolling",
     "readme": "experiments.readme",

@@ -23,17 +23,17 @@ import functools
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench import codecs, harness, kernels, timing
+from bench import codecs, harness, timing
 from bench.codecs import WanCodec
 from bench.harness import Job, Result, Table
+from bench.ops import kernels
 from sfmodel import cost
 from sfmodel.config import VAEConfig
 from sfmodel.cost import PIXEL_FRAMES, VAE_STRIDE
@@ -46,7 +46,6 @@ CLOSE, CLOSE_HALF = 1e-4, 5e-2  # relative errors
 FLOOR = "floor: predicted, from the measured rate of a matrix product; folded: four of nine taps"
 BEFORE = 3  # latent frames of the clip before the chunk
 SECONDS, TINY_SECONDS = 30.0, 0.5  # that the rounds of a case may take
-COMPILE_SECONDS = 90.0  # that torch.compile may take for a case
 COLOURS = {
     REFERENCE: "#cccccc",
     PEER: "#c3d6a8",
@@ -57,13 +56,6 @@ COLOURS = {
     OURS: "#3b6ea5",
     TINY: "#1f3f66",
 }
-
-
-class Contestant(NamedTuple):
-    """codec: of the two methods of `sfmodel.vae.codec.VideoCodec`. around: what to run it in."""
-
-    codec: Any
-    around: Callable[[], AbstractContextManager[None]] = codecs.searched
 
 
 @dataclass(frozen=True)
@@ -139,23 +131,20 @@ TOY = Sizes(VAEConfig(dim=8), torch.float32, _cases(3, 4))
 
 
 class Field:
-    """Who takes part, with one set of random weights, and what says what is right."""
+    """The codecs that take part, with one set of random weights, and those in float32 that say what
+    is right."""
 
     def __init__(self, device: torch.device, sizes: Sizes) -> None:
         self.sizes = sizes
         torch.manual_seed(0)
         wan = codecs.wan_vae(device, torch.float32, sizes.config)
         tiny = codecs.tiny_vae(device, torch.float32)
-        slow = functools.partial(codecs.plain, search=False)
-        self.exact = {
-            False: Contestant(codecs.twin(wan, torch.float32, "reference"), slow),
-            True: Contestant(tiny, slow),
-        }
-        self.tiny = {TINY: Contestant(codecs.prepared(copy.deepcopy(tiny).to(sizes.dtype)))}
+        self.exact = {False: codecs.twin(wan, torch.float32, "reference"), True: tiny}
+        self.tiny = {TINY: codecs.prepared(copy.deepcopy(tiny).to(sizes.dtype))}
         ours = codecs.twin(wan, sizes.dtype)
-        self.wan = {
-            OURS: Contestant(ours),
-            REFERENCE: Contestant(codecs.twin(ours, sizes.dtype, "reference"), codecs.plain),
+        self.wan: dict[str, Any] = {
+            OURS: ours,
+            REFERENCE: codecs.twin(ours, sizes.dtype, "reference"),
         }
         self.last: Any = None  # diffusers' with channels last
         if importlib.util.find_spec(PEER):
@@ -164,56 +153,55 @@ class Field:
                 codecs.diffusers_vae(state, sizes.config, last) for last in (False, True)
             )
             for whole, suffix in ((False, ""), (True, WHOLE)):
-                self.wan[PEER + suffix] = Contestant(WanCodec(vae, whole))
-                self.wan[PEER + suffix + LAST] = Contestant(WanCodec(self.last, whole, last=True))
+                self.wan[PEER + suffix] = WanCodec(vae, whole)
+                self.wan[PEER + suffix + LAST] = WanCodec(self.last, whole, last=True)
 
-    def of(self, case: Case, compiled: bool) -> dict[str, Contestant]:
+    def of(self, case: Case, compiled: bool) -> dict[str, Any]:
         if case.tiny:
             return self.tiny
         found = dict(self.wan)
         if case.frames == 1:  # is whole anyway
-            found = {name: one for name, one in found.items() if WHOLE not in name}
+            found = {name: codec for name, codec in found.items() if WHOLE not in name}
         if compiled:
             torch._dynamo.reset()
-            found[COMPILE] = Contestant(WanCodec(self.last, whole=True, last=True, compiled=True))
+            found[COMPILE] = WanCodec(self.last, whole=True, last=True, compiled=True)
         return found
 
 
-def begun(case: Case, one: Contestant, before: Tensor) -> Callable[[Tensor], Any]:
-    """What runs a contestant on the chunk after `before`."""
-    step = case.step(one.codec)
+def begun(case: Case, codec: Any, before: Tensor) -> Callable[[Tensor], Any]:
+    """What runs a codec on the chunk after `before`."""
+    step = case.step(codec)
     state = None if case.first else step(before)[1]
     return lambda chunk: step(chunk, state)
 
 
 @torch.no_grad()
-def run_case(
-    case: Case, field: Field, ceilings: Mapping[str, Any], job: Job, seconds: float, compiled: bool
-) -> Result:
-    """Checks all contestants of a case and times those that are right: a row of the result."""
+def run_case(case: Case, field: Field, job: Job, result: Result, compiled: bool) -> Result:
+    """Checks all codecs of a case and times those that are right: a row of the result."""
     torch.manual_seed(0)
     before, chunk = case.make(job.device)
-    everyone, exact = field.of(case, compiled), field.exact[case.tiny]
+    everyone = field.of(case, compiled)
     job.tick(f"{case.label}: in float32")
-    with exact.around():
-        want = case.result(begun(case, exact, before)(chunk)[0])
+    with codecs.plain(search=False):
+        want = case.result(begun(case, field.exact[case.tiny], before)(chunk)[0])
     entries: dict[str, dict[str, Any]] = {}
-    right: dict[str, timing.Contestant] = {}
+    right: dict[str, timing.Implementation] = {}
     errors: dict[str, dict[str, float]] = {}
     exactly = field.sizes.dtype == torch.float32
     allowed = CLOSE if exactly else CLOSE_HALF
     # PyTorch's own ops first, as they say what others are allowed.
-    for name, one in sorted(everyone.items(), key=lambda item: item[0] != REFERENCE):
+    for name, codec in sorted(everyone.items(), key=lambda item: item[0] != REFERENCE):
         job.tick(f"{case.label}: is {name} right?")
+        context = codecs.plain if name == REFERENCE else codecs.searched
         try:
-            with one.around():
-                run = begun(case, one, before)
+            with context():
+                run = begun(case, codec, before)
                 errors[name] = compared(case.result(run(chunk)[0]), want)
             error = errors[name]["error"]
             assert error <= allowed, f"off by {error:.1e}, allowed {allowed:.1e}"  # NaN fails too
-            right[name] = timing.Contestant(name, run, None, one.around)
+            right[name] = timing.Implementation(name, run, context=context)
         except Exception as failure:
-            wrong = f"{timing.WRONG}: " * isinstance(failure, AssertionError)
+            wrong = f"{timing.WRONG}: " if isinstance(failure, AssertionError) else ""
             entries[name] = {"failed": wrong + timing.reason(failure)}
         if name == REFERENCE and name in right and not exactly:
             allowed = 2 * error
@@ -223,6 +211,7 @@ def run_case(
     # All graphs lie in one pool: each takes gigabytes.
     pool = torch.cuda.graph_pool_handle() if job.cuda else None
     ready = [right[name] for name in everyone if name in right]
+    seconds = TINY_SECONDS if job.tiny else min(SECONDS, job.left / 8)  # the cases after it too
     for name, timed in timing.measure(ready, [[chunk]], job.rounds, seconds, pool).items():
         more: dict[str, Any] = {}
         if not isinstance(timed, str):
@@ -231,7 +220,7 @@ def run_case(
     row: Result = {"case": case.label, "flops": flops, "folded_flops": folded}
     if job.cuda:  # a CPU's convolutions outrun its matrix product
         for key, least in (("floor_ms", flops), ("folded_floor_ms", folded)):
-            row[key] = timing.floor_ms(least, 0, dict(ceilings))
+            row[key] = timing.floor_ms(least, 0, result["ceilings"])
     row["contestants"] = {name: entries[name] for name in everyone}
     return row | best_peer(row)
 
@@ -261,26 +250,16 @@ def run(job: Job) -> Result:
     result = job.begin("decode", sizes.dtype)
     if sizes is SMALL:
         result["sizes"] = "Wan2.1's VAE at few latents"
-    chosen = [case for case in sizes.cases if job.wants(case.label)]
     job.tick("random weights")
     field = Field(job.device, sizes)
     if field.last is None:
         result["note"] = "diffusers is not installed: nothing to compare with"
-    again = [case for case in chosen if case.compiled and job.cuda and field.last is not None]
-    rows: dict[str, Result] = {}
-    todo = [*((case, False) for case in chosen), *((case, True) for case in again)]
-    for i, (case, compiled) in enumerate(todo):
-        if job.left < (COMPILE_SECONDS if compiled else 0):
-            result["no_time_for"].append(case.label + " with torch.compile" * compiled)
-            continue
-        seconds = TINY_SECONDS if job.tiny else min(SECONDS, job.left / (len(todo) - i) / 2)
-        try:
-            rows[case.label] = run_case(case, field, result["ceilings"], job, seconds, compiled)
-        except Exception as error:  # the other cases still run
-            rows.setdefault(case.label, {"case": case.label, "failed": timing.reason(error)})
-        result["rows"] = [*rows.values()]
-        timing.free(job.device)
-        job.save(result)
+    for case in sizes.cases:
+        job.add(result, case.label, functools.partial(run_case, case, field, job, result, False))
+    if job.cuda and field.last is not None:
+        for case in (case for case in sizes.cases if case.compiled):
+            row = functools.partial(run_case, case, field, job, result, True)
+            job.add(result, case.label, row, COMPILE)
     return job.end(result)
 
 
@@ -289,51 +268,38 @@ def tables(result: Result) -> list[Table]:
     unit, scale = kernels.product_unit(result["ceilings"])
     columns = ("case", "", "ms", "p99", "with launch", unit, "% of product", "MiB", "error",
                "PSNR dB", "time / ours")  # fmt: skip
-    body: list[list[str]] = []
-    notes: dict[str, None] = {}
-    for row in result["rows"]:
-        if "failed" in row:
-            body.append([row["case"], f"failed: {row['failed']}", *[""] * 9])
-            continue
+
+    def share(row: Result, ms: float) -> str:
         timed = harness.timed(row)
         ours = next((timed[name]["ms"] for name in (OURS, TINY) if name in timed), None)
+        return f"{ms / ours:.2f}" if ours else ""
 
-        def share(ms: float, ours: float | None = ours) -> str:
-            return f"{ms / ours:.2f}" if ours else ""
+    def cells(row: Result, name: str, e: Result) -> list[str]:
+        return [
+            name,
+            kernels.number(e["ms"]),
+            kernels.number(e["p99_ms"]),
+            kernels.number(e["launched_ms"]) if "launched_ms" in e else "",
+            kernels.number(scale * e["tflops"]),
+            kernels.percent(e["tflops"], product),
+            f"{e['peak_mib']:.0f}" if "peak_mib" in e else "",
+            f"{e['error']:.1e}",
+            f"{e['psnr_db']:.1f}" if "psnr_db" in e else "exact",
+            share(row, e["ms"]),
+        ]
 
-        for i, (name, e) in enumerate(row["contestants"].items()):
-            label = row["case"] if i == 0 else ""
-            if "ms" not in e:
-                body.append([label, f"{name}: {e['failed']}", *[""] * 9])
-                continue
-            if "note" in e:
-                notes[f"{name}: {e['note']}"] = None
-            body.append(
-                [
-                    label,
-                    name,
-                    kernels.number(e["ms"]),
-                    kernels.number(e["p99_ms"]),
-                    kernels.number(e["launched_ms"]) if "launched_ms" in e else "",
-                    kernels.number(scale * e["tflops"]),
-                    kernels.percent(e["tflops"], product),
-                    f"{e['peak_mib']:.0f}" if "peak_mib" in e else "",
-                    f"{e['error']:.1e}",
-                    f"{e['psnr_db']:.1f}" if "psnr_db" in e else "exact",
-                    share(e["ms"]),
-                ]
-            )
+    lines, notes = [], ["error and PSNR: against float32"]
+    for row in result["rows"]:
+        lines += harness.body({"rows": [row]}, columns, cells)
+        notes += [f"{name}: {e['note']}" for name, e in harness.timed(row).items() if "note" in e]
         for name, key in (("floor", "floor_ms"), ("floor, folded", "folded_floor_ms")):
             if key in row:
-                body.append(["", name, kernels.number(row[key]), *[""] * 7, share(row[key])])
-                notes[FLOOR] = None
-    lines = ["error and PSNR: against float32", *notes]
-    if "note" in result:
-        lines.append(result["note"])
-    if result["no_time_for"]:
-        lines.append(f"no time for: {', '.join(result['no_time_for'])}")
+                lines.append(["", name, kernels.number(row[key]), *[""] * 7, share(row, row[key])])
+                notes.append(FLOOR)
+    notes = [*dict.fromkeys(notes), *filter(None, [result.get("note")])]
     title = f"video VAEs, {result['sizes']}, {result['ceilings']['dtype']}"
-    return [Table(f"{title} ({said(result['machine'])})", columns, body, lines)]
+    notes += harness.left_out(result)
+    return [Table(f"{title} ({said(result['machine'])})", columns, lines, notes)]
 
 
 def figures(result: Result) -> Iterator[tuple[str, Any]]:

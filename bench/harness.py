@@ -9,8 +9,9 @@ A part is a module with
 
 Its result is a JSON object: {"part", "sizes", "machine", "before", "after", "ceilings", "seconds",
 "rows", "no_time_for"}, where a row is {"case": str, "contestants": {name: entry}, …} and an entry
-{"ms": p50, "p99_ms", "spread", …} or {"failed": why}. A row without a contestant in it says
-{"case", "failed"}.
+{"ms": p50, "p99_ms", "spread", …} or {"failed": why}. A row that could not be measured says
+{"case", "failed"}. "no_time_for" names what --seconds, spent in the order of the rows, did not
+reach.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ from sfmodel.machine import machine, state
 
 Result = dict[str, Any]
 
-
-# Others' kernels, by the first word of a contestant's name.
+# Implementations: the reference that defines every op, ours, and of others' the first word.
+EAGER, CPP = "eager", "cpp"
+OURS = ("triton", "gluon", CPP)
 PEERS = ("compile", "native", "liger", "quack", "sdpa", "flash", "flex", "diffusers")
 
 
@@ -102,6 +104,34 @@ class Job:
             "no_time_for": [],
         }
 
+    def add(
+        self, result: Result, case: str, measure: Callable[[], Result], compiled: str = ""
+    ) -> None:
+        """Measures a row, unless time is over or nobody asked for it; one that fails says why.
+        compiled: an implementation that a row that is there is measured with again; where that
+        fails, the row stays."""
+        label = f"{case} with {compiled}" if compiled else case
+        if not self.wants(case):
+            return
+        if self.left <= 0:
+            result["no_time_for"].append(label)
+            return
+        self.tick(label)
+        rows = {row["case"]: row for row in result["rows"]}
+        if compiled and "failed" in rows.get(case, {"failed": ""}):
+            return
+        try:
+            rows[case] = {**measure(), "case": case}
+        except Exception as error:  # the other rows still run
+            failed = {"failed": timing.reason(error)}
+            if compiled:
+                rows[case]["contestants"][compiled] = failed
+            else:
+                rows[case] = {"case": case, **failed}
+        result["rows"] = [*rows.values()]
+        timing.free(self.device)
+        self.save(result)
+
     def end(self, result: Result) -> Result:
         result["after"] = state(self.device)
         result["seconds"] = time.monotonic() - self.began
@@ -150,8 +180,32 @@ def timed(row: Result) -> dict[str, dict[str, Any]]:
     return {name: e for name, e in row.get("contestants", {}).items() if "ms" in e}
 
 
+def body(
+    result: Result, columns: Sequence[str], cells: Callable[[Result, str, Result], list[str]]
+) -> list[list[str]]:
+    """The lines of a table: of each row its implementations, the first behind its name, with what
+    `cells` says of one that was timed, or why there is none."""
+    rest = [""] * (len(columns) - 2)
+    lines = []
+    for row in result["rows"]:
+        if "failed" in row:
+            lines.append([row["case"], f"failed: {row['failed']}", *rest])
+        label = row["case"]
+        for name, e in row.get("contestants", {}).items():
+            said = cells(row, name, e) if "ms" in e else [f"{name}: {e['failed']}", *rest]
+            lines.append([label, *said])
+            label = ""
+    return lines
+
+
+def left_out(result: Result) -> list[str]:
+    """A line on what there was no time for, if there is any."""
+    names = result["no_time_for"]
+    return [f"no time for: {', '.join(names)}"] if names else []
+
+
 def wrong(result: Result, of_peers: bool = False) -> list[str]:
-    """Contestants of ours, or those that are not, whose result was not right."""
+    """Implementations of ours, or others', whose result was not right."""
     return [
         f"{row['case']}: {name}"
         for row in result["rows"]
@@ -169,7 +223,7 @@ def command(
     only_cpu: bool = False,
 ) -> int:
     """`python -m bench NAME`. on_cpu: a CPU runs more than toy sizes. only_cpu: a GPU
-    is no part of it. Exit code 0; 1 where a contestant of ours was wrong; 2 for a bad argument or a
+    is no part of it. Exit code 0; 1 where one of ours was wrong; 2 for a bad argument or a
     file that cannot be written; 130 after Ctrl-C, which keeps what was measured."""
     parser = argparse.ArgumentParser(prog=f"python -m bench {name}", description=doc)
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after this")

@@ -23,7 +23,7 @@ from sfmodel.machine import said_state
 
 # What shows the result of a part.
 MODULES = {
-    "kernels": "bench.kernels",
+    "kernels": "bench.ops.kernels",
     "stream": "bench.stream",
     "decode": "bench.decode",
     "extrapolate": "experiments.rolling",

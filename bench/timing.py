@@ -1,14 +1,15 @@
 """Fair times of functions that do the same: in turn, on rotating inputs, without launch overhead.
 
-On CUDA each contestant becomes one CUDA graph that runs it over K sets of inputs, together larger
-than three L2 caches, so that each run finds its inputs in device memory. The graphs are replayed in
-turn, round by round, so that all meet the same clocks. What Python's launches add is timed apart.
-On CPU the same in wall-clock time. A profiler sees every contestant as a range.
+On CUDA each becomes one CUDA graph that runs it over K sets of inputs, together larger than three
+L2 caches, so that each run finds its inputs in device memory. The graphs are replayed in turn,
+round by round, so that all meet the same clocks. What Python's launches add is timed apart.
+On CPU the same in wall-clock time. A profiler sees each as an NVTX range.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import math
 import statistics
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sfmodel import graphs
 from sfmodel.ranges import phase
 
 ROUNDS = 30
@@ -32,15 +34,15 @@ WRONG = "wrong, not timed"
 
 
 @dataclass
-class Contestant:
-    """forward: called with one set of inputs. upstream: for each set the gradients of its outputs;
-    where given, the backward pass alone is timed, and forward must return its outputs as a
-    sequence. around: what to run it in."""
+class Implementation:
+    """One of several functions that do the same. forward: called with one set of inputs. upstream:
+    for each set the gradients of its outputs; where given, the backward pass alone is timed, and
+    forward must return its outputs as a sequence. context: what to run it in."""
 
     name: str
     forward: Callable[..., Any]
     upstream: Sequence[Sequence[Tensor]] | None = None
-    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 @dataclass
@@ -60,8 +62,8 @@ class Timing:
 
 
 class Ready(NamedTuple):
-    """A contestant over all sets of inputs. run: what is timed; launched: the same from Python,
-    where that is something else."""
+    """An implementation over all sets of inputs. run: what is timed; launched: the same from
+    Python, where that is something else."""
 
     run: Callable[[], None]
     launched: Callable[[], None] | None = None
@@ -75,13 +77,13 @@ def count_sets(nbytes: int, device: torch.device) -> int:
 
 
 def measure(
-    contestants: Sequence[Contestant],
+    implementations: Sequence[Implementation],
     sets: Sequence[Sequence[Tensor]],
     rounds: int = ROUNDS,
     seconds: float = math.inf,
     pool: Any = None,
 ) -> dict[str, Timing | str]:
-    """The times of all contestants, or for one that failed the reason why.
+    """The times of all implementations, or for one that failed the reason why.
 
     seconds: after which no round is begun, but for the first FEWEST. pool: of memory for all CUDA
     graphs whose forward passes are timed, whose outputs are then written over; None: one each."""
@@ -90,14 +92,14 @@ def measure(
     out: dict[str, Timing | str] = {}
     ready: dict[str, Ready] = {}
     peaks: dict[str, float | None] = {}
-    around = {contestant.name: contestant.around for contestant in contestants}
-    for contestant in contestants:
+    contexts = {one.name: one.context for one in implementations}
+    for one in implementations:
         try:
-            with contestant.around():
-                ready[contestant.name] = prepare(contestant, sets, pool)
-                peaks[contestant.name] = _peak_of_a_call(contestant, sets[0])
+            with one.context():
+                ready[one.name] = prepare(one, sets, pool)
+                peaks[one.name] = _peak_of_a_call(one, sets[0])
         except Exception as error:  # one that fails is reported, the others are timed
-            out[contestant.name] = reason(error)
+            out[one.name] = reason(error)
             free(device)
 
     def all_rounds(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
@@ -110,7 +112,7 @@ def measure(
                 if name in out:
                     continue
                 try:
-                    with around[name](), phase(name):
+                    with contexts[name](), phase(name):
                         elapsed = _once(run, cuda)
                 except Exception as error:
                     out[name] = reason(error)
@@ -139,7 +141,7 @@ def summary(values: Sequence[float]) -> Timing:
 
 
 def entry(timed: Timing | str, **more: Any) -> dict[str, Any]:
-    """What a file of results says of a contestant; `more` of one that was timed."""
+    """What a file of results says of an implementation; `more` of one that was timed."""
     if isinstance(timed, str):
         return {"failed": timed}
     said: dict[str, Any] = {"ms": timed.p50, "p99_ms": timed.p99, "spread": timed.spread, **more}
@@ -189,6 +191,17 @@ def free(device: torch.device) -> None:
             torch.cuda.empty_cache()
 
 
+def keep_memory() -> None:
+    """Keeps memory that is freed with the process, where the allocator is glibc's: nothing is
+    mapped apart (M_MMAP_MAX), nothing given back to the system (M_TRIM_THRESHOLD). Else every call
+    faults the pages of large outputs in anew, which takes longer than the op, whoever computes
+    it."""
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)
+        mallopt(-1, 2**31 - 1)
+
+
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -207,12 +220,12 @@ def _once(run: Callable[[], None], cuda: bool) -> float:
     return float(begin.elapsed_time(end))
 
 
-def prepare(contestant: Contestant, sets: Sequence[Sequence[Tensor]], pool: Any = None) -> Ready:
-    """What runs the contestant once over all sets."""
+def prepare(one: Implementation, sets: Sequence[Sequence[Tensor]], pool: Any = None) -> Ready:
+    """What runs an implementation once over all sets."""
     cuda = sets[0][0].device.type == "cuda"
-    if contestant.upstream is None:
-        return _forward_only(contestant.forward, sets, cuda, pool)
-    return _backward_only(contestant.forward, contestant.upstream, sets, cuda)
+    if one.upstream is None:
+        return _forward_only(one.forward, sets, cuda, pool)
+    return _backward_only(one.forward, one.upstream, sets, cuda)
 
 
 def _forward_only(
@@ -226,42 +239,8 @@ def _forward_only(
     if not cuda:
         all_sets()
         return Ready(all_sets)
-    graph, note = captured(all_sets, pool)
+    graph, note = graphs.captured(all_sets, pool)
     return Ready(graph or all_sets, all_sets if graph else None, note)
-
-
-def captured(run: Callable[[], None], pool: Any = None) -> tuple[Callable[[], None] | None, str]:
-    """The replay of `run` as a CUDA graph; or None and why there is none."""
-    _warm(run)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with capture(graph, pool):
-            run()
-    except RuntimeError as error:
-        return None, f"no CUDA graph, launches included: {reason(error)}"
-    return graph.replay, ""
-
-
-@contextlib.contextmanager
-def capture(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
-    """`torch.cuda.graph`. Where a capture fails PyTorch 2.11 leaves its stream the current one and
-    the allocator in the capture, which no capture and no empty_cache survives: both are put back,
-    and the error is that of the body."""
-    device, stream = torch.cuda.current_device(), torch.cuda.current_stream()
-    pool = pool or torch.cuda.graph_pool_handle()
-    cause: BaseException | None = None
-    try:
-        with torch.cuda.graph(graph, pool=pool):
-            try:
-                yield
-            except BaseException as error:
-                cause = error
-                raise
-    except BaseException as error:
-        torch.cuda.set_stream(stream)
-        with contextlib.suppress(RuntimeError):  # later versions have ended it
-            torch._C._cuda_endAllocateToPool(device, pool)
-        raise cause or error from None
 
 
 def _backward_only(
@@ -288,12 +267,12 @@ def _backward_only(
         outs = run_forward()
         run_backward(outs, True)
         return Ready(lambda: void(run_backward(outs, True)))
-    _warm(lambda: void(run_backward(run_forward(), False)))
+    graphs.warm(lambda: void(run_backward(run_forward(), False)))
     try:
         first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with capture(first):
+        with graphs.capture(first):
             outs = run_forward()
-        with capture(second, first.pool()):
+        with graphs.capture(second, first.pool()):
             grads = run_backward(outs, False)
         first.replay()  # what the backward pass reads
     except RuntimeError as error:
@@ -307,33 +286,22 @@ def _backward_only(
     return Ready(replay)
 
 
-def _peak_of_a_call(contestant: Contestant, inputs: Sequence[Tensor]) -> float | None:
+def _peak_of_a_call(one: Implementation, inputs: Sequence[Tensor]) -> float | None:
     """MiB of one forward call, or of a forward and a backward pass, once it is compiled."""
     if inputs[0].device.type != "cuda":
         return None
-    backward = contestant.upstream is not None
+    backward = one.upstream is not None
     leaves = [t.detach().requires_grad_(backward and t.is_floating_point()) for t in inputs]
     with peak_memory(inputs[0].device) as peak, torch.set_grad_enabled(backward):
-        outs = contestant.forward(*leaves)
-        if contestant.upstream is not None:
+        outs = one.forward(*leaves)
+        if one.upstream is not None:
             wanted = [t for t in leaves if t.requires_grad]
-            void(torch.autograd.grad(outs, wanted, contestant.upstream[0], allow_unused=True))
+            void(torch.autograd.grad(outs, wanted, one.upstream[0], allow_unused=True))
     return peak[0]
 
 
 def void(_: object) -> None:
     """Drops a result."""
-
-
-def _warm(run: Callable[[], None]) -> None:
-    """On a side stream, as capture asks for; the first call compiles."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, rounds: int = ROUNDS) -> dict[str, Any]:
@@ -354,16 +322,18 @@ def floor_ms(flops: int, nbytes: int, ceilings: dict[str, Any]) -> float:
 
 
 def matmul_tflops(device: torch.device, size: int, dtype: torch.dtype, rounds: int) -> float:
-    """Of a square matrix product by PyTorch, timed as any contestant."""
+    """Of a square matrix product by PyTorch, timed as any op."""
     sets = [[torch.randn(size, size, device=device).to(dtype) for _ in range(2)] for _ in range(2)]
-    timed = measure([Contestant("matrix product", torch.matmul)], sets, rounds)["matrix product"]
+    timed = measure([Implementation("matrix product", torch.matmul)], sets, rounds)[
+        "matrix product"
+    ]
     if isinstance(timed, str):
         raise RuntimeError(f"the matrix product could not be timed: {timed}")
     return 2 * size**3 / timed.p50 / 1e9
 
 
 def copy_bandwidth(device: torch.device, nbytes: int, rounds: int = ROUNDS) -> float:
-    """GB/s of a copy that reads and writes `nbytes` bytes in total, timed as any contestant: the
+    """GB/s of a copy that reads and writes `nbytes` bytes in total, timed as any op: the
     driver's own or an elementwise kernel, whichever is faster."""
     half = max(nbytes // 2 // 16 * 16, 16)
     sets = [
@@ -371,8 +341,8 @@ def copy_bandwidth(device: torch.device, nbytes: int, rounds: int = ROUNDS) -> f
         for _ in range(count_sets(2 * half, device))
     ]
     copies = [
-        Contestant("copy", lambda source, target: target.copy_(source)),
-        Contestant("kernel", lambda source, target: torch.neg(source, out=target)),
+        Implementation("copy", lambda source, target: target.copy_(source)),
+        Implementation("kernel", lambda source, target: torch.neg(source, out=target)),
     ]
     times = [t for t in measure(copies, sets, rounds).values() if isinstance(t, Timing)]
     if not times:

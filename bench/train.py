@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import attention, harness, kernels, timing
-from bench.contest import EAGER
+from bench import harness, timing
+from bench.harness import EAGER, Result
 from bench.inputs import random_model
+from bench.ops import kernels
 from sfmodel import ranges
 from sfmodel.config import PRESETS, Preset
 from sfmodel.cost import clip_chunks, training_flops
@@ -41,8 +42,9 @@ from sfmodel.train.parallel import Ranks
 IN_FULL = {"TF": "teacher forcing", "DF": "diffusion forcing"}
 GENERATORS = ("TF", "SF-4", "DF", "SF-1", "SF-2", "SF-3")  # the most telling first
 ROWS = (*GENERATORS, *(f"{name} critic" for name in ("SF-4", "SF-1", "SF-2", "SF-3")))
-# The first one is what the others are compared with. FlexAttention comes last: it compiles.
-IMPLS, TINY_IMPLS = ("sdpa", "triton", "gluon", "flex"), ("reference", "sdpa")
+# The first one is what the others are compared with.
+IMPLS: tuple[str, ...] = ("sdpa", "triton", "gluon")
+TINY_IMPLS: tuple[str, ...] = ("reference", "sdpa")
 ROUNDS = 3
 COLOURS = {"reference": kernels.COLOURS[EAGER]}
 COLOURS |= {name: kernels.COLOURS[name] for name in ("sdpa", "flex", "gluon", "triton")}
@@ -166,19 +168,22 @@ def check(got: dict[str, Tensor], want: dict[str, Tensor], half: bool) -> None:
         assert error <= allowed, f"{name} is off by {error:.1e}, allowed {allowed:.0e}"  # NaN too
 
 
-def run(job: harness.Job) -> harness.Result:
+def run(job: harness.Job) -> Result:
     dtype = torch.float32 if job.tiny else torch.bfloat16
     result = job.begin("train", dtype)
     preset = "toy" if job.tiny else "wan-1.3b"
     run: Run | None = None  # of one recipe at a time
     chosen = [name for name in ROWS if job.wants(name)]
-    for i, name in enumerate(chosen):
+    impls = TINY_IMPLS if job.tiny else IMPLS
+    todo = [(name, impls) for name in chosen]
+    if not job.tiny:  # again, with what compiles for minutes
+        todo += [(name, (*impls, "flex")) for name in chosen if name in IN_FULL]
+    for name, impls in todo:
+        row = {"case": name, "flops": flops(PRESETS[preset], name), "contestants": {}}
         if job.left <= 0:
-            result["no_time_for"].append(name)
+            result["no_time_for"].append(f"{name} with FlexAttention" if "flex" in impls else name)
             continue
-        row: dict[str, Any] = {"case": name, "flops": flops(PRESETS[preset], name)}
-        row["contestants"] = {}
-        result["rows"].append(row)
+        result["rows"] = [one for one in result["rows"] if one["case"] != name] + [row]
         try:
             recipe = {"TF": "tf", "DF": "df"}.get(name, "sf+dmd")
             if run is None or run.config.recipe != recipe:
@@ -186,7 +191,7 @@ def run(job: harness.Job) -> harness.Result:
                 run = None
                 timing.free(job.device)
                 run = new_run(recipe, preset, job.device, bf16=not job.tiny)
-            measure(run, row, job, result, job.left / (len(chosen) - i))
+            measure(run, row, job, result, impls)
         except Exception as error:  # nothing to compare with; the other row still runs
             row["failed"] = timing.reason(error)
         job.save(result)
@@ -200,21 +205,13 @@ def flops(preset: Preset, row: str) -> float:
     return found[f"self forcing, {learner_of(row)}"]
 
 
-def measure(
-    run: Run, row: dict[str, Any], job: harness.Job, result: harness.Result, seconds: float
-) -> None:
+def measure(run: Run, row: Result, job: harness.Job, result: Result, impls: Sequence[str]) -> None:
     """Checks all contestants of a row, then times those that are right, in turn: once at least, and
-    again while the row has taken less than its share of `seconds`."""
-    until = job.left - seconds
+    again while there is time."""
     name, entries = row["case"], row["contestants"]
     want: dict[str, Tensor] = {}
     right: list[str] = []
-    for impl in TINY_IMPLS if job.tiny else IMPLS:
-        if impl == "flex" and name not in IN_FULL:  # masked patterns are what it is for
-            continue
-        if impl == "flex" and job.left < attention.COMPILE_SECONDS:
-            result["no_time_for"].append(f"{name} with FlexAttention")
-            continue
+    for impl in impls:
         job.tick(f"{name}: is {impl} right?")
         try:
             attend_by(run, impl)
@@ -232,7 +229,7 @@ def measure(
     times: dict[str, list[tuple[float, dict[str, float]]]] = {impl: [] for impl in right}
     rounds = min(job.rounds, ROUNDS)
     for i in range(rounds):
-        if i and job.left <= until:
+        if i and job.left <= 0:
             break
         for impl in [*right]:
             job.tick(f"{name}: round {i + 1} of {rounds}, {impl}")
@@ -275,7 +272,7 @@ def _as_published(row: dict[str, Any]) -> tuple[bool, int]:
     return row["case"] != name, [*PAPER].index(name)
 
 
-def tables(result: harness.Result) -> list[harness.Table]:
+def tables(result: Result) -> list[harness.Table]:
     ceiling, cells, fastest = result["ceilings"]["matmul_tflops"], [], {}
     for row in result["rows"]:
         if "failed" in row:
@@ -324,7 +321,7 @@ def tables(result: harness.Result) -> list[harness.Table]:
     ]
 
 
-def figures(result: harness.Result) -> Iterator[tuple[str, Any]]:
+def figures(result: Result) -> Iterator[tuple[str, Any]]:
     from matplotlib.figure import Figure
 
     rows = sorted((row for row in result["rows"] if harness.timed(row)), key=_as_published)

@@ -1,14 +1,13 @@
 """`python -m bench tune`: searches the launch settings of every kernel on this GPU.
 
 Candidates are compared with what the default setting computes, then timed in turn at the sizes of
-Wan2.1. The best by its mean time relative to each size's best goes into tuned/sm_XX.json, with what
+Wan2.1. The best by its mean time relative to each case's best goes into tuned/sm_XX.json, with what
 was measured. Check such a file with `python -m sfkernels.check --tuned` before it ships.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import gc
 import itertools
@@ -19,24 +18,81 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench import timing
-from bench.works import Search, Work, searches, works
-from sfkernels import check, launch
+from sfkernels import cases, check, launch, testing
+from sfkernels.cases import CHUNK, FRAME, WINDOW, AttentionCase, Case, Heads
 from sfkernels.launch import Flat, RowTile, Setting, Tile
 from sfmodel.files import atomic
 from sfmodel.machine import machine
 
 BATCH = 24  # candidates timed in turn, with the default among them
 SMALLEST_TILE, LARGEST_TILE = 512, 16384  # elements
+
+
+class Search(NamedTuple):
+    """A kernel's setting for a number of channels (1 for elementwise kernels, for attention the
+    bytes of a head's row), and the cases that it is timed in."""
+
+    kernel: str
+    channels: int
+    cases: tuple[Case, ...]
+    impl: str = "triton"
+
+
+# Of kernels over rows: the op whose setting it is.
+ROWS = {
+    "residual_norm_fwd": "gated_adaln",
+    "qk_norm_rope_fwd": "qk_norm_rope",
+    "norm_fwd": "rms_norm",
+    "residual_norm_bwd": "gated_adaln",
+    "qk_norm_rope_bwd": "qk_norm_rope",
+    "norm_bwd": "rms_norm",
+    "adaln_fwd": "adaln",
+    "adaln_bwd": "adaln",
+    "quantize_rows": "quantize_rows",
+}
+# Of the video decoder: frames and pixels of a frame in a chunk, channels.
+LEVELS = ((12, 480 * 832, 96), (12, 240 * 416, 192), (6, 120 * 208, 384))
+
+
+def searches(device: torch.device) -> Iterator[Search]:
+    """The most valuable first: what runs most often per frame."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    streams = tuple(cases.ring_attention(Heads(), frames, WINDOW) for frames in (CHUNK, 1))
+    clip = (cases.training(Heads(), 9, backward=True),)
+    for prefix, impl in (("attention", "triton"), ("hopper", "gluon")):
+        if impl == "triton" or launch.architecture(device) == 90:
+            yield Search(f"{prefix}_fwd", 256, streams, impl)
+            yield Search(f"{prefix}_dkdv", 256, clip, impl)
+            yield Search(f"{prefix}_dq", 256, clip, impl)
+    for channels in (1536, 5120):
+        for kernel, op in ROWS.items():
+            backward = kernel.endswith("_bwd")
+            of = tuple(_rows(op, frames, channels, dtype, backward) for frames in (CHUNK, WINDOW))
+            yield Search(kernel, channels, of)
+    for level in LEVELS:
+        for way, backward in (("fwd", False), ("bwd", True)):
+            case = cases.rms_norm_silu(*level, dtype, backward, bias=False)
+            yield Search(f"norm_silu_{way}", level[2], (case,))
+    yield Search("sampler", 1, (cases.sampler_step("drawn noise"),))
+
+
+def _rows(op: str, frames: int, channels: int, dtype: torch.dtype, backward: bool) -> Case:
+    if op == "quantize_rows":
+        return cases.quantize_rows(frames * FRAME, channels, dtype, torch.int8)
+    if op == "qk_norm_rope":
+        return cases.qk_norm_rope(frames, FRAME, channels, 128, dtype, backward)
+    return cases.normalisation(op, frames, FRAME, channels, dtype, backward)
 
 
 def untuned(kernel: str, device: torch.device, channels: int) -> Setting:
@@ -115,21 +171,11 @@ def _holds_bounds(kernel: str, channels: int, arch: int, setting: Setting) -> bo
     os.environ.pop("TRITON_INTERPRET", None)
     check.use_driver(arch)
     launch.target, launch.recorder = arch, compile_only
-    work = works(channels)[kernel][0]
-    with using(kernel, setting):
-        work.run(*work.make(torch.device("meta")))
+    meta = torch.device("meta")
+    (search,) = (s for s in searches(meta) if (s.kernel, s.channels) == (kernel, channels))
+    with launch.using(**{kernel: setting}):
+        search.cases[0].launch(search.impl, meta)
     return fine
-
-
-@contextlib.contextmanager
-def using(kernel: str, setting: Setting) -> Iterator[None]:
-    before = dict(launch.overrides)
-    launch.overrides[kernel] = setting
-    try:
-        yield
-    finally:
-        launch.overrides.clear()
-        launch.overrides.update(before)
 
 
 def tune(
@@ -142,54 +188,15 @@ def tune(
     every = candidates(default, search.channels, sums, specialised)
     if device.type == "cuda" and search.channels > 1:
         every = within_bounds(search, every, launch.architecture(device))
-    # Milliseconds of each candidate in each size; one that is wrong or fails drops out.
+    # Milliseconds of each candidate in each case; one that is wrong or fails drops out.
     times: dict[Setting, list[float]] = {setting: [] for setting in every}
     of_copy: list[float] = []
-    for work in search.works:
+    for case in search.cases:
         if of_copy and time.monotonic() > deadline:
-            break  # what is known of the first size decides
-        torch.manual_seed(0)
-        sets = [work.make(device) for _ in range(timing.count_sets(work.nbytes, device))]
-        with using(search.kernel, default):
-            want = _tensors(work.run(*sets[0]))
-        right = [
-            s
-            for s in times
-            if s == default
-            # Candidates are compiled at the first size; past the deadline no further one is.
-            or (
-                (of_copy or time.monotonic() < deadline)
-                and _agrees(search.kernel, s, work, sets[0], want)
-            )
-        ]
-        measured: dict[Setting, float] = {}
-        for start in range(0, max(len(right) - 1, 1), BATCH):
-            group = [default, *right[1 + start : 1 + start + BATCH]]
-            if measured and time.monotonic() > deadline:
-                break
-            one = timing.measure(
-                [
-                    timing.Contestant(
-                        str(i), work.run, around=functools.partial(using, search.kernel, s)
-                    )
-                    for i, s in enumerate(group)
-                ],
-                sets,
-                rounds,
-            )
-            anchor = one["0"]
-            if isinstance(anchor, str):
-                return None
-            # What the clocks did between two groups shows in the default, which is in both.
-            drift = anchor.p50 / measured.setdefault(default, anchor.p50)
-            for i, setting in enumerate(group):
-                timed = one[str(i)]
-                if not isinstance(timed, str):
-                    measured[setting] = timed.p50 / drift
+            break  # what is known of the first case decides
+        measured = time_in(case, search, [*times], device, deadline, rounds, bool(of_copy))
         times = {s: [*times[s], measured[s]] for s in times if s in measured}
-        copied = timing.copy_bandwidth(device, work.nbytes, rounds)
-        of_copy.append(copied)
-        del sets
+        of_copy.append(timing.copy_bandwidth(device, case.nbytes, rounds))
         timing.free(device)
     if not times:
         return None
@@ -205,6 +212,62 @@ def tune(
     return entry
 
 
+def time_in(
+    case: Case,
+    search: Search,
+    settings: Sequence[Setting],
+    device: torch.device,
+    deadline: float,
+    rounds: int,
+    compiled: bool,
+) -> dict[Setting, float]:
+    """Milliseconds of those settings that agree with the first, the default; of none if that
+    fails. Past the deadline none is compiled, unless they are already, and no further group is
+    timed."""
+    torch.manual_seed(0)
+    op, default = case.by(search.impl), settings[0]
+    sets = [case.make(device) for _ in range(timing.count_sets(case.nbytes, device))]
+    upstream: list[Tensor] = []
+
+    def under(setting: Setting) -> AbstractContextManager[None]:
+        return launch.using(**{search.kernel: setting})
+
+    def results(setting: Setting) -> list[Tensor]:
+        with under(setting):
+            return testing.results(op, sets[0], upstream)
+
+    want = results(default)
+    if case.backward:
+        upstream += [torch.randn_like(out) for out in want]
+        want = results(default)
+    right = [
+        s
+        for s in settings[1:]
+        if (compiled or time.monotonic() < deadline) and _agrees(s, results, want)
+    ]
+    grads = [upstream] * len(sets) if case.backward else None
+    measured: dict[Setting, float] = {}
+    for start in range(0, max(len(right), 1), BATCH):
+        if measured and time.monotonic() > deadline:
+            break
+        group = {str(i): s for i, s in enumerate([default, *right[start : start + BATCH]])}
+        several = [
+            timing.Implementation(name, op, grads, functools.partial(under, setting))
+            for name, setting in group.items()
+        ]
+        found = timing.measure(several, sets, rounds)
+        anchor = found["0"]
+        if isinstance(anchor, str):
+            return {}
+        # What the clocks did between two groups shows in the default, which is in both.
+        drift = anchor.p50 / measured.setdefault(default, anchor.p50)
+        for name, setting in group.items():
+            timed = found[name]
+            if not isinstance(timed, str):
+                measured[setting] = timed.p50 / drift
+    return measured
+
+
 def _why(
     search: Search,
     best: Setting,
@@ -215,11 +278,11 @@ def _why(
     of_copy: Sequence[float],
 ) -> str:
     sizes = []
-    for work, ms, copied in zip(search.works, times[best], of_copy, strict=False):
-        rate = f"{100 * timing.gbps(work.nbytes, ms) / copied:.0f}% of a copy"
-        if work.flops:
-            rate = f"{work.flops / ms / 1e9:.0f} TFLOP/s"
-        sizes.append(f"{1e3 * ms:.1f} us at {work.said}, {rate}")
+    for case, ms, copied in zip(search.cases, times[best], of_copy, strict=False):
+        rate = f"{100 * timing.gbps(case.nbytes, ms) / copied:.0f}% of a copy"
+        if isinstance(case, AttentionCase):
+            rate = f"{case.flops / ms / 1e9:.0f} TFLOP/s"
+        sizes.append(f"{1e3 * ms:.1f} us at {case.size}, {rate}")
     if len(order) > 1:
         second = order[1]
         sizes.append(f"next best {_said(second)} {score[second] / score[best]:.3f} x")
@@ -232,32 +295,20 @@ def _said(setting: Setting) -> str:
 
 
 def _agrees(
-    kernel: str,
-    setting: Setting,
-    work: Work,
-    inputs: Sequence[Tensor],
-    want: Sequence[Tensor],
+    setting: Setting, results: Callable[[Setting], list[Tensor]], want: list[Tensor]
 ) -> bool:
     """Whether a candidate computes what the default does, to a few roundings of the dtype and the
     order of sums."""
     try:
-        with using(kernel, setting):
-            got = _tensors(work.run(*inputs))
+        for ours, theirs in zip(results(setting), want, strict=True):
+            eps = torch.finfo(theirs.dtype).eps if theirs.is_floating_point() else 0.0
+            allowed = max(4 * eps, 1e-4) * float(theirs.float().abs().max())
+            worst = float((ours.float() - theirs.float()).abs().max())
+            assert worst <= allowed, f"{worst:.1e} from the default"  # NaN fails too
     except Exception as error:
-        print(f"  {kernel} {_said(setting)}: {timing.reason(error)}", file=sys.stderr)
+        print(f"  {_said(setting)}: {timing.reason(error)}", file=sys.stderr)
         return False
-    for ours, theirs in zip(got, want, strict=True):
-        eps = torch.finfo(theirs.dtype).eps if theirs.is_floating_point() else 0.0
-        relative = max(4 * eps, 1e-4)
-        allowed = relative * float(theirs.float().abs().max())
-        if not float((ours.float() - theirs.float()).abs().max()) <= allowed:  # NaN fails too
-            print(f"  {kernel} {_said(setting)}: differs from the default", file=sys.stderr)
-            return False
     return True
-
-
-def _tensors(out: Any) -> list[Tensor]:
-    return [t for t in (out if isinstance(out, tuple | list) else [out]) if t is not None]
 
 
 def write(folder: Path, arch: int, here: dict[str, Any], found: dict[str, list[Any]]) -> Path:

@@ -3,7 +3,6 @@ ahead-of-time checks and compute-sanitizer, each in processes of its own."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import os
@@ -11,15 +10,16 @@ import shutil
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import sfkernels as sf
-from bench import attention_cases, contest, rows
+from bench.ops import attention, memory_bound
 from bench.process import ROOT, command
-from sfkernels import dispatch, launch
+from sfkernels import cases, launch
+from sfkernels.cases import AttentionCase, Case, Heads
 
 TESTS = ("norm", "rope", "sampler", "quant", "attention", "registration", "gpu", "bench_stream",
          "bench_decode")  # fmt: skip
@@ -96,46 +96,32 @@ def sanitizer(folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def launch_every_kernel() -> None:
-    """Each op forward and backward, at sizes where every tile has an end outside its tensor."""
+    """Each op forward and backward by every implementation of ours, at sizes where every tile has
+    an end outside its tensor, or inside a frame."""
     torch.manual_seed(0)
     device = torch.device("cuda")
-    shapes, levels = ((3, 5, 96, 32),), ((3, 35, 96), (2, 15, 192), (1, 7, 384))
-    odd = rows.Sizes(shapes, shapes, (3, 5, 7), levels, torch.bfloat16)
-    for case in rows.cases(odd):
-        inputs, op = case.make(device), case.by("triton")
-        outs = contest.gradients_or_outputs(op, inputs, [])
-        if case.backward:
-            contest.gradients_or_outputs(op, inputs, [torch.randn_like(o) for o in outs])
-        torch.cuda.synchronize()
-        print(case.label, flush=True)
-    # Two that the table has no row for.
-    noise = sf.Noise(torch.tensor([7], device=device), torch.arange(3, device=device), 0)
-    x = sf.normal(noise, (1, 3, 3, 5, 7), impl="triton")
-    sigma, after = torch.tensor(0.9, device=device), torch.tensor(0.6, device=device)
-    sf.euler_step(x, x, sigma, after, uncond_flow=x, guidance=5.0, impl="triton")
-    torch.cuda.synchronize()
-    launch_attention(device)
-
-
-def launch_attention(device: torch.device) -> None:
-    """Every pattern by every implementation of ours, with tiles that end inside a frame."""
-    # The head dim of the part before, so that most of these kernels are compiled already.
-    odd = attention_cases.Sizes(37, 2, 0, 128, 77, (6, 3), (6,), 5, 1, torch.bfloat16)
     hopper = torch.cuda.get_device_capability(device)[0] == 9
-    has = dispatch.implementations("ring_attention")
-    ours = [name for name in contest.OURS if name in has and (hopper or name != "gluon")]
-    for case in attention_cases.cases(odd):
-        inputs = case.make(device)
+    for case in odd_cases():
+        ours = ["triton", *["gluon"] * hopper] if isinstance(case, AttentionCase) else ["triton"]
         for impl in ours:
-            op = functools.partial(contest.sequence, functools.partial(case.ours, impl=impl))
-            upstream = case.upstream(inputs) if case.backward else []
-            case.results(op, inputs, upstream)
+            case.launch(impl, device)
             torch.cuda.synchronize()
             print(f"{case.label}, {impl}", flush=True)
-    q, k, v, valid = next(attention_cases.cases(odd)).make(device)
-    table = torch.randn(k.shape[1], q.shape[3] // 2, 2, device=device)
-    sf.ring_attention(q, k, v, valid, k_table_SP2=table, impl="triton")
-    torch.cuda.synchronize()
+
+
+def odd_cases() -> Iterator[Case]:
+    shapes, levels = ((3, 5, 96),), ((3, 35, 96), (2, 15, 192), (1, 7, 384))
+    latents = 3, 5, 7
+    rows = memory_bound.Sizes(shapes, shapes, levels, torch.bfloat16, 32, latents, (2, 3))
+    # The head dim of the part before, so that most of these kernels are compiled already.
+    heads = Heads(37, 2, 128, torch.bfloat16)
+    patterns = attention.Sizes(heads, 0, 77, (6, 3), (6,), 5, 1)
+    yield from (case for case, _ in memory_bound.rows(rows))
+    # Three that no list has.
+    yield cases.normal(latents=latents)
+    yield cases.sampler_step("euler, guided", latents=latents)
+    yield from (case for case, _ in attention.rows(patterns))
+    yield cases.ring_attention(heads, 3, 6, table=True)
 
 
 if __name__ == "__main__":

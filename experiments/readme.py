@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import compare, contest, decode, kernels, predict
+from bench import compare, decode, harness, predict
 from bench.harness import Result
+from bench.ops import kernels
 from bench.peers import BASELINES
 from experiments import table2
 from sfmodel import cost
@@ -182,7 +183,7 @@ def _cpp(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
         parts = []
         for kind in dict.fromkeys(row["case"].partition(shown)[2] for row in chunks):
             of_kind = [row for row in chunks if row["case"].endswith(shown + kind)]
-            both = (_ratios(of_kind, other) for other in (contest.EAGER, "compile"))
+            both = (_ratios(of_kind, other) for other in (harness.EAGER, "compile"))
             said_of = _and(f"{statistics.median(r):.1f} ({min(r):.1f})" for r in both if r)
             parts.append(f"{kind} {said_of}")
         ends: dict[str, list[dict[str, Any]]] = {}
@@ -192,7 +193,7 @@ def _cpp(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
                     row
                 )
         whole = (
-            f"{name} {_and(f'{r:.2f}' for r in _ratios(of_name, contest.EAGER))}"
+            f"{name} {_and(f'{r:.2f}' for r in _ratios(of_name, harness.EAGER))}"
             for name, of_name in ends.items()
         )
         yield from _prose(
@@ -209,7 +210,7 @@ def _ratios(rows: Sequence[dict[str, Any]], other: str) -> list[float]:
     found = []
     for row in rows:
         times = {n: compare.milliseconds(e) for n, e in row.get("contestants", {}).items()}
-        mine, theirs = times.get(contest.CPP), times.get(other)
+        mine, theirs = times.get(harness.CPP), times.get(other)
         if mine and theirs:
             found.append(theirs / mine)
     return found

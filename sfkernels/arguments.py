@@ -142,7 +142,7 @@ def _steps(tensor: Tensor) -> list[tuple[int, int, int]]:
 def _overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors may share memory. They do not if the elements of one lie between those of
     the other, which must have the same strides."""
-    if a.device != b.device or not a.numel() or not b.numel():
+    if a.device != b.device or a.is_meta or not a.numel() or not b.numel():
         return False
     steps, apart = _steps(a), b.data_ptr() - a.data_ptr()
     lengths = [

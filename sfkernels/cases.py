@@ -1,261 +1,406 @@
-"""Every launcher at real shapes, on meta tensors: what `sfkernels.check` compiles."""
+"""One registry of the ops' calls, for whoever needs tensors of real shapes. From it come the lists
+of what is compiled ahead of time (bounds.py), and of what the bench compares, times, tunes and runs
+under a sanitizer.
+
+Shapes: B batch (1 here), L tokens or queries, S keys, H heads, D head dim, C channels.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sfkernels import launch
-from sfkernels.layout import BlockLayout
+from sfkernels import attention, norm, quant, roofline, rope, sampler
+from sfkernels.layout import BlockLayout, Row
 
-FEW = (80, 90)  # where forms are compiled that add little
-TOKENS, FRAMES = 4680, 3  # one chunk of Wan2.1 at 480×832
-# The frame slots that a thread looks up in a kernel that writes into a ring.
-SLOTS = 4
-# The mean and 1/σ of a row, stored by a forward pass and loaded by a backward pass, for each of up
-# to four tiles in flight.
-STATS = 8
-# The scales of rows that a thread stores.
-SCALES = 4
-# The bounds of tiles and spans, and of each row of a tile in the tensor cores' layout the logarithm
-# of its sum and what is subtracted from it.
-LSE = 80
-# The sigmas, seed, frame index or partial sums that a thread of the sampler's kernels loads.
-SCALARS = 6
+GRID = (30, 52)  # tokens of a frame of Wan2.1 at 480×832
+FRAME = GRID[0] * GRID[1]
+CHUNK = 3  # latent frames
+WINDOW = 21  # latent frames of a ring, and of a clip
+LATENTS = (16, 60, 104)  # channels, height and width of a latent frame
+LOOKS_BACK = 2  # frames that a convolution of the video decoder sees before its own
+
+Make = Callable[[torch.device], list[Tensor]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a launcher. narrow: how many global loads, and how many stores, of less than 128
-    bits its kernels over activations may have in their code. archs: where it is compiled.
-    may_spill: registers may spill. may_serialise: the softmax may wait for the products before it.
-    """
+    """One call of a public function, or its backward pass.
 
-    launcher: str
-    name: str
-    call: Callable[[], Any]
-    narrow: int = 0
-    archs: tuple[int, ...] = launch.ARCHITECTURES
-    may_spill: bool = False
-    may_serialise: bool = False
+    op, size: its name. function: of (*tensors, impl=...), returns a tensor or a tuple of them.
+    make: new tensors on a device, which may be "meta". flops, nbytes: needed, whoever computes it;
+    each tensor counts once for each time that it has to be read or written."""
+
+    op: str
+    size: str
+    function: Callable[..., Any]
+    make: Make
+    flops: int
+    nbytes: int
+    backward: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.op}{' backward' if self.backward else ''} {self.size}"
+
+    def by(self, impl: str) -> Callable[..., tuple[Tensor, ...]]:
+        """The function under an implementation, its outputs as a tuple."""
+        return functools.partial(_sequence, functools.partial(self.function, impl=impl))
+
+    def launch(self, impl: str, device: torch.device) -> tuple[Tensor, ...]:
+        """Outputs or, of a backward pass, gradients by random ones, of new tensors. On "meta" the
+        launches reach `launch.recorder`, of a backward pass its own alone."""
+        tensors = self.make(device)
+        if not self.backward:
+            with torch.no_grad():
+                return self.by(impl)(*tensors)
+        leaves = [t.requires_grad_() for t in tensors if t.is_floating_point()]
+        outs = self.by(impl)(*tensors)
+        upstream = [torch.randn_like(out) for out in outs]
+        grads = torch.autograd.grad(outs, leaves, upstream, allow_unused=True)
+        return tuple(grad for grad in grads if grad is not None)
 
 
-def cases() -> list[Case]:
-    """Every launcher of sfkernels.gpu in every form that the public functions use."""
-    found: list[Case] = []
-    for size, channels, heads in (("1.3B", 1536, 12), ("14B", 5120, 40)):
-        found += _norms(size, channels, torch.bfloat16)
-        found += _ropes(size, channels, heads, torch.bfloat16)
-        found += _quantised(size, channels, torch.bfloat16)
-    wide = [*_norms("1.3B", 1536, torch.float32), *_ropes("1.3B", 1536, 12, torch.float32)]
-    wide += _quantised("1.3B", 1536, torch.float32)
-    for dtype, head_dim in ((torch.bfloat16, 128), (torch.float16, 64)):
-        found += _attention(12, head_dim, dtype)
-        found += _attention(12, head_dim, dtype, hopper=True)
-    wide += _attention(12, 128, torch.float32)
-    found += [dataclasses.replace(case, archs=FEW) for case in wide]
-    for channels in (96, 192, 384):
-        found += _silus(channels)
-    found += _samplers(torch.float32)
-    gpu = importlib.import_module("sfkernels.gpu")
-    found.append(
-        Case(
-            "rope_table",
-            "3 x 30 x 52",
-            lambda: gpu.rope_table(_new(FRAMES, dtype=torch.int64), (30, 52), 128, 10_000.0),
-        )
+@dataclass(frozen=True)
+class AttentionCase(Case):
+    """rows: which keys each of the queries sees, of those in `plain`: q, k and v of the same
+    attention for implementations that know no ring and no prefix. own: how many keys, the last
+    ones, take a gradient. layout: the pattern where not all queries see all keys of `plain`."""
+
+    rows: tuple[Row, ...] = ()
+    own: int = 0
+    plain: Callable[..., tuple[Tensor, Tensor, Tensor]] = lambda q, k, v, *_: (q, k, v)
+    layout: BlockLayout | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.op}, {self.size}{', backward' if self.backward else ''}"
+
+
+def _sequence(function: Callable[..., Any], *tensors: Tensor) -> tuple[Tensor, ...]:
+    out = function(*tensors)
+    return (out,) if isinstance(out, Tensor) else tuple(out)
+
+
+# Norms, RoPE, the sampler and rows in 8 bits, whose time is that of the bytes they move.
+
+# By op: activations read and written, forward and backward.
+NORMS = {
+    "adaln": (2, 3),
+    "gated_adaln": (4, 6),
+    "gated_layer_norm": (4, 6),
+    "layer_norm": (2, 3),
+    "rms_norm": (2, 3),
+}
+
+
+def normalisation(
+    op: str, frames: int, frame_tokens: int, channels: int, dtype: torch.dtype,
+    backward: bool = False, gate: bool = True,
+) -> Case:  # fmt: skip
+    """A norm of a DiT block. gate: of a residual connection, where the op has one."""
+    tokens = frames * frame_tokens
+    function = getattr(norm, op)
+
+    def make(device: torch.device) -> list[Tensor]:
+        x, y = (torch.randn(1, tokens, channels, device=device).to(dtype) for _ in range(2))
+        modulation = torch.randn(1, frames, 3, channels, device=device).unbind(2)
+        affine = torch.randn(2, channels, device=device).to(dtype).unbind()
+        residual = [x, y, *modulation[: int(gate)]] if op.startswith("gated") else [x]
+        if op.endswith("adaln"):
+            return [*residual, *modulation[1:]]
+        return [*residual, *affine[: 1 if op == "rms_norm" else 2]]
+
+    def without_gate(x: Tensor, y: Tensor, *rest: Tensor, impl: str) -> Any:
+        return function(x, y, None, *rest, impl=impl)
+
+    flops = roofline.row_flops(op, tokens * channels, backward)
+    nbytes = roofline.norm_bytes(tokens, channels, NORMS[op][backward], dtype.itemsize)
+    call, name = (function, op) if gate else (without_gate, f"{op}, no gate")
+    return Case(name, f"{tokens} x {channels}", call, make, flops, nbytes, backward)
+
+
+def rms_norm_silu(
+    frames: int, pixels: int, channels: int, dtype: torch.dtype,
+    backward: bool = False, residual: bool = True, bias: bool = True,
+) -> Case:  # fmt: skip
+    """What precedes a convolution of the video decoder: a residual before it, the frames before in
+    front of it and, forward, the bias of the convolution before."""
+    tokens, before = frames * pixels, LOOKS_BACK * pixels
+    bias = bias and not backward
+
+    def make(device: torch.device) -> list[Tensor]:
+        shapes = [(1, tokens, channels), (channels,), (1, before, channels)]
+        shapes += [(1, tokens, channels)] * residual + [(channels,)] * bias
+        return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+
+    def function(x: Tensor, weight: Tensor, before: Tensor, *rest: Tensor, impl: str) -> Any:
+        y = rest[0] if residual else None
+        bias_C = rest[-1] if bias else None
+        outs = norm.rms_norm_silu(x, weight, y, bias_C=bias_C, before_BPC=before, impl=impl)
+        return outs if residual else outs[1]
+
+    flops = roofline.row_flops("rms_norm_silu", tokens * channels, backward)
+    nbytes = roofline.norm_silu_bytes(tokens, before, channels, dtype.itemsize, backward)
+    name = "rms_norm_silu" if residual else "rms_norm_silu, no residual"
+    return Case(name, f"{tokens} x {channels}", function, make, flops, nbytes, backward)
+
+
+def qk_norm_rope(
+    frames: int, frame_tokens: int, channels: int, head_dim: int, dtype: torch.dtype,
+    backward: bool = False, append: int = 0,
+) -> Case:  # fmt: skip
+    """append: frames of a ring that keys and values are written into, 0 for new tensors."""
+    tokens, heads = frames * frame_tokens, channels // head_dim
+
+    def make(device: torch.device) -> list[Tensor]:
+        qkv = torch.randn(1, tokens, 3 * channels, device=device).to(dtype)
+        weights = torch.randn(2, channels, device=device).to(dtype)
+        frame = torch.arange(frames, device=device)
+        table = rope.rope_table(frame, (1, frame_tokens), head_dim, impl="reference")
+        if not append:
+            return [qkv, *weights, table]
+        ring = torch.zeros(2, 1, append * frame_tokens, heads, head_dim, device=device).to(dtype)
+        return [qkv, *weights, table, *ring, frame + min(2, append - frames)]
+
+    def new(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, impl: str) -> Any:
+        return rope.qk_norm_rope(qkv, q_weight, k_weight, table.detach(), impl=impl)
+
+    def into_ring(*tensors: Tensor, impl: str) -> tuple[Tensor, ...]:
+        """The rings are returned too, to be compared."""
+        return rope.qk_norm_rope_append(*tensors, impl=impl), *tensors[4:6]
+
+    flops = roofline.row_flops("qk_norm_rope", tokens * channels, backward)
+    nbytes = roofline.qk_norm_rope_bytes(tokens, channels, head_dim, dtype.itemsize, backward)
+    call, name = (into_ring, "qk_norm_rope_append") if append else (new, "qk_norm_rope")
+    return Case(name, f"{tokens} x {channels}", call, make, flops, nbytes, backward)
+
+
+def quantize_rows(tokens: int, channels: int, dtype: torch.dtype, into: torch.dtype) -> Case:
+    def make(device: torch.device) -> list[Tensor]:
+        return [torch.randn(1, tokens, channels, device=device).to(dtype)]
+
+    flops = roofline.row_flops("quantize_rows", tokens * channels)
+    nbytes = roofline.quantize_bytes(tokens, channels, dtype.itemsize)
+    function = functools.partial(quant.quantize_rows, dtype=into)
+    name = f"quantize_rows, {'int8' if into == torch.int8 else 'e4m3'}"
+    return Case(name, f"{tokens} x {channels}", function, make, flops, nbytes)
+
+
+# By form of the sampler: the latents it takes beside x and the flow, and the tensors it moves.
+SAMPLERS = {
+    "last": ((), 3),
+    "given noise": (("noise",), 5),
+    "drawn noise": ((), 4),
+    "drawn noise, guided": (("uncond",), 5),
+    "euler, guided": (("uncond",), 4),
+}
+
+
+def sampler_step(form: str, frames: int = CHUNK, latents: Sequence[int] = LATENTS) -> Case:
+    shape = (1, frames, *latents)
+    more, moved = SAMPLERS[form]
+
+    def make(device: torch.device) -> list[Tensor]:
+        given = torch.randn(2 + len(more), *shape, device=device)
+        sigmas = torch.full((2,), 0.9, device=device) - 0.3 * torch.arange(2, device=device)
+        seed = torch.full((1,), 7, device=device)
+        return [*given, *sigmas, seed, torch.arange(frames, device=device)]
+
+    def function(*tensors: Tensor, impl: str) -> Any:
+        x, flow, *rest, sigma, after, seed, frame = tensors
+        options: dict[str, Any] = {"impl": impl}
+        if "uncond" in more:
+            options |= {"uncond_flow": rest[0], "guidance": 5.0}
+        if form.startswith("euler"):
+            return sampler.euler_step(x, flow, sigma, after, **options)
+        if form == "last":
+            return sampler.sampler_step(x, flow, sigma, **options)
+        noise = rest[0] if "noise" in more else sampler.Noise(seed, frame, 1)
+        return sampler.sampler_step(x, flow, sigma, after, noise, **options)
+
+    elements = torch.Size(shape).numel()
+    flops, nbytes = (
+        roofline.row_flops("sampler_step", elements),
+        roofline.sampler_bytes(elements, moved),
     )
-    return found
+    return Case(f"sampler_step, {form}", _times(shape), function, make, flops, nbytes)
 
 
-def _norms(size: str, channels: int, dtype: torch.dtype) -> Iterator[Case]:
-    gpu = importlib.import_module("sfkernels.gpu")
-    x = _new(1, TOKENS, channels, dtype=dtype)
-    modulation = _new(1, FRAMES, 6, channels, dtype=torch.float32)
-    shift, scale, gate = modulation.unbind(2)[:3]
-    weight = _new(1, 1, channels, dtype=dtype)
-    stats = _new(1, TOKENS, 2, dtype=torch.float32)
-    # name: y, gate, scale, shift, centred, plus_one
-    forms: dict[str, tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, bool, bool]] = {
-        "adaln": (None, None, scale, shift, True, True),
-        "gated_adaln": (x, gate, scale, shift, True, True),
-    }
-    heaviest = [*forms]
-    if dtype == torch.bfloat16:
-        forms |= {
-            "layer_norm": (None, None, weight, weight, True, False),
-            "rms_norm": (None, None, weight, None, False, False),
-            "gated_layer_norm": (x, gate, weight, weight, True, False),
-        }
-    if dtype == torch.bfloat16 and size == "1.3B":
-        forms |= {
-            "gated_adaln, no gate": (x, None, scale, shift, True, True),
-            "gated_layer_norm, no gate": (x, None, weight, weight, True, False),
-        }
-    for form, (y, g, *affine, centred, plus_one) in forms.items():
-        name = f"{form} {size} {_short(dtype)}"
-        yield Case(
-            "norm_fwd",
-            name,
-            functools.partial(gpu.norm_fwd, x, y, g, *affine, 1e-6, centred, plus_one),
-            narrow=STATS,
-            archs=launch.ARCHITECTURES if form in heaviest else FEW,
-        )
-        into = None if y is None else x
-        kept = None if g is None else y
-        yield Case(
-            "norm_bwd",
-            name,
-            functools.partial(gpu.norm_bwd, into, x, x, kept, g, *affine, stats, centred, plus_one),
-            narrow=STATS,
-            archs=launch.ARCHITECTURES if form in heaviest else FEW,
-        )
+def normal(frames: int = CHUNK, latents: Sequence[int] = LATENTS) -> Case:
+    shape = (1, frames, *latents)
+
+    def make(device: torch.device) -> list[Tensor]:
+        return [torch.full((1,), 7, device=device), torch.arange(frames, device=device)]
+
+    def function(seed: Tensor, frame: Tensor, impl: str) -> Tensor:
+        return sampler.normal(sampler.Noise(seed, frame, 0), shape, impl=impl)
+
+    return Case("normal", _times(shape), function, make, 0, 4 * torch.Size(shape).numel())
 
 
-def _silus(channels: int) -> Iterator[Case]:
-    """Of the decoder of Wan2.1's VAE: a chunk of four frames and the two before it."""
-    gpu = importlib.import_module("sfkernels.gpu")
-    x = _new(1, 4 * TOKENS, channels, dtype=torch.bfloat16)
-    before = _new(1, 2 * TOKENS, channels, dtype=torch.bfloat16)
-    weight = _new(1, 1, channels, dtype=torch.bfloat16)
-    stats = _new(1, 4 * TOKENS, 2, dtype=torch.float32)
-    rest = None, weight, None
-    for form, y in (("rms_norm_silu", None), ("rms_norm_silu, residual", x)):
-        name = f"{form} {channels}"
-        options = {"silu": True, "bias_C": weight[0, 0], "before_BPC": before}
-        forward = functools.partial(gpu.norm_fwd, x, y, *rest, 1e-6, False, False, **options)
-        args = y, x, x, None, *rest, stats, False, False
-        backward = functools.partial(gpu.norm_bwd, *args, silu=True)
-        archs = launch.ARCHITECTURES if channels == 96 else FEW
-        yield Case("norm_fwd", name, forward, narrow=STATS, archs=archs)
-        yield Case("norm_bwd", name, backward, narrow=STATS, archs=archs)
+def dmd_gradient(frames: int = WINDOW, latents: Sequence[int] = LATENTS) -> Case:
+    shape = (1, frames, *latents)
+    elements = torch.Size(shape).numel()
 
+    def make(device: torch.device) -> list[Tensor]:
+        return [*torch.randn(3, *shape, device=device)]
 
-def _ropes(size: str, channels: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
-    gpu = importlib.import_module("sfkernels.gpu")
-    head_dim = channels // heads
-    qkv = _new(1, TOKENS, 3 * channels, dtype=dtype)
-    weight = _new(channels, dtype=dtype)
-    table = _new(TOKENS, head_dim // 2, 2, dtype=torch.float32)
-    ring = _new(1, 7 * TOKENS, heads, head_dim, dtype=dtype)
-    stats = _new(1, TOKENS, 2, dtype=torch.float32)
-    slot = _new(FRAMES, dtype=torch.int64)
-    grad = _new(1, TOKENS, heads, head_dim, dtype=dtype)
-    args = (qkv, weight, weight, table)
-    name = f"{size} {_short(dtype)}"
-    yield Case(
-        "qk_norm_rope_fwd",
-        f"new tensors {name}",
-        lambda: gpu.qk_norm_rope_fwd(*args, None, None, None, 1e-6),
-        narrow=STATS,
+    flops, nbytes = (
+        roofline.row_flops("dmd_gradient", elements),
+        roofline.sampler_bytes(elements, 4),
     )
-    yield Case(
-        "qk_norm_rope_fwd",
-        f"into a ring {name}",
-        lambda: gpu.qk_norm_rope_fwd(*args, ring, ring, slot, 1e-6),
-        narrow=SLOTS,
-    )
-    yield Case(
-        "qk_norm_rope_bwd",
-        name,
-        lambda: gpu.qk_norm_rope_bwd(grad, grad, grad, *args, stats),
-        narrow=STATS,
-    )
+    return Case("dmd_gradient", _times(shape), sampler.dmd_gradient, make, flops, nbytes)
 
 
-def _quantised(size: str, channels: int, dtype: torch.dtype) -> Iterator[Case]:
-    gpu = importlib.import_module("sfkernels.gpu")
-    x = _new(1, TOKENS, channels, dtype=dtype)
-    for into, said in ((torch.int8, "int8"), (torch.float8_e4m3fn, "e4m3")):
-        call = functools.partial(gpu.quantize_rows, x, into)
-        yield Case("quantize_rows", f"{said} {size} {_short(dtype)}", call, narrow=SCALES)
+def rope_table(frames: int = CHUNK, grid: tuple[int, int] = GRID, head_dim: int = 128) -> Case:
+    tokens = frames * grid[0] * grid[1]
+
+    def function(frame: Tensor, impl: str) -> Tensor:
+        return rope.rope_table(frame, grid, head_dim, impl=impl)
+
+    def make(device: torch.device) -> list[Tensor]:
+        return [torch.arange(frames, device=device) + 100]
+
+    flops = roofline.row_flops("rope_table", tokens * head_dim)
+    nbytes = roofline.rope_table_bytes(tokens, head_dim)
+    return Case("rope_table", f"{tokens} x {head_dim}", function, make, flops, nbytes)
 
 
-def _attention(
-    heads: int, head_dim: int, dtype: torch.dtype, hopper: bool = False
-) -> Iterator[Case]:
-    """hopper: the same in Gluon."""
-    gpu = importlib.import_module("sfkernels.gpu.hopper" if hopper else "sfkernels.gpu")
-    layout = BlockLayout.causal(2 * FRAMES, FRAMES, TOKENS // FRAMES, teacher_forcing=True)
-    rows, prefix = layout.rows, ((0, TOKENS),)
-    q = _new(1, layout.tokens, heads, head_dim, dtype=dtype)
-    lse = _new(1, heads, layout.tokens, dtype=torch.float32)
-    chunk, ring = q[:, :TOKENS], _new(1, 7 * TOKENS, heads, head_dim, dtype=dtype)
-    valid = _new(dtype=torch.int32)
-    name = f"{heads} x {head_dim} {_short(dtype)}"
-    calls: dict[str, dict[str, Callable[[], Any]]] = {
-        "attention_fwd": {
-            name: lambda: gpu.attention_fwd(q, q, q, rows, None, None, (), 0.1),
-            f"{name}, prefix": lambda: gpu.attention_fwd(q, q, q, rows, ring, ring, prefix, 0.1),
-        },
-        "attention_bwd": {
-            name: lambda: gpu.attention_bwd(q, q, q, q, q, lse, rows, None, None, (), 0.1),
-            f"{name}, prefix": lambda: gpu.attention_bwd(
-                q, q, q, q, q, lse, rows, ring, ring, prefix, 0.1
-            ),
-        },
-        "ring_attention": {
-            name: lambda: gpu.ring_attention(chunk, ring, ring, valid, 0.1),
-        },
-    }
-    if not hopper:
-        calls["combine_parts"] = {
-            name: lambda: gpu.combine_parts(
-                _new(2, *chunk.shape, dtype=torch.float32), lse.expand(2, -1, -1, -1), dtype
-            ),
-        }
-        calls["row_delta"] = {name: lambda: gpu.row_delta(chunk, chunk)}
-        table = _new(7 * TOKENS, head_dim // 2, 2, dtype=torch.float32)
-        calls["rotate_ring"] = {name: lambda: gpu.rotate_ring(ring, table, valid)}
-    for launcher, forms in calls.items():
-        for form, call in forms.items():
-            archs = FEW if "prefix" in form else launch.ARCHITECTURES
-            yield Case(
-                f"hopper.{launcher}" if hopper else launcher,
-                form,
-                call,
-                narrow=LSE,
-                archs=(90,) if hopper else archs,
-                may_spill=dtype == torch.float32,  # which only tests use
-                # Of short heads under a pattern ptxas leaves products and softmax apart.
-                may_serialise=head_dim == 64 and not hopper,
-            )
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape[1:]))
 
 
-def _samplers(dtype: torch.dtype) -> Iterator[Case]:
-    gpu = importlib.import_module("sfkernels.gpu")
-    x = _new(1, FRAMES, 16, 60, 104, dtype=dtype)
-    clip = _new(1, 21, 16, 60, 104, dtype=dtype)
-    sigma = _new(dtype=torch.float32)
-    seed, frame = _new(1, dtype=torch.int64), _new(FRAMES, dtype=torch.int64)
-    # name: uncond_flow, next_sigma, noise, seed, frame, guidance, euler
-    forms: dict[str, tuple[Any, ...]] = {
-        "last": (None, None, None, None, None, 1.0, False),
-        "given noise": (None, sigma, x, None, None, 1.0, False),
-        "drawn noise": (None, sigma, None, seed, frame, 1.0, False),
-        "drawn noise, guided": (x, sigma, None, seed, frame, 5.0, False),
-        "euler, guided": (x, sigma, None, None, None, 5.0, True),
-    }
-    for name, (uncond, after, noise, s, f, guidance, euler) in forms.items():
-        drawn = (noise, s, f, 1, guidance, euler)
-        call = functools.partial(gpu.sampler_step, x, x, uncond, sigma, after, *drawn)
-        yield Case("sampler_step", name, call, narrow=SCALARS)
-    yield Case("normal", "a chunk", lambda: gpu.normal(seed, frame, 0, x.shape), narrow=SCALARS)
-    yield Case(
-        "dmd_gradient", "21 frames", lambda: gpu.dmd_gradient(clip, clip, clip), narrow=SCALARS
+# Attention, whose time is that of its products.
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Tokens of a frame, and the heads that each token has."""
+
+    frame_tokens: int = FRAME
+    heads: int = 12
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+
+    def new(self, tokens: int, device: torch.device) -> Tensor:
+        return torch.randn(1, tokens, self.heads, self.head_dim, device=device).to(self.dtype)
+
+    def flops(self, pairs: int, backward: bool = False, no_gradient: int = 0) -> int:
+        return roofline.attention_flops(pairs, self.heads, self.head_dim, backward, no_gradient)
+
+    def nbytes(self, queries: int, keys: int) -> int:
+        size = self.dtype.itemsize
+        return roofline.attention_bytes(queries, keys, self.heads, self.head_dim, size)
+
+
+def ring_attention(
+    of: Heads, frames: int, capacity: int, valid: int | None = None, table: bool = False
+) -> AttentionCase:
+    """A chunk of `frames` frames over a ring of `capacity`, of which `valid` (None: all) hold keys.
+    table: these are rotated as they are read."""
+    held = capacity if valid is None else valid
+    queries, slots, count = (n * of.frame_tokens for n in (frames, capacity, held))
+
+    def make(device: torch.device) -> list[Tensor]:
+        filled = torch.full((), count, dtype=torch.int32, device=device)
+        tensors = [of.new(queries, device), *(of.new(slots, device) for _ in range(2)), filled]
+        return [*tensors, *[torch.randn(slots, of.head_dim // 2, 2, device=device)] * table]
+
+    def function(
+        q: Tensor, k: Tensor, v: Tensor, valid: Tensor, table: Tensor | None = None, *, impl: str
+    ) -> Tensor:
+        return attention.ring_attention(q, k, v, valid, k_table_SP2=table, impl=impl)
+
+    size = f"{queries} queries, ring of {capacity} frame{'s' if capacity > 1 else ''}"
+    size += "" if valid is None else f", {valid} valid"
+    return AttentionCase(
+        "attention",
+        size + (", rotated" if table else ""),
+        function,
+        make,
+        of.flops(queries * count),
+        of.nbytes(queries, count),
+        rows=(Row((0, queries), ((0, count),)),),
+        own=count,
+        plain=lambda q, k, v, *_: (q, k[:, :count], v[:, :count]),
     )
 
 
-def _new(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+def cross_attention(of: Heads, queries: int, keys: int) -> AttentionCase:
+    return AttentionCase(
+        "attention",
+        f"{queries} queries, text of {keys}",
+        attention.cross_attention,
+        lambda device: [of.new(n, device) for n in (queries, keys, keys)],
+        of.flops(queries * keys),
+        of.nbytes(queries, keys),
+        rows=(Row((0, queries), ((0, keys),)),),
+        own=keys,
+    )
 
 
-def _short(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+def training(
+    of: Heads, frames: int, backward: bool = False, teacher_forcing: bool = False,
+    window: int | None = None, sink: int = 0,
+) -> AttentionCase:  # fmt: skip
+    """A training pass under a layout of chunks of three frames."""
+    layout = BlockLayout.causal(
+        frames, CHUNK, of.frame_tokens, window=window, sink=sink, teacher_forcing=teacher_forcing
+    )
+
+    def function(q: Tensor, k: Tensor, v: Tensor, impl: str) -> Tensor:
+        return attention.block_causal_attention(q, k, v, layout, impl=impl)
+
+    forcing = "teacher" if teacher_forcing else "diffusion"
+    moving = "" if window is None else f", window {window}, sink {sink}"
+    return AttentionCase(
+        "attention",
+        f"{forcing} forcing, {frames} frames{moving}",
+        function,
+        lambda device: [of.new(layout.tokens, device) for _ in range(3)],
+        of.flops(layout.pairs, backward),
+        of.nbytes(layout.tokens, layout.tokens),
+        backward,
+        rows=layout.rows,
+        own=layout.tokens,
+        layout=layout,
+    )
+
+
+def self_forcing(of: Heads, frames: int, backward: bool = False) -> AttentionCase:
+    """A chunk at the end of a clip of `frames` frames, the others of which are a prefix."""
+    past, queries = (n * of.frame_tokens for n in (frames - CHUNK, CHUNK))
+    layout = BlockLayout((CHUNK,), of.frame_tokens)
+
+    def make(device: torch.device) -> list[Tensor]:
+        """q, k, v, the prefix, and for who knows none its concatenation with k and v, which so
+        costs nothing."""
+        q, k, v = (of.new(queries, device) for _ in range(3))
+        k_past, v_past = (of.new(past, device) for _ in range(2))
+        return [q, k, v, k_past, v_past, torch.cat([k_past, k], 1), torch.cat([v_past, v], 1)]
+
+    def function(
+        q: Tensor, k: Tensor, v: Tensor, k_past: Tensor, v_past: Tensor, *_: Tensor, impl: str
+    ) -> Tensor:
+        prefix = attention.Prefix(k_past, v_past)
+        return attention.block_causal_attention(q, k, v, layout, prefix=prefix, impl=impl)
+
+    keys = past + queries
+    return AttentionCase(
+        "attention",
+        f"self forcing, {CHUNK} frames after {frames - CHUNK}",
+        function,
+        make,
+        of.flops(queries * keys, backward, no_gradient=queries * past),
+        of.nbytes(queries, keys),
+        backward,
+        rows=(Row((0, queries), ((0, keys),)),),
+        own=queries,
+        plain=lambda *tensors: (tensors[0], tensors[5], tensors[6]),
+    )

@@ -1,9 +1,9 @@
 """`python -m sfkernels.check`: compiles every kernel ahead of time, without a GPU, and reads what
 the compiler made of it.
 
-Each case calls a real launcher with tensors of a real shape on the meta device. `launch.run` hands
-the launch to `launch.recorder`, which compiles for the architecture in `launch.target` with the
-setting that a GPU of it would get. Nothing here repeats a kernel's signature.
+Each case calls a public function with tensors of a real shape on the meta device. `launch.run`
+hands its launches to `launch.recorder`, which compiles for the architecture in `launch.target` with
+the setting that a GPU of it would get. Nothing here repeats a kernel's signature.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from sfkernels import launch
-from sfkernels.cases import cases
+from sfkernels.bounds import ahead_of_time
 
 # A loop may park values outside it, where they cost nothing: ptxas does so to reach the next level
 # of occupancy. One instruction to store and one to load each.
@@ -165,7 +165,7 @@ def _bits(suffixes: str) -> int:
 def judge(
     out: Compiled, narrow: int, may_spill: bool = False, may_serialise: bool = False
 ) -> list[str]:
-    """One clause for every bound that is broken; the last three arguments as in Case."""
+    """One clause for every bound that is broken; the last three arguments as in Bounded."""
     limits = LIMITS[out.arch]
     broken = []
     if not may_spill and (out.looped or out.local > PARKED):
@@ -227,14 +227,14 @@ def examine(kernel: Any, binary: Any, out: Compiled) -> None:
 
 def compile_case(index: int, arch: int) -> list[Compiled]:
     """Compiles what one case launches, for one architecture, and judges it."""
-    case = cases()[index]
+    entry = ahead_of_time()[index]
     launch.target = arch
     done: list[Compiled] = []
 
     def record(
         kernel: Any, grid: Sequence[int], args: Sequence[Any], *, num_warps: int, **meta: Any
     ) -> None:
-        out = Compiled(kernel_name(kernel), case.name, case.launcher, arch, warps=num_warps)
+        out = Compiled(kernel_name(kernel), entry.name, entry.launcher, arch, warps=num_warps)
         done.append(out)
         try:
             binary = kernel.warmup(*args, grid=(1,), num_warps=num_warps, **meta)
@@ -242,11 +242,11 @@ def compile_case(index: int, arch: int) -> list[Compiled]:
         except Exception as error:  # the compiler's; whatever it is, the other cases go on
             out.broken.append(f"does not compile: {_first_line(error)}")
         else:
-            out.broken += judge(out, case.narrow, case.may_spill, case.may_serialise)
+            out.broken += judge(out, entry.narrow, entry.may_spill, entry.may_serialise)
 
     launch.recorder = record
     use_driver(arch)
-    case.call()
+    entry.case.launch(entry.impl, torch.device("meta"))
     return done
 
 
@@ -334,7 +334,7 @@ def check(
     """Compiles and judges every case of the kernels (None: all) for the architectures (None: all),
     in as many processes as there are cores. Raises ValueError for unknown names."""
     _prepare(tuned)
-    every = cases()
+    every = ahead_of_time()
     known = list(dict.fromkeys(case.launcher for case in every))
     for name in kernels or ():
         if name not in known:

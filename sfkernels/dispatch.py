@@ -16,7 +16,7 @@ from torch._guards import detect_fake_mode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sfkernels import cpp
+from sfkernels import cpp, launch
 from sfkernels.arguments import check_device, check_floating, is_plain
 
 T = TypeVar("T")
@@ -170,7 +170,9 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
             raise RuntimeError("kernels have no forward-mode derivative: impl='reference' has one")
-        if args[-1] != "cpp" or torch.is_grad_enabled() or not is_plain(args[0]):
+        # Launches are recorded of meta tensors, which the registration would give to the fake.
+        direct = launch.recorder is not None or (args[-1] == "cpp" and is_plain(args[0]))
+        if torch.is_grad_enabled() or not direct:
             return self.registered(*args)
         out = self.function(*args)
         for i in self.mutated:

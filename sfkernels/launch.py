@@ -7,11 +7,12 @@ tune`) and comes before the defaults here. Nothing is tuned at import or in a ho
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,19 @@ DEFAULTS[90]["attention_dq"] = _DEFAULTS["attention_dq"] | {
 
 # Settings that come before all others, by kernel: the tuner's candidates, a test's odd sizes.
 overrides: dict[str, Setting] = {}
+
+
+@contextlib.contextmanager
+def using(**settings: Setting) -> Iterator[None]:
+    """Other settings than those in use, by the kernel's name."""
+    before = dict(overrides)
+    overrides.update(settings)
+    try:
+        yield
+    finally:
+        overrides.clear()
+        overrides.update(before)
+
 
 # Takes every launch instead of a GPU: the ahead-of-time check for the architecture `target`.
 recorder: Callable[..., None] | None = None

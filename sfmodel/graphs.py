@@ -26,7 +26,8 @@ def captured(run: Callable[[], object], pool: Any = None) -> tuple[Callable[[], 
             run()
     except RuntimeError as error:
         said = str(error).splitlines()
-        return None, f"no CUDA graph: {type(error).__name__}: {said[0] if said else ''}"[:300]
+        why = f"{type(error).__name__}: {said[0] if said else ''}"
+        return None, f"no CUDA graph, launches included: {why}"[:300]
     return graph.replay, ""
 
 

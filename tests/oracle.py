@@ -1,5 +1,4 @@
-"""Runs an op on a kernel and on the reference, outputs and gradients, and compares them by the rule
-of sfkernels/testing.py.
+"""The rule of sfkernels.testing for ops of this package, outputs and gradients.
 
 Triton kernels run natively where there is a GPU and in Triton's interpreter on CPU tensors
 elsewhere, C++ on CPU tensors, all with every uninitialised tensor filled with NaN.
@@ -12,7 +11,7 @@ import fcntl
 import functools
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.contest import interpreted
-from sfkernels import cpp, launch
-from sfkernels.testing import close_as_eager
+from sfkernels import cpp
+from sfkernels.testing import Op, Oracle, interpreted, nan_filled, results
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter truncates to bfloat16 where a GPU rounds.
@@ -53,33 +51,9 @@ def each_size(
     )
 
 
-Op = Callable[..., Any]  # (*tensors, impl=...) -> a tensor or a tuple of them
-
-
 def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Standard normal, in float64, on the device under test."""
     return torch.randn(*shape, dtype=torch.float64, device=DEVICE).to(dtype)
-
-
-@contextlib.contextmanager
-def setting(**settings: launch.Setting) -> Iterator[None]:
-    """Other launch settings than those in use, by the kernel's name."""
-    launch.overrides.update(settings)
-    try:
-        yield
-    finally:
-        launch.overrides.clear()
-
-
-@contextlib.contextmanager
-def nan_filled() -> Iterator[None]:
-    """Uninitialised tensors are NaN, so that what a kernel does not write is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(1).isnan().all()
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @contextlib.contextmanager
@@ -101,23 +75,6 @@ def narrowed(tensors: Sequence[Tensor], dtype: torch.dtype, wide: Sequence[int])
             for i, t in enumerate(tensors)]  # fmt: skip
 
 
-def results(
-    op: Op, inputs: Sequence[Tensor], impl: str, *, gradients: bool, upstream: list[Tensor]
-) -> list[Tensor]:
-    """What an op returns and, if wanted, the gradients of its inputs by those of its outputs in
-    `upstream`; if that is empty, random ones are put there."""
-    leaves = [t.detach().requires_grad_(gradients and t.is_floating_point()) for t in inputs]
-    out = op(*leaves, impl=impl)
-    outs = [out] if isinstance(out, Tensor) else [*out]
-    if not gradients:
-        return outs
-    if not upstream:
-        upstream.extend(torch.randn_like(o) for o in outs)
-    wanted = [t for t in leaves if t.requires_grad]
-    grads = [u.to(o.dtype) for u, o in zip(upstream, outs, strict=True)]
-    return [*(o.detach() for o in outs), *torch.autograd.grad(outs, wanted, grads)]
-
-
 def check(
     op: Op,
     tensors: Sequence[Tensor],
@@ -127,22 +84,13 @@ def check(
     gradients: bool = True,
     impl: str = "triton",
 ) -> None:
-    """Compares an op under `impl` with the reference by the rule.
+    """As `sfkernels.testing.check`, of an op under `impl` and the reference.
 
     tensors: float64 arguments of `op`, in order; those at the indices in `wide` stay in float32
     where the others are cast to `dtype`. Other dtypes than float64 are handed on as they are."""
     narrow = narrowed(tensors, dtype, wide)
-    upstream: list[Tensor] = []
-    run = functools.partial(results, op, gradients=gradients, upstream=upstream)
     with alone():
-        # The exact result is that of the inputs as rounded to `dtype`.
-        exact = run([_double(t) for t in narrow], "reference")
-        eager = run(narrow, "reference")
+        oracle = Oracle(functools.partial(op, impl="reference"), narrow, gradients=gradients)
     with nan_filled():
-        ours = run(narrow, impl)
-    for i, (got, plain, want) in enumerate(zip(ours, eager, exact, strict=True)):
-        close_as_eager(f"result {i}", got, plain, want)
-
-
-def _double(t: Tensor) -> Tensor:
-    return t.double() if t.is_floating_point() else t
+        ours = results(functools.partial(op, impl=impl), narrow, oracle.upstream)
+    oracle.check(ours)

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import sfkernels as sf
-from sfkernels import library_attention, reference
+from sfkernels import launch, library_attention, reference
 from sfkernels.gpu.tiles import key_splits, visits
 from sfkernels.launch import Tile
 from sfkernels.layout import BlockLayout, Row, Span, transpose
-from sfkernels.testing import close_as_eager
-from tests.oracle import DEVICE, DTYPES, check, nan_filled, rand, setting
+from sfkernels.testing import close_as_eager, nan_filled
+from tests.oracle import DEVICE, DTYPES, check, rand
 
 # Called with unpacked tensors, which mypy takes for arguments without end.
 Prefix: Any = sf.Prefix
@@ -57,7 +57,7 @@ SMALL = dict(
 
 @pytest.fixture(autouse=True)
 def small_tiles(fresh_seed: int) -> Iterator[None]:
-    with setting(**SMALL):
+    with launch.using(**SMALL):
         yield
 
 
@@ -83,7 +83,7 @@ def test_every_dtype_and_head_dim(dtype: torch.dtype, head_dim: int) -> None:
 def test_every_tile(tiles: Tile) -> None:
     layout = LAYOUTS["independent first frame"]
     kernels = dict.fromkeys(("attention_fwd", "attention_dq", "attention_dkdv"), tiles)
-    with setting(**kernels):
+    with launch.using(**kernels):
         check(functools.partial(attend, layout), [*rand(3, 1, layout.tokens, 1, 32)], torch.float32)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import attention, contest, harness, kernels, rows, timing
-from bench.attention import Case
-from bench.attention_cases import FULL, TINY, cases
-from bench.contest import run_case
+from bench import harness, timing
 from bench.harness import Job, Result, plain_console, show
+from bench.ops import attention, kernels, measure, memory_bound
+from bench.ops.attention import FULL, TINY, Judge, plainly, rows
+from bench.ops.measure import run_case
+from sfkernels import testing
+from sfkernels.cases import AttentionCase, Case
 from sfkernels.roofline import attention_flops
 from tests.oracle import DEVICE
 
 CPU = torch.device("cpu")
-LABELS = [case.label for case in cases(TINY)]
-TINY_CASES = {case.label.removeprefix("attention, "): case for case in cases(TINY)}
+LABELS = [case.label for case, _ in rows(TINY)]
+TINY_CASES = {case.label.removeprefix("attention, "): case for case, _ in rows(TINY)}
 CEILINGS = {"matmul_tflops": 1000.0, "copy_gbps": 100.0}  # so low that bytes always decide
 # One of each kind: sliced ring, every pattern, prefix, text.
 KINDS = (
@@ -42,13 +42,10 @@ KINDS = (
 @pytest.fixture
 def plain_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU, and no kernel in the interpreter, which takes seconds for all cases."""
-    for module in (attention, rows, kernels):
+    for module in (attention, memory_bound, kernels):
         monkeypatch.setattr(module, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-def sdpa(case: Case) -> Callable[..., Any]:
-    return functools.partial(contest.sequence, functools.partial(case.plainly, "sdpa"))
+    monkeypatch.setattr(timing, "keep_memory", lambda: None)  # for the whole process
 
 
 def test_flops_by_hand() -> None:
@@ -60,7 +57,9 @@ def test_flops_by_hand() -> None:
     assert attention_flops(6, 2, 4, backward=True, no_gradient=6) == 288
     # Two chunks of three frames: the first sees 3 frames, the second 6. Under teacher forcing the
     # noisy ones see as much: the first itself, the second the first clean one and itself.
-    pair = 16 * 8 * 8 * TINY.heads  # of frames of 8 tokens, by 4 flops an element of a head of 16
+    pair = (
+        16 * 8 * 8 * TINY.of.heads
+    )  # of frames of 8 tokens, by 4 flops an element of a head of 16
     assert TINY_CASES["diffusion forcing, 6 frames"].flops == 4 * (9 + 18) * pair
     assert TINY_CASES["teacher forcing, 6 frames"].flops == 4 * 2 * (9 + 18) * pair
     # The second chunk sees frame 0 and four more, 2..5.
@@ -68,8 +67,8 @@ def test_flops_by_hand() -> None:
     assert windowed.flops == 10 * (9 + 15) * pair
     assert TINY_CASES["24 queries, ring of 6 frames, 3 valid"].flops == 4 * 9 * pair
 
-    full = {case.label: case for case in cases(FULL)}
-    assert len(full) == len(list(cases(FULL)))  # labels are unique
+    full = {case.label: case for case, _ in rows(FULL)}
+    assert len(full) == len(list(rows(FULL)))  # labels are unique
     ring = full["attention, 4680 queries, ring of 21 frames"]
     assert ring.flops == 4 * 128 * 12 * 4680 * 32760  # 0.94 TFLOP
     assert ring.nbytes == 2 * 1536 * 2 * (4680 + 32760)
@@ -96,13 +95,12 @@ def test_cases_count_what_their_rows_see() -> None:
 def test_the_exact_result_of_a_head(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By slices, of one head: the reference's, in float64."""
     monkeypatch.setattr(attention, "SLICE", 7)
-    case = next(c for c in cases(replace(TINY, heads=2)) if c.label == f"attention, {label}")
+    sizes = replace(TINY, of=replace(TINY.of, heads=2))
+    case = next(case for case, _ in rows(sizes) if case.label == f"attention, {label}")
     torch.manual_seed(0)
-    inputs = [t.double() if t.is_floating_point() else t for t in case.make(CPU)]
-    upstream = [torch.randn_like(inputs[0])] * case.backward
-    by_reference = functools.partial(case.plainly, "reference")
-    want = case.results(functools.partial(contest.sequence, by_reference), inputs, upstream)
-    got = case.exact(inputs, upstream, head=1)
+    judge = Judge(case, [testing.cast(t, torch.float64) for t in case.make(CPU)])
+    want = judge.results(plainly(case, "reference"))
+    got = attention.exact(case, judge.inputs, judge.upstream, head=1)
     assert len(got) == (3 if case.backward else 1)
     for ours, whole in zip(got, want, strict=True):
         torch.testing.assert_close(ours, whole[:, :, 1:2], rtol=1e-12, atol=1e-12)
@@ -112,22 +110,22 @@ def test_an_error_in_one_row_is_seen() -> None:
     torch.manual_seed(0)
     eager = torch.randn(1, 50, 3, 16)
     want = [eager[:, :, 1:2].double()]
-    attention.check([eager + 1e-7], [eager], want, head=1)
+    attention.compare([eager + 1e-7], [eager], want, head=1)
     for head, said in ((1, "o of head 1: off by"), (2, "in some head")):
         for wrong in (1e-4, float("nan")):
             got = eager.clone()
             got[0, 31, head, 5] += wrong
             with pytest.raises(AssertionError, match=said):
-                attention.check([got], [eager], want, head=1)
+                attention.compare([got], [eager], want, head=1)
     gradients = [eager, eager, eager]
     with pytest.raises(AssertionError, match="dv of head 1"):
-        attention.check([eager, eager, eager * 1.001], gradients, want * 3, head=1)
+        attention.compare([eager, eager, eager * 1.001], gradients, want * 3, head=1)
 
 
 @pytest.mark.parametrize("label", ["24 queries, ring of 6 frames", KINDS[2], KINDS[6]])
-def test_contestants_that_are_wrong_or_fail(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_those_that_are_wrong_or_fail(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = TINY_CASES[label]
-    right = sdpa(case)
+    right = plainly(case, "sdpa")
     entered = []
 
     @contextlib.contextmanager
@@ -139,12 +137,12 @@ def test_contestants_that_are_wrong_or_fail(label: str, monkeypatch: pytest.Monk
         raise RuntimeError("no available kernel\nat all")
 
     found = [
-        timing.Contestant("triton", right),
-        timing.Contestant("sdpa cudnn", right, None, around),
-        timing.Contestant("sdpa flash", lambda *t: [1.001 * o for o in right(*t)]),
-        timing.Contestant("flex", cannot),
+        timing.Implementation("triton", right),
+        timing.Implementation("sdpa cudnn", right, None, around),
+        timing.Implementation("sdpa flash", lambda *t: [1.001 * o for o in right(*t)]),
+        timing.Implementation("flex", cannot),
     ]
-    monkeypatch.setattr(Case, "contestants", lambda *_: found)
+    monkeypatch.setattr(measure, "implementations", lambda *_: found)
     row = run_case(case, CPU, CEILINGS, rounds=2)
     entries = row["contestants"]
     assert entries["triton"]["ms"] > 0 and entries["sdpa cudnn"]["tflops"] > 0
@@ -158,14 +156,14 @@ def test_contestants_that_are_wrong_or_fail(label: str, monkeypatch: pytest.Monk
     assert row["floor_ms"] == pytest.approx(case.nbytes / 1e8)
 
 
-def test_contestants_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_takes_part_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
-    monkeypatch.setattr(Case, "flex", lambda *_: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "flash_attn" or None)
 
     def names(label: str, capability: tuple[int, int], compiled: bool) -> list[str]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-        return [c.name for c in TINY_CASES[label].contestants(cuda, compiled)]
+        every = attention.implementations(TINY_CASES[label], cuda, compiled)
+        return [one.name for one in every]
 
     forced = [*attention.SDPA]
     assert names(KINDS[0], (9, 0), False) == [
@@ -179,7 +177,7 @@ def test_a_failing_case_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(Case, "exact", broken)
+    monkeypatch.setattr(attention, "exact", broken)
     result = kernels.run(Job(CPU, tiny=True, rounds=1, only="text"))
     assert result["rows"] == [
         {"case": "attention, 24 queries, text of 7", "failed": "RuntimeError: out of memory"}
@@ -187,11 +185,11 @@ def test_a_failing_case_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rates_and_ratios() -> None:
-    case = next(cases(FULL))
-    made = contest.rates(case, timing.Timing(1.2, 1.3))
+    case, _ = next(rows(FULL))
+    made = measure.rates(case, timing.Timing(1.2, 1.3))
     assert made["tflops"] == pytest.approx(784.98, abs=0.01)
     assert made["gbps"] == pytest.approx(case.nbytes / 1.2e6)
-    assert contest.rates(case, "cannot") == {}
+    assert measure.rates(case, "cannot") == {}
     entry = timing.entry(timing.Timing(1.2, 1.3, 0.1, 1.5, 7.0, "no graph"), tflops=2.0)
     assert entry == {
         **{"ms": 1.2, "p99_ms": 1.3, "spread": 0.1, "tflops": 2.0},
@@ -199,21 +197,11 @@ def test_rates_and_ratios() -> None:
     }
     assert timing.entry("cannot", tflops=2.0) == {"failed": "cannot"}
     times = {"triton": 4.0, "gluon": 2.0, "flex": 5.0, "sdpa cudnn": 3.0}
-    row = contest.best({n: {"ms": ms} for n, ms in times.items()} | {"x": {"failed": ""}})
+    row = measure.best({n: {"ms": ms} for n, ms in times.items()} | {"x": {"failed": ""}})
     assert row == {"best_ours": "gluon", "best_peer": "sdpa cudnn", "peer_over_ours": 1.5}
-    assert contest.best({"eager": {"ms": 2.0}, "sdpa": {"ms": 1.0}})["peer_over_ours"] == 0.5
-    nobody = contest.best({"flex": {"ms": 1.0}, "triton": {"failed": ""}})
+    assert measure.best({"eager": {"ms": 2.0}, "sdpa": {"ms": 1.0}})["peer_over_ours"] == 0.5
+    nobody = measure.best({"flex": {"ms": 1.0}, "triton": {"failed": ""}})
     assert nobody == {"best_ours": None, "best_peer": "flex"}
-
-
-@pytest.mark.parametrize("label", ["diffusion forcing", "teacher forcing"])
-def test_the_mask_of_flex_attention(label: str) -> None:
-    for case in TINY_CASES.values():
-        if case.layout is not None and case.name.startswith(label):
-            at = torch.arange(case.layout.tokens)
-            zero = torch.tensor(0)
-            mask = attention.visible(case.layout)(zero, zero, at[:, None], at[None, :])
-            assert mask.equal(case.layout.dense_mask()), case.label
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -222,22 +210,22 @@ def test_flex_attention_is_right(label: str) -> None:
     """Uncompiled, as it is on a CPU."""
     case = TINY_CASES[label]
     inputs = case.make(CPU)
-    got = contest.sequence(case.flex(CPU), *inputs)
-    torch.testing.assert_close(got[0], sdpa(case)(*inputs)[0])
+    got = plainly(case, "flex")(*inputs)
+    torch.testing.assert_close(got[0], plainly(case, "sdpa")(*inputs)[0])
 
 
 def made_up() -> Result:
     """A result with every contestant, notes, failures and what had no time."""
     found: list[dict[str, Any]] = []
-    for i, case in enumerate(cases(FULL)):
+    for i, (case, _) in enumerate(rows(FULL)):
         entries: dict[str, dict[str, Any]] = {}
         for j, name in enumerate(kernels.COLOURS):
             timed = timing.summary([case.flops / (200 + 60 * j + 3 * i) / 1e9])
-            entries[name] = timing.entry(timed, **contest.rates(case, timed))
+            entries[name] = timing.entry(timed, **measure.rates(case, timed))
         entries["flex"]["note"] = "no CUDA graph"
         entries["sdpa cudnn"] = {"failed": "RuntimeError: no available kernel"}
         row = {"case": case.label, "flops": case.flops, "bytes": case.nbytes}
-        found.append({**row, "contestants": entries} | contest.best(entries))
+        found.append({**row, "contestants": entries} | measure.best(entries))
     found[-1] = {"case": found[-1]["case"], "failed": "out of memory"}
     here = {"device": "made up", "torch": "0", "triton": "0"}
     ceilings = {"matmul_tflops": 790.0, "copy_gbps": 4300.0}
@@ -252,7 +240,7 @@ def test_tables_and_figures(capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("790 TFLOP/s", "sdpa cudnn: Runt", "flex *", "* no CUDA graph", "failed: out of",
                  "no time for: a with flex", "time / ours"):  # fmt: skip
         assert text in said, text
-    assert set(attention.SDPA) | {*contest.OURS, "flex", "eager"} <= set(kernels.COLOURS)
+    assert set(attention.SDPA) | {*harness.OURS, "flex", "eager"} <= set(kernels.COLOURS)
     assert [name for name, _ in kernels.figures(result)] == ["attention", "roofline"]
     assert not [*kernels.figures(result | {"rows": []})]
     assert not kernels.tables(result | {"rows": []})
@@ -305,12 +293,12 @@ def test_a_broken_op_gets_no_speed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The command says which one, in the table and at the end, and fails if it is no peer."""
-    right = Case.plainly
 
-    def wrong(self: Case, impl: str, *tensors: Tensor) -> Tensor:
-        return right(self, impl, *tensors) * (1.01 if impl == "sdpa" else 1.0)
+    def wrong(case: AttentionCase, impl: str) -> testing.Op:
+        right, by = plainly(case, impl), 1.01 if impl == "sdpa" else 1.0
+        return lambda *tensors: [out * by for out in right(*tensors)]
 
-    monkeypatch.setattr(Case, "plainly", wrong)
+    monkeypatch.setattr(attention, "plainly", wrong)
     monkeypatch.setattr(harness, "PEERS", peers)
     assert kernels.main(["--out", str(tmp_path), "--only", "text"]) == code
     said = capsys.readouterr()
@@ -332,7 +320,7 @@ def test_what_compiles_comes_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patterns first, with what time is left, and its failure loses nothing."""
     order: list[tuple[str, bool]] = []
 
-    def fake(case: contest.Case, *_: Any) -> dict[str, Any]:
+    def fake(case: Case, *_: Any) -> dict[str, Any]:
         order.append((case.label, _[-1]))
         if _[-1] and not case.backward:
             raise RuntimeError("cannot compile")
@@ -345,17 +333,17 @@ def test_what_compiles_comes_second(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     job = Job(torch.device("cuda"), tiny=True, seconds=600)
     result = kernels.run(job)
-    labels = [case.label for case in kernels.cases(tiny=True)]
+    labels = [case.label for case, _ in kernels.rows(tiny=True)]
     assert order[: len(labels)] == [(label, False) for label in labels]
     assert order[len(labels)] == ("attention, diffusion forcing, 6 frames, backward", True)
     assert [row["case"] for row in result["rows"]] == labels
     found = {row["case"]: row["contestants"] for row in result["rows"]}
-    cut = {"attention, diffusion forcing, 6 frames": "flex", "adaln 48 x 96": "compile"}
+    cut = {"attention, diffusion forcing, 6 frames": "flex", labels[0]: "compile"}
     for label, name in cut.items():
         assert found[label] == {
             "triton": {"ms": 1.0},
             name: {"failed": "RuntimeError: cannot compile"},
         }
-    short = kernels.run(Job(torch.device("cuda"), tiny=True, seconds=attention.COMPILE_SECONDS / 2))
+    short = kernels.run(Job(torch.device("cuda"), tiny=True, seconds=0))
     flexes = [label for label in short["no_time_for"] if label.endswith(" with flex")]
-    assert len(flexes) == sum(case.compiled for case in TINY_CASES.values())
+    assert len(flexes) == sum(compiled for _, compiled in rows(TINY))

@@ -49,7 +49,7 @@ def peer(**options: bool) -> WanCodec:
 
 
 def row_of(case: Case, sizes: Sizes, compiled: bool = False) -> dict[str, Any]:
-    return decode.run_case(case, Field(CPU, sizes), CEILINGS, job(), 1.0, compiled)
+    return decode.run_case(case, Field(CPU, sizes), job(), {"ceilings": CEILINGS}, compiled)
 
 
 @needs_diffusers
@@ -184,11 +184,11 @@ def test_a_wrong_one_is_not_timed(
 
     def with_others(self: Field, case: Case, compiled: bool) -> dict[str, Any]:
         found = of(self, case, compiled)
-        exactly = self.exact[False].codec
+        exactly = self.exact[False]
         for share in (0.5, 1.5):
-            found[f"off {share}"] = decode.Contestant(Off(exactly, share * limit))
-        found["nan"] = decode.Contestant(Off(exactly, float("nan")))
-        found["broken"] = decode.Contestant(None)
+            found[f"off {share}"] = Off(exactly, share * limit)
+        found["nan"] = Off(exactly, float("nan"))
+        found["broken"] = None
         return found
 
     monkeypatch.setattr(Field, "of", with_others)

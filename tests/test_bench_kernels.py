@@ -16,13 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import cpu, kernels, rows, timing, tune
-from bench.contest import run_case
+from bench import timing, tune
 from bench.harness import Job, plain_console, show
-from bench.works import Search, Work, searches, works
+from bench.ops import cpu, kernels, measure, memory_bound
+from bench.ops.measure import run_case
+from bench.tune import Search, searches
 from sfkernels import cpp, launch, roofline
+from sfkernels.cases import Case
 from sfkernels.launch import Flat, RowTile, Tile
-from sfmodel import machine
+from sfmodel import graphs, machine
 
 CPU = torch.device("cpu")
 
@@ -30,20 +32,21 @@ CPU = torch.device("cpu")
 CEILINGS = {"matmul_tflops": 1.0, "copy_gbps": 100.0}
 
 
-def find(label: str) -> rows.Case:
-    return next(case for case in rows.cases(rows.TINY) if case.label.startswith(label))
+def find(label: str) -> Case:
+    rows = memory_bound.rows(memory_bound.TINY)
+    return next(case for case, _ in rows if case.label.startswith(label))
 
 
 def test_bytes_are_those_of_the_tensors() -> None:
     """Each activation once; what is left out is a thousandth at real sizes."""
     assert roofline.norm_bytes(4680, 1536, 4, 2) == 57_507_840  # 13.4 us at 4.3 TB/s
-    full = {case.label: case for case in rows.cases(rows.FULL)}
+    full = {case.label: case for case, _ in memory_bound.rows(memory_bound.FULL)}
     assert full["gated_adaln 4680 x 1536"].nbytes == 57_507_840
     assert full["gated_adaln backward 4680 x 1536"].nbytes == 86_261_760
     # The same from tensors: qkv in; q, k, v out; the table.
     qkv, _, _, table, *_ = find("qk_norm_rope_append").make(CPU)
     assert find("qk_norm_rope_append").nbytes == 2 * qkv.nbytes + table.nbytes
-    x, _, y, before, _ = find("rms_norm_silu").make(CPU)
+    x, _, before, y, _ = find("rms_norm_silu").make(CPU)
     read, written = x.nbytes + y.nbytes + before.nbytes, x.nbytes + before.nbytes + x.nbytes
     assert find("rms_norm_silu").nbytes == read + written
     assert find("rms_norm_silu backward").nbytes == 4 * x.nbytes  # dx', dout, x'; dx
@@ -54,7 +57,7 @@ def test_bytes_are_those_of_the_tensors() -> None:
     )
     (x,) = find("quantize_rows, int8").make(CPU)
     assert find("quantize_rows, int8").nbytes == x.nbytes + x.numel() + 4 * x.shape[1]
-    assert len(full) == len(list(rows.cases(rows.FULL)))  # labels are unique
+    assert len(full) == len(list(memory_bound.rows(memory_bound.FULL)))  # labels are unique
     frames, widths = (1, 3, 9, 21), (1536, 5120)
     assert {f"gated_adaln {n * 1560} x {d}" for n in frames for d in widths} <= {*full}
 
@@ -108,7 +111,7 @@ def test_timing_is_of_one_call_and_in_turn() -> None:
         raise RuntimeError("cannot\nat all")
 
     sets = [[torch.zeros(2)] for _ in range(3)]
-    contestants = [timing.Contestant(f.__name__, f) for f in (slow, quick, broken)]
+    contestants = [timing.Implementation(f.__name__, f) for f in (slow, quick, broken)]
     times = timing.measure(contestants, sets, rounds=4)
     slow_time, quick_time = times["slow"], times["quick"]
     assert isinstance(slow_time, timing.Timing) and isinstance(quick_time, timing.Timing)
@@ -121,7 +124,7 @@ def test_timing_is_of_one_call_and_in_turn() -> None:
 
 
 def test_no_round_is_begun_after_the_time_given() -> None:
-    once = timing.Contestant("once", lambda x: time.sleep(1e-3))
+    once = timing.Implementation("once", lambda x: time.sleep(1e-3))
     for seconds, rounds in ((0.0, timing.FEWEST), (60.0, 7)):
         timed = timing.measure([once], [[torch.zeros(2)]], 7, seconds)["once"]
         assert isinstance(timed, timing.Timing) and timed.rounds == rounds
@@ -143,20 +146,21 @@ def test_only_the_backward_pass_is_timed() -> None:
 
     sets = [[torch.ones(3)], [torch.ones(3)]]
     upstream = [[torch.ones(3)]] * 2
-    contestant = timing.Contestant("op", lambda x: (Counted.apply(x),), upstream)
+    contestant = timing.Implementation("op", lambda x: (Counted.apply(x),), upstream)
     assert isinstance(timing.measure([contestant], sets, rounds=5)["op"], timing.Timing)
     assert passes == {"forward": 2, "backward": 2 * (1 + 1 + 5)}
 
 
-def test_a_contestant_that_is_wrong_is_not_timed() -> None:
+def test_one_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def off(x: Tensor, weight: Tensor) -> Tensor:
         return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, 1e-6) * 1.01
 
     for label in ("rms_norm", "rms_norm backward"):
         right = run_case(find(label), CPU, CEILINGS, rounds=2)["contestants"]
         assert right["native"]["ms"] > 0 and right["eager"]["gbps"] > 0
-        broken = replace(find(label), native=off)
-        wrong = run_case(broken, CPU, CEILINGS, rounds=2)["contestants"]
+        with monkeypatch.context() as patch:
+            patch.setitem(memory_bound.NATIVE, "rms_norm", off)
+            wrong = run_case(find(label), CPU, CEILINGS, rounds=2)["contestants"]
         assert wrong["native"]["failed"].startswith("wrong, not timed: AssertionError: result 0")
         assert "ms" in wrong["eager"]
 
@@ -175,16 +179,15 @@ def test_libraries_take_part_where_they_are_installed(monkeypatch: pytest.Monkey
 
     fakes = {
         "quack": types.SimpleNamespace(rmsnorm=quack_rmsnorm),
-        rows.LIGER: types.SimpleNamespace(liger_rms_norm=liger_rms_norm),
+        memory_bound.LIGER: types.SimpleNamespace(liger_rms_norm=liger_rms_norm),
     }
     monkeypatch.setattr(importlib, "import_module", lambda name: fakes[name])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(rows, "interpreted", lambda: False)
+    monkeypatch.setattr(memory_bound, "interpreted", lambda: False)
     case = find("rms_norm")
-    names = [c.name for c in case.contestants(torch.device("cuda"), False)]
-    assert names == ["triton", "eager", "native", "liger", "quack"]
-    there = [c for c in case.contestants(torch.device("cuda"), False) if c.name != "triton"]
-    monkeypatch.setattr(rows.Case, "contestants", lambda *_: there)
+    every = memory_bound.implementations(case, torch.device("cuda"), False)
+    assert [one.name for one in every] == ["triton", "eager", "native", "liger", "quack"]
+    monkeypatch.setattr(measure, "implementations", lambda *_: every[1:])
     entries = run_case(case, CPU, CEILINGS, rounds=1)["contestants"]
     assert entries["quack"]["ms"] > 0
     assert entries["liger"] == {"failed": "RuntimeError: no driver"}
@@ -194,7 +197,7 @@ def test_libraries_take_part_where_they_are_installed(monkeypatch: pytest.Monkey
 def test_all_rows_run_on_a_cpu(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (rows, kernels):
+    for module in (memory_bound, kernels):
         monkeypatch.setattr(module, "interpreted", lambda: False)
     seen: list[int] = []
     job = Job(CPU, tiny=True, rounds=2, only="^(?!attention)")
@@ -219,7 +222,7 @@ def test_the_state_of_the_machine() -> None:
     assert said == "30 → 55 °C"
 
 
-def test_a_contestant_that_fails_while_timed_is_reported() -> None:
+def test_one_that_fails_while_timed_is_reported() -> None:
     calls = []
 
     def later(x: Tensor) -> Tensor:
@@ -228,7 +231,7 @@ def test_a_contestant_that_fails_while_timed_is_reported() -> None:
             raise RuntimeError("out of memory")
         return x
 
-    both = [timing.Contestant("later", later), timing.Contestant("fine", lambda x: x)]
+    both = [timing.Implementation("later", later), timing.Implementation("fine", lambda x: x)]
     times = timing.measure(both, [[torch.zeros(2)]], rounds=5)
     assert times["later"] == "RuntimeError: out of memory"
     fine = times["fine"]
@@ -268,15 +271,15 @@ def test_the_tuner_calls_launchers_as_they_are(monkeypatch: pytest.MonkeyPatch) 
     launched: list[str] = []
     monkeypatch.setattr(launch, "recorder", lambda kernel, *_, **__: launched.append(kernel))
     for search in searches(torch.device("meta")):
-        for work in search.works:
+        for case in search.cases:
             launched.clear()
-            out = work.run(*work.make(torch.device("meta")))
-            assert launched and tune._tensors(out)
+            assert case.launch(search.impl, torch.device("meta")) and launched
     assert {s.kernel for s in searches(CPU)} == {*launch.DEFAULTS[90]} - {"rope_table"}
     silu = {s.channels for s in searches(CPU) if s.kernel.startswith("norm_silu")}
     assert silu == {*launch.DEFAULTS[90]["norm_silu_fwd"]}
     # What compiles candidates finds each kernel by its channels.
-    assert all(s.kernel in works(s.channels) for s in searches(CPU) if s.channels > 1)
+    names = [(s.kernel, s.channels) for s in searches(CPU)]
+    assert len(names) == len({*names})
 
 
 def test_the_tuner_writes_what_launch_reads(
@@ -285,24 +288,25 @@ def test_the_tuner_writes_what_launch_reads(
     """With times made up, so that one candidate must win; one that is wrong never does."""
     best, wrong = RowTile(2, 16), RowTile(4, 16)
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor, impl: str) -> Tensor:
         return x + (launch.overrides["norm_fwd"] == wrong)
 
     def measure(
-        contestants: Sequence[timing.Contestant], sets: Any, rounds: int
+        implementations: Sequence[timing.Implementation], sets: Any, rounds: int
     ) -> dict[str, timing.Timing | str]:
         out: dict[str, timing.Timing | str] = {}
-        for contestant in contestants:
-            with contestant.around():
+        for one in implementations:
+            with one.context():
                 setting = launch.overrides["norm_fwd"]
             assert setting != wrong
-            out[contestant.name] = timing.Timing(1.0 if setting == best else 2.0, 3.0)
+            out[one.name] = timing.Timing(1.0 if setting == best else 2.0, 3.0)
         return out
 
     monkeypatch.setattr(timing, "measure", measure)
     monkeypatch.setattr(timing, "copy_bandwidth", lambda *_: 100.0)
     sizes = tuple(
-        Work(f"{n} x 1536", 10**8, lambda d: [torch.ones(4, device=d)], run) for n in (1, 2)
+        Case("rms_norm", f"{n} x 1536", run, lambda d: [torch.ones(4, device=d)], 0, 10**8)
+        for n in (1, 2)
     )
     monkeypatch.setattr(tune, "searches", lambda _: [Search("norm_fwd", 1536, sizes)])
     arch = launch.architecture(CPU)
@@ -342,7 +346,7 @@ class FakeGraph:
 def test_graphs_and_launches_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """With stand-ins for CUDA: what is captured is replayed, what cannot be is launched."""
     calls: list[str] = []
-    monkeypatch.setattr(timing, "_warm", lambda run: run())
+    monkeypatch.setattr(graphs, "warm", lambda run: run())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     for name in ("current_device", "current_stream", "graph_pool_handle", "set_stream"):
@@ -416,7 +420,7 @@ def test_nvidia_smi_is_asked_for_the_state(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.skipif(bool(cpp.MISSING), reason=cpp.MISSING)
 def test_the_cpu_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One op and the toy stream, right and timed; --only leaves out all others."""
-    monkeypatch.setattr(cpu, "keep_memory", lambda: None)  # for the whole process
+    monkeypatch.setattr(timing, "keep_memory", lambda: None)  # for the whole process
     only = "^adaln 48 x 96, float32, 1 thread|^toy stream, 1 thread"
     assert cpu.main(["--tiny", "--only", only, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))

@@ -21,13 +21,12 @@ from tests.oracle import DEVICE
 
 def test_what_runs_on_a_gpu_needs_little_but_pytorch(tmp_path: Path) -> None:
     """No package but torch, triton, numpy, rich and pytest; the whole of a part, JSON included."""
-    modules = (
-        "suite, kernels, stream, decode, extrapolate, train, predict, report, compare, tune, verify"
-    )
+    modules = "suite, stream, decode, train, predict, report, compare, tune, verify"
     code = (
         "import sys; others = 'tyro av matplotlib PIL safetensors diffusers transformers'\n"
         "sys.modules.update(dict.fromkeys(others.split()))\n"
-        f"from bench import {modules}\n"
+        f"from bench import {modules}; from bench.ops import kernels\n"
+        "from experiments import rolling\n"
         f"options = ['--tiny', '--out', {str(tmp_path)!r}, '--only']\n"
         "sys.exit(kernels.main([*options, 'dmd']) + decode.main([*options, 'decode 1 latent']))"
     )
@@ -92,7 +91,7 @@ def test_what_a_part_measured_is_kept_when_it_fails(tmp_path: Path) -> None:
 
 
 def test_a_part_runs_in_a_process(tmp_path: Path) -> None:
-    one = suite.step("kernels", 60.0, "--tiny", "--only", "^rms_norm 48")
+    one = suite.step("kernels", 60.0, "--tiny", "--only", "^rms_norm 1560")
     out = one.run(tmp_path / "kernels", 60.0)
     assert out["ok"], out
     (row,) = out["result"]["rows"]
@@ -153,7 +152,7 @@ def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compared.code == 0 and compared.lines == [f"no change ({compared.compared} compared)"]
     slowed = json.loads(json.dumps(result))
     rows = {row["case"]: row for row in slowed["parts"]["kernels"]["result"]["rows"]}
-    entry = rows["rms_norm 48 x 96"]["contestants"]["native"]
+    entry = rows["rms_norm 1560 x 1536"]["contestants"]["native"]
     entry["ms"] *= 3
     (change,) = compare.compare(result, slowed).changes
-    assert change.key == ("kernels", "rms_norm 48 x 96", "native") and change.times > 2.5
+    assert change.key == ("kernels", "rms_norm 1560 x 1536", "native") and change.times > 2.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from torch import Tensor
 import sfkernels as sf
 from sfkernels import cpp
 from sfkernels.dispatch import choose
-from tests.oracle import CPP_DTYPES, Op, check, narrowed, results
+from sfkernels.testing import Op, results
+from tests.oracle import CPP_DTYPES, check, narrowed
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_seed"),
@@ -117,8 +119,16 @@ def noise_and_table(impl: str) -> tuple[Tensor, Tensor]:
 
 
 def outputs(case: Case, dtype: torch.dtype, impl: str = "cpp") -> list[Tensor]:
-    inputs = narrowed(case.tensors, dtype, case.wide)
-    return results(case.op, inputs, impl, gradients=False, upstream=[])
+    return results(by(case.op, impl), narrowed(case.tensors, dtype, case.wide))
+
+
+def by(op: Op, impl: str = "cpp") -> Op:
+    return functools.partial(op, impl=impl)
+
+
+def upstream_of(case: Case, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Random gradients of the outputs, where there are any."""
+    return [torch.randn_like(out) for out in results(by(case.op), inputs)] if case.gradients else []
 
 
 @pytest.fixture
@@ -133,7 +143,9 @@ def threads() -> Iterator[None]:
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     """Bit for bit, gradients included."""
     cases = every_case()
-    upstream: list[list[Tensor]] = [[] for _ in cases]
+    upstream = [
+        upstream_of(case, narrowed(case.tensors, torch.float32, case.wide)) for case in cases
+    ]
     seen = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
@@ -141,7 +153,9 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             for case, up in zip(cases, upstream, strict=True):
                 inputs = narrowed(case.tensors, dtype, case.wide)
-                seen[-1] += results(case.op, inputs, "cpp", gradients=case.gradients, upstream=up)
+                outs = results(by(case.op), inputs) if up else []
+                grads = [u.to(out.dtype) for u, out in zip(up, outs, strict=True)]
+                seen[-1] += results(by(case.op), inputs, grads)
     for one, *others in zip(*seen, strict=True):
         assert all(torch.equal(one, other) for other in others)
 
@@ -212,13 +226,7 @@ def compare_halves(op: Op, inputs: Sequence[Tensor], upstream: Sequence[Tensor] 
     """An op of tensors [1, L, ...], outputs and by `upstream` gradients."""
     half = inputs[0].shape[1] // 2
     whole, low, high = (
-        results(
-            op,
-            [t[:, part] for t in inputs],
-            "cpp",
-            gradients=bool(upstream),
-            upstream=[t[:, part] for t in upstream],
-        )
+        results(by(op), [t[:, part] for t in inputs], [t[:, part] for t in upstream])
         for part in (slice(None), slice(half), slice(half, None))
     )
     for got, *parts in zip(whole, low, high, strict=True):
@@ -241,11 +249,10 @@ def test_rows_shorter_than_a_vector(channels: int, dtype: torch.dtype) -> None:
         x = case.tensors[0]
         x += 8 * (-1) ** torch.arange(x.shape[2])  # no row is almost constant
         inputs = narrowed(case.tensors, dtype, case.wide)
-        upstream: list[Tensor] = []
-        got, want = (
-            results(case.op, tensors, impl, gradients=case.gradients, upstream=upstream)
-            for tensors, impl in ((inputs, "cpp"), ([t.double() for t in inputs], "reference"))
-        )
+        upstream = upstream_of(case, inputs)
+        got = results(by(case.op), inputs, upstream)
+        exactly = [t.double() for t in inputs], [u.double() for u in upstream]
+        want = results(by(case.op, "reference"), *exactly)
         for a, b in zip(got, want, strict=True):
             atol = 16 * torch.finfo(dtype).eps * (1 + float(b.abs().max()))
             torch.testing.assert_close(a.double(), b, rtol=0, atol=atol)
@@ -258,11 +265,8 @@ def test_nothing_comes_of_nothing(sizes: tuple[int, int]) -> None:
     cases = norm_cases(batch, 1, tokens, 24) + sampler_cases(batch, tokens, 3)
     for case in cases + (rope_cases(batch, 1, (1, tokens), 2, 4) if tokens else []):
         inputs = narrowed(case.tensors, torch.float32, case.wide)
-        upstream: list[Tensor] = []
-        got, want = (
-            results(case.op, inputs, impl, gradients=case.gradients, upstream=upstream)
-            for impl in ("cpp", "reference")
-        )
+        upstream = upstream_of(case, inputs)
+        got, want = (results(by(case.op, impl), inputs, upstream) for impl in ("cpp", "reference"))
         for a, b in zip(got, want, strict=True):
             assert torch.equal(a, b)
 
@@ -302,7 +306,7 @@ def test_results_are_the_same_without_gradients() -> None:
             plain = outputs(case, torch.float32)
         with torch.inference_mode():
             inferred = outputs(case, torch.float32)
-        recorded = results(case.op, inputs, "cpp", gradients=case.gradients, upstream=[])
+        recorded = results(by(case.op), inputs, upstream_of(case, inputs))
         for a, b, c in zip(plain, inferred, recorded[: len(plain)], strict=True):
             assert torch.equal(a, b) and torch.equal(a, c)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sfkernels import cpp, reference
-from tests.oracle import nan_filled
+from sfkernels.testing import nan_filled
 
 pytestmark = pytest.mark.skipif(bool(cpp.MISSING), reason=cpp.MISSING)
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 import sfkernels as sf
-from bench.contest import interpreted
 from sfkernels import reference
-from sfkernels.testing import close_as_eager
+from sfkernels.testing import close_as_eager, interpreted
 from sfmodel.config import VAEConfig
 from sfmodel.vae.wan import WanVAE
 from tests.oracle import DTYPES, check, rand

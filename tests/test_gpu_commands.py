@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import kernels, stream, train
+from bench import stream, train
 from bench.harness import Job, wrong
 from bench.inputs import StreamInputs
+from bench.ops import kernels
 from experiments import rolling
 from sfmodel.dit import DiT
 from sfmodel.toy.vae import ToyVAE

@@ -13,16 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfkernels import BlockLayout, RingKVCache
+from sfkernels import BlockLayout, RingKVCache, launch
 from sfkernels.gpu.hopper import attention as hopper
 from sfkernels.gpu.tiles import visits
 from sfkernels.launch import Tile
 from sfkernels.layout import Span
-from sfkernels.testing import close_as_eager
+from sfkernels.testing import close_as_eager, nan_filled
 from tests.hopper_cases import BF16, FP16, LAYOUTS, TILES, attend, mutant, new, rows_of
 from tests.hopper_emulator import emulate
 from tests.hopper_machine import Copy, HopperError
-from tests.oracle import nan_filled, setting
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_seed"),
@@ -63,7 +62,7 @@ def test_every_pattern(name: str) -> None:
     sizes = [(1, 1, 128, BF16), (2, 1, 64, FP16), (1, 2, 64, BF16)]
     random.shuffle(sizes)
     for tile, size in zip(TILES, sizes, strict=True):
-        with setting(hopper_fwd=tile):
+        with launch.using(hopper_fwd=tile):
             check_fwd(new(LAYOUTS[name], *size), LAYOUTS[name])
 
 
@@ -79,14 +78,14 @@ def test_default_settings(head_dim: int, dtype: torch.dtype) -> None:
 def test_prefix(tile: Tile, spans: tuple[Span, ...]) -> None:
     layout = BlockLayout.causal(3, 1, 50)
     past = tuple(torch.randn(2, 90, 2, 64).half() for _ in range(2))
-    with setting(hopper_fwd=tile):
+    with launch.using(hopper_fwd=tile):
         check_fwd((*new(layout, 2, 2, 64, FP16), *past), layout, spans)
 
 
 def test_strided_tensors() -> None:
     """q, k, v as thirds of a projection, k as a slice of a longer tensor, one head of several."""
     layout = BlockLayout.causal(2, 1, 70)
-    with setting(hopper_fwd=TILES[0]):
+    with launch.using(hopper_fwd=TILES[0]):
         q, k, v = torch.randn(2, layout.tokens, 3, 2, 64).to(BF16).unbind(2)
         check_fwd((q, k, v), layout)
         longer = torch.randn(2, 2 * layout.tokens, 2, 64).to(BF16)[:, layout.tokens :]
@@ -116,20 +115,20 @@ def check_ring(parts: int, valid: int, dtype: torch.dtype, monkeypatch: pytest.M
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
 def test_ring_of_any_length(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for valid in (1, 31, 32, 33, 64, 65, random.randint(66, 249), 250):
-        with setting(hopper_fwd=random.choice(TILES)):
+        with launch.using(hopper_fwd=random.choice(TILES)):
             check_ring(parts, valid, FP16, monkeypatch)
 
 
 @pytest.mark.parametrize(("parts", "valid"), [(1, -3), (2, 0), (1, 251), (2, 2**31 - 1)])
 def test_a_length_out_of_range(parts: int, valid: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts as the nearest in range."""
-    with setting(hopper_fwd=TILES[0]):
+    with launch.using(hopper_fwd=TILES[0]):
         check_ring(parts, valid, FP16, monkeypatch)
 
 
 def test_ring_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """In one part: the interpreter, which combines parts, does not round to bfloat16."""
-    with setting(hopper_fwd=TILES[0]):
+    with launch.using(hopper_fwd=TILES[0]):
         check_ring(1, 77, BF16, monkeypatch)
 
 
@@ -149,7 +148,7 @@ def test_streaming_equals_one_pass() -> None:
         for ring, source in ((cache.k[0], k), (cache.v[0], v)):
             by_frame = ring.unflatten(1, (window, tokens))
             by_frame[:, at.slot_F.long()] = source[:, part].unflatten(1, (chunk, tokens))
-        with setting(hopper_fwd=TILES[0]), nan_filled(), emulate(random.randrange(1000)):
+        with launch.using(hopper_fwd=TILES[0]), nan_filled(), emulate(random.randrange(1000)):
             outs.append(hopper.ring_attention(q[:, part], cache.k[0], cache.v[0], at.valid, 0.1))
         cache.commit(chunk)
     close_as_eager("o of a stream", torch.cat(outs, 1), eager, exact)
@@ -165,7 +164,7 @@ def test_a_stream_that_went_nan_ends_with_a_reset() -> None:
     cache.reset()
     cache.k[0, :, :35], cache.v[0, :, :35] = torch.randn(2, 2, 35, 1, 64).half()
     q, valid = torch.randn(2, 35, 1, 64).half(), cache.chunk(1).valid
-    with setting(hopper_fwd=TILES[0]), nan_filled(), emulate(random.randrange(1000)):
+    with launch.using(hopper_fwd=TILES[0]), nan_filled(), emulate(random.randrange(1000)):
         o = hopper.ring_attention(q, cache.k[0], cache.v[0], valid, 0.1)
     want, _ = attend(q, cache.k[0, :, :35], cache.v[0, :, :35], torch.ones(35, 35).bool(), 0.1)
     torch.testing.assert_close(o, want, rtol=2e-2, atol=2e-3)
@@ -181,7 +180,7 @@ def test_no_loads_of_tiles_that_see_nothing(name: str, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("tests.hopper_emulator.Copy", counting)
     layout = LAYOUTS[name]
-    with setting(hopper_fwd=TILES[1]):
+    with launch.using(hopper_fwd=TILES[1]):
         check_fwd(new(layout, 1, 2, 64, FP16), layout)
     tiles = sum(-(-(end - start) // 128) for (start, end), _ in layout.rows)
     # Q in two boxes, and of each tile of keys K and V.
@@ -254,7 +253,7 @@ def test_emulator_catches(name: str, tmp_path: Path) -> None:
     module = mutant(hopper, MUTANTS[name], tmp_path)
     layout = BlockLayout.causal(3, 1, 150)
     tensors = new(layout, 1, 2, 64, FP16)
-    with setting(hopper_fwd=Tile(128, 32, 4, 2, per_sm=1)):
+    with launch.using(hopper_fwd=Tile(128, 32, 4, 2, per_sm=1)):
         with pytest.raises((HopperError, AssertionError)) as caught:
             for seed in range(5):
                 check_fwd(tensors, layout, module=module, seed=seed)

@@ -12,15 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfkernels import BlockLayout
+from sfkernels import BlockLayout, launch
 from sfkernels.gpu.hopper import attention_backward as hopper_bwd
 from sfkernels.gpu.tiles import Pattern
 from sfkernels.launch import Tile
 from sfkernels.layout import Span
-from sfkernels.testing import close_as_eager
+from sfkernels.testing import close_as_eager, nan_filled
 from tests.hopper_cases import BF16, FP16, LAYOUTS, TILES, attend, mutant, new, rows_of
 from tests.hopper_emulator import emulate
-from tests.oracle import nan_filled, setting
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_seed"),
@@ -77,7 +76,7 @@ def test_every_pattern(name: str) -> None:
     sizes = [(1, 1, 128, BF16), (2, 1, 64, FP16), (1, 2, 64, BF16)]
     random.shuffle(sizes)
     for tile, size in zip(TILES, sizes, strict=True):
-        with setting(**settings(tile)):
+        with launch.using(**settings(tile)):
             check_bwd(new(LAYOUTS[name], *size), rows_of(LAYOUTS[name]))
 
 
@@ -93,7 +92,7 @@ def test_default_settings(head_dim: int, dtype: torch.dtype) -> None:
 def test_prefix(tile: Tile, spans: tuple[Span, ...]) -> None:
     layout = BlockLayout.causal(3, 1, 50)
     past = tuple(torch.randn(2, 90, 2, 64).half() for _ in range(2))
-    with setting(**settings(tile)):
+    with launch.using(**settings(tile)):
         check_bwd((*new(layout, 2, 2, 64, FP16), *past), rows_of(layout), spans)
 
 
@@ -104,7 +103,7 @@ def test_unseen_keys_and_blind_queries(tile: Tile) -> None:
     rows = (((0, 70), ((5, 40), (77, 150))), ((70, 90), ()), ((90, 140), ((0, 5), (77, 80))))
     q = torch.randn(2, 140, 2, 64).half()
     k, v = (torch.randn(2, 230, 2, 64).half() for _ in range(2))
-    with setting(**settings(tile)):
+    with launch.using(**settings(tile)):
         dq, dk, dv = check_bwd((q, k, v), rows)
     assert not dq[:, 70:90].any()
     for grad in (dk, dv):
@@ -115,7 +114,7 @@ def test_strided_tensors() -> None:
     """q, k, v as thirds of a projection, some heads of several, do as autograd may give it."""
     layout = BlockLayout.causal(2, 1, 70)
     rows = rows_of(layout)
-    with setting(**settings(TILES[1])):
+    with launch.using(**settings(TILES[1])):
         q, k, v = torch.randn(2, layout.tokens, 3, 2, 64).half().unbind(2)
         check_bwd((q, k, v), rows)
         check_bwd((q, k, v), rows, do=torch.randn(2, 2, layout.tokens, 64).half().transpose(1, 2))
@@ -127,7 +126,7 @@ def test_same_bits_in_any_order_of_events() -> None:
     layout = BlockLayout.causal(3, 1, 75)
     tensors = new(layout, 1, 1, 64, FP16)
     do = torch.randn(tensors[0].shape).half()
-    with setting(**settings(TILES[0])):
+    with launch.using(**settings(TILES[0])):
         first, second = (check_bwd(tensors, rows_of(layout), do=do, seed=seed) for seed in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -231,7 +230,7 @@ def test_emulator_catches(name: str, tmp_path: Path) -> None:
     module = mutant(hopper_bwd, MUTANTS[name], tmp_path)
     layout = BlockLayout.causal(2, 1, 150)
     tensors = new(layout, 2, 1, 64, FP16)
-    with setting(**settings(Tile(128, 32, 4, 2, per_sm=1))):
+    with launch.using(**settings(Tile(128, 32, 4, 2, per_sm=1))):
         with pytest.raises(Exception) as caught:  # an error of the hardware, NaN, or other numbers
             for seed in range(5):
                 check_bwd(tensors, rows_of(layout), module=module, seed=seed)

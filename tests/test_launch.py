@@ -11,7 +11,6 @@ import torch
 
 from sfkernels import launch
 from sfkernels.launch import RowTile
-from tests.oracle import setting
 
 META, CUDA = torch.device("meta"), torch.device("cuda", 0)
 
@@ -46,7 +45,7 @@ def test_the_nearest_number_of_channels_counts_and_overrides_come_first(tuned: P
     narrow, wide = (launch.DEFAULTS[90]["norm_bwd"][n] for n in (1536, 5120))
     assert launch.rows("norm_bwd", META, 64) == launch.rows("norm_bwd", META, 2048) == narrow
     assert launch.rows("norm_bwd", META, 4096) == wide
-    with setting(norm_bwd=RowTile(3, 4)):
+    with launch.using(norm_bwd=RowTile(3, 4)):
         assert launch.rows("norm_bwd", META, 4096) == RowTile(3, 4)
     with pytest.raises(ValueError, match="at most 16384"):
         launch.rows("norm_bwd", META, 20_000)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import sfkernels as sf
+from sfkernels import launch
 from sfkernels.launch import RowTile
-from tests.oracle import DEVICE, check, each, each_and_reference, each_size, rand, setting
+from tests.oracle import DEVICE, check, each, each_and_reference, each_size, rand
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
 
@@ -40,7 +41,7 @@ def size(request: pytest.FixtureRequest) -> Iterator[tuple[int, ...]]:
     rows, *sizes = request.param
     kernels = [f"{form}_{way}" for form in ("norm", "adaln", "residual_norm", "norm_silu")
                for way in ("fwd", "bwd")]  # fmt: skip
-    with setting(**{kernel: RowTile(rows, 8, per_sm=2, stages=2) for kernel in kernels}):
+    with launch.using(**{kernel: RowTile(rows, 8, per_sm=2, stages=2) for kernel in kernels}):
         yield tuple(sizes)
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sfkernels import launch
 from sfkernels.launch import RowTile
 from sfmodel.config import DiTConfig, VAEConfig
 from sfmodel.dit import DiT
@@ -21,7 +22,7 @@ from sfmodel.vae.codec import VideoCodec
 from sfmodel.vae.taehv import TinyVAE
 from sfmodel.vae.wan import WanVAE
 from sfmodel.weights import checkpoint
-from tests.oracle import DEVICE, setting
+from tests.oracle import DEVICE
 from tests.parity.__main__ import drawn_weights, main
 
 FOLDERS = Path(__file__).parent / "parity"
@@ -58,7 +59,7 @@ def test_recorded_cases_pass_on_the_kernels(
     options = ["--impl", "triton", "--attention-impl", "triton", "--device", DEVICE]
     many = RowTile(64, 8)  # the interpreter pays by the program
     kernels = ["rope_table", "norm_fwd", "adaln_fwd", "residual_norm_fwd", "qk_norm_rope_fwd"]
-    with setting(**dict.fromkeys(kernels, many)):
+    with launch.using(**dict.fromkeys(kernels, many)):
         assert main([str(copy(tmp_path, without_rollouts)), *options]) == 0
     assert "8 passed, 0 not passed" in capsys.readouterr().out
 

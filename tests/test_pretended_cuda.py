@@ -15,9 +15,10 @@ from torch import Tensor
 
 import sfkernels as sf
 from bench import timing
-from bench.timing import Contestant
+from bench.timing import Implementation
 from sfkernels.gpu import norm_fwd
 from sfkernels.gpu.tiles import tile_table
+from sfmodel import graphs
 from sfmodel.cli import main
 from tests import pretended_cuda
 
@@ -39,7 +40,7 @@ def x() -> Tensor:
 @contextlib.contextmanager
 def captured(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
     """A capture that fails leaves no trace in other tests."""
-    with timing.capture(graph):
+    with graphs.capture(graph):
         yield
 
 
@@ -193,7 +194,7 @@ def test_one_that_cannot_be_captured_leaves_the_others(x: Tensor) -> None:
     for upstream in (None, [[x]] * 2):
         ops = {"waits": waits, "fails": fails, "runs": lambda x: x * 2}
         those = [
-            Contestant(name, op if upstream is None else backward(op), upstream)
+            Implementation(name, op if upstream is None else backward(op), upstream)
             for name, op in ops.items()
         ]
         timed = timing.measure(those, [[x]] * 2, rounds=2)

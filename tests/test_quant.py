@@ -14,7 +14,8 @@ from torch import Tensor
 import sfkernels as sf
 from sfkernels import launch, quant, reference
 from sfkernels.launch import RowTile
-from tests.oracle import DEVICE, each, each_and_reference, nan_filled, rand, setting
+from sfkernels.testing import nan_filled
+from tests.oracle import DEVICE, each, each_and_reference, rand
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_seed"),
@@ -35,7 +36,7 @@ def bits(t: Tensor) -> Tensor:
 
 def check(x: Tensor, into: torch.dtype, impl: str) -> None:
     """Bit for bit, zeros' signs and subnormal numbers included."""
-    with setting(quantize_rows=RowTile(2, 8, per_sm=2, stages=2)), nan_filled():
+    with launch.using(quantize_rows=RowTile(2, 8, per_sm=2, stages=2)), nan_filled():
         got = sf.quantize_rows(x, dtype=into, impl=impl)
     q, scale = want = sf.quantize_rows(x, dtype=into, impl="reference")
     assert (q.shape, q.dtype, scale.shape) == (x.shape, into, x.shape[:2])

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import sfkernels as sf
+from sfkernels import launch
 from sfkernels.launch import RowTile
-from sfkernels.testing import close_as_eager
-from tests.oracle import DEVICE, check, each, each_size, nan_filled, rand, setting
+from sfkernels.testing import close_as_eager, nan_filled
+from tests.oracle import DEVICE, check, each, each_size, rand
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
 
@@ -34,7 +35,7 @@ def size(request: pytest.FixtureRequest) -> Iterator[tuple[int, int, tuple[int, 
     """batch, frames, grid, heads, head dim, under a setting with so many rows a program."""
     rows, *sizes = request.param
     row_setting = RowTile(rows, 8, per_sm=2)
-    with setting(
+    with launch.using(
         rope_table=row_setting, qk_norm_rope_fwd=row_setting, qk_norm_rope_bwd=row_setting
     ):
         yield tuple(sizes)

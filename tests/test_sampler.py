@@ -14,18 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 import sfkernels as sf
-from sfkernels import reference, sampler
+from sfkernels import launch, reference, sampler
 from sfkernels.launch import Flat
-from tests.oracle import (
-    CPP_DTYPES,
-    DEVICE,
-    check,
-    each,
-    each_and_reference,
-    each_size,
-    rand,
-    setting,
-)
+from tests.oracle import CPP_DTYPES, DEVICE, check, each, each_and_reference, each_size, rand
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
 
@@ -46,7 +37,7 @@ each_shape_and_dtype = each_size(SIZES, OF_CPP, "shape")
 def shape(request: pytest.FixtureRequest) -> Iterator[tuple[int, ...]]:
     """[B, F, ...], under a setting with so many elements a program."""
     block, batch, frames, inner = request.param
-    with setting(sampler=Flat(block, 1)):
+    with launch.using(sampler=Flat(block, 1)):
         yield (batch, frames, *inner)
 
 
@@ -249,7 +240,7 @@ def test_dmd_gradient_is_deterministic_and_has_no_graph(
 ) -> None:
     monkeypatch.setattr("sfkernels.gpu.sampler._PARTS", 4)  # each of them of many blocks
     x, real, fake = rand(3, 2, 150, dtype=torch.float32)
-    with setting(sampler=Flat(4, 1)):
+    with launch.using(sampler=Flat(4, 1)):
         check(sf.dmd_gradient, [*rand(3, 2, 150)], torch.float32, gradients=False, impl=impl)
         first, again = (sf.dmd_gradient(x.requires_grad_(), real, fake, impl=impl)
                         for _ in range(2))  # fmt: skip

@@ -112,7 +112,7 @@ def generate(
             with told("capturing CUDA graphs" if graph else "preparing the stream"):
                 stream = Stream(model, codec, text_BTE, settings, **options)
             for note in stream.notes:
-                print(f"launched one by one: {note}", file=sys.stderr)
+                print(note, file=sys.stderr)
         where = f"{device}, in CUDA graphs" if graph and not stream.notes else str(device)
         chunks = stream.video(None if frames == "endless" else frames)
         write_videos(chunks, names[few], prompts[few], settings.fps, frames, where, watch)

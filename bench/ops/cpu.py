@@ -2,15 +2,13 @@
 shapes of Wan2.1, with one thread and with two, in float32 and bfloat16; then what they make of a
 toy stream and of a toy training step.
 
-Every result is compared with float64 first. Memory that is freed stays with the process: else every
-call faults the pages of large outputs in anew, which takes longer than the op, whoever computes it.
-Five minutes on two cores, most of which torch.compile takes.
+Every result is compared with float64 first. Five minutes on two cores, most of which torch.compile
+takes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import sys
@@ -23,10 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import harness, kernels, rows, timing
-from bench.contest import CPP, EAGER, run_case
-from bench.harness import Job, Result, Table
+from bench import harness, timing
+from bench.harness import CPP, EAGER, Job, Result, Table
+from bench.ops import kernels, memory_bound
 from sfkernels import cpp
+from sfkernels.cases import FRAME
 from sfmodel.config import PRESETS
 from sfmodel.machine import said
 from sfmodel.pretrained import TOY_WEIGHTS, load_toy
@@ -38,42 +37,43 @@ from sfmodel.train.parallel import started
 ROUNDS = 10
 DTYPES = (torch.float32, torch.bfloat16)
 THREADS = (1, 2)
-_N = rows.GRID[0] * rows.GRID[1]
-CHUNK = (3, _N, 1536, 128)  # of Wan2.1-1.3B
+CHUNK = (3, FRAME, 1536)  # of Wan2.1-1.3B
 LEVELS = ((2, 240 * 416, 96), (3, 60 * 104, 384))  # of its video decoder
 STREAMED = 61  # pixel frames
 RECIPES = ("tf", "sf+dmd")
 
 
-def sizes(dtype: torch.dtype, tiny: bool) -> rows.Sizes:
+def sizes(dtype: torch.dtype, tiny: bool) -> memory_bound.Sizes:
     if tiny:
-        return rows.TINY
-    return rows.Sizes((CHUNK,), (CHUNK,), (16, 60, 104), LEVELS, dtype)
+        return memory_bound.TINY
+    return memory_bound.Sizes((CHUNK,), (CHUNK,), LEVELS, dtype)
 
 
 def run(job: Job) -> Result:
     if cpp.MISSING:
         raise ValueError(f"there are no ops in C++ to measure: {cpp.MISSING}")
-    keep_memory()
+    timing.keep_memory()
     threads = torch.get_num_threads()
     job.rounds = min(job.rounds, ROUNDS)
     result = job.begin("cpu", torch.float32)
     result["instructions"] = cpp.LOADED
-    copies: dict[tuple[int, int], float] = {}
+    copies: dict[int, dict[int, float]] = {count: {} for count in THREADS}
     try:
         for dtype in DTYPES[:1] if job.tiny else DTYPES:
             for count in THREADS:
                 torch.set_num_threads(count)
                 label = f", {str(dtype).removeprefix('torch.')}, {said_threads(count)}"
-                for case in rows.cases(sizes(dtype, job.tiny)):
-                    row = functools.partial(_op, case, job, result, copies)
-                    _add(job, result, case.label + label, row)
+                for case, _ in memory_bound.rows(sizes(dtype, job.tiny)):
+                    row = functools.partial(
+                        kernels.row, case, job, result, copies[count], not job.tiny
+                    )
+                    job.add(result, case.label + label, row)
         for count in THREADS:
             torch.set_num_threads(count)
-            _add(job, result, f"toy stream, {said_threads(count)}", functools.partial(_stream, job))
+            job.add(result, f"toy stream, {said_threads(count)}", functools.partial(_stream, job))
             for recipe in RECIPES:
                 name = f"toy training step, {recipe}, {said_threads(count)}"
-                _add(job, result, name, functools.partial(_train, recipe, count, job))
+                job.add(result, name, functools.partial(_train, recipe, count, job))
     finally:
         torch.set_num_threads(threads)
     return job.end(result)
@@ -81,38 +81,6 @@ def run(job: Job) -> Result:
 
 def said_threads(count: int) -> str:
     return f"{count} thread{'s' * (count > 1)}"
-
-
-def keep_memory() -> None:
-    """Where the allocator is glibc's: nothing is mapped apart (M_MMAP_MAX), and nothing is given
-    back to the system (M_TRIM_THRESHOLD)."""
-    with contextlib.suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)
-        mallopt(-1, 2**31 - 1)
-
-
-def _add(job: Job, result: Result, label: str, row: Callable[[], Result]) -> None:
-    if not job.wants(label):
-        return
-    if job.left <= 0:
-        result["no_time_for"].append(label)
-        return
-    job.tick(label)
-    try:
-        result["rows"].append({**row(), "case": label})
-    except Exception as error:  # the other rows still run
-        result["rows"].append({"case": label, "failed": timing.reason(error)})
-    job.save(result)
-
-
-def _op(case: rows.Case, job: Job, result: Result, copies: dict[tuple[int, int], float]) -> Result:
-    """copies: GB/s by threads and bytes, as far as they are known."""
-    row = run_case(case, job.device, result["ceilings"], job.rounds, compiled=not job.tiny)
-    size = torch.get_num_threads(), case.nbytes
-    if size not in copies:
-        copies[size] = timing.copy_bandwidth(job.device, case.nbytes, job.rounds)
-    return {**row, "copy_gbps": copies[size]}
 
 
 def _stream(job: Job) -> Result:
@@ -196,8 +164,7 @@ def tables(result: Result) -> list[Table]:
         share = kernels.percent(row["contestants"][CPP]["gbps"], row["copy_gbps"])
         ops.append([row["case"], kernels.microseconds(ours), share,
                     over(EAGER), over("compile"), over("native")])  # fmt: skip
-    if result["no_time_for"]:
-        notes.append(f"no time for: {', '.join(result['no_time_for'])}")
+    notes += harness.left_out(result)
     here = f"{said(result['machine'])}, {result['instructions']}"
     return [
         Table(f"C++ on {here}", ("op", "µs", "% of a copy of as many bytes", "eager / C++",

@@ -2,70 +2,69 @@
 run: norms, RoPE and the sampler as a share of what a copy reaches, attention of what a matrix
 product does.
 
-Every contestant is compared with float64 first; one that is wrong is reported and not timed.
+Every implementation is compared with float64 first; one that is wrong is reported and not timed.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from bench import attention, attention_cases, harness, rows, timing
-from bench.contest import EAGER, OURS, Case, best, interpreted, run_case
-from bench.harness import Job, Result, Table
+from bench import harness, timing
+from bench.harness import EAGER, OURS, Job, Result, Table
+from bench.ops import attention, memory_bound
+from bench.ops.measure import best, run_case
+from sfkernels.cases import AttentionCase, Case
+from sfkernels.testing import interpreted
 from sfmodel.machine import said
 
+CPU_ROUNDS = 5
 
-def cases(tiny: bool) -> list[Case]:
-    sizes = (rows.TINY, attention_cases.TINY) if tiny else (rows.FULL, attention_cases.FULL)
-    return [*rows.cases(sizes[0]), *attention_cases.cases(sizes[1])]
+
+def rows(tiny: bool) -> list[tuple[Case, bool]]:
+    """The cases, and whether something that compiles for each takes part."""
+    small = memory_bound.TINY if interpreted() else memory_bound.SMALL
+    return [
+        *memory_bound.rows(small if tiny else memory_bound.FULL),
+        *attention.rows(attention.TINY if tiny else attention.FULL),
+    ]
 
 
 def run(job: Job) -> Result:
-    """Compiling takes most of the time: first all cases without, then what is left of it again
-    with those contestants that compile for each case."""
+    """Compiling takes most of the time: first all cases without, then with what is left of it again
+    with those implementations that compile for each case."""
     result = job.begin("kernels", torch.float32 if job.tiny else torch.bfloat16)
-    rounds = 1 if interpreted() else job.rounds  # an interpreter's times say nothing
-    chosen = [case for case in cases(job.tiny) if job.wants(case.label)]
-    again = [case for case in chosen if case.compiler and job.cuda]
-    again.sort(key=_is_not_a_pattern)
-    found: dict[str, dict[str, Any]] = {}
+    if not job.cuda:  # an interpreter's times say nothing
+        job.rounds = 1 if interpreted() else min(job.rounds, CPU_ROUNDS)
     copies: dict[int, float] = {}
-    for case, compiled in [*((c, False) for c in chosen), *((c, True) for c in again)]:
-        compiler, seconds = case.compiler or ("", 0.0)
-        label = case.label + f" with {compiler}" * compiled
-        if job.left < seconds * compiled:
-            result["no_time_for"].append(label)
-            continue
-        job.tick(label)
-        try:
-            if compiled and "failed" in found[case.label]:
-                continue
-            row = run_case(case, job.device, result["ceilings"], rounds, compiled)
-            if not is_attention(row):
-                if case.nbytes not in copies:
-                    copies[case.nbytes] = timing.copy_bandwidth(job.device, case.nbytes, rounds)
-                row["copy_gbps"] = copies[case.nbytes]
-            found[case.label] = row
-        except Exception as error:  # the other cases still run
-            failed = {"failed": timing.reason(error)}
-            if compiled:
-                found[case.label]["contestants"][compiler] = failed
-            else:
-                found[case.label] = {"case": case.label, **failed}
-        result["rows"] = [*found.values()]
-        timing.free(job.device)
-        job.save(result)
+    every = rows(job.tiny)
+    for case, _ in every:
+        job.add(result, case.label, functools.partial(row, case, job, result, copies, False))
+    again = [case for case, compiled in every if compiled and job.cuda]
+    for case in sorted(again, key=_is_not_a_pattern):
+        name = "flex" if isinstance(case, AttentionCase) else "compile"
+        job.add(result, case.label, functools.partial(row, case, job, result, copies, True), name)
     return job.end(result)
+
+
+def row(case: Case, job: Job, result: Result, copies: dict[int, float], compiled: bool) -> Result:
+    """copies: GB/s by bytes, as far as they are known."""
+    out = run_case(case, job.device, result["ceilings"], job.rounds, compiled)
+    if not isinstance(case, AttentionCase):
+        if case.nbytes not in copies:
+            copies[case.nbytes] = timing.copy_bandwidth(job.device, case.nbytes, job.rounds)
+        out["copy_gbps"] = copies[case.nbytes]
+    return out
 
 
 def _is_not_a_pattern(case: Case) -> tuple[bool, bool]:
     """Of cases to compile for, those patterns that FlexAttention is made for come first, and their
     backward pass before all."""
-    return not isinstance(case, attention.Case) or case.layout is None, not case.backward
+    return not isinstance(case, AttentionCase) or case.layout is None, not case.backward
 
 
 def is_attention(row: dict[str, Any]) -> bool:
@@ -79,57 +78,43 @@ def tables(result: Result) -> list[Table]:
     copy, product = ceilings["copy_gbps"], ceilings.get("matmul_tflops")
     unit, scale = product_unit(ceilings)
     rate = f"{scale * product:.3g} {unit}" if product else "not measured"
-    both: tuple[list[list[str]], list[list[str]]] = ([], [])
-    notes: set[str] = set()
-    kernels = False  # of ours, were any timed?
-    for row in result["rows"]:
-        if "failed" in row:
-            both[is_attention(row)].append([row["case"], f"failed: {row['failed']}", *[""] * 7])
-            continue
-        memory = not is_attention(row)
-        first = best(row["contestants"])["best_ours"]
-        ours = row["contestants"][first]["ms"] if first else None
-        kernels = kernels or first in OURS
-        for i, (name, e) in enumerate(row["contestants"].items()):
-            label = row["case"] if i == 0 else ""
-            if "ms" not in e:
-                both[not memory].append([label, f"{name}: {e['failed']}", *[""] * 7])
-                continue
-            if "note" in e:
-                notes.add(f"* {e['note']}")
-            if memory:
-                shares = [number(e["gbps"]), percent(e["gbps"], copy)]
-                shares.append(percent(e["gbps"], row["copy_gbps"]))
-            else:
-                shares = [number(scale * e["tflops"]), percent(e["tflops"], product)]
-                shares.append(f"{e['peak_mib']:.0f}" if "peak_mib" in e else "")
-            both[not memory].append(
-                [
-                    label,
-                    name + " *" * ("note" in e),
-                    microseconds(e["ms"]),
-                    microseconds(e["p99_ms"]),
-                    microseconds(e["launched_ms"]) if "launched_ms" in e else "",
-                    *shares,
-                    f"{e['ms'] / ours:.2f}" if ours else "",
-                ]
-            )
+    notes = {f"* {e['note']}" for row in result["rows"] for e in harness.timed(row).values()
+             if "note" in e}  # fmt: skip
+    ours = {row["case"]: best(row.get("contestants", {}))["best_ours"] for row in result["rows"]}
+
+    def cells(row: Result, name: str, e: Result) -> list[str]:
+        if is_attention(row):
+            shares = [number(scale * e["tflops"]), percent(e["tflops"], product)]
+            shares.append(f"{e['peak_mib']:.0f}" if "peak_mib" in e else "")
+        else:
+            shares = [number(e["gbps"]), percent(e["gbps"], copy)]
+            shares.append(percent(e["gbps"], row["copy_gbps"]))
+        first = ours[row["case"]]
+        return [
+            name + (" *" if "note" in e else ""),
+            microseconds(e["ms"]),
+            microseconds(e["p99_ms"]),
+            microseconds(e["launched_ms"]) if "launched_ms" in e else "",
+            *shares,
+            f"{e['ms'] / row['contestants'][first]['ms']:.2f}" if first else "",
+        ]
+
     common = ("case", "", "µs", "p99", "with launch")
-    last = "time / ours" if kernels else "time / eager"
-    kinds = (
-        (f"bytes decide; a large copy: {copy:.0f} GB/s",
+    last = "time / ours" if any(name in OURS for name in ours.values()) else "time / eager"
+    found = []
+    for attention_too, title, columns in (
+        (False, f"bytes decide; a large copy: {copy:.0f} GB/s",
          (*common, "GB/s", "% of large copy", "% of same-size copy", last)),
-        (f"arithmetic decides; a matrix product: {rate}",
+        (True, f"arithmetic decides; a matrix product: {rate}",
          (*common, unit, "% of product", "MiB", last)),
-    )  # fmt: skip
-    lines = [*sorted(notes)]
-    if result["no_time_for"]:
-        lines.append(f"no time for: {', '.join(result['no_time_for'])}")
-    return [
-        Table(f"{title} ({here})", columns, body, lines if body is both[-1] or not both[-1] else ())
-        for (title, columns), body in zip(kinds, both, strict=True)
-        if body
-    ]
+    ):  # fmt: skip
+        rows = [row for row in result["rows"] if is_attention(row) == attention_too]
+        if rows:
+            lines = harness.body({"rows": rows}, columns, cells)
+            found.append(Table(f"{title} ({here})", columns, lines))
+    if found:
+        found[-1] = found[-1]._replace(notes=[*sorted(notes), *harness.left_out(result)])
+    return found
 
 
 def product_unit(ceilings: dict[str, Any]) -> tuple[str, float]:
@@ -269,4 +254,5 @@ def _roofline(result: Result) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    timing.keep_memory()
     return harness.command("kernels", sys.modules[__name__], arguments, __doc__)
