@@ -48,7 +48,7 @@ from sfmodel.train.batch import Draw
 from sfmodel.train.config import TrainConfig, defaults
 from sfmodel.train.loop import train
 from sfmodel.train.parallel import checkpoints
-from sfmodel.train.trajectories import guided, solve
+from sfmodel.train.trajectories import solve
 from sfmodel.video import contact_sheet_of_rows
 from sfmodel.weights import checkpoint
 
@@ -299,7 +299,10 @@ def references(scale: Scale, split: str) -> dict[str, dict[str, Any]]:
             "teacher", *held.latents_BFCHW[0, :FRAMES].shape
         )
         text = held.text_BTE[rows.start : rows.stop].to(teacher.device)
-        flow = guided(teacher, text, torch.zeros_like(text[:1]), guidance=0.0)
+
+        def flow(x: torch.Tensor, t: torch.Tensor, text: torch.Tensor = text) -> torch.Tensor:
+            return teacher(x, t, text)
+
         made.append(solve(flow, noise, schedule, (), config.teacher_steps)[:, -1].cpu())
     return {
         "real, other videos": score(seen_in(codec, held.latents_BFCHW), held.real_NFD),

@@ -1,5 +1,4 @@
-"""The checks of arguments that every op shares. Each raises a ValueError that says what is wrong,
-and what would be right."""
+"""Checks of arguments that every op shares. Each raises ValueError and says what would be right."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ TOO_MANY = 2**31  # elements of a table or of a frame: kernels count them in 32 
 
 
 def is_plain(tensor: Any) -> bool:
-    """Whether it is a tensor with memory of its own: nothing is traced or imitated."""
+    """Tells whether it is a tensor with memory of its own, neither traced nor fake."""
     return not torch.compiler.is_compiling() and type(tensor) in _PLAIN
 
 
@@ -30,7 +29,7 @@ def numbers(tensor: Tensor) -> list[int] | None:
 
 
 def check_tensor(name: str, tensor: Any) -> None:
-    """Unless it is a tensor, dense in memory."""
+    """Raises ValueError unless it is a tensor, dense in memory."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is {_said(tensor)}: must be a tensor")
     if tensor.is_nested or tensor.layout is not torch.strided:
@@ -39,7 +38,7 @@ def check_tensor(name: str, tensor: Any) -> None:
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
-    """Unless `tensor` is one of `shape`, where a string stands for any size."""
+    """Raises ValueError unless `tensor` has `shape`, where a string stands for any size."""
     check_tensor(name, tensor)
     got = tensor.shape
     if got == shape:
@@ -54,7 +53,7 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None
 
 
 def check_same(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    """Unless both tensors share a device and a dtype."""
+    """Raises ValueError unless both tensors share a device and a dtype."""
     for what in ("device", "dtype"):
         got, want = getattr(tensor, what), getattr(like, what)
         if got != want:
@@ -62,13 +61,13 @@ def check_same(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    """Unless `tensor` is on `device`."""
+    """Raises ValueError unless `tensor` is on `device`."""
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}: must be on {device}, as the others")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Unless `tensor` is of floating-point numbers of 16 bits or more."""
+    """Raises ValueError unless `tensor` is of floating-point numbers of 16 bits or more."""
     if not tensor.is_floating_point() or tensor.itemsize == 1:
         raise ValueError(
             f"{name} is {tensor.dtype}: must be floating point, of 16 bits or more, and real"
@@ -76,7 +75,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 
 def check_integers(name: str, tensor: Tensor, size: int | str) -> None:
-    """Unless `tensor` is an int32 or int64 [size]."""
+    """Raises ValueError unless `tensor` is an int32 or int64 [size]."""
     check_shape(name, tensor, (size,))
     if tensor.dtype not in _INTEGERS:
         raise ValueError(
@@ -86,7 +85,7 @@ def check_integers(name: str, tensor: Tensor, size: int | str) -> None:
 
 
 def check_count(name: str, value: int, least: int = 1, most: float = math.inf) -> None:
-    """Unless `value` is an integer from `least` to `most`."""
+    """Raises ValueError unless `value` is an integer from `least` to `most`."""
     if not is_integer(value):
         raise ValueError(f"{name}={_said(value)}: must be an integer")
     if not least <= value <= most:
@@ -95,25 +94,25 @@ def check_count(name: str, value: int, least: int = 1, most: float = math.inf) -
 
 
 def is_integer(value: object) -> bool:
-    """As sizes are, also while a graph is made of them."""
+    """Tells whether it is an integer, or stands for one while a graph is made."""
     return isinstance(value, (int, torch.SymInt))
 
 
 def check_positive(name: str, value: float) -> None:
-    """Unless kernels can divide by `value` in float32."""
+    """Raises ValueError unless kernels can divide by `value` in float32."""
     if not (_is_number(value) and _SMALLEST <= value <= _LARGEST):
         raise ValueError(f"{name}={_said(value)}: must be positive and finite in float32")
 
 
 def check_finite(name: str, value: float) -> None:
-    """Unless `value` is a number that float32 can hold."""
+    """Raises ValueError unless `value` is a number that float32 can hold."""
     if not (_is_number(value) and abs(value) <= _LARGEST):
         raise ValueError(f"{name}={_said(value)}: must be finite in float32")
 
 
 def check_apart(ring_name: str, ring: Tensor, **others: Tensor) -> None:
-    """Unless `ring` can be written, row by row, without a change to another of its rows or to one
-    of `others`. Where a graph is made there is no memory to look at."""
+    """Raises ValueError unless `ring` can be written, row by row, without a change to another of
+    its rows or to one of `others`. Where a graph is made there is no memory to look at."""
     if not is_plain(ring):
         return
     if ring.is_neg():
@@ -140,8 +139,8 @@ def _steps(tensor: Tensor) -> list[tuple[int, int, int]]:
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors may share memory. They do not if the elements of one lie between those of
-    the other, which must have the same strides."""
+    """Tells whether two tensors may share memory. They do not if the elements of one lie between
+    those of the other, which must have the same strides."""
     if a.device != b.device or a.is_meta or not a.numel() or not b.numel():
         return False
     steps, apart = _steps(a), b.data_ptr() - a.data_ptr()

@@ -54,7 +54,7 @@ def block_causal_attention(
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Softmax attention where `layout` says who sees whom.
+    """Softmax attention under the mask that `layout` describes.
 
     q, k, v [B, layout.tokens, H, D]; scale defaults to D^-½; prefix: what all queries see as well.
     Returns [B, L, H, D]. Raises ValueError for shapes that do not fit the layout or each other
@@ -146,7 +146,7 @@ def _choose_ring(
     valid: Tensor,
     k_table_SP2: Tensor | None,
 ) -> str:
-    """As `_choose`; raises ValueError for what `ring_attention` does not take."""
+    """Chooses the implementation; raises ValueError for what `ring_attention` does not take."""
     _check_heads(q_BLHD, k_ring_BSHD, v_ring_BSHD, "k_ring", "v_ring")
     slots = k_ring_BSHD.shape[1]
     check_tensor("valid", valid)
@@ -215,9 +215,9 @@ def _check_prefix(prefix: Prefix | None, q_BLHD: Tensor) -> tuple[Span, ...]:
 
 
 def _choose(op: str, impl: str, q_BLHD: Tensor, **others: Tensor | None) -> str:
-    """As `choose`; raises ValueError for heads that our kernels do not take. What they are not made
-    for, longer heads and float32, which they multiply exactly and slowly, is for "sdpa" to take
-    under "auto" on a GPU."""
+    """Chooses the implementation; raises ValueError for heads that our kernels do not take. What
+    they are not made for, longer heads and float32, which they multiply exactly and slowly, is for
+    "sdpa" to take under "auto" on a GPU."""
     head_dim = q_BLHD.shape[3]
     made_for = head_dim <= 128 and q_BLHD.dtype in (torch.bfloat16, torch.float16)
     if impl == "auto" and q_BLHD.device.type == "cuda" and not made_for:

@@ -1,5 +1,5 @@
-"""What is compiled ahead of time, with the bounds that its kernels must hold: every launcher of
-sfkernels.gpu in every form that the public functions use, at the sizes of Wan2.1."""
+"""Cases that are compiled ahead of time, with the bounds that their kernels must hold: every
+launcher of sfkernels.gpu in every form that the public functions use, at the sizes of Wan2.1."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Bounded:
 
 
 def ahead_of_time() -> list[Bounded]:
-    """Every launcher of sfkernels.gpu in every form that the public functions use."""
+    """A case for every launcher of sfkernels.gpu in every form that the public functions use."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     found: list[Bounded] = []
     for channels in (1536, 5120):

@@ -1,6 +1,5 @@
-"""One registry of the ops' calls, for whoever needs tensors of real shapes. From it come the lists
-of what is compiled ahead of time (bounds.py), and of what the bench compares, times, tunes and runs
-under a sanitizer.
+"""Registry of the ops' calls on tensors of real shapes. From it come the lists of what is compiled
+ahead of time (bounds.py), and of what the bench compares, times, tunes and runs under a sanitizer.
 
 Shapes: B batch (1 here), L tokens or queries, S keys, H heads, D head dim, C channels.
 """
@@ -68,9 +67,10 @@ class Case:
 
 @dataclass(frozen=True)
 class AttentionCase(Case):
-    """rows: which keys each of the queries sees, of those in `plain`: q, k and v of the same
-    attention for implementations that know no ring and no prefix. own: how many keys, the last
-    ones, take a gradient. layout: the pattern where not all queries see all keys of `plain`."""
+    """An attention op's case. rows: which keys each of the queries sees, of those in `plain`: q, k
+    and v of the same attention for implementations that know no ring and no prefix. own: how many
+    keys, the last ones, take a gradient. layout: the pattern where not all queries see all keys of
+    `plain`."""
 
     rows: tuple[Row, ...] = ()
     own: int = 0
@@ -129,8 +129,8 @@ def rms_norm_silu(
     frames: int, pixels: int, channels: int, dtype: torch.dtype,
     backward: bool = False, residual: bool = True, bias: bool = True,
 ) -> Case:  # fmt: skip
-    """What precedes a convolution of the video decoder: a residual before it, the frames before in
-    front of it and, forward, the bias of the convolution before."""
+    """RMSNorm and SiLU before a convolution of the video decoder: a residual before them, the
+    frames before in front of the output and, forward, the bias of the convolution before."""
     tokens, before = frames * pixels, LOOKS_BACK * pixels
     bias = bias and not backward
 
@@ -155,7 +155,8 @@ def qk_norm_rope(
     frames: int, frame_tokens: int, channels: int, head_dim: int, dtype: torch.dtype,
     backward: bool = False, append: int = 0,
 ) -> Case:  # fmt: skip
-    """append: frames of a ring that keys and values are written into, 0 for new tensors."""
+    """QK-norm and RoPE. append: frames of a ring that keys and values are written into, 0 for new
+    tensors."""
     tokens, heads = frames * frame_tokens, channels // head_dim
 
     def make(device: torch.device) -> list[Tensor]:

@@ -36,9 +36,9 @@ PARKED = 16
 
 @dataclass(frozen=True)
 class Limits:
-    """Of an architecture: shared memory of a program and of a multiprocessor in KiB, and threads of
-    a multiprocessor. All have 65,536 registers and 32 programs at most (CUDA C++ Programming Guide,
-    technical specifications per compute capability)."""
+    """Limits of an architecture: shared memory of a program and of a multiprocessor in KiB, and
+    threads of a multiprocessor. All have 65,536 registers and 32 programs at most (CUDA C++
+    Programming Guide, technical specifications per compute capability)."""
 
     program_kib: int
     shared_kib: int
@@ -62,12 +62,13 @@ SMALL = ("rope_table", "sum_partials", "dmd_sum", "normal", "row_delta")
 
 @dataclass
 class Compiled:
-    """What the compiler made of one launch. loads, stores: instructions on global memory by bits.
-    local: loads and stores of local memory, and looped: those of them inside a loop, which of
-    loops that multiply matrices must be an innermost one, where their time goes. beside:
-    exponentials that are computed while a product of matrices is under way on Hopper. For kernels
-    in Gluon, waits: how many waits leave so many products under way; warned: what ptxas says of
-    products that it serialises; sets_registers: whether warps take registers from each other."""
+    """Properties of the kernel that one launch was compiled to. loads, stores: instructions on
+    global memory by bits. local: loads and stores of local memory, and looped: those of them inside
+    a loop, which of loops that multiply matrices must be an innermost one, where their time goes.
+    beside: exponentials that are computed while a product of matrices is under way on Hopper. For
+    kernels in Gluon, waits: how many waits leave so many products under way; warned: what ptxas
+    says of products that it serialises; sets_registers: whether warps take registers from each
+    other."""
 
     kernel: str
     case: str
@@ -157,7 +158,8 @@ def read_sass(sass: str, out: Compiled) -> None:
 
 
 def _bits(suffixes: str) -> int:
-    """Of LDG.E.128, LDG.E.U16, LDG.E.ENL2.256; 32 where the instruction names no width."""
+    """Width of an instruction in bits, as in LDG.E.128, LDG.E.U16, LDG.E.ENL2.256; 32 if
+    unnamed."""
     widths = [int(w) for w in re.findall(r"\.[US]?(8|16|32|64|128|256)\b", suffixes)]
     return widths[-1] if widths else 32
 
@@ -165,7 +167,7 @@ def _bits(suffixes: str) -> int:
 def judge(
     out: Compiled, narrow: int, may_spill: bool = False, may_serialise: bool = False
 ) -> list[str]:
-    """One clause for every bound that is broken; the last three arguments as in Bounded."""
+    """Clauses, one for every bound that is broken; the last three arguments as in Bounded."""
     limits = LIMITS[out.arch]
     broken = []
     if not may_spill and (out.looped or out.local > PARKED):
@@ -258,7 +260,7 @@ def read_ptx(ptx: str, out: Compiled) -> None:
 
 
 def _warnings(ptx: str, arch: int) -> list[str]:
-    """What ptxas says of products that it serialises (C75xx), which Triton does not pass on."""
+    """Warnings of ptxas of products that it serialises (C75xx), which Triton does not pass on."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
@@ -279,14 +281,14 @@ def _disassemble(cubin: bytes) -> str:
 
 
 def _tool(name: str) -> Path:
-    """One of NVIDIA's tools that come with Triton."""
+    """Path of one of NVIDIA's tools that come with Triton."""
     import triton
 
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
 class _Driver:
-    """What Triton asks of a driver to compile: the target, and a device to cache kernels by."""
+    """Driver with what Triton needs to compile: the target, and a device to cache kernels by."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -316,7 +318,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _prepare(tuned: Path) -> None:
-    """In every process: real compilation, no GPU, settings from `tuned`."""
+    """Prepares a process: real compilation, no GPU, settings from `tuned`."""
     # The interpreter is chosen when kernels are defined, which is after this.
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # compiles sooner, to the same code
@@ -361,7 +363,7 @@ def _said(widths: dict[int, int]) -> str:
 
 
 def table(results: Iterable[Compiled]) -> str:
-    """Plain text: this package needs neither a terminal nor rich."""
+    """Results as plain text: this package needs neither a terminal nor rich."""
     head = "kernel|case|sm|warps|regs|regs x threads|warps an SM|stack|local|shared"
     rows = [(*head.split("|"), "loads", "stores", "mma", "beside", "fp64", "")]
     for r in results:
@@ -398,7 +400,7 @@ def _tuned_folder(path: Path) -> tuple[Path, int | None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 1 where a bound is broken, 2 with one sentence for bad input."""
+    """Command line. Exit code 1 where a bound is broken, 2 with one sentence for bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m sfkernels.check", description="Compile every kernel ahead of time."
     )

@@ -14,7 +14,7 @@ import torch
 
 
 def summary() -> str:
-    """What computes on a CPU, in one line."""
+    """Implementation that runs on a CPU, in one line."""
     return f"C++ ops: {LOADED or f'none: {MISSING}; PyTorch computes in their place'}"
 
 

@@ -136,7 +136,7 @@ def choose(
 
 
 def implementations(op: str) -> tuple[str, ...]:
-    """All that an op has."""
+    """Implementations that an op has."""
     return tuple(name for name, one in IMPLEMENTATIONS.items() if op in one.ops)
 
 
@@ -192,7 +192,7 @@ def registered(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callabl
 
 
 def _refusal(impl: str, device: torch.device, tensors: dict[str, Tensor | None]) -> str:
-    """Why an implementation cannot take these tensors; empty if it takes them."""
+    """Reason why an implementation cannot take these tensors; empty if it takes them."""
     one = IMPLEMENTATIONS[impl]
     if why := one.refusal(device):
         return f"impl={impl!r} {why}"

@@ -170,7 +170,7 @@ overrides: dict[str, Setting] = {}
 
 @contextlib.contextmanager
 def using(**settings: Setting) -> Iterator[None]:
-    """Other settings than those in use, by the kernel's name."""
+    """Replaces settings in the body, by the kernel's name."""
     before = dict(overrides)
     overrides.update(settings)
     try:
@@ -224,7 +224,7 @@ def tile(kernel: str, device: torch.device, head_bytes: int) -> Tile:
 
 
 def strips(setting: RowTile, device: torch.device, tiles: int, parts: int) -> int:
-    """How many programs share the `tiles` of each of `parts` frames."""
+    """Number of programs that share the `tiles` of each of `parts` frames."""
     if not setting.per_sm:
         return tiles
     return min(tiles, math.ceil(setting.per_sm * multiprocessors(device) / parts))
@@ -266,8 +266,8 @@ def _setting(kernel: str, arch: int, channels: int) -> Setting:
 
 @functools.cache
 def tuned(arch: int) -> dict[str, list[dict[str, Any]]]:
-    """What was measured for an architecture: for each kernel, one setting per number of channels
-    (1 for elementwise kernels). Empty where nothing was."""
+    """Measured settings of an architecture: for each kernel, one per number of channels (1 for
+    elementwise kernels). Empty where nothing was measured."""
     file = TUNED / f"sm_{arch}.json"
     if not file.exists():
         return {}

@@ -1,4 +1,4 @@
-"""Who sees whom: the block structure of attention over the frames of a video.
+"""Block masks: which chunks of a video's frames attend to which.
 
 A clip is a sequence of chunks, a chunk a few latent frames, a frame `frame_tokens` tokens.
 Attention is dense inside a chunk and causal between chunks, so that the whole N×N pattern follows
@@ -235,7 +235,7 @@ def as_spans(flat: Sequence[int]) -> tuple[Span, ...]:
 
 
 def in_order(spans: Sequence[Any], tokens: int) -> bool:
-    """Whether these are spans inside 0..tokens, one behind the other."""
+    """Tells whether these are spans inside 0..tokens, one behind the other."""
     before = 0
     for span in spans:
         if not isinstance(span, Sequence) or len(span) != 2 or not all(map(is_integer, span)):

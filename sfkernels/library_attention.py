@@ -92,7 +92,7 @@ def ring_attention(
 def _varlen_ring_attention(
     q_BLHD: Tensor, k_ring_BSHD: Tensor, v_ring_BSHD: Tensor, valid: Tensor, scale: float
 ) -> Tensor:
-    """Each sample is a batch of one sequence, whose end is read on the device."""
+    """Attention of each sample as a batch of one sequence, whose end is read on the device."""
     from torch.nn.attention.varlen import varlen_attn
 
     queries, slots, head_dim = q_BLHD.shape[1], k_ring_BSHD.shape[1], q_BLHD.shape[3]
@@ -108,7 +108,7 @@ def _varlen_ring_attention(
 
 
 def _length(k_ring_BSHD: Tensor, valid: Tensor) -> Tensor:
-    """How many keys are seen, in range whatever `valid` is; int32 [1]."""
+    """Number of keys that are seen, in range whatever `valid` is; int32 [1]."""
     return valid.reshape(1).clamp(1, k_ring_BSHD.shape[1]).to(torch.int32)
 
 
@@ -212,7 +212,7 @@ def _flex_ring_mask(queries: int, slots: int, length: Tensor) -> Any:
 
 
 def _in_blocks(tokens: int, spans: Sequence[Span]) -> Tensor:
-    """How many of the tokens in `spans` each block holds, [blocks]."""
+    """Number of the tokens in `spans` that each block holds, [blocks]."""
     inside = torch.zeros(-(-tokens // FLEX_BLOCK) * FLEX_BLOCK, dtype=torch.int64)
     for lo, hi in spans:
         inside[lo:hi] = 1
@@ -220,7 +220,7 @@ def _in_blocks(tokens: int, spans: Sequence[Span]) -> Tensor:
 
 
 def _listed(chosen_QK: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys are chosen for each block of queries, [1, 1, Q], and which, chosen
-    ones first, [1, 1, Q, K]; in int32."""
+    """Number of blocks of keys chosen for each block of queries, [1, 1, Q], and which, chosen ones
+    first, [1, 1, Q, K]; in int32."""
     order = chosen_QK.to(torch.int32).argsort(dim=1, descending=True, stable=True)
     return chosen_QK.sum(1).int()[None, None], order.int()[None, None]

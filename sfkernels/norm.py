@@ -91,7 +91,7 @@ def gated_layer_norm(
     eps: float = 1e-6,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """As `gated_adaln`, with an affine LayerNorm after the residual: returns `x' = x + gate · y`
+    """The end of a residual branch and the affine LayerNorm after it: returns `x' = x + gate · y`
     and `layer_norm(x', weight, bias)`.
 
     x, y [B, L, C]; gate [B or 1, F or 1, C] or None; weight, bias [C]. Raises ValueError for shapes
@@ -118,8 +118,9 @@ def rms_norm_silu(
     eps: float = 1e-6,
     impl: str = "auto",
 ) -> tuple[Tensor | None, Tensor]:
-    """What precedes a causal convolution of a video VAE: returns `x' = x + y + bias` and
-    `[before ‖ silu(rms_norm(x', weight))]`, in x's dtype. Without y it returns None for x'.
+    """Residual, RMSNorm and SiLU before a causal convolution of a video VAE: returns `x' = x + y +
+    bias` and `[before ‖ silu(rms_norm(x', weight))]`, in x's dtype. Without y it returns None for
+    x'.
 
     x, y [B, L, C], the tokens of the frames of a chunk; bias [C], that of the convolution before,
     which need not add it in a pass of its own; before [B, P, C], what this function gave for the
@@ -409,7 +410,7 @@ def _stats(x: Tensor) -> Tensor:
 
 
 def _dense(grad: Tensor) -> Tensor:
-    """A gradient may come expanded or transposed; kernels want a contiguous last dimension."""
+    """Gradient with a contiguous last dimension; autograd may give it expanded or transposed."""
     check_shape("the gradient", grad, ("B", "L", "C"))
     return grad if grad.shape[-1] == 1 or grad.stride(-1) == 1 else grad.contiguous()
 
@@ -420,12 +421,12 @@ def _as_modulation(weight_C: Tensor) -> Tensor:
 
 
 def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:
-    """For an output that is absent, a tensor without elements."""
+    """Empty tensor for an output, without elements if it is absent."""
     return like.new_empty(0) if t is None else contiguous_like(t)
 
 
 def _choose(impl: str, eps: float, x_BLC: Tensor, **tensors: Tensor | None) -> str:
-    """As `choose`; raises ValueError for what no norm takes."""
+    """Chooses the implementation; raises ValueError for what no norm takes."""
     check_positive("eps", eps)
     if not x_BLC.shape[2]:
         raise ValueError(f"x has shape {[*x_BLC.shape]}: its rows must have an element")
@@ -441,7 +442,7 @@ def _choose_silu(
     bias_C: Tensor | None,
     before_BPC: Tensor | None,
 ) -> str:
-    """As `_choose`, of what `rms_norm_silu` is given."""
+    """Chooses the implementation of `rms_norm_silu`, and checks its shapes."""
     affine = {"weight": weight_C} | ({} if bias_C is None else {"bias": bias_C})
     _check_affine(x_BLC, **affine)
     if y_BLC is not None:

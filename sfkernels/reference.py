@@ -72,7 +72,7 @@ def residual(x_BLC: Tensor, y_BLC: Tensor, gate_BFC: Tensor | None) -> Tensor:
 
 
 def _by_frame(x_BLC: Tensor, *modulations_BFC: Tensor) -> Tensor:
-    """[B, F, N, C] in the dtype to compute in."""
+    """View [B, F, N, C] in the dtype to compute in."""
     return _wide(x_BLC).unflatten(1, (max(m.shape[1] for m in modulations_BFC), -1))
 
 
@@ -175,7 +175,7 @@ def qk_norm_rope_append(
 
 
 def attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float) -> Tensor:
-    """Dense attention: every query sees every key. What the two functions below are made of."""
+    """Dense attention: every query sees every key."""
     q, k, v = (t.transpose(1, 2) for t in (q_BLHD, k_BSHD, v_BSHD))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
@@ -293,7 +293,7 @@ def _guided(flow: Tensor, uncond_flow: Tensor | None, guidance: float) -> Tensor
 
 
 def per_frame(sigma: Tensor, x: Tensor) -> Tensor:
-    """A scalar, [B] or [B, F] sigma against x [B, F, ...]."""
+    """View of a sigma [], [B] or [B, F] that broadcasts against x [B, F, ...]."""
     sigma = _wide(sigma).to(torch.promote_types(torch.float32, x.dtype))
     return sigma.reshape(sigma.shape + (1,) * (x.dim() - sigma.dim())) if sigma.dim() else sigma
 

@@ -1,5 +1,5 @@
-"""FLOPs and bytes of the ops: what the roofline is made of. A multiply-add is two FLOPs; a tensor
-counts once for each time that it has to be read or written."""
+"""FLOPs and bytes of the ops, for rooflines. A multiply-add is two FLOPs; a tensor counts once for
+each time that it has to be read or written."""
 
 from __future__ import annotations
 
@@ -14,49 +14,50 @@ def attention_flops(
 
 
 def attention_bytes(queries: int, keys: int, heads: int, head_dim: int, size: int) -> int:
-    """Of q, k, v and o, with elements of `size` bytes."""
+    """Bytes of q, k, v and o, with elements of `size` bytes."""
     return 2 * (queries + keys) * heads * head_dim * size
 
 
 def norm_bytes(rows: int, channels: int, tensors: int, size: int) -> int:
-    """Of `tensors` activations [rows, channels] with elements of `size` bytes. Modulations and
-    weights are a thousandth of that and left out."""
+    """Bytes of `tensors` activations [rows, channels] with elements of `size` bytes. Modulations
+    and weights are a thousandth of that and left out."""
     return rows * channels * tensors * size
 
 
 def norm_silu_bytes(
     rows: int, before: int, channels: int, size: int, backward: bool = False
 ) -> int:
-    """Of what precedes a convolution of the VAE, with its residual: x, y read, their sum and the
-    output written, which begins with a copy of `before` rows; backward both gradients and the sum
-    read, one gradient written, and those rows are there already."""
+    """Bytes of the norm and SiLU before a convolution of the VAE, with a residual: x, y read, their
+    sum and the output written, which begins with a copy of `before` rows; backward both gradients
+    and the sum read, one gradient written, and those rows are there already."""
     copied = 0 if backward else norm_bytes(before, channels, 2, size)
     return norm_bytes(rows, channels, 4, size) + copied
 
 
 def quantize_bytes(rows: int, channels: int, size: int) -> int:
-    """Of rows in 8 bits: elements of `size` bytes read, one byte each and a scale a row written."""
+    """Bytes of quantising rows: elements of `size` bytes read, one byte each and a scale a row
+    written."""
     return norm_bytes(rows, channels, 1, size + 1) + 4 * rows
 
 
 def rope_table_bytes(tokens: int, head_dim: int) -> int:
-    """Of a cosine and a sine in float32 for each pair of a head's channels."""
+    """Bytes of a cosine and a sine in float32 for each pair of a head's channels."""
     return tokens * head_dim * 4
 
 
 def qk_norm_rope_bytes(
     tokens: int, channels: int, head_dim: int, size: int, backward: bool = False
 ) -> int:
-    """Of QK-norm and RoPE, with or without the append to a ring, and the table: q, k and v read
-    and written; backward dq, dk, dv, q and k read, the three gradients written."""
+    """Bytes of QK-norm and RoPE, with or without the append to a ring, and the table: q, k and v
+    read and written; backward dq, dk, dv, q and k read, the three gradients written."""
     tensors = 8 if backward else 6
     return norm_bytes(tokens, channels, tensors, size) + rope_table_bytes(tokens, head_dim)
 
 
 def sampler_bytes(elements: int, tensors: int) -> int:
-    """Of float32 latents. A sampler step reads x and the flow and writes x0 and the next x: four
-    tensors where the noise is drawn in the kernel, five where it is given. The DMD gradient reads
-    three and writes one."""
+    """Bytes of updates of float32 latents. A sampler step reads x and the flow and writes x0 and
+    the next x: four tensors where the noise is drawn in the kernel, five where it is given. The DMD
+    gradient reads three and writes one."""
     return 4 * tensors * elements
 
 

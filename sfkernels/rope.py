@@ -235,7 +235,7 @@ def _choose(impl: str, *tensors: Tensor) -> str:
 
 
 def _refusal(named: dict[str, Tensor]) -> str:
-    """What kernels cannot take, beside that which `choose` knows of."""
+    """Reason why kernels cannot take these tensors, beside those that `choose` knows of."""
     if not named["table"].is_contiguous():
         return f"table has strides {named['table'].stride()}: must be contiguous"
     for name in ("k_ring", "v_ring"):

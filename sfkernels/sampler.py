@@ -216,7 +216,7 @@ def _euler_step_backward(ctx: Any, dnext: Tensor) -> Any:
 
 
 def _flow_gradients(ctx: Any, dflow: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Of flow and uncond_flow, from that of the guided one."""
+    """Gradients of flow and uncond_flow, from that of the guided one."""
     wanted, unwanted = ctx.dtypes
     if ctx.guidance is None:
         return dflow.to(wanted), None
@@ -299,7 +299,8 @@ def _check_alike(sizes: str, x: Tensor, **others: Any) -> None:
 
 
 def _check_elements(shape: Sequence[int]) -> None:
-    """The counter of the noise has 32 bits for groups of four elements."""
+    """Raises ValueError where the noise's 32-bit counter cannot number a frame's elements by
+    fours."""
     check_count("elements of a frame", math.prod(shape[2:]), 0, TOO_MANY - 1)
 
 

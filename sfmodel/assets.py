@@ -1,5 +1,5 @@
-"""Which files of the public downloads lie in a folder: of Wan2.1 in its official and its diffusers
-layout, few-step generators (Self Forcing and its kin), TAEHV.
+"""Public downloads in a folder: Wan2.1 in its official and its diffusers layout, few-step
+generators (Self Forcing and its kin), TAEHV.
 
 Names decide, and the small config.json beside a model. No weights are read.
 """
@@ -22,8 +22,8 @@ WEIGHTS = "diffusion_pytorch_model"
 
 
 class Public(NamedTuple):
-    """What to download: of a repository on Hugging Face (or another place, by its whole address)
-    the files that are needed; none named: all of them. name: for people."""
+    """Files to download from a repository on Hugging Face (or another place, by its whole address);
+    none named: all of them. name: for people."""
 
     name: str
     where: str
@@ -52,7 +52,7 @@ PUBLIC = {
 
 @dataclass(frozen=True)
 class Assets:
-    """Paths, None for what is not there.
+    """Paths of the files that were found, None for what is not there.
 
     dit: weights of the base model, which is the teacher in training; of a model in shards the
     .index.json. text_encoder: a .pth file or a folder of transformers. tokenizer: a folder.
@@ -112,8 +112,8 @@ def _cached() -> list[Path]:
 
 
 def download_command(names: Sequence[str], preset: str, folder: Path) -> str:
-    """What fetches, of the fields `names` of Assets, the first and those that lie in the same
-    repository on Hugging Face, to where `find` looks in `folder`."""
+    """Command that fetches, of the fields `names` of Assets, the first and those that lie in the
+    same repository on Hugging Face, to where `find` looks in `folder`."""
     public = PUBLIC[preset]
     where = public[names[0]].where
     files = [file for name in names if public[name].where == where for file in public[name].files]
@@ -123,8 +123,9 @@ def download_command(names: Sequence[str], preset: str, folder: Path) -> str:
 
 
 class Found(NamedTuple):
-    """field: of Assets. preset: that the file is for; empty for what serves all of them, and for
-    what is not usable. said: what it is or, if it cannot even be opened, why not."""
+    """A file that was found. field: of Assets. preset: that the file is for; empty for what serves
+    all of them, and for what is not usable. said: what it is or, if it cannot even be opened, why
+    not."""
 
     field: str
     preset: str
@@ -134,7 +135,7 @@ class Found(NamedTuple):
 
 
 def examine(folder: Path | None) -> list[Found]:
-    """All that `find` finds for any preset, opened as far as it takes to know what it is, and the
+    """Files that `find` finds for any preset, opened as far as it takes to know what it is, and the
     other .pt files. Raises ValueError for a folder that does not exist."""
     bases = [find(folder, preset).dit for preset in PUBLIC]
     there = find(folder)
@@ -165,7 +166,8 @@ def missing(found: Iterable[Found]) -> list[tuple[str, str]]:
 
 
 def _opened(path: Path, field: str) -> tuple[str, str | None]:
-    """What a file is, and the preset that it is for, empty for all; None if for none of them."""
+    """Description of a file, and the preset that it is for, empty for all; None if for none of
+    them."""
     from sfmodel import umt5
     from sfmodel.weights import checkpoint
 

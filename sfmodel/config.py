@@ -44,7 +44,7 @@ class DiTConfig:
 
     @classmethod
     def from_wan(cls, config: Mapping[str, Any]) -> DiTConfig:
-        """From the names of the official `config.json`. Raises ValueError for a variant whose
+        """Sizes from the names of the official `config.json`. Raises ValueError for a variant whose
         arithmetic differs (image-to-video, no QK-norm, other input and output channels)."""
         fixed = {"model_type": "t2v", "qk_norm": True, "cross_attn_norm": True}
         for name, want in fixed.items():
@@ -86,7 +86,7 @@ class VAEConfig:
 
     @classmethod
     def from_wan(cls, config: Mapping[str, Any]) -> VAEConfig:
-        """From the names of the official constructor, or of diffusers' `config.json`. Raises
+        """Sizes from the names of the official constructor, or of diffusers' `config.json`. Raises
         ValueError for a variant whose arithmetic differs (attention between levels, dropout)."""
         for name in ("attn_scales", "dropout"):
             if config.get(name):

@@ -53,8 +53,8 @@ def pass_parts(config: DiTConfig, tokens: int, pairs: int) -> tuple[int, int, in
 
 
 def pass_flops(config: DiTConfig, tokens: int, pairs: int) -> int:
-    """One forward pass over `tokens` tokens of which `pairs` (query, key) pairs attend to each
-    other; the prompt's keys and values are cached. Matrix products and attention only."""
+    """FLOPs of one forward pass over `tokens` tokens of which `pairs` (query, key) pairs attend to
+    each other; the prompt's keys and values are cached. Matrix products and attention only."""
     return sum(pass_parts(config, tokens, pairs))
 
 
@@ -68,7 +68,7 @@ def causal_pairs(chunks: Sequence[int], frame_tokens: int) -> int:
 def rolling_flops(
     config: DiTConfig, frame_tokens: int, window: int, chunk: int, steps: int
 ) -> dict[str, int]:
-    """One chunk of a stream whose window is full, by each way of `extrapolate.py`."""
+    """FLOPs of one chunk of a stream whose window is full, by each way of `extrapolate.py`."""
     n = frame_tokens
     context = window - chunk
 
@@ -172,7 +172,8 @@ DECODERS = {"wan": WAN_DECODER, "taehv": TAEHV_DECODER, "none": ()}
 
 
 def convolution_flops(pixels: int, channels_in: int, channels_out: int, taps: int) -> int:
-    """`pixels` of the output, in all frames; taps: of the kernel, 27 for 3×3×3."""
+    """FLOPs of a convolution. pixels: of the output, in all frames; taps: of the kernel, 27 for
+    3×3×3."""
     return 2 * pixels * channels_in * channels_out * taps
 
 
@@ -185,10 +186,10 @@ def decode_flops(
     folded: bool = False,
     dim: int = 96,
 ) -> int:
-    """Of `frames` latent frames of height × width latents. first: they begin the video; Wan's VAE
-    then makes 1 + 4·(frames − 1) pixel frames, while TAEHV decodes them all and drops three.
-    folded: of Wan's VAE with four of nine taps after each up-sampling. dim: its channels at full
-    resolution."""
+    """FLOPs of decoding `frames` latent frames of height × width latents. first: they begin the
+    video; Wan's VAE then makes 1 + 4·(frames − 1) pixel frames, while TAEHV decodes them all and
+    drops three. folded: of Wan's VAE with four of nine taps after each up-sampling. dim: its
+    channels at full resolution."""
     if decoder != "wan":
         dim, first, folded = 96, False, False
     flops = _vae_attention_flops(frames, height * width, dim) * (decoder == "wan")
@@ -202,8 +203,8 @@ def decode_flops(
 
 
 def encode_flops(frames: int, height: int, width: int, dim: int = 96) -> int:
-    """Of 4 · frames pixel frames after a video's first one, to `frames` latent frames of height ×
-    width by Wan's VAE."""
+    """FLOPs of encoding 4 · frames pixel frames after a video's first one to `frames` latent frames
+    of height × width by Wan's VAE."""
     flops = _vae_attention_flops(frames, height * width, dim)
     for count, a, b, taps, space, times in WAN_ENCODER:
         made = times * frames * height * width * space**2
@@ -213,12 +214,12 @@ def encode_flops(frames: int, height: int, width: int, dim: int = 96) -> int:
 
 
 def _widened(channels: int, dim: int) -> int:
-    """Of the tables above, which are for a dim of 96: its multiples change with it."""
+    """Channels at another dim than the 96 of the tables above, whose multiples change with it."""
     return channels if channels % 96 else channels * dim // 96
 
 
 def _vae_attention_flops(frames: int, latents: int, dim: int) -> int:
-    """Inside each latent frame, one head."""
+    """FLOPs of attention inside each latent frame, one head."""
     return attention_flops(frames * latents**2, 1, 4 * dim)
 
 
@@ -227,10 +228,10 @@ def _vae_attention_flops(frames: int, latents: int, dim: int) -> int:
 
 @dataclass(frozen=True)
 class Gpu:
-    """matmul_tflops, copy_tbps: attainable TFLOP/s of bf16 matrix products and TB/s of a copy,
-    bytes read and written. eight_bit: rate of 8-bit matrix products over that of bf16. memory_gib:
-    about what the driver reports. link_gbps: GB/s to another GPU, one direction, by NVLink or else
-    PCIe. source: of the two rates."""
+    """Rates and memory of a GPU. matmul_tflops, copy_tbps: attainable TFLOP/s of bf16 matrix
+    products and TB/s of a copy, bytes read and written. eight_bit: rate of 8-bit matrix products
+    over that of bf16. memory_gib: about what the driver reports. link_gbps: GB/s to another GPU,
+    one direction, by NVLink or else PCIe. source: of the two rates."""
 
     name: str
     multiprocessors: int
@@ -278,8 +279,8 @@ def waves(
 
 
 def best_split(rows: int, heads: int, multiprocessors: int) -> int:
-    """Of the keys of attention: the smallest one that fills its waves best. The merging of the
-    parts is not counted."""
+    """Smallest split of attention's keys that fills its waves best. The merging of the parts is not
+    counted."""
     splits = range(1, MOST_SPLITS + 1)
     return max(splits, key=lambda s: waves(rows, heads, multiprocessors, split=s))
 
@@ -291,7 +292,8 @@ TIMES = ("floor_ms", "whole_waves_ms")
 
 
 def _row(gpu: Gpu, precision: str, flops: float, nbytes: float, share: float = 1.0) -> Row:
-    """share: of the multiprocessors' time that the waves of the arithmetic fill."""
+    """Row of one component. share: of the multiprocessors' time that the waves of the arithmetic
+    fill."""
     rate = gpu.matmul_tflops * (gpu.eight_bit if precision == "8-bit" else 1)
     arithmetic, copied = flops / rate / 1e9, nbytes / gpu.copy_tbps / 1e9
     return {
@@ -368,8 +370,9 @@ def fps(preset: Preset, gpu: Gpu, windows: Sequence[int], precision: str, decode
 
 
 def latency_ms(preset: Preset, gpu: Gpu, precision: str, decoder: str) -> dict[str, Row]:
-    """first_frame: the first chunk's steps, which see it alone, and its decode. reaction: the same
-    of a chunk in a full window, which is how long a new prompt or control takes to be seen."""
+    """Latencies in ms. first_frame: the first chunk's steps, which see it alone, and its decode.
+    reaction: the same of a chunk in a full window, which is how long a new prompt or control takes
+    to be seen."""
     first = replace(preset, chunk=preset.first or preset.chunk)
     out = {}
     for name, one, seen in (
@@ -437,15 +440,15 @@ DECODER_MEMORY = {"wan": (96, 4.3, 126.9e6), "taehv": (64, 2.3, 11.3e6)}
 
 
 def activations_gib(preset: Preset) -> float:
-    """Of one pass of a stream over a chunk in bfloat16, where they are most, in an FFN: its hidden
-    channels before and after GELU, its input, its output, and the residual stream."""
+    """GiB of one pass of a stream over a chunk in bfloat16, where they are most, in an FFN: its
+    hidden channels before and after GELU, its input, its output, and the residual stream."""
     config, tokens = preset.dit, preset.chunk * math.prod(preset.grid)
     return 2 * tokens * (2 * config.ffn_dim + 3 * config.dim) / GIB
 
 
 def decoder_gib(preset: Preset, decoder: str) -> float:
-    """Of a video VAE in bfloat16: parameters, the peak of a chunk decoded at once, and for Wan2.1's
-    own the two frames that each convolution over time looks back at, before and after."""
+    """GiB of a video VAE in bfloat16: parameters, the peak of a chunk decoded at once, and for
+    Wan2.1's own the two frames that each convolution over time looks back at, before and after."""
     channels, peak, weights = DECODER_MEMORY[decoder]
     latents = preset.height * preset.width
     elements = peak * PIXEL_FRAMES * preset.chunk * VAE_STRIDE**2 * latents * channels

@@ -24,7 +24,7 @@ from sfmodel.schedule import TRAIN_STEPS
 
 
 class Past(NamedTuple):
-    """What a chunk of a training rollout sees of the frames before it, and where it lies itself.
+    """Past of a chunk in a training rollout: the frames before it, and where it lies itself.
 
     k, v [layers, B, S, heads, head dim]: keys and values of a whole clip, token after token, which
     take no gradient. spans: the half-open ranges of tokens that are seen. first: the latent frame
@@ -47,8 +47,8 @@ class TextKeys(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What every block of one forward pass shares. The prompt is either embedded, or its keys and
-    values are there."""
+    """Inputs that all blocks of one forward pass share. The prompt is either embedded, or its keys
+    and values are there."""
 
     rope_LP2: Tensor
     text: Tensor | TextKeys
@@ -120,7 +120,7 @@ class CrossAttention(nn.Module):
         self.norm_k = nn.Parameter(torch.ones(config.dim))
 
     def keys_values(self, text_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T, heads, head dim] each."""
+        """Keys and values, [B, T, heads, head dim] each."""
         k, v = self.kv(text_BTD).chunk(2, dim=-1)
         k = sf.rms_norm(k, self.norm_k, eps=self.eps, impl=self.impl)
         return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
@@ -292,7 +292,7 @@ class DiT(nn.Module):
         cache: sf.RingKVCache | None = None,
         past: Past | None = None,
     ) -> tuple[Tensor, Modulation, Context]:
-        """What `forward` was given, as `_run` takes it: tokens, modulation and context."""
+        """Arguments of `forward` as `_run` takes them: tokens, modulation and context."""
         grid = self._check_latents(x_BFCHW)
         batch, frames = x_BFCHW.shape[:2]
         if (clean_BFCHW is not None) != (layout is not None and layout.teacher_forcing):
@@ -364,7 +364,7 @@ class DiT(nn.Module):
         return Modulation(t_BF.float(), head, blocks.unflatten(-1, (6, -1)))
 
     def text_keys(self, text_BTE: Tensor) -> TextKeys:
-        """Of prompt embeddings [B or 1, T <= text_len, text_dim]."""
+        """Keys and values of prompt embeddings [B or 1, T <= text_len, text_dim]."""
         text_BTD = self._embed_text(text_BTE)
         keys = [cast(Block, block).cross_attn.keys_values(text_BTD) for block in self.blocks]
         return TextKeys(*zip(*keys, strict=True))
@@ -449,7 +449,8 @@ class DiT(nn.Module):
         return height // ph, width // pw
 
     def _patchify(self, x_BFCHW: Tensor) -> Tensor:
-        """[B, L, D]. The patch convolution's stride is its kernel, so it is one matrix product."""
+        """Tokens [B, L, D]. The patch convolution's stride is its kernel, so it is one matrix
+        product."""
         _, ph, pw = self.config.patch
         patches = x_BFCHW.to(self.dtype).unflatten(4, (-1, pw)).unflatten(3, (-1, ph))
         patches_BLE = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
@@ -464,7 +465,7 @@ class DiT(nn.Module):
 
 
 def _by_frame(t: Tensor) -> Tensor:
-    """[], [B] or [B, F] as [B, F], where B and F may be 1."""
+    """View of [], [B] or [B, F] as [B, F], where B and F may be 1."""
     if t.dim() > 2:
         raise ValueError(f"t has shape {[*t.shape]}: must be [], [B] or [B, F]")
     return t.reshape(t.shape + (1,) * (2 - t.dim()))

@@ -1,7 +1,7 @@
-"""Writing files so that a name always stands for a whole file.
+"""Files written so that a name always stands for a whole file.
 
-What is written goes to a part beside the file first. Parts are locked while their process lives:
-those that a killed one left behind are told by that, and removed by the next that writes the file.
+Everything goes to a part beside the file first. Parts are locked while their process lives: that
+tells those that a killed one left behind, which are removed by the next that writes the file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """As `atomic`, for a folder of files that is new or empty."""
+    """Writes a folder, new or empty, as `atomic` writes a file."""
     target = Path(os.path.realpath(path))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ class Part:
             raise cannot_write(self.target, error) from error
 
     def _is_file(self) -> bool:
-        """Whether the target is one or can become one."""
+        """Tells whether the target is one or can become one."""
         try:
             mode = os.stat(self._real).st_mode
         except (FileNotFoundError, NotADirectoryError):

@@ -82,7 +82,8 @@ def covering_frames(
 
 
 def length(stream: av.VideoStream, fps: float) -> float:
-    """How many frames at `fps` a video has by its header, infinite where that says nothing."""
+    """Number of frames at `fps` that a video has by its header, infinite where that says
+    nothing."""
     rate = _declared(stream)
     return math.ceil(stream.frames * Fraction(fps) / rate) if stream.frames and rate else math.inf
 

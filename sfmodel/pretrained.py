@@ -1,4 +1,4 @@
-"""What a preset runs with: its model, its video codec and its text encoder, with the weights
+"""Parts that a preset runs with: its model, its video codec and its text encoder, with the weights
 that the toy ships with or the public ones of Wan2.1 from a local folder (`sfmodel.assets`)."""
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TextEncoder(Protocol):
 
     @property
     def identity(self) -> str:
-        """Another one for another encoder."""
+        """Name that tells encoders apart."""
         ...
 
     def __call__(self, sentences: Sequence[str], device: torch.device | str = "cpu") -> Tensor: ...
@@ -57,7 +57,7 @@ def default_device() -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """Of weights and arithmetic at full size."""
+    """Dtype of weights and arithmetic at full size."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -108,7 +108,7 @@ def load_model(
 def checked_model(
     preset: str, path: Path | None, device: torch.device, models: Path | None = None
 ) -> Callable[[], DiT]:
-    """A function that does what `load_model` does. Raises ValueError as that does, already here."""
+    """Loader for later: checks now, and raises ValueError, as `load_model` does."""
     config = find_preset(preset).dit
     toy = preset == "toy"
     if path is None and not toy and "generators" not in assets.PUBLIC[preset]:
@@ -144,7 +144,7 @@ def checked_codec(
     models: Path | None = None,
     tile: int | None = None,
 ) -> Callable[[], VideoCodec]:
-    """A function that does what `load_codec` does. Raises ValueError as that does, already here."""
+    """Loader for later: checks now, and raises ValueError, as `load_codec` does."""
     if preset == "toy":
         if vae != "auto" or tile is not None:
             raise ValueError(f"vae={vae!r}, tile={tile}: the toy has one codec, without tiles")
@@ -168,7 +168,7 @@ def checked_codec(
 
 
 def chosen_vae(preset: str, vae: Vae = "auto", models: Path | None = None) -> Vae:
-    """Which of the two `load_codec` loads for a preset other than the toy."""
+    """Decoder that `load_codec` loads for a preset other than the toy: "wan" or "tiny"."""
     there = assets.find(models, preset)
     if vae == "auto":
         return "wan" if there.vae or not there.tiny_vae else "tiny"

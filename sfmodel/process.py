@@ -18,8 +18,9 @@ TOGETHER = 1.0  # seconds: a terminal and torchrun, or a system that ends, send 
 
 @contextmanager
 def prepared() -> Iterator[None]:
-    """In the body each of `STOPS` raises KeyboardInterrupt, as Ctrl-C does, and no output fails:
-    where nobody can read it, it is lost; letters that the terminal lacks are replaced."""
+    """Context whose body gets each of `STOPS` as a KeyboardInterrupt, as Ctrl-C is, and in which no
+    output fails: where nobody can read it, it is lost; letters that the terminal lacks are
+    replaced."""
     # The number of a closed one would go to the next file that is opened, and text into that file.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
@@ -49,8 +50,8 @@ def prepared() -> Iterator[None]:
 
 @contextmanager
 def noting() -> Iterator[list[int]]:
-    """In the body `STOPS` are only noted, in the list that it gives, so that none of them falls
-    between two halves of something. A second Ctrl-C raises KeyboardInterrupt at once."""
+    """Context in which `STOPS` are only noted, in the list that it gives, so that none of them
+    falls between two halves of something. A second Ctrl-C raises KeyboardInterrupt at once."""
     noted: list[int] = []
     first = 0.0
 
@@ -67,7 +68,7 @@ def noting() -> Iterator[list[int]]:
 
 @contextmanager
 def _handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Those of `STOPS` that are ignored, as in the background and under nohup, stay so."""
+    """Handles `STOPS`, except those that are ignored, as in the background and under nohup."""
     before = {each: signal.getsignal(each) for each in STOPS}
     ours = [each for each, was in before.items() if was not in (signal.SIG_IGN, None)]
     for each in ours:
@@ -91,7 +92,7 @@ class _Lasting(io.FileIO):
 
 
 def _lasting(stream: TextIO | None, descriptor: int, errors: str) -> TextIO:
-    """The same stream on a `_Lasting`; None: of a descriptor that was closed."""
+    """The stream on a `_Lasting`; None: of a descriptor that was closed."""
     raw = _Lasting(descriptor, "w", closefd=False)
     buffer = io.BufferedWriter(raw)
     if not isinstance(stream, io.TextIOWrapper):

@@ -44,8 +44,8 @@ def prompts_in(path: Path) -> Iterator[str]:
 
 
 def read_prompts(path: Path, largest: int = LARGEST) -> list[str]:
-    """All of `prompts_in`. Raises ValueError as it does, and for more than can be held at once:
-    MOST prompts, or so many characters."""
+    """Prompts of `prompts_in`, at once. Raises ValueError as it does, and for more than can be held
+    at once: MOST prompts, or so many characters."""
     prompts, size = [], 0
     for prompt in prompts_in(path):
         prompts.append(prompt)

@@ -59,7 +59,7 @@ class Decoding:
         self.pixels_BTCHW = torch.empty(0)
 
     def of(self, x_BFCHW: Tensor) -> Run:
-        """What decodes the chunk that lies in x, each time that it is called."""
+        """Function that decodes the chunk that lies in x, each time that it is called."""
 
         def decode() -> None:
             self.pixels_BTCHW, self.state = self.codec.decode_chunk(x_BFCHW, self.state)

@@ -19,7 +19,7 @@ class TerminalPlayer:
     Raises ValueError where `out` is not a terminal."""
 
     def __init__(self, fps: float, out: TextIO | None = None) -> None:
-        """out: the standard output if not given."""
+        """Player on `out`, the standard output if not given."""
         out = out or sys.stdout
         if not out.isatty():
             raise ValueError("the output is not a terminal: a video can only be watched in one")

@@ -82,7 +82,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def describe(path: Path) -> str:
-    """What `read_weights` finds there, in a line. Raises ValueError as it does."""
+    """Description of the encoder that `read_weights` finds, in a line. Raises ValueError as it
+    does."""
     state = read_weights(path)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
     count = sum(tensor.numel() for tensor in state.values())
@@ -170,8 +171,8 @@ class UMT5Encoder:
                 torch.cuda.empty_cache()
 
     def _tokenizer(self) -> Any:
-        """Read by `tokenizers`, as AutoTokenizer of transformers 4 does: that of transformers 5
-        takes a T5 tokenizer's vocabulary and rebuilds the rest."""
+        """Tokenizer read by `tokenizers`, as AutoTokenizer of transformers 4 does: that of
+        transformers 5 takes a T5 tokenizer's vocabulary and rebuilds the rest."""
         file = self.tokenizer / "tokenizer.json"
         library = _library("tokenizers")
         try:
@@ -183,7 +184,7 @@ class UMT5Encoder:
         return tokenizer
 
     def _tokens(self, tokenizer: Any, text: str) -> tuple[list[int], int]:
-        """Those that are read, the end token last, and how many the text has."""
+        """Tokens that are read, the end token last, and how many the text has."""
         ids: list[int] = tokenizer.encode(text).ids
         rows = len(self._state["shared.weight"])
         if ids[-1:] != [END] or max(ids) >= rows:
@@ -238,7 +239,7 @@ class UMT5Encoder:
         return model.eval()
 
     def _config(self, transformers: Any) -> Any:
-        """Of a folder its own; of the official file what the shapes of its tensors say."""
+        """Configuration of the encoder: a folder's own, or what the official file's shapes say."""
         blocks = {name.split(".")[2] for name in self._state if name.startswith("encoder.block.")}
         if self.weights.is_dir():
             try:

@@ -397,7 +397,7 @@ def _wrapped(
 
 
 def _tile(image_HWC: Images) -> Image.Image:
-    """Small frames are enlarged pixel by pixel, large ones are shrunk smoothly."""
+    """Enlarges small frames pixel by pixel, shrinks large ones smoothly."""
     scale = math.ceil(TILE_MIN / min(image_HWC.shape[:2]))
     tile = Image.fromarray(_enlarge(image_HWC[None], scale)[0])
     if scale == 1:

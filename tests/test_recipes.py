@@ -20,7 +20,7 @@ from sfmodel.train.config import RECIPES
 from sfmodel.train.loop import Run
 from sfmodel.train.parallel import Ranks
 from sfmodel.train.rollout import Rollout
-from sfmodel.train.trajectories import IN_FILE, Trajectories, guided, solve
+from sfmodel.train.trajectories import IN_FILE, Trajectories, solve
 from tests.tiny_runs import TINY, config, tiny
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -320,13 +320,15 @@ def test_regression_starts_from_the_teacher_s_trajectories(make: Make) -> None:
 
 
 def test_trajectories_are_those_of_the_teacher(make: Make) -> None:
-    run = make("ode", guidance=0.5, pairs=3)
+    run = make("ode", guidance_scale=1.5, pairs=3)
     points, text = run.context.trajectories.draw([2, 0])
     teacher = run.models.real
     assert teacher is not None and points.shape == (2, 5, 4, 4, 8, 8)
     assert points[:, 0].std() == pytest.approx(1, abs=0.1)
-    flow = guided(teacher, text, torch.zeros(1, 1, 32), 0.5)
-    again = solve(flow, points[:, 0], SCHEDULE, TINY.steps, 20)
+    with torch.no_grad():
+        flows = [lambda x, t, p=p: teacher(x, t, p) for p in (text, torch.zeros(1, 1, 32))]
+    options: Any = {"unprompted": flows[1], "guidance": 1.5}
+    again = solve(flows[0], points[:, 0], SCHEDULE, TINY.steps, 20, **options)
     torch.testing.assert_close(again, points, rtol=1e-4, atol=1e-4)
     prompts = run.source.draw(seed_of(0, "trajectories"), 3, 4, latents=False)
     assert torch.equal(text, prompts.text_BTE[[2, 0]])
@@ -400,23 +402,27 @@ def test_trajectories_are_not_made_twice(tmp_path: Path) -> None:
 def test_a_run_refuses_trajectories_of_another(make: Make) -> None:
     make("ode", pairs=2)
     make("ode", pairs=2, lr=1.0)  # which makes no difference to them
-    for change in ({"guidance": 2.0}, {"teacher_steps": 40}, {"pairs": 3}, {"seed": 1}):
+    for change in ({"guidance_scale": 2.0}, {"teacher_steps": 40}, {"pairs": 3}, {"seed": 1}):
         with pytest.raises(ValueError, match="holds trajectories of other settings"):
             make("ode", **{"pairs": 2, **change})
 
 
-def test_guidance_leads_away_from_the_negative_prompt(make: Make) -> None:
-    teacher = make("ode").models.real
-    assert teacher is not None
-    call, (x, text) = Call(teacher), (torch.randn(2, 4, 4, 8, 8), torch.randn(2, 3, 32))
-    negative, t = torch.randn(1, 2, 32), torch.tensor(500.0)
-    with torch.no_grad():
-        prompted, against = teacher(x, t, text), teacher(x, t, negative.expand(2, -1, -1))
-        for strength, calls in ((0.0, 1), (2.0, 2)):
-            call.count = 0
-            got = guided(teacher, text, negative, strength)(x, t)
-            torch.testing.assert_close(got, prompted + strength * (prompted - against))
-            assert call.count == calls
+def test_guidance_leads_away_from_the_negative_prompt() -> None:
+    """Of constant flows, from σ = 1 to 0 in one step: noise − flow."""
+    noise, asked = torch.randn(2, 1, 4, 8, 8), []
+
+    def against(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(float(t))
+        return torch.full_like(x, 3.0)
+
+    def x0(guidance: float) -> Tensor:
+        flow = lambda x, t: torch.full_like(x, 5.0)  # noqa: E731
+        return solve(flow, noise, SCHEDULE, (), 1, unprompted=against, guidance=guidance)[:, -1]
+
+    torch.testing.assert_close(x0(1.0), noise - 5)
+    assert not asked
+    torch.testing.assert_close(x0(3.0), noise - (3 + 3 * (5 - 3)))
+    assert asked == [1000.0]
 
 
 def test_draws_hang_on_the_row_alone() -> None:

@@ -371,14 +371,15 @@ def test_an_interrupt_in_a_checkpoint_is_one(
 
 
 def test_a_run_with_the_names_of_version_0_1_goes_on(tmp_path: Path) -> None:
-    """Its settings `fall` and `fade` are called otherwise now."""
-    settings = config(tmp_path / "run", decay_fraction=0.5, darken=0.5)
+    """Its settings `fall`, `fade` and `guidance` are called otherwise now."""
+    settings = config(tmp_path / "run", decay_fraction=0.5, darken=0.5, guidance_scale=1.5)
     train(replace(settings, steps=2), device="cpu")
     facts = tmp_path / "run" / "checkpoints" / "step-000002" / parallel.FACTS
     said = facts.read_text()
     for old, new in (("fall", "decay_fraction"), ("fade", "darken")):
         assert f'"{new}": 0.5' in said
         said = said.replace(f'"{new}"', f'"{old}"')
+    said = said.replace('"guidance_scale": 1.5', '"guidance": 0.5')
     facts.write_text(said)
     with pytest.raises(ValueError, match=r"is of a run with darken=0\.5: resume with the same set"):
         train(replace(settings, darken=0.1), resume=True, device="cpu")

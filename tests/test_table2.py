@@ -56,7 +56,7 @@ def test_every_row_is_a_recipe_from_one_start_and_as_many_updates(tmp_path: Path
     distilled = {config.recipe for config in configs if RECIPES[config.recipe].needs_critic}
     assert distilled == {"tf+dmd", "df+dmd", "sf+dmd", "sf+sid", "sf+gan"}
     assert {config.chunks for config in configs} == {(1,), (3,)}
-    for setting in ("critic_steps", "critic_warmup", "lr_critic", "guidance", "ema"):
+    for setting in ("critic_steps", "critic_warmup", "lr_critic", "guidance_scale", "ema"):
         values = {getattr(c, setting) for c in configs if RECIPES[c.recipe].needs_critic}
         assert len(values) == 1, setting
 

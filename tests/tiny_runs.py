@@ -53,7 +53,7 @@ def config(folder: Path, recipe: str = "tf", **change: Any) -> TrainConfig:
     base = TrainConfig(
         recipe, output=folder, frames=(4,), chunks=(1, 3), windows=(3, 4), steps=4, batch=4,
         lr=1e-3, warmup=3, betas=(0.5, 0.99), clip=1.0, ema=0.9, ema_start=1, min_sigma=0.3,
-        critic_steps=1, critic_warmup=1, lr_critic=1e-3, guidance=1.5, pairs=6, save_every=2,
+        critic_steps=1, critic_warmup=1, lr_critic=1e-3, guidance_scale=2.5, pairs=6, save_every=2,
         teacher_steps=20, threads=1, init=init, teacher=teacher,
     )  # fmt: skip
     return replace(base, **change)

@@ -56,7 +56,7 @@ def store_tile(ptr, x_RD, row, past, stride, D: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc=None):
-    """Exact for float32, which only tests use."""
+    """Product of two tiles, exact for float32, which only tests use."""
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
@@ -75,7 +75,7 @@ def _softmax(s_MN, m_M, l_M, scale, left, MASK: tl.constexpr):
 @triton.jit
 def _attend(q_MD, acc_MD, m_M, l_M, k_ptr, v_ptr, lo, hi, stride_kl, stride_vl, scale,
             D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Every query of a tile over the keys lo..hi, of which there is at least one.
+    """Attention of every query of a tile over the keys lo..hi, of which there is at least one.
 
     Each turn starts the next tile's product with the keys before this tile's softmax, which needs
     the units that the tensor cores leave free. Every tile but the last is whole."""
@@ -281,8 +281,8 @@ class Work(NamedTuple):
 def ring_work(
     setting: launch.Tile, q_BLHD: Tensor, k_ring_BSHD: Tensor, valid: Tensor
 ) -> tuple[Work, Tensor, Tensor]:
-    """What a launch over a ring covers, and its empty outputs: o [P, B, L, H, D], in float32 where
-    the keys are split into P > 1 parts, and lse [P, B, H, L]."""
+    """Work of a launch over a ring, and its empty outputs: o [P, B, L, H, D], in float32 where the
+    keys are split into P > 1 parts, and lse [P, B, H, L]."""
     batch, queries, heads, _ = q_BLHD.shape
     tiles = triton.cdiv(queries, setting.stationary)
     parts = key_splits(
@@ -362,7 +362,7 @@ def by_row(x_BLHD: Tensor, *more: int) -> Tensor:
 
 
 def block_d(head_dim: int) -> int:
-    """Tensor cores multiply at least 16 wide."""
+    """Padded head dim: tensor cores multiply at least 16 wide."""
     return max(triton.next_power_of_2(head_dim), 16)
 
 

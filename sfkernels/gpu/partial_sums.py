@@ -1,4 +1,4 @@
-"""Sums of what programs have summed up over their rows: the gradients of modulations and weights.
+"""Sums over programs of the sums over their rows: the gradients of modulations and weights.
 
 Sums go in a fixed order, so that the same inputs give the same bits in every run. Bytes: 4 for each
 partial sum, for 88 strips of 3 frames, 1536 channels and 3 sums 4.9 MB, or 1.1 us at 4.3 TB/s. This
@@ -89,8 +89,9 @@ def empty_partials(
 
 
 def sum_partials(partial_KSBFC: Tensor, likes: Sequence[Tensor]) -> list[Tensor]:
-    """For each of up to three sums a contiguous tensor shaped as its `like`, [B or 1, F or 1, C] or
-    [C], in the dtype of that: summed over the strips, and over B or F where they were broadcast."""
+    """Gradients, up to three: each a contiguous tensor of the shape, [B or 1, F or 1, C] or [C],
+    and the dtype of its `like`, summed over the strips, and over B or F where they were
+    broadcast."""
     sums, strips, batch, frames, channels = partial_KSBFC.shape
     outs = [torch.empty_like(like, memory_format=torch.contiguous_format) for like in likes]
     ways = []

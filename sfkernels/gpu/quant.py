@@ -26,8 +26,8 @@ def _larger(a, b):
 
 @triton.jit
 def _int8(x_RC):
-    """Of |x| ≤ 127: behind 1.5·2²³ a float32 has no bits for a fraction, and its last eight are
-    those of the integer."""
+    """Nearest integers for |x| ≤ 127: behind 1.5·2²³ a float32 has no bits for a fraction, and its
+    last eight are those of the integer."""
     return (x_RC + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 

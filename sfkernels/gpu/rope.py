@@ -315,7 +315,7 @@ def rope_table(frame_F: Tensor, grid: tuple[int, int], head_dim: int, theta: flo
 
 @cached_tensors
 def _turns(pairs: int, theta: float, device: torch.device) -> Tensor:
-    """What each pair turns by from one position to the next, in units of 2^-64 turn, [P] int64."""
+    """Turn of each pair from one position to the next, in units of 2^-64 turn, [P] int64."""
     across = pairs // 3
     counts = [pairs - 2 * across] + [across] * 2
     turns = [math.fmod(theta ** (-i / n) / (2 * math.pi), 1) for n in counts for i in range(n)]

@@ -275,8 +275,8 @@ def _by_frame(sigma: Tensor, x: Tensor) -> Tensor:
 
 
 def _rows(t: Tensor, outer: int) -> Tensor:
-    """All but the first `outer` dimensions as one of stride 1: a view where they lie side by side
-    in memory, else a copy."""
+    """View of all but the first `outer` dimensions as one of stride 1, or a copy where they do not
+    lie side by side in memory."""
     flat = t.reshape(*t.shape[:outer], math.prod(t.shape[outer:]))
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 

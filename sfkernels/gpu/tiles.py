@@ -1,5 +1,5 @@
-"""What the attention kernels are told about a pattern: small tables of tiles and spans; and into
-how many parts the keys of a stream are split.
+"""Tables of a pattern's tiles and spans for the attention kernels, and the number of parts that the
+keys of a stream are split into.
 
 A pattern is a list of rows: a run of tokens to keep in place, and the spans of tokens that each of
 them visits. Tiles never cross from one row into the next, so that all tokens of a tile visit the
@@ -22,9 +22,10 @@ Pattern = tuple[tuple[Span, tuple[Span, ...]], ...]
 
 
 class Tiles(NamedTuple):
-    """tiles: int32 [T, 4], of each tile its first token and the one past its last, and the first of
-    its spans and the one past its last. Those with the most to visit come first. spans: int32
-    [N, 2], half-open; the prefix's come first, and every tile visits them before its own."""
+    """Tables of a pattern. tiles: int32 [T, 4], of each tile its first token and the one past its
+    last, and the first of its spans and the one past its last. Those with the most to visit come
+    first. spans: int32 [N, 2], half-open; the prefix's come first, and every tile visits them
+    before its own."""
 
     tiles: Tensor
     spans: Tensor
@@ -57,8 +58,8 @@ def column_table(rows: Pattern, keys: int, stationary: int, device: torch.device
 
 
 def visits(rows: Pattern, prefix: Sequence[Span], stationary: int, streamed: int) -> int:
-    """How many tiles of `streamed` tokens the tiles of `stationary` ones visit in all: the work of
-    the kernels, and what tests count."""
+    """Number of tiles of `streamed` tokens that the tiles of `stationary` ones visit in all: the
+    work of the kernels, and what tests count."""
     return sum(
         -(-(end - start) // stationary)
         * sum(-(-(hi - lo) // streamed) for lo, hi in (*prefix, *visited))
@@ -67,9 +68,9 @@ def visits(rows: Pattern, prefix: Sequence[Span], stationary: int, streamed: int
 
 
 def key_splits(programs: int, at_once: int, tiles: int) -> int:
-    """Into how many parts to split the `tiles` tiles of keys that each of `programs` programs
-    visits, on a GPU that runs `at_once` of them: the number with the shortest time, in which the
-    waves are full, but every part more costs the pass that combines them about 1.5%."""
+    """Number of parts to split the `tiles` tiles of keys into that each of `programs` programs
+    visits, on a GPU that runs `at_once` of them: the one with the shortest time, in which the waves
+    are full, but every part more costs the pass that combines them about 1.5%."""
 
     def time(parts: int) -> float:
         return -(-programs * parts // at_once) / parts * (1 + 0.015 * (parts - 1))

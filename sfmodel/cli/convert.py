@@ -1,4 +1,4 @@
-"""The same weights in another public form: official, Self Forcing's or that of diffusers.
+"""Conversion of weights to another public form: official, Self Forcing's or that of diffusers.
 
 Which model a file is of is recognised from names and shapes. Tensors go from the mapped source to
 the target one by one, so that memory does not hold the model.

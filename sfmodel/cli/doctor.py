@@ -1,5 +1,6 @@
-"""What this machine can run: its GPUs and libraries, the memory that each preset needs, the public
-files that are here, and the command to run next. Nothing is downloaded, no weights are read."""
+"""Report of what this machine can run: its GPUs and libraries, the memory that each preset needs,
+the public files that are here, and the command to run next. Nothing is downloaded, no weights are
+read."""
 
 from __future__ import annotations
 
@@ -169,7 +170,7 @@ def memory(gpu_gib: float | None) -> list[dict[str, Any]]:
 
 
 def next_step(found: dict[str, Any]) -> tuple[str, str]:
-    """Why, and the command."""
+    """Reason for the next step, and its command."""
     toy = 'sfmodel generate --prompt "a small blue ball moves up fast"'
     here, folder = found["machine"], Path(found["models"])
     if not here["gpus"]:

@@ -188,7 +188,7 @@ class _Made(NamedTuple):
 
 
 def _made(path: Path) -> _Made | None:
-    """None for a file that is not there or not whole."""
+    """Metadata of a file; None where it is not there or not whole."""
     try:
         if not path.is_file():
             return None
@@ -219,8 +219,8 @@ def _whole(output: Path, settings: dict[str, Any]) -> dict[Path, _Made]:
 
 
 def _is_done(there: _Made | None, job: _Job, names: Sequence[str]) -> bool:
-    """Whether a video's file is there; one of another prompt, or of another of the videos `names`,
-    is written anew. Raises ValueError if that would lose what is not of these videos."""
+    """Tells whether a video's file is there; one of another prompt, or of another of the videos
+    `names`, is written anew. Raises ValueError if that would lose what is not of these videos."""
     if there is None or there.of == job.of:
         return there is not None and there.prompts == [job.prompt]
     other = there.of.get("file")
@@ -233,7 +233,7 @@ def _is_done(there: _Made | None, job: _Job, names: Sequence[str]) -> bool:
 def _encode_prompts(
     source: Path, output: Path, text: TextEncoder, settings: dict[str, Any], device: torch.device
 ) -> None:
-    """Into files of SHARD bytes, with the memory of one."""
+    """Writes embeddings into files of SHARD bytes, with the memory of one."""
     if source.exists() and not source.is_file():
         raise ValueError(f"prompt file {source}: must be a regular file, because it is read twice")
     digest, count = hashlib.sha256(), 0
@@ -274,7 +274,7 @@ def _encode_prompts(
 
 
 def _small(text_TE: Tensor) -> Tensor:
-    """In bfloat16, which public encoders compute in, where nothing is lost by it."""
+    """Embedding in bfloat16, which public encoders compute in, where nothing is lost by it."""
     small_TE = text_TE.bfloat16()
     return small_TE if torch.equal(small_TE.float(), text_TE.float()) else text_TE
 
@@ -386,8 +386,9 @@ def _latents_of(
     fps: float | None,
     device: torch.device,
 ) -> Tensor:
-    """[1, F, C, h, w]. Pixel frames at the end that do not fill a latent frame are left out. Raises
-    ValueError, without the name, for a video that cannot be read, is too short or gives NaN."""
+    """Latents [1, F, C, h, w] of a video. Pixel frames at the end that do not fill a latent frame
+    are left out. Raises ValueError, without the name, for a video that cannot be read, is too short
+    or gives NaN."""
     scale, group = codec.spatial_factor, codec.temporal_factor
     size = preset.height * scale, preset.width * scale
     count = None if frames is None else 1 + group * (frames - 1)
@@ -419,7 +420,8 @@ def _decoded(latents_1FCHW: Tensor, codec: VideoCodec, device: torch.device) -> 
 
 
 def _read_latents(path: Path, channels: int, axes: str) -> Tensor:
-    """[N, F, C, H, W]. Raises ValueError with one sentence for what is no latents."""
+    """Latents [N, F, C, H, W] of a file. Raises ValueError with one sentence for what is no
+    latents."""
     tensors, _ = checkpoint.read(path)
     name = "latents" if "latents" in tensors else next(iter(tensors))
     if len(tensors) > 1 and name != "latents":

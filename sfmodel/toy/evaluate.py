@@ -1,5 +1,5 @@
-"""How far a model of the toy world is from the world, frame by frame: what its videos show, read
-back from pixels alone, against real videos that it has never seen.
+"""Distance of a model's videos from the toy world, frame by frame: what they show, read back from
+pixels alone, against real videos that it has never seen.
 
 The distance of a frame is the Fréchet distance, between generated and real videos, of what the ball
 is and does there: position, radius, colour with brightness, velocity, speed and acceleration, each
@@ -49,8 +49,8 @@ MEASURES = {
 
 
 class Measurements(NamedTuple):
-    """What videos show, [B, F] each but the first. statistics [B, F, D]: as `statistics` has them.
-    radius in px, brightness in 0..1, colour an index; whether a frame is clean
+    """Measurements of videos, [B, F] each but the first. statistics [B, F, D]: as `statistics` has
+    them. radius in px, brightness in 0..1, colour an index; whether a frame is clean
     (`world.Measurement.clean_BT`); whether, in a pixel frame since the latent frame before, the
     ball was far from every wall (free), and whether its movement then changed (impossible)."""
 
@@ -64,13 +64,13 @@ class Measurements(NamedTuple):
 
 
 def measure(pixels_BTCHW: Tensor) -> Measurements:
-    """At videos of T = 1 + 4·(F − 1) pixel frames."""
+    """Measurements of videos of T = 1 + 4·(F − 1) pixel frames."""
     m = world.measure(pixels_BTCHW)
     at = slice(None, None, ToyVAE.temporal_factor)
     jumps = m.acceleration_BT2.norm(dim=-1).nan_to_num(math.inf) > IMPOSSIBLE
 
     def since_last(flags_BT: Tensor) -> Tensor:
-        """Of the inner pixel frames: whether any since the last latent frame is set."""
+        """Flags of latent frames: whether an inner pixel frame's is set since the one before."""
         padded = F.pad(flags_BT, (0, 1))  # nothing is known of the last one
         still = torch.zeros_like(padded[:, :1])
         return torch.cat([still, padded.unflatten(1, (-1, ToyVAE.temporal_factor)).any(2)], 1)
@@ -87,9 +87,9 @@ def measure(pixels_BTCHW: Tensor) -> Measurements:
 
 
 def statistics(position_BF2: Tensor, radius_BF: Tensor, rgb_BF3: Tensor) -> Tensor:
-    """[B, F, D], in the order of STATISTICS, of the last pixel frame of each latent frame. Velocity
-    is the mean since the latent frame before. A frame without a ball is all zeros, and so is a
-    change where there is no frame before it."""
+    """Statistics [B, F, D], in the order of STATISTICS, of the last pixel frame of each latent
+    frame. Velocity is the mean since the latent frame before. A frame without a ball is all zeros,
+    and so is a change where there is no frame before it."""
     velocity, change = torch.zeros_like(position_BF2), torch.zeros_like(position_BF2)
     velocity[:, 1:] = position_BF2.diff(dim=1) / ToyVAE.temporal_factor
     change[:, 2:] = velocity[:, 1:].diff(dim=1) / ToyVAE.temporal_factor
@@ -152,8 +152,8 @@ def generate(
 
 
 class HeldOut(NamedTuple):
-    """What no model has seen. real: statistics [N, F, D] of real videos. text, latents: prompts,
-    and one real clip for each, other than those."""
+    """Data that no model has seen. real: statistics [N, F, D] of real videos. text, latents:
+    prompts, and one real clip for each, other than those."""
 
     real_NFD: Tensor
     text_BTE: Tensor
@@ -162,7 +162,7 @@ class HeldOut(NamedTuple):
 
 @torch.no_grad()
 def held_out(codec: ToyVAE, frames: int, videos: int, split: str = "test") -> HeldOut:
-    """split: "test", or "validation", on which settings are chosen."""
+    """Real videos and prompts of a split: "test", or "validation", on which settings are chosen."""
     seed = {"test": 7_000_001, "validation": 8_000_001}[split]
     real = []
     for i in range(-(-REAL // BATCH)):
@@ -190,10 +190,10 @@ def seen_in(codec: ToyVAE, latents_BFCHW: Tensor) -> Measurements:
 
 
 def score(seen: Measurements, real_NFD: Tensor) -> dict[str, list[float]]:
-    """By latent frame: the Fréchet "distance"; the drift of each ball from its own first frame, as
-    a mean: "radius" in px, "brightness" in 0..1, "colour" the share whose colour is another one;
-    the share of moves far from walls that are "impossible"; the share of frames that are not
-    "clean"."""
+    """Scores by latent frame: the Fréchet "distance"; the drift of each ball from its own first
+    frame, as a mean: "radius" in px, "brightness" in 0..1, "colour" the share whose colour is
+    another one; the share of moves far from walls that are "impossible"; the share of frames that
+    are not "clean"."""
     first = slice(0, 1)
 
     def mean(values_BF: Tensor) -> list[float]:
@@ -259,7 +259,7 @@ def over(values: Sequence[float], band: tuple[int, int]) -> float:
 
 
 def table(result: Mapping[str, Any], floor: Mapping[str, Any], trained: int) -> Table:
-    """What `evaluate` found, by bands of frames, beside the `score` of real videos."""
+    """Table of what `evaluate` found, by bands of frames, beside the `score` of real videos."""
     parts = bands(len(result["distance"]), trained)
     made = Table(title="by latent frame; in brackets: other real videos through the codec")
     made.add_column("")

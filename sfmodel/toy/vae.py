@@ -33,14 +33,14 @@ _STD = (0.2751, 0.2625, 0.2661, 0.1322)
 
 
 class EncoderState(NamedTuple):
-    """What the encoder knows of the clip so far: `frames`, the pixel frames seen. No latent frame
-    looks at another one's pixels, so there are no tensors to keep."""
+    """State of the encoder in a clip: `frames`, the pixel frames seen. No latent frame looks at
+    another one's pixels, so there are no tensors to keep."""
 
     frames: int
 
 
 class DecoderState(NamedTuple):
-    """What the decoder keeps of the clip so far: `last_BCHW`, the last latent frame."""
+    """State of the decoder in a clip: `last_BCHW`, the last latent frame."""
 
     last_BCHW: Tensor
 
@@ -52,9 +52,10 @@ class LatentSample(NamedTuple):
 
 
 class ToyVAE(nn.Module):
-    """A latent frame has four channels: the mean RGB of each 8 × 8 block over the sub-frames, and
-    the motion, which is the block's luminance (mean of RGB) in the last sub-frame minus that in the
-    first. Each channel has zero mean and unit variance over the toy world.
+    """Codec of the toy world. A latent frame has four channels: the mean RGB of each 8 × 8 block
+    over the sub-frames, and the motion, which is the block's luminance (mean of RGB) in the last
+    sub-frame minus that in the first. Each channel has zero mean and unit variance over the toy
+    world.
 
     The decoder predicts how much of each pixel the ball covers in each sub-frame, at full
     resolution, and its colour, at latent resolution: edges stay sharp with few channels."""
@@ -100,7 +101,7 @@ class ToyVAE(nn.Module):
     def encode_chunk(
         self, pixels_BTCHW: Tensor, state: EncoderState | None = None
     ) -> tuple[Tensor, EncoderState]:
-        """As `VideoCodec`: pixels [B, T, 3, H, W] to latents [B, F, 4, H / 8, W / 8]."""
+        """Encodes, as a `VideoCodec`, pixels [B, T, 3, H, W] to latents [B, F, 4, H / 8, W / 8]."""
         check_pixels(self, pixels_BTCHW, state is None)
         T = pixels_BTCHW.shape[1]
         pixels_NCHW = pixels_BTCHW.to(self.mean_C11.dtype).flatten(0, 1)
@@ -121,7 +122,7 @@ class ToyVAE(nn.Module):
     def decode_chunk(
         self, latents_BFCHW: Tensor, state: DecoderState | None = None
     ) -> tuple[Tensor, DecoderState]:
-        """As `VideoCodec`: latents [B, F, 4, H, W] to pixels [B, T, 3, 8H, 8W]."""
+        """Decodes, as a `VideoCodec`, latents [B, F, 4, H, W] to pixels [B, T, 3, 8H, 8W]."""
         check_latents(self, latents_BFCHW)
         latents = latents_BFCHW.to(self.mean_C11.dtype)
         frames = latents.shape[1]
@@ -188,7 +189,7 @@ class _Residual(nn.Module):
 
 
 def _up(inputs: int, outputs: int) -> nn.Sequential:
-    """Twice the height and width."""
+    """View of twice the height and width."""
     return nn.Sequential(nn.Conv2d(inputs, 4 * outputs, 3, padding=1), nn.PixelShuffle(2))
 
 

@@ -56,7 +56,7 @@ _BLOCK = 64  # frames rendered at a time: 1 MiB, which stays in a core's cache
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known of a batch of videos.
+    """Physics of a batch of videos.
 
     colour_B: index into COLOURS. radius_B in px, brightness_B in 0..1, speed_B in px per frame.
     angle_B: of the first movement, radians in [0, 2π) from +x to +y.
@@ -77,7 +77,8 @@ class Truth:
 
 
 class Sample(NamedTuple):
-    """pixels_BTCHW: float32 in [-1, 1]; the background is -1. sentences: one for each video."""
+    """Videos, their truth and prompts. pixels_BTCHW: float32 in [-1, 1]; the background is -1.
+    sentences: one for each video."""
 
     pixels_BTCHW: Tensor
     truth: Truth
@@ -214,8 +215,8 @@ def direction(angle: float) -> str:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What pixels show, frame by frame. Where nothing is bright, `position`, `radius` and `rgb` are
-    NaN and `colour` is -1.
+    """Physics that pixels show, frame by frame. Where nothing is bright, `position`, `radius` and
+    `rgb` are NaN and `colour` is -1.
 
     position_BT2, radius_BT: in px, of the disc with the same centroid and area.
     rgb_BT3: in 0..1, the mean inside the disc. colour_BT: index of the nearest of COLOURS.
@@ -248,15 +249,15 @@ class Measurement:
 
     @property
     def free_BT(self) -> Tensor:
-        """Whether the ball is too far from every wall to bounce between the neighbouring frames
-        [B, T - 2], so that any acceleration there breaks the laws of this world."""
+        """Flags [B, T - 2]: the ball is too far from every wall to bounce between the neighbouring
+        frames, so that any acceleration there breaks the laws of this world."""
         centre_BT2, radius_BT1 = self.position_BT2[:, 1:-1], self.radius_BT[:, 1:-1, None]
         gap_BT2 = torch.minimum(centre_BT2, SIZE - centre_BT2) - radius_BT1
         return (gap_BT2 > max(SPEED["fast"]) + 1).all(-1)
 
     @property
     def clean_BT(self) -> Tensor:
-        """Whether the frame shows one sharp ball and nothing else."""
+        """Flags [B, T]: the frame shows one sharp ball and nothing else."""
         return (self.outside_BT < 0.05) & (self.fill_BT > 0.9) & (self.edge_BT < 0.2)
 
 

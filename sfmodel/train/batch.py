@@ -58,7 +58,7 @@ class Draw(NamedTuple):
         return self._each(torch.rand, name, shape)
 
     def _each(self, draw: Callable[..., Tensor], name: str, shape: Sequence[int]) -> Tensor:
-        """Drawn on the CPU, so that they are the same on any device."""
+        """Numbers drawn on the CPU, so that they are the same on any device."""
         generator = torch.Generator()
         drawn = []
         for sample in self.samples:
@@ -68,7 +68,7 @@ class Draw(NamedTuple):
 
 
 def seed_of(*what: object) -> int:
-    """One seed for everything that these say."""
+    """Seed that follows from all of these."""
     return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=7).digest(), "big")
 
 
@@ -156,7 +156,7 @@ class MicroBatch(NamedTuple):
         return (schedule.sigma(t) / least).clamp(max=1).square()
 
     def by_frame(self, value_BK: Tensor) -> Tensor:
-        """[B, F] of one value a chunk."""
+        """Values [B, F] of one value a chunk."""
         sizes = torch.tensor(self.batch.layout.chunks, device=value_BK.device)
         return value_BK.repeat_interleave(sizes, 1)
 

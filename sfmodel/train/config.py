@@ -38,7 +38,7 @@ _RANGES: dict[tuple[float, float], tuple[str, ...]] = {
     ),
     (0, 1024): ("threads",),
     (0, 1): ("drop_text", "drop_word", "decay_fraction", "darken", "ema", "betas"),
-    (-1e9, 1e9): ("guidance", "gan_sigma"),
+    (-1e9, 1e9): ("guidance_scale", "gan_sigma"),
 }
 
 # Settings that runs of version 0.1.0 have saved under other names.
@@ -65,8 +65,8 @@ RECIPES: dict[str, Objective] = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. Every step draws one of `frames`, of `chunks` and of `windows`, the same for all
-    ranks, so that one model streams at any of them."""
+    """Settings of one run. Every step draws one of `frames`, of `chunks` and of `windows`, the same
+    for all ranks, so that one model streams at any of them."""
 
     recipe: str = "tf"  # what is learned, and what a chunk sees meanwhile: see RECIPES
     preset: str = "toy"  # sizes of the generator
@@ -114,7 +114,7 @@ class TrainConfig:
     critic_warmup: int = 0  # further ones before the first
     lr_critic: float = 4e-7
     negative: Path | None = None  # a prompt, which guidance leads away from; None: no words
-    guidance: float = 3.0  # of the real score: x0 + guidance · (x0 − x0 of the unprompted)
+    guidance_scale: float = 4.0  # of the real score: unprompted + this · (prompted − unprompted)
     gradient_frames: int | None = None  # SF: only the last latent frames take a gradient; None: all
     renoise_context: bool = True  # SF: clean context is noised at the schedule's smallest σ
     gan_penalty: float = 30.0  # λ of R1 and R2
@@ -198,7 +198,7 @@ class TrainConfig:
     def layout(
         self, frames: int, chunk: int, window: int, teacher_forcing: bool = False
     ) -> BlockLayout:
-        """Who sees whom in a clip. Raises ValueError for sizes that do not fit together."""
+        """Block mask of a clip. Raises ValueError for sizes that do not fit together."""
         tokens = math.prod(self.model.grid)
         if self.objective.context == "whole":
             return BlockLayout((frames,), tokens)
@@ -214,7 +214,7 @@ class TrainConfig:
         )
 
     def clips(self, frames: int) -> int:
-        """How many clips of so many latent frames one update has."""
+        """Number of clips of so many latent frames in one update."""
         return self.batch * max(self.frames) // frames
 
     def plain(self) -> dict[str, Any]:
@@ -224,6 +224,8 @@ class TrainConfig:
     def differing(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a saved run that decide otherwise what is computed."""
         mine, saved = self.plain(), {_RENAMED.get(name, name): saved[name] for name in saved}
+        if "guidance" in saved:  # of 0.1.0: x0 + guidance · (x0 − x0 of the unprompted)
+            saved["guidance_scale"] = saved["guidance"] + 1
         free = {"output", "steps", "threads", "shard", "micro_batch", "patience"}
         free |= {"log_every", "save_every", "sample_every"}
         return {
@@ -238,7 +240,7 @@ _SHORT = {"frames": (7,), "chunks": (1, 3), "windows": (7,)}
 _TEACHER, _INIT = WEIGHTS / "toy_teacher.safetensors", WEIGHTS / "toy_ode.safetensors"
 _TOY: dict[str, Any] = dict(
     optimizer="muon", lr=2e-3, warmup=50, decay_fraction=0.6, betas=(0.9, 0.95), clip=1.0,
-    ema=0.998, ema_start=0, min_sigma=0.3, guidance=0.0, log_every=20, save_every=200,
+    ema=0.998, ema_start=0, min_sigma=0.3, guidance_scale=1.0, log_every=20, save_every=200,
 )  # fmt: skip
 _TOY_BY: dict[str, dict[str, Any]] = {
     "bidirectional": dict(**_SHORT, steps=2400),

@@ -39,9 +39,9 @@ TextEncoder = Callable[[Sequence[str]], Tensor]
 
 
 class Clips(NamedTuple):
-    """latents [B, F, C, H, W], None where they were not asked for; text: embeddings [B, T, E], with
-    rows of zeros after the shorter ones; both float32 on the CPU. sentences: "" where a file has
-    none."""
+    """Clips of a batch. latents [B, F, C, H, W], None where they were not asked for; text:
+    embeddings [B, T, E], with rows of zeros after the shorter ones; both float32 on the CPU.
+    sentences: "" where a file has none."""
 
     latents_BFCHW: Tensor | None
     text_BTE: Tensor
@@ -49,8 +49,8 @@ class Clips(NamedTuple):
 
 
 class Source(Protocol):
-    """has_latents: whether there are clips, not prompts alone. skipped: file name → why it, or a
-    clip of it, could not be used."""
+    """Source of clips or prompts. has_latents: whether there are clips, not prompts alone. skipped:
+    file name → why it, or a clip of it, could not be used."""
 
     has_latents: bool
     skipped: dict[str, str]
@@ -324,7 +324,7 @@ def _depth(paths: Sequence[Path]) -> float:
 
 
 def _alone(shards: Sequence[Path]) -> bool:
-    """Whether the first that is whole has prompts alone."""
+    """Tells whether the first that is whole has prompts alone."""
     for shard in shards:
         with suppress(ValueError), _safetensors(shard) as file:
             return "text" in file.keys() and "latents" not in file.keys()  # noqa: SIM118

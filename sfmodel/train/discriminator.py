@@ -49,7 +49,7 @@ class Reader(nn.Module):
         )
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """[B, 1, D]."""
+        """Register token [B, 1, D] after reading hidden states [B, L, D]."""
         token_B1D = self.token.expand(len(x_BLD), -1, -1)
         h_BLD = _layer_norm(x_BLD, self.norm1, self.impl)
         # The hidden states stand where the prompt does: cross-attention reads nothing else.
@@ -89,7 +89,8 @@ class Discriminator(nn.Module):
         nn.init.zeros_(self.logit.weight)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """[B] in float32, of one [B, L, D] for each tapped block. Raises ValueError for others."""
+        """Logits [B] in float32 of one [B, L, D] for each tapped block. Raises ValueError for
+        others."""
         if len(features) != len(self.taps):
             raise ValueError(f"{len(features)} features: must be those of blocks {self.taps}")
         for x_BLD in features:
@@ -109,7 +110,7 @@ def logits(
     t_B: Tensor,
     text_BTE: Tensor | TextKeys,
 ) -> Tensor:
-    """[B] of videos noised to timesteps t; with all but x_t given, what the losses take."""
+    """Logits [B] of videos noised to timesteps t; with all but x_t given, what the losses take."""
     return head(backbone.features(x_t_BFCHW, t_B, text_BTE, head.taps))
 
 

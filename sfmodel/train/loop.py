@@ -37,7 +37,7 @@ from sfmodel.train.data import Prompts, Source, open_source
 from sfmodel.train.models import Models, load
 from sfmodel.train.parallel import Ranks
 from sfmodel.train.report import Record, Report, means
-from sfmodel.train.trajectories import Trajectories, guided, solve
+from sfmodel.train.trajectories import Trajectories, solve
 from sfmodel.weights import checkpoint
 
 
@@ -217,8 +217,8 @@ class Run:
         facts = {
             name: config.plain()[name]
             for name in (
-                "preset", "teacher", "teacher_preset", "teacher_steps", "guidance", "negative",
-                "data", "frames", "pairs", "drop_text", "drop_word", "seed",
+                "preset", "teacher", "teacher_preset", "teacher_steps", "guidance_scale",
+                "negative", "data", "frames", "pairs", "drop_text", "drop_word", "seed",
             )
         }  # fmt: skip
         self.context.trajectories.make(self._solve, facts, self.ranks, progress)
@@ -235,9 +235,12 @@ class Run:
         shape = frames, preset.dit.channels, preset.height, preset.width
         noise = Draw(seed, samples, self.ranks.device).normal("noise", *shape)
         text = prompts.text_BTE.to(self.ranks.device)
-        flow = guided(real, text, self.context.negative_1TE, config.guidance)
         with self.autocast():
-            points = solve(flow, noise, self.context.schedule, preset.steps, config.teacher_steps)
+            points = solve(
+                lambda x, t: real(x, t, text), noise, self.context.schedule, preset.steps,
+                config.teacher_steps, guidance=config.guidance_scale,
+                unprompted=lambda x, t: real(x, t, self.context.negative_1TE),
+            )  # fmt: skip
         return points, text
 
     def train_step(self) -> Record:
@@ -327,7 +330,7 @@ class Run:
             checkpoint.save(weights, self.weights, self.preset.dit, **extra)
 
     def _has_weights(self) -> bool:
-        """Whether the file of the averaged weights is of this step."""
+        """Tells whether the file of the averaged weights is of this step."""
         try:
             return int(checkpoint.read(self.weights)[1]["step"]) == self.step
         except (ValueError, KeyError, TypeError, OSError):
@@ -370,7 +373,7 @@ class Run:
 
 
 class Stopped(Exception):
-    """An update was left where what the run holds is whole."""
+    """Signal that an update was left where what the run holds is whole."""
 
 
 def train(

@@ -57,7 +57,7 @@ _PART = re.compile(rf"\.(failed-)?{_NAME.pattern}\.part")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of how many processes this one is. mesh: what models are cut over; None alone."""
+    """Place of this process among all of a run. mesh: what models are cut over; None alone."""
 
     rank: int
     world: int
@@ -74,7 +74,7 @@ class Ranks:
         return dict(zip(values, means, strict=True))
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
+        """Tells whether the flag is set on any rank."""
         return bool(self._reduce([float(flag)], dist.ReduceOp.MAX)[0])
 
     def _reduce(self, values: list[float], how: Any, divisor: int = 1) -> list[float]:
@@ -133,7 +133,7 @@ def started(
 
 
 def _lost(error: BaseException) -> bool:
-    """Whether an error says that another rank is not there. gloo's are plain ones."""
+    """Tells whether an error says that another rank is not there. gloo's are plain ones."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
     )
@@ -190,7 +190,7 @@ def place(
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This rank's parts."""
+    """Parts of a tensor that this rank holds."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
@@ -351,7 +351,7 @@ class _Planner(DefaultLoadPlanner):
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Without the remark that a single rank is one."""
+    """Silences the remark that a single rank is one."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield

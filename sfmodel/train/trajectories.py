@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sfmodel.dit import DiT
+from sfkernels import euler_step
 from sfmodel.files import atomic
 from sfmodel.schedule import TRAIN_STEPS, FlowSchedule
 from sfmodel.train.parallel import Ranks
@@ -26,17 +26,24 @@ from sfmodel.weights.saving import save_tensors
 IN_FILE = 64  # trajectories
 
 
+Flow = Callable[[Tensor, Tensor], Tensor]  # of x [B, F, C, H, W] and t []
+
+
 @torch.no_grad()
 def solve(
-    flow: Callable[[Tensor, Tensor], Tensor],
+    flow: Flow,
     noise_BFCHW: Tensor,
     schedule: FlowSchedule,
     steps: Sequence[int],
     euler_steps: int,
+    *,
+    unprompted: Flow | None = None,
+    guidance: float = 1.0,
 ) -> Tensor:
-    """[B, S + 1, F, C, H, W]: x at each of `steps` and at last x0, by Euler steps of dx/dσ = flow
-    at levels equally spaced before the schedule's shift. Raises ValueError where these levels do
-    not contain the steps."""
+    """Points [B, S + 1, F, C, H, W] of trajectories: x at each of `steps` and at last x0, by Euler
+    steps of dx/dσ = flow at levels equally spaced before the schedule's shift. unprompted: the flow
+    that a guidance other than 1 leads away from. Raises ValueError where these levels do not
+    contain the steps."""
     at = [(TRAIN_STEPS - step) * euler_steps / TRAIN_STEPS for step in steps]
     if any(a % 1 for a in at):
         raise ValueError(
@@ -48,22 +55,11 @@ def solve(
     for i in range(euler_steps):
         if i in at:
             kept.append(x)
-        x = x + (sigmas[i + 1] - sigmas[i]) * flow(x, TRAIN_STEPS * sigmas[i])
+        t = TRAIN_STEPS * sigmas[i]
+        against = None if unprompted is None or guidance == 1 else unprompted(x, t)
+        now, then = sigmas[i], sigmas[i + 1]
+        x = euler_step(x, flow(x, t), now, then, uncond_flow=against, guidance=guidance)
     return torch.stack([*kept, x], 1)
-
-
-def guided(
-    model: DiT, text_BTE: Tensor, negative_1TE: Tensor, guidance: float
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Its flow at (x, t), pushed away from that of the negative prompt."""
-
-    def flow(x: Tensor, t: Tensor) -> Tensor:
-        prompted = model(x, t, text_BTE)
-        if not guidance:
-            return prompted
-        return prompted + guidance * (prompted - model(x, t, negative_1TE))
-
-    return flow
 
 
 class Trajectories:

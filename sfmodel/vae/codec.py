@@ -1,5 +1,5 @@
-"""What every video VAE of this project offers, what it remembers of a clip from chunk to chunk, and
-the checks of what it is given.
+"""Interface of the video VAEs, their state from chunk to chunk of a clip, and the checks of their
+arguments.
 
 Latent frame 0 of a clip is a still of pixel frame 0, latent frame i covers pixel frames
 4i - 3 .. 4i. Shapes: B batch, F latent frames, T pixel frames, C channels.
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 
 class VideoDecoder(Protocol):
-    """A clip goes through in chunks of any size, the state goes along explicitly, and the result is
-    that of the whole clip at once. A state is never changed, so a clip can go on from it twice."""
+    """Decoder of video. A clip goes through in chunks of any size, the state goes along explicitly,
+    and the result is that of the whole clip at once. A state is never changed, so a clip can go on
+    from it twice."""
 
     latent_channels: int
     spatial_factor: int
@@ -33,7 +34,7 @@ class VideoDecoder(Protocol):
 
 
 class VideoCodec(VideoDecoder, Protocol):
-    """The same with an encoder. Its tensors are where its parameters are."""
+    """Decoder and encoder of video. Its tensors are where its parameters are."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
@@ -46,8 +47,8 @@ class VideoCodec(VideoDecoder, Protocol):
 
 
 class CausalState(NamedTuple):
-    """What the next chunk of a clip needs of those before: the last frames [B, T, H, W, C] that
-    each convolution over time has seen, in the order in which they run. Never changed."""
+    """State that the next chunk of a clip needs of those before: the last frames [B, T, H, W, C]
+    that each convolution over time has seen, in the order in which they run. Never changed."""
 
     before: tuple[Tensor, ...]
 

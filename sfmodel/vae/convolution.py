@@ -27,7 +27,7 @@ def channels_last(module: Module) -> Module:
 
 
 def conv2d(x_BTHWC: Tensor, layer: nn.Conv2d) -> Tensor:
-    """3×3, of each frame on its own."""
+    """Convolution 3×3 of each frame on its own."""
     weight = layer.weight[:, :, None]
     if layer.stride == (1, 1) and winograd.pays(x_BTHWC, weight):
         return winograd.conv3d(x_BTHWC, weight, layer.bias)
@@ -41,8 +41,8 @@ def conv3d(
     bias: Tensor | None = None,
     stride: tuple[int, int, int] = (1, 1, 1),
 ) -> Tensor:
-    """Of frames that stand behind those before them: pads height and width alone. A single frame
-    begins a clip: only the last of the kernel's taps in time sees it."""
+    """3-D convolution of frames that stand behind those before them: pads height and width alone. A
+    single frame begins a clip: only the last of the kernel's taps in time sees it."""
     if weight.shape[2:] == (1, 1, 1):
         return F.linear(x_BTHWC, weight.flatten(1), bias)
     weight = weight[:, :, -x_BTHWC.shape[1] :]
@@ -82,6 +82,7 @@ def upsampled_conv2d(
 
 
 def _sums_of_taps(weight: Tensor, dim: int) -> Tensor:
-    """Three taps to [2, 2]: of the two pixels that one becomes, each on the two that it sees."""
+    """Sums of three taps, [2, 2]: of the two pixels that one becomes, each on the two that it
+    sees."""
     a, b, c = weight.unbind(dim)
     return torch.stack([torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)], dim)

@@ -61,7 +61,8 @@ class TinyVAE(nn.Module):
     def decode_chunk(
         self, latents_BFCHW: Tensor, state: CausalState | None = None
     ) -> tuple[Tensor, CausalState]:
-        """As `VideoCodec`: latents [B, F, 16, H, W] to pixels [B, T, 3, 8H, 8W] in [-1, 1]."""
+        """Decodes, as a `VideoCodec`, latents [B, F, 16, H, W] to pixels [B, T, 3, 8H, 8W] in [-1,
+        1]."""
         check_latents(self, latents_BFCHW)
         check_before("latents", latents_BFCHW, state)
         layers: Any = self.decoder
@@ -148,7 +149,7 @@ def _grow(x_BTHWC: Tensor, weight_MC11: Tensor, weight_OMHW: Tensor) -> Tensor:
 
 
 def _exact(weight: Tensor) -> Tensor:
-    """In float32 at least, so that a product of 16-bit weights is rounded once."""
+    """Weights in float32 at least, so that a product of 16-bit weights is rounded once."""
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 

@@ -92,7 +92,7 @@ class Norm(nn.Module):
 
 
 class CausalConv3d(nn.Conv3d):
-    """Over frames that stand behind those before them."""
+    """Causal 3-D convolution of frames that stand behind those before them."""
 
     def __init__(
         self, inputs: int, outputs: int, time: int = 3, space: int = 3, stride: int = 1
@@ -135,7 +135,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Of the pixels of each frame to each other, with one head."""
+    """Attention of the pixels of each frame to each other, with one head."""
 
     def __init__(self, channels: int, impl: str) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the height and width; with `time`, half the frames but the first."""
+    """Downsampling to half the height and width and, with `time`, half the frames but the first."""
 
     def __init__(self, channels: int, time: bool) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width; with `time`, twice the frames but the first."""
+    """Upsampling to twice the height and width and, with `time`, twice the frames but the first."""
 
     def __init__(self, channels: int, time: bool) -> None:
         super().__init__()
@@ -199,8 +199,8 @@ class Upsample(nn.Module):
 
 
 class Coder(nn.Module):
-    """What encoder and decoder share: the outer convolutions and the middle. The head is a norm,
-    SiLU and a convolution."""
+    """Base of encoder and decoder: the outer convolutions and the middle. The head is a norm, SiLU
+    and a convolution."""
 
     def __init__(
         self, inputs: int, inner: int, middle: int, last: int, outputs: int, impl: str
@@ -290,14 +290,14 @@ class Decoder(Coder):
 
 
 class Tile(NamedTuple):
-    """Of latents along one side: start and end, and what is computed around them."""
+    """Tile of latents along one side: start and end, and what is computed around them."""
 
     start: int
     end: int
     around: slice
 
     def pixels(self, scale: int) -> slice:
-        """Those of the tile in what was computed."""
+        """Pixels of the tile in what was computed."""
         first = self.around.start
         return slice((self.start - first) * scale, (self.end - first) * scale)
 
@@ -333,8 +333,8 @@ class WanVAE(nn.Module):
     def encode_chunk(
         self, pixels_BTCHW: Tensor, state: CausalState | None = None
     ) -> tuple[Tensor, CausalState]:
-        """As `VideoCodec`: pixels [B, T, 3, H, W] to normalised latents [B, F, 16, H / 8, W / 8],
-        the means of their distributions, in float32."""
+        """Encodes, as a `VideoCodec`, pixels [B, T, 3, H, W] to normalised latents [B, F, 16, H /
+        8, W / 8], the means of their distributions, in float32."""
         check_pixels(self, pixels_BTCHW, state is None)
         check_before("pixels", pixels_BTCHW, state)
         latents = []
@@ -356,7 +356,8 @@ class WanVAE(nn.Module):
     def decode_chunk(
         self, latents_BFCHW: Tensor, state: CausalState | None = None
     ) -> tuple[Tensor, CausalState]:
-        """As `VideoCodec`: normalised latents [B, F, 16, H, W] to pixels [B, T, 3, 8H, 8W]."""
+        """Decodes, as a `VideoCodec`, normalised latents [B, F, 16, H, W] to pixels [B, T, 3, 8H,
+        8W]."""
         check_latents(self, latents_BFCHW)
         check_before("latents", latents_BFCHW, state)
         mean_C, std_C = _statistics(self.latent_channels, latents_BFCHW.device)

@@ -62,7 +62,7 @@ _OUTPUT = _both_sides(
 
 
 def pays(x_BTHWC: Tensor, weight: Tensor) -> bool:
-    """Whether `conv3d` takes these and is faster than the direct way."""
+    """Tells whether `conv3d` takes these and is faster than the direct way."""
     return (
         x_BTHWC.device.type == "cpu"
         and x_BTHWC.dtype == weight.dtype == torch.float32
@@ -74,8 +74,9 @@ def pays(x_BTHWC: Tensor, weight: Tensor) -> bool:
 
 
 def conv3d(x_BTHWC: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
-    """Of x [B, T, H, W, C] and weight [O, C, taps, 3, 3], with one pixel of zeros around each frame
-    and none before or after the clip: [B, T − taps + 1, H, W, O]. Without a gradient."""
+    """Convolution of x [B, T, H, W, C] and weight [O, C, taps, 3, 3], with one pixel of zeros
+    around each frame and none before or after the clip: [B, T − taps + 1, H, W, O]. Without a
+    gradient."""
     B, T, H, W, C = x_BTHWC.shape
     outputs, _, taps = weight.shape[:3]
     rows, columns = -(-H // OUT), -(-W // OUT)

@@ -47,8 +47,9 @@ def read(path: str | Path, weights: str | None = None) -> tuple[dict[str, Tensor
 
 
 def describe(path: Path) -> str:
-    """What `open_weights` finds there, in a line such as "Wan2.1 DiT 1.3B (official), bfloat16,
-    825 tensors, generator_ema + generator". Reads no weights. Raises ValueError as it does."""
+    """Description of what `open_weights` finds, in a line such as "Wan2.1 DiT 1.3B (official),
+    bfloat16, 825 tensors, generator_ema + generator". Reads no weights. Raises ValueError as it
+    does."""
     found = open_weights(path)
     state, (_, label) = recognised(found)
     is_official = state.keys() == {*map(clean_key, found.tensors)}
@@ -72,9 +73,10 @@ def load_model(
     dtype: torch.dtype,
     weights: str | None = None,
 ) -> Module:
-    """What `build` makes, with a checkpoint's weights in `dtype` on `device`; path and weights as
-    in `open_weights`. Beside the model itself and the pages of the file, which the system can drop,
-    memory holds one tensor at most. Buffers that the file has not (constants) keep their type.
+    """The model that `build` makes, with a checkpoint's weights in `dtype` on `device`; path and
+    weights as in `open_weights`. Beside the model itself and the pages of the file, which the
+    system can drop, memory holds one tensor at most. Buffers that the file has not (constants) keep
+    their type.
 
     Raises ValueError as `matching` does, before anything is allocated on the device."""
     return checked(build, path, device=device, dtype=dtype, weights=weights)()
@@ -88,9 +90,8 @@ def checked(
     dtype: torch.dtype,
     weights: str | None = None,
 ) -> Callable[[], Module]:
-    """A function that does what `load_model` does. The file is checked now, so that all
-    that a command needs can be checked before any of it is loaded. Raises ValueError as
-    `load_model` does."""
+    """Loader for later, as `load_model`. The file is checked now, so that all that a command needs
+    can be checked before any of it is loaded. Raises ValueError as `load_model` does."""
     with _Unfilled():
         model = build()
     state, _ = _checked(model, path, weights)
@@ -156,7 +157,7 @@ def matching(
 def _checked(
     model: nn.Module, path: str | Path, weights: str | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The same under official names."""
+    """Tensors under official names and metadata, checked."""
     want = to_official(model.state_dict())
     wanted = names.kind(want)
     found = open_weights(path, weights, wanted.family)

@@ -35,7 +35,7 @@ _PREFIXES = (
 
 
 def _layers(stems: Mapping[str, str]) -> dict[str, str]:
-    """Of linear layers and convolutions: both of their parameters."""
+    """Both parameters of linear layers and convolutions."""
     return {f"{a}.{leaf}": f"{b}.{leaf}" for a, b in stems.items() for leaf in ("weight", "bias")}
 
 
@@ -72,8 +72,9 @@ DIT = {
 
 
 def _vae() -> dict[str, str]:
-    """Of Wan2.1's VAE: four levels, two residual blocks each in the encoder, three in the decoder,
-    and a resampling between levels, which changes the number of frames at the two deeper places."""
+    """Names of Wan2.1's VAE: four levels, two residual blocks each in the encoder, three in the
+    decoder, and a resampling between levels, which changes the number of frames at the two deeper
+    places."""
     norms = {"residual.0.gamma": "norm1.gamma", "residual.3.gamma": "norm2.gamma"}
     residual = norms | _layers({"residual.2": "conv1", "residual.6": "conv2"})
     wider = residual | _layers({"shortcut": "conv_shortcut"})
@@ -110,7 +111,7 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 def _renamed(name: str, table: Mapping[str, str]) -> str:
-    """As the table has it; what it does not have keeps its name."""
+    """Name from the table; what it does not have keeps its name."""
     block = _BLOCK.match(name)
     if block is None:
         return table.get(name, name)
@@ -134,17 +135,18 @@ def part_of(key: str) -> str:
 
 
 def official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Any public names → official ones. A name that is none of them stays, without wrappers."""
+    """Official names from any public ones. A name that is none of them stays, without wrappers."""
     return {_renamed(clean_key(k), _FROM_DIFFUSERS): v for k, v in state.items()}
 
 
 def diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official names → those of diffusers."""
+    """Names of diffusers from official ones."""
     return {_renamed(k, _TO_DIFFUSERS): v for k, v in state.items()}
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official names → this project's: fused projections, everything else by its own name."""
+    """Names of this project from official ones: fused projections, everything else by its own
+    name."""
     state = {clean_key(k): v for k, v in state.items()}
     out: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -190,8 +192,8 @@ def _sibling(stem: str, part: str, leaf: str) -> str:
 
 
 class Kind(NamedTuple):
-    """family: DiT, VAE or tiny VAE; empty for what this project does not run. label: for people;
-    empty for what is not known."""
+    """Kind of model. family: DiT, VAE or tiny VAE; empty for what this project does not run. label:
+    for people; empty for what is not known."""
 
     family: str
     label: str
@@ -212,7 +214,7 @@ _OTHERS = {
 
 
 def kind(state: Mapping[str, Tensor]) -> Kind:
-    """Which model tensors under official names are of, complete or not."""
+    """Kind of model that tensors under official names are of, complete or not."""
     for pattern, label in _OTHERS.items():
         if any(re.search(pattern, name) for name in state):
             return Kind("", label)
@@ -239,7 +241,7 @@ def kind(state: Mapping[str, Tensor]) -> Kind:
 
 
 def blocks(state: Mapping[str, Tensor]) -> int:
-    """How many blocks of a DiT there are tensors of."""
+    """Number of blocks of a DiT that there are tensors of."""
     return len({block[1] for block in map(_BLOCK.match, state) if block})
 
 

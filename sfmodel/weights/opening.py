@@ -150,7 +150,8 @@ def _states(loaded: dict[str, Any]) -> list[tuple[str, dict[str, Tensor]]]:
 
 
 def _is_whole(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are all of the tensors of a DiT or a VAE, of types that it computes in."""
+    """Tells whether these are all of the tensors of a DiT or a VAE, of types that it computes
+    in."""
     state = names.official(tensors)
     family, _ = names.kind(state)
     if family not in names.TABLES or foreign_types(state):
@@ -159,8 +160,9 @@ def _is_whole(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _no_weights(tensors: Mapping[str, Tensor], limit: int) -> str:
-    """Which tensor cannot be computed with, if one cannot. One that repeats its memory, so that it
-    is larger than its file of `limit` bytes, would take any amount of memory once it is copied."""
+    """Phrase on a tensor that cannot be computed with, if one cannot. One that repeats its memory,
+    so that it is larger than its file of `limit` bytes, would take any amount of memory once it is
+    copied."""
     for name, x in tensors.items():
         if x.is_meta:
             return f"{shown(name)} has a shape and no values (a meta tensor)"
@@ -229,7 +231,7 @@ def _open_safetensors(path: Path) -> Weights:
 
 
 def _check_mapped(path: Path, error: Exception) -> None:
-    """Linux refuses by default to map a file that is larger than memory and swap."""
+    """Raises ValueError for a file larger than memory and swap, which Linux refuses to map."""
     if "Cannot allocate memory" in str(error):
         raise ValueError(
             f"{path}: too large to be mapped: needs more memory or swap, or vm.overcommit_memory=1"
@@ -341,7 +343,7 @@ def _check_pickle(path: Path, zipped: bool) -> None:
 
 
 def differences(got: Iterable[str], want: Iterable[str]) -> list[str]:
-    """Which names are missing and which unexpected, a phrase each."""
+    """Phrases on the names that are missing and on those that are unexpected."""
     missing, unexpected = {*want} - {*got}, {*got} - {*want}
     phrases = {"missing": missing, "unexpected": unexpected}
     return [f"{phrase} {some(keys)}" for phrase, keys in phrases.items() if keys]

@@ -9,7 +9,7 @@ are of base 2: lse = log2 Σ exp2(scale·log2(e)·q·k).
 
 Two kernels, so that every sum has one owner: no atomics, and the same gradients in every run. One
 keeps keys and visits queries (dK and dV, four products), one keeps queries and visits keys (dQ,
-three products). Both are the scheme of forward.py: one warp loads by TMA, two warpgroups of 64
+three products). Both are the scheme of attention.py: one warp loads by TMA, two warpgroups of 64
 kept tokens each compute, and a ring of mbarriers between them says which buffers are full and which
 are free again. Programs of a head run side by side, so that what they visit is read from L2.
 

@@ -1,4 +1,4 @@
-"""What the launches of all kernels in Gluon share: sizes, settings and TMA descriptors. Shapes are
+"""Sizes, settings and TMA descriptors that the launches of all kernels in Gluon share. Shapes are
 named as in attention.py."""
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def hopper_setting(kernel: str, q_BLHD: Tensor) -> launch.Tile:
 
 
 def programs_of(setting: launch.Tile, device: torch.device, tiles: int, others: int) -> int:
-    """How many programs share the tiles of each head and part, of which there are `others`."""
+    """Number of programs that share the tiles of each head and part, of which there are
+    `others`."""
     if not setting.per_sm:
         return tiles
     return min(tiles, -(-setting.per_sm * launch.multiprocessors(device) // others))
@@ -44,7 +45,7 @@ def launch_specialised(
     q_BLHD: Tensor,
     **meta: Any,
 ) -> None:
-    """What the launches of all kernels here have in common."""
+    """Launches a kernel with the arguments that all kernels here have in common."""
     launch.run(
         kernel,
         grid,

@@ -40,7 +40,7 @@ class Objective:
         self.context = context
 
     def teacher_forcing(self, step: int) -> bool:
-        """Whether chunks see clean ones in update `step`."""
+        """Tells whether chunks see clean ones in update `step`."""
         return self.context == "clean" or (self.context == "either" and step % 2 == 1)
 
     generator_loss: Callable[..., Tensor]  # of a micro-batch; in distillation also of a video

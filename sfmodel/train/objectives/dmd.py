@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfkernels import dmd_gradient
+from sfkernels import dmd_gradient, sampler_step
 from sfmodel.dit import DiT
-from sfmodel.schedule import FlowSchedule, add_noise, x0_of
+from sfmodel.schedule import FlowSchedule, add_noise
 from sfmodel.train.batch import MicroBatch
 from sfmodel.train.objectives import Context, Distillation
 
@@ -56,7 +57,7 @@ class DMD(Distillation):
             real=context.models.real,
             fake=context.models.critic,
             schedule=context.schedule,
-            guidance=context.config.guidance,
+            guidance=context.config.guidance_scale,
         )
 
 
@@ -95,13 +96,14 @@ def scores(
     real: DiT,
     fake: DiT,
     schedule: FlowSchedule,
-    guidance: float = 3.0,
+    guidance: float = 4.0,
 ) -> tuple[Tensor, Tensor]:
     """x0 by the real score, and by the fake one, of generated videos x noised to t; with all but x
-    given, a `Score`. guidance: the real score is x0 + guidance·(x0 − x0 of the unprompted)."""
+    given, a `Score`. guidance: of the real score, as in `sfkernels.sampler_step`; 1 for none."""
     sigma = schedule.sigma(t_B)
     x_t = add_noise(x_BFCHW, noise_BFCHW, sigma)
-    flow = real(x_t, t_B, text_BTE)
-    if guidance:
-        flow = flow + guidance * (flow - real(x_t, t_B, unprompted_BTE))
-    return x0_of(x_t, flow, sigma), x0_of(x_t, fake(x_t, t_B, text_BTE), sigma)
+    unprompted = None if guidance == 1 else real(x_t, t_B, unprompted_BTE)
+    options: Any = {"uncond_flow": unprompted, "guidance": guidance}
+    real_x0, _ = sampler_step(x_t, real(x_t, t_B, text_BTE), sigma, **options)
+    fake_x0, _ = sampler_step(x_t, fake(x_t, t_B, text_BTE), sigma)
+    return real_x0, fake_x0
