@@ -1,21 +1,22 @@
 """The ahead-of-time check: no kernel is forgotten, bounds hold, and a broken one is reported.
 
-The check runs in processes of its own: where these tests run in Triton's interpreter, the kernels
+It compiles in processes of its own: where these tests run in Triton's interpreter, the kernels that
 they import cannot be compiled.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import sfkernels.gpu.hopper
 from sfkernels.cases import cases
-from sfkernels.check import Compiled, judge, read_ptx, read_sass, read_usage
+from sfkernels.check import Compiled, judge, main, read_ptx, read_sass, read_usage
 
 SASS = """
  Function _norm_fwd_kernel:
@@ -37,8 +38,10 @@ SASS = """
 
 
 def run_check(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sfkernels.check", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([*map(str, arguments)])
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def test_every_launcher_has_a_case() -> None:
