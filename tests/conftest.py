@@ -12,6 +12,7 @@ import torch
 # kernels are defined, so before any of them is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+if os.environ.get("TRITON_INTERPRET") == "1":
     from tests.interpreter import quicken
 
     quicken()
