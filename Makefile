@@ -25,7 +25,7 @@ test: $(READY)
 	@$(RUN) ruff format --check .
 	@$(RUN) mypy
 	@$(RUN) tests.pretended_cuda -m bench.verify
-	@$(RUN) tests.pretended_cuda -m pytest -q -n 2 -m gpu
+	@$(RUN) tests.pretended_cuda -m pytest -q -n 2 -m gpu $$(grep -l mark.gpu tests/test_*.py)
 	@$(RUN) pytest -q -n 2 --dist worksteal
 
 # In a copy, whose libraries take the place of the normal ones. Standard error is not captured: a

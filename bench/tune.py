@@ -163,7 +163,8 @@ def _holds_bounds(kernel: str, channels: int, arch: int, setting: Setting) -> bo
         out = check.Compiled(check.kernel_name(jit), "", kernel, arch, warps=num_warps)
         try:
             binary = jit.warmup(*args, grid=(1,), num_warps=num_warps, **options)
-            check.examine(jit, binary, out)
+            (sass,) = check.disassemble([binary.asm["cubin"]], arch)
+            check.examine(jit, binary, sass, out)
             fine = fine and not check.judge(out, narrow=sys.maxsize, may_serialise=True)
         except Exception:  # the compiler's
             fine = False

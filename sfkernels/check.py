@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,8 @@ from sfkernels.bounds import ahead_of_time
 # A loop may park values outside it, where they cost nothing: ptxas does so to reach the next level
 # of occupancy. One instruction to store and one to load each.
 PARKED = 16
+# Cases that a process compiles before it looks at them.
+TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -211,14 +215,12 @@ def kernel_name(kernel: Any) -> str:
     return str(kernel.__name__).strip("_").removesuffix("_kernel")
 
 
-def examine(kernel: Any, binary: Any, out: Compiled) -> None:
-    """Fills in what a compiled kernel needs and is made of."""
+def examine(kernel: Any, binary: Any, sass: str, out: Compiled) -> None:
+    """Fills in what a compiled kernel needs and is made of. sass: as `disassemble` gives it."""
     out.gluon = getattr(kernel, "is_gluon", bool)()
-    if binary.hash not in _said_of:
-        _said_of[binary.hash] = _disassemble(binary.asm["cubin"])
     out.shared = binary.metadata.shared
-    read_usage(_said_of[binary.hash], out)
-    read_sass(_said_of[binary.hash], out)
+    read_usage(_run("cuobjdump", binary.asm["cubin"], "-res-usage"), out)
+    read_sass(sass, out)
     ptx = binary.asm["ptx"]
     out.fp64 = out.fp64 or len(re.findall(r"\.f64\b", ptx))
     if out.gluon:
@@ -227,29 +229,37 @@ def examine(kernel: Any, binary: Any, out: Compiled) -> None:
         out.warned = _warnings(ptx, out.arch)
 
 
-def compile_case(index: int, arch: int) -> list[Compiled]:
-    """Compiles what one case launches, for one architecture, and judges it."""
-    entry = ahead_of_time()[index]
-    launch.target = arch
-    done: list[Compiled] = []
+def compile_cases(indices: Sequence[int], arch: int) -> list[tuple[int, Compiled]]:
+    """Compiles what these cases launch, for one architecture, and judges it. Returns each with the
+    index of its case."""
+    every = ahead_of_time()
+    built: list[tuple[int, Compiled, Any, Any]] = []
 
     def record(
         kernel: Any, grid: Sequence[int], args: Sequence[Any], *, num_warps: int, **meta: Any
     ) -> None:
         out = Compiled(kernel_name(kernel), entry.name, entry.launcher, arch, warps=num_warps)
-        done.append(out)
+        binary = None
         try:
             binary = kernel.warmup(*args, grid=(1,), num_warps=num_warps, **meta)
-            examine(kernel, binary, out)
         except Exception as error:  # the compiler's; whatever it is, the other cases go on
             out.broken.append(f"does not compile: {_first_line(error)}")
-        else:
-            out.broken += judge(out, entry.narrow, entry.may_spill, entry.may_serialise)
+        built.append((index, out, kernel, binary))
 
-    launch.recorder = record
+    launch.target, launch.recorder = arch, record
     use_driver(arch)
-    entry.case.launch(entry.impl, torch.device("meta"))
-    return done
+    for index in indices:
+        entry = every[index]
+        entry.case.launch(entry.impl, torch.device("meta"))
+    binaries = {binary.hash: binary for *_, binary in built if binary}
+    cubins = [binary.asm["cubin"] for binary in binaries.values()]
+    sass = dict(zip(binaries, disassemble(cubins, arch), strict=True))
+    for index, out, kernel, binary in built:
+        if binary:
+            entry = every[index]
+            examine(kernel, binary, sass[binary.hash], out)
+            out.broken += judge(out, entry.narrow, entry.may_spill, entry.may_serialise)
+    return [(index, out) for index, out, *_ in built]
 
 
 def read_ptx(ptx: str, out: Compiled) -> None:
@@ -269,14 +279,35 @@ def _warnings(ptx: str, arch: int) -> list[str]:
     return sorted(set(re.findall(r"\(C75\d\d\)[^\n]*", said.stdout + said.stderr)))
 
 
-_said_of: dict[str, str] = {}  # many cases share the kernel that adds up partial sums
+def disassemble(cubins: Sequence[bytes], arch: int) -> list[str]:
+    """The SASS of each, by one start of nvdisasm, which alone takes longer than most kernels."""
+    codes = [_code(cubin) for cubin in cubins]
+    target = f"SM{arch}a" if arch >= 90 else f"SM{arch}"
+    said = _run("nvdisasm", b"".join(codes), "-ndf", "-b", target) if codes else ""
+    lines = iter([line for line in said.splitlines() if line.lstrip().startswith("/*")])
+    # An instruction has 16 bytes. Jumps are relative, so that loops stay loops at other addresses.
+    return ["\n".join(itertools.islice(lines, len(code) // 16)) for code in codes]
 
 
-def _disassemble(cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+def _code(cubin: bytes) -> bytes:
+    """The instructions of an ELF file for a GPU."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<3H", cubin, 58)
+    heads = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    at = heads[names][4]
+    return b"".join(
+        cubin[start : start + length]
+        for name, _, _, _, start, length in heads
+        if cubin[at + name :].startswith(b".text.")
+    )
+
+
+def _run(name: str, content: bytes, *options: str) -> str:
+    """What one of NVIDIA's tools that come with Triton says of a file with this content."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
         file.flush()
-        command = [str(_tool("cuobjdump")), "-sass", "-res-usage", file.name]
+        command = [str(_tool(name)), *options, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
@@ -332,7 +363,7 @@ def check(
     kernels: Sequence[str] | None = None,
     archs: Sequence[int] | None = None,
     tuned: Path = launch.TUNED,
-) -> Iterator[Compiled]:
+) -> list[Compiled]:
     """Compiles and judges every case of the kernels (None: all) for the architectures (None: all),
     in as many processes as there are cores. Raises ValueError for unknown names."""
     _prepare(tuned)
@@ -344,18 +375,17 @@ def check(
     for arch in archs or ():
         if arch not in LIMITS:
             raise ValueError(f"arch {arch}: must be one of {', '.join(map(str, LIMITS))}")
-    work = [
-        (i, arch)
-        for i, case in enumerate(every)
-        for arch in (archs or LIMITS)
-        if (not kernels or case.launcher in kernels) and arch in case.archs
-    ]
+    chosen = [i for i, case in enumerate(every) if not kernels or case.launcher in kernels]
+    work: list[tuple[list[int], int]] = []
+    for arch in archs or LIMITS:
+        indices = [i for i in chosen if arch in every[i].archs]
+        work += [(indices[at : at + TOGETHER], arch) for at in range(0, len(indices), TOGETHER)]
     # Fresh processes: a forked one may inherit a lock that a thread of the parent held.
     context = multiprocessing.get_context("spawn")
-    workers = min(os.cpu_count() or 1, len(work))
+    workers = max(min(os.cpu_count() or 1, len(work)), 1)
     with ProcessPoolExecutor(workers, context, _prepare, (tuned,)) as pool:
-        for done in pool.map(compile_case, *zip(*work, strict=True)):
-            yield from done
+        done = [*itertools.chain(*pool.map(compile_cases, *zip(*work, strict=True)))]
+    return [out for _, out in sorted(done, key=lambda pair: pair[0])]
 
 
 def _said(widths: dict[int, int]) -> str:
@@ -418,7 +448,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         folder, arch = _tuned_folder(chosen.tuned)
         archs = chosen.arch or ([arch] if arch else None)
-        results = list(check(chosen.kernel, archs, folder))
+        results = check(chosen.kernel, archs, folder)
         if chosen.json:
             rows = [dataclasses.asdict(r) for r in results]
             chosen.json.write_text(json.dumps(rows, indent=1))

@@ -494,11 +494,6 @@ def training_gib(
         tokens = sum(chunks) * frame * (2 if recipe.startswith("tf") else 1)
         block = kept_elements(config, recompute=False) / config.layers
         activations = tokens * (kept_elements(config, recompute=True) + block)
-    parts = {
-        "weights": weights,
-        "activations": 2 * micro * activations,
-        "cache": micro * cache,
-        "gathered": gathered,
-    }
-    parts = {name: nbytes / GIB for name, nbytes in parts.items()}
-    return {**parts, "total": sum(parts.values())}
+    parts = {"weights": weights, "activations": 2 * micro * activations, "cache": micro * cache}
+    gib = {name: nbytes / GIB for name, nbytes in (parts | {"gathered": gathered}).items()}
+    return {**gib, "total": sum(gib.values())}

@@ -12,6 +12,10 @@ import torch
 # kernels are defined, so before any of them is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.interpreter import quicken
+
+    quicken()
 
 # A shell starts what runs in the background with Ctrl-C ignored, and its children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,16 +1,17 @@
 """The ahead-of-time check: no kernel is forgotten, bounds hold, and a broken one is reported.
 
-The check runs in processes of its own: where these tests run in Triton's interpreter, the kernels
+It compiles in processes of its own: where these tests run in Triton's interpreter, the kernels that
 they import cannot be compiled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import pkgutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ import torch
 import sfkernels.gpu.hopper
 from sfkernels import launch
 from sfkernels.bounds import ahead_of_time
-from sfkernels.check import Compiled, judge, kernel_name, read_ptx, read_sass, read_usage
+from sfkernels.check import Compiled, judge, kernel_name, main, read_ptx, read_sass, read_usage
 
 SASS = """
  Function _norm_fwd_kernel:
@@ -41,8 +42,10 @@ SASS = """
 
 
 def run_check(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sfkernels.check", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([*map(str, arguments)])
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def test_every_launcher_has_a_case() -> None:

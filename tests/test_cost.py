@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -391,113 +388,6 @@ def test_training_by_hand() -> None:
     assert one == cost.training_flops(WAN, exit_step=0)
     with pytest.raises(ValueError, match="exit_step=4: must be from 0 to 3"):
         cost.training_flops(WAN, exit_step=4)
-
-
-# --- Several GPUs
-
-
-def test_exchange() -> None:
-    """By hand on 3 GPUs: 1560 of 4680 tokens each, two thirds of whose q, k, v go to the others,
-    and of whose o as much comes back; each in every layer."""
-    assert predict.exchange_bytes(WAN, 3) == 4 * 1560 * D * 2 * 2 / 3
-    assert predict.exchange_bytes(WAN, 3, "8-bit") == (3 + 2) * 1560 * D * 2 / 3
-    assert predict.exchange_bytes(WAN, 1) == 0
-    with pytest.raises(ValueError, match="gpus=5: must divide 12 heads and 4680 tokens"):
-        predict.exchange_bytes(WAN, 5)
-
-
-def test_several_gpus() -> None:
-    rows = predict.multi_gpu(WAN, H200, 5, "bf16", "wan")
-    kinds = [(r["gpus"], r["transformer_gpus"], r["own_decoder"]) for r in rows]
-    assert kinds == [
-        (1, 1, False), (2, 2, False), (2, 1, True), (3, 3, False), (3, 2, True), (4, 4, False),
-        (4, 3, True), (5, 4, True),
-    ]  # fmt: skip
-    alone = prediction(WAN, H200)
-    by_kind = dict(zip(kinds, rows, strict=True))
-    one, own, two = (by_kind[k] for k in ((1, 1, False), (2, 1, True), (2, 2, False)))
-    assert one["fps"] == pytest.approx(alone["fps"]["full_window"]["floor"])
-    assert one["reaction_ms"] == pytest.approx(alone["latency_ms"]["reaction"]["floor"])
-    assert own["fps"] == pytest.approx(12_000 / max(own["dit_ms"], own["decode_ms"]))
-    assert own["reaction_ms"] == one["reaction_ms"]
-    assert two["exchange_ms"] == pytest.approx(
-        5 * 30 * predict.exchange_bytes(WAN, 2) / (450 * 0.8) / 1e6
-    )
-    assert two["dit_ms"] == pytest.approx(one["dit_ms"] / 2 + two["exchange_ms"])
-    memory = cost.memory_gib(WAN)
-    assert two["memory_gib"] == pytest.approx(memory["weights"] + memory["cache"] / 2)
-    none = predict.multi_gpu(WAN, H200, 10**9, "bf16", "none")
-    assert [r["gpus"] for r in none] == [1, 2, 3, 4, 6, 12]
-    assert not any(r["own_decoder"] for r in none)
-
-
-# --- The command
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        "",
-        "--gpu h100 --precision 8-bit --decoder taehv --gpus 8",
-        "--model wan-14b --height 720 --width 1280 --gpus 4",
-        "--gpu rtx4090 --chunk 1 --window 9 --decoder none",
-        "--chunk 24 --window 30 --steps 1",
-        "--gpu b200 --matmul-tflops 1500 --copy-tbps 6.5",
-    ],
-)
-def test_command(options: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "new" / "predicted.json"
-    assert predict.main([*options.split(), "--json", str(file)]) == 0
-    printed, result = capsys.readouterr().out, json.loads(file.read_text())
-    tables = 6 if result["setting"]["decoder"] != "none" and "--gpus" in options else 5
-    assert printed.count(predict.LABEL) == tables and result["label"] == predict.LABEL
-    assert ("too much" in printed) == (not result["memory_gib"]["fits"])
-    for numbers in _leaves(result):
-        assert math.isfinite(numbers) and numbers >= 0
-    if "--matmul-tflops" in options:
-        assert result["gpu"]["source"] == "rates given"
-        assert (result["gpu"]["matmul_tflops"], result["gpu"]["copy_tbps"]) == (1500, 6.5)
-
-
-def _leaves(tree: Any) -> list[float]:
-    if isinstance(tree, dict | list):
-        branches = tree.values() if isinstance(tree, dict) else tree
-        return [leaf for branch in branches for leaf in _leaves(branch)]
-    return [tree] if isinstance(tree, int | float) else []
-
-
-def test_a_larger_model_costs_more() -> None:
-    """Of 14B at 720×1280, the cache alone takes 2 · 40 layers · 21 · 3600 tokens · 5120."""
-    large = setting("wan-14b", 720, 1280)
-    memory = prediction(large, H200)["memory_gib"]
-    assert memory["cache"] == pytest.approx(80 * (21 * 3600 + 512) * 5120 * 2 / 2**30)
-    assert memory["fits"] and not prediction(large, H100)["memory_gib"]["fits"]
-    names = [*prediction(large, H200)["training"]]
-    assert len(names) == 4  # its real score is of 14B anyway
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ("--gpu h300", "gpu 'h300': must be one of h200, h100"),
-        ("--model toy", "model 'toy': must be one of wan-1.3b, wan-14b"),
-        ("--precision fp4", "precision 'fp4': must be one of bf16, 8-bit"),
-        ("--decoder x", "decoder 'x': must be one of wan, taehv, none"),
-        ("--height 488", "height=488: must be a multiple of 16 pixels"),
-        ("--width 0", "width=0: must be a multiple of 16 pixels"),
-        ("--steps 0", "steps=0: must be from 1 to 1000"),
-        ("--chunk 0", "chunk=0: must be at least 1"),
-        ("--chunk 4 --window 3", "window=3 is smaller than a chunk of 4"),
-        ("--gpus 0", "gpus=0: must be a positive number"),
-        ("--matmul-tflops nan", "matmul_tflops=nan: must be a positive number"),
-        ("--copy-tbps -1", "copy_tbps=-1.0: must be a positive number"),
-        ("--json /dev/null/no/file", "/dev/null"),
-    ],
-)
-def test_bad_input(options: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert predict.main(options.split()) == 2
-    printed = capsys.readouterr()
-    assert said in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
 def test_is_quick_to_import() -> None:

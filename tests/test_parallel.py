@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,8 @@ from typing import Any, NamedTuple
 import pytest
 from safetensors.torch import load_file
 
+from sfmodel.cli.main import run_command
+from sfmodel.train import parallel
 from sfmodel.train.loop import train
 from sfmodel.weights import checkpoint
 from tests.tiny_runs import apart, config, saved, tiny
@@ -105,54 +109,54 @@ def test_ranks_have_a_folder_alone(done: Done) -> None:
     assert "taken: another process writes there" in first and "the first rank" in second
 
 
-LOST = """
-import os, signal, sys, time
-from sfmodel.cli.main import run_command
-from sfmodel.train import parallel
+def share_fate(fate: str, said: Path, environment: dict[str, str]) -> None:
+    """What one rank does, in a process of its own, and says into a file."""
+    os.environ.update(environment)
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
 
-def share(fate: str) -> None:
-    with parallel.started(device="cpu", patience=3) as ranks:
-        ranks.wait()
-        if ranks.first:
-            ranks.any(True)
-        elif fate == "hangs":
-            time.sleep(60)
-        elif fate == "is killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        else:
-            raise ValueError("a file of this rank is bad")
+    def share() -> None:
+        with parallel.started(device="cpu", patience=3) as ranks:
+            ranks.wait()
+            if ranks.first:
+                ranks.any(True)
+            elif fate == "hangs":
+                time.sleep(60)
+            elif fate == "is killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            else:
+                raise ValueError("a file of this rank is bad")
 
-run_command("sfmodel", {"share": share}, ["share", "--fate", sys.argv[1]])
-"""
+    run_command("sfmodel", {"share": share}, ["share"])
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_lost_ends_the_others_with_one_sentence() -> None:
-    started: dict[str, list[subprocess.Popen[str]]] = {}
+def test_a_rank_that_is_lost_ends_the_others_with_one_sentence(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # which imports once for all of them
+    started: dict[tuple[str, int], multiprocessing.context.ForkServerProcess] = {}
     try:
         for fate in ("hangs", "is killed", "raises"):
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            command = [sys.executable, "-c", LOST, fate]
-            started[fate] = [
-                subprocess.Popen(
-                    command, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                    env=os.environ | common | {"RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
-                )
-                for rank in (0, 1)
-            ]  # fmt: skip
-        for first, _ in started.values():
-            said = first.communicate(timeout=60)[1]
-            lost = "rank 0 of 2: another rank ended, or did not answer for 3 seconds"
-            assert said == f"sfmodel: {lost}\n" and first.returncode == 2
-        raised = started["raises"][1].communicate(timeout=60)[1]
-        assert raised == "sfmodel: a file of this rank is bad\n"
+            for rank in (0, 1):
+                environment = common | {"RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
+                arguments = fate, tmp_path / f"{fate} {rank}", environment
+                process = context.Process(target=share_fate, args=arguments)
+                process.start()
+                started[fate, rank] = process
+        lost = "rank 0 of 2: another rank ended, or did not answer for 3 seconds"
+        for (fate, rank), process in started.items():
+            if fate == "raises" or not rank:
+                process.join(60)
+                assert process.exitcode == 2
+                said = lost if not rank else "a file of this rank is bad"
+                assert (tmp_path / f"{fate} {rank}").read_text() == f"sfmodel: {said}\n"
     finally:
-        for process in itertools.chain(*started.values()):
+        for process in started.values():
             process.kill()
-            process.communicate()
+            process.join()
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sfkernels import launch, reference
+from sfkernels import launch
 
 CONVERTS = 89  # the first architecture with an instruction that rounds to e4m3
 
@@ -100,6 +100,7 @@ def quantize_rows(x_BLC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     setting = launch.rows("quantize_rows", x_BLC.device, channels)
     tiles = triton.cdiv(tokens, setting.rows)
     block = triton.next_power_of_2(channels)
+    integer = dtype == torch.int8
     if not x_BLC.numel():
         return q_BLC, scale_BL
     launch.run(
@@ -108,8 +109,8 @@ def quantize_rows(x_BLC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         (x_BLC, q_BLC.view(torch.int8), scale_BL, tokens, *launch.outer_strides(x_BLC)),
         num_warps=setting.warps(block),
         C=channels,
-        LARGEST=float(reference.LARGEST[dtype]),
-        INTEGER=dtype == torch.int8,
+        LARGEST=float(torch.iinfo(dtype).max if integer else torch.finfo(dtype).max),
+        INTEGER=integer,
         # The interpreter does not round to the nearest.
         CONVERTS=x_BLC.device.type != "cpu" and launch.architecture(x_BLC.device) >= CONVERTS,
         BLOCK_ROWS=setting.rows,
