@@ -23,8 +23,12 @@ COLOURS = {
     "forward": "green",
     "backward": "orange",
     "optimiser": "red",
+    "noise": "grey",
+    "decode": "lime",
+    "copy to host": "magenta",
+    "cache update": "yellow",
 }
-OTHER = "cyan"  # what is not in COLOURS
+OTHER = "cyan"  # of a phase that is not in COLOURS: the steps of a stream
 
 _spans: list[tuple[str, Any, Any]] | None = None  # name, begin and end of `timed`'s phases
 _mark: Callable[[], Any] = time.perf_counter

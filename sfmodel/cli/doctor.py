@@ -44,7 +44,7 @@ LIBRARIES = (
     ("transformers", "Wan2.1's text encoder", "'sfkernels[text]'"),
     ("ftfy", "Wan2.1's text encoder", "'sfkernels[text]'"),
     ("diffusers", "models that the benches compare with", "diffusers"),
-    ("flash-attn", "attention with impl='flash'", "flash-attn"),
+    ("flash-attn", "attention with impl='flash'", "'sfkernels[flash]'"),
 )
 
 
