@@ -25,6 +25,13 @@ LOCK = ".lock"
 PATIENCE = 5.0  # seconds for which the reader of a FIFO is waited for
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system without them
 
+# Names of video files that are looked for in folders.
+VIDEOS = (
+    *(".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".mpg", ".mpeg", ".m2v", ".vob", ".ts"),
+    *(".mts", ".m2ts", ".flv", ".f4v", ".wmv", ".asf", ".gif", ".ogv", ".ogg", ".3gp", ".3g2"),
+    *(".mxf", ".y4m", ".qt", ".divx", ".dv"),
+)
+
 
 @contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:

@@ -26,7 +26,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from sfmodel.files import Part, atomic, cannot_write
-from sfmodel.footage import VIDEOS as VIDEOS
 from sfmodel.footage import Images
 from sfmodel.footage import covering_frames as covering_frames
 from sfmodel.footage import opened_video as opened_video

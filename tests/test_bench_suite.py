@@ -23,7 +23,7 @@ def test_what_runs_on_a_gpu_needs_little_but_pytorch(tmp_path: Path) -> None:
     """No package but torch, triton, numpy, rich and pytest; the whole of a part, JSON included."""
     modules = "suite, stream, decode, train, predict, report, compare, tune, verify"
     code = (
-        "import sys; others = 'tyro av matplotlib PIL safetensors diffusers transformers'\n"
+        "import sys; others = 'tyro av matplotlib PIL diffusers transformers'\n"
         "sys.modules.update(dict.fromkeys(others.split()))\n"
         f"from bench import {modules}; from bench.ops import kernels\n"
         "from experiments import rolling\n"

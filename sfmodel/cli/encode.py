@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sfmodel.config import Preset
-from sfmodel.files import LONGEST, check_writable, within
-from sfmodel.footage import VIDEOS, covering_frames, to_pixels
+from sfmodel.files import LONGEST, VIDEOS, check_writable, within
+from sfmodel.footage import covering_frames, to_pixels
 from sfmodel.pretrained import (
     TextEncoder,
     Vae,

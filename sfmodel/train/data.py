@@ -25,8 +25,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sfmodel.config import Preset
-from sfmodel.files import within
-from sfmodel.footage import VIDEOS, covering_frames, length, opened_video, to_pixels
+from sfmodel.files import VIDEOS, within
 from sfmodel.prompts import continued, prompt_beside
 from sfmodel.prompts import read_prompts as read_prompts
 from sfmodel.toy import world
@@ -230,21 +229,25 @@ class VideoFiles(_Files):
     def __init__(
         self, folder: Path, preset: Preset, frames: int, codec: VideoCodec, text: TextEncoder
     ) -> None:
-        self.codec = codec
+        from sfmodel import footage  # needs PyAV, which other sources do without
+
+        self.codec, self.footage = codec, footage
         super().__init__(folder, within(folder, VIDEOS), preset, frames, text)
 
     def _open(self, path: Path) -> _File:
-        with opened_video(path) as (_, stream):
-            _long_enough(length(stream, self.preset.fps), self._pixel_frames(self.frames))
+        with self.footage.opened_video(path) as (_, stream):
+            have = self.footage.length(stream, self.preset.fps)
+            _long_enough(have, self._pixel_frames(self.frames))
         return _File(path, [prompt_beside(path)], False)
 
     def _latents(self, path: Path, row: int, frames: int) -> Tensor:
         scale = self.codec.spatial_factor
         size = self.preset.height * scale, self.preset.width * scale
         needed = self._pixel_frames(frames)
-        images = [*itertools.islice(covering_frames(path, *size, self.preset.fps), needed)]
+        frames_of = self.footage.covering_frames(path, *size, self.preset.fps)
+        images = [*itertools.islice(frames_of, needed)]
         _long_enough(len(images), needed)
-        pixels_TCHW = to_pixels(images).to(next(self.codec.parameters()).device)
+        pixels_TCHW = self.footage.to_pixels(images).to(next(self.codec.parameters()).device)
         return _finite("latents", self.codec.encode_chunk(pixels_TCHW[None])[0][0])
 
     def _pixel_frames(self, frames: int) -> int:

@@ -18,7 +18,6 @@ from sfmodel.files import atomic, cannot_write
 from sfmodel.stream import Stream
 from sfmodel.train import parallel
 from sfmodel.train.data import skipped_report
-from sfmodel.video import contact_sheet_of_rows
 
 if TYPE_CHECKING:
     from sfmodel.train.loop import Run
@@ -141,6 +140,8 @@ class Report:
         made = Stream(model, run.codec, text, preset, seed=config.seed, batch=len(PROMPTS))
         videos = torch.cat([*made.video(frames)], 1)
         labels = [prompt or "(no prompt)" for prompt in PROMPTS]
+        from sfmodel.video import contact_sheet_of_rows  # needs PyAV
+
         contact_sheet_of_rows(videos, path, labels, f"{config.recipe}, update {run.step}")
 
 
