@@ -26,8 +26,9 @@ SIZES = [
     (2, 1, 7, 1, 32),
     (1, 2, 1, 1, 64),
 ]
-# Of C++: rows that end inside a vector, and of many; strips of rows that end inside a frame.
-OF_CPP = [(1, 1, 2, 70, 17), (1, 1, 1, 40, 130), (1, 1, 1, 3, 20_000)]
+# Of C++: rows that end inside a vector, and of many; strips of rows that end inside a frame. Fewer
+# channels would leave a gate so few gradients that PyTorch may happen to be exact in all of them.
+OF_CPP = [(1, 1, 2, 70, 113), (1, 1, 1, 40, 130), (1, 1, 1, 3, 20_000)]
 
 
 def modulation(batch: int, frames: int, channels: int, count: int) -> list[Tensor]:
@@ -65,7 +66,7 @@ def test_adaln(size: tuple[int, ...], impl: str, dtype: torch.dtype) -> None:
 @each_size(SIZES, OF_CPP)
 def test_gated_norms(size: tuple[int, ...], impl: str, dtype: torch.dtype) -> None:
     batch, frames, tokens, channels = size
-    x, y = rand(2, batch, frames * tokens, channels)
+    x, y = rand(2, batch, frames * tokens, channels).clamp(-2, 2)
     gate, shift, scale = modulation(batch, frames, channels, 3)
     weight, bias = rand(2, channels)
     # The gradient of a gate of one token has nothing to even out how x' is rounded.
