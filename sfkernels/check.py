@@ -62,13 +62,12 @@ SMALL = ("rope_table", "sum_partials", "dmd_sum", "normal", "row_delta")
 
 @dataclass
 class Compiled:
-    """Properties of the kernel that one launch was compiled to. loads, stores: instructions on
-    global memory by bits. local: loads and stores of local memory, and looped: those of them inside
-    a loop, which of loops that multiply matrices must be an innermost one, where their time goes.
-    beside: exponentials that are computed while a product of matrices is under way on Hopper. For
-    kernels in Gluon, waits: how many waits leave so many products under way; warned: what ptxas
-    says of products that it serialises; sets_registers: whether warps take registers from each
-    other."""
+    """Properties of one compiled kernel. loads, stores: instructions on global memory by bits.
+    local: loads and stores of local memory, and looped: those of them inside a loop, which of loops
+    that multiply matrices must be an innermost one, where their time goes. beside: exponentials
+    that are computed while a product of matrices is under way on Hopper. For kernels in Gluon,
+    waits: how many waits leave so many products under way; warned: what ptxas says of products that
+    it serialises; sets_registers: whether warps take registers from each other."""
 
     kernel: str
     case: str
@@ -158,8 +157,7 @@ def read_sass(sass: str, out: Compiled) -> None:
 
 
 def _bits(suffixes: str) -> int:
-    """Width of an instruction in bits, as in LDG.E.128, LDG.E.U16, LDG.E.ENL2.256; 32 if
-    unnamed."""
+    """Bits that LDG.E.128, LDG.E.U16 or LDG.E.ENL2.256 moves; 32 where it names no width."""
     widths = [int(w) for w in re.findall(r"\.[US]?(8|16|32|64|128|256)\b", suffixes)]
     return widths[-1] if widths else 32
 
@@ -260,7 +258,7 @@ def read_ptx(ptx: str, out: Compiled) -> None:
 
 
 def _warnings(ptx: str, arch: int) -> list[str]:
-    """Warnings of ptxas of products that it serialises (C75xx), which Triton does not pass on."""
+    """Warnings of ptxas on products that it serialises (C75xx), which Triton does not pass on."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()

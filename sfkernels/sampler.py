@@ -299,8 +299,7 @@ def _check_alike(sizes: str, x: Tensor, **others: Any) -> None:
 
 
 def _check_elements(shape: Sequence[int]) -> None:
-    """Raises ValueError where the noise's 32-bit counter cannot number a frame's elements by
-    fours."""
+    """Raises ValueError where the noise's 32-bit counter cannot number a frame's groups of four."""
     check_count("elements of a frame", math.prod(shape[2:]), 0, TOO_MANY - 1)
 
 

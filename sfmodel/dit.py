@@ -449,8 +449,7 @@ class DiT(nn.Module):
         return height // ph, width // pw
 
     def _patchify(self, x_BFCHW: Tensor) -> Tensor:
-        """Tokens [B, L, D]. The patch convolution's stride is its kernel, so it is one matrix
-        product."""
+        """Tokens [B, L, D]: one matrix product, as the patch convolution's stride is its kernel."""
         _, ph, pw = self.config.patch
         patches = x_BFCHW.to(self.dtype).unflatten(4, (-1, pw)).unflatten(3, (-1, ph))
         patches_BLE = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)

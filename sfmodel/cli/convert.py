@@ -194,7 +194,7 @@ def _dit_config(source: Path, found: Weights, state: State) -> DiTConfig:
 
 
 def _dit_sizes(source: Path, state: State) -> dict[str, Any]:
-    """Those of a DiTConfig that shapes tell."""
+    """Sizes of a DiTConfig that shapes tell."""
     dim, channels, *patch = _sizes(source, state, "patch_embedding.weight", 5)
     return {
         "dim": dim,
@@ -208,7 +208,7 @@ def _dit_sizes(source: Path, state: State) -> dict[str, Any]:
 
 
 def _vae_sizes(source: Path, state: State) -> dict[str, Any]:
-    """Those of a VAEConfig that shapes tell."""
+    """Sizes of a VAEConfig that shapes tell."""
     return {
         "dim": _sizes(source, state, "encoder.conv1.weight", 5)[0],
         "channels": _sizes(source, state, "conv2.weight", 5)[0],

@@ -1,6 +1,5 @@
-"""Report of what this machine can run: its GPUs and libraries, the memory that each preset needs,
-the public files that are here, and the command to run next. Nothing is downloaded, no weights are
-read."""
+"""Report on this machine: its GPUs and libraries, the memory that each preset needs, the public
+files that are here, and the command to run next. Nothing is downloaded, no weights are read."""
 
 from __future__ import annotations
 

@@ -386,9 +386,8 @@ def _latents_of(
     fps: float | None,
     device: torch.device,
 ) -> Tensor:
-    """Latents [1, F, C, h, w] of a video. Pixel frames at the end that do not fill a latent frame
-    are left out. Raises ValueError, without the name, for a video that cannot be read, is too short
-    or gives NaN."""
+    """Latents [1, F, C, h, w], without pixel frames at the end that do not fill one. Raises
+    ValueError, without the name, for a video that cannot be read, is too short or gives NaN."""
     scale, group = codec.spatial_factor, codec.temporal_factor
     size = preset.height * scale, preset.width * scale
     count = None if frames is None else 1 + group * (frames - 1)
@@ -420,8 +419,7 @@ def _decoded(latents_1FCHW: Tensor, codec: VideoCodec, device: torch.device) -> 
 
 
 def _read_latents(path: Path, channels: int, axes: str) -> Tensor:
-    """Latents [N, F, C, H, W] of a file. Raises ValueError with one sentence for what is no
-    latents."""
+    """Latents [N, F, C, H, W] in a file. Raises ValueError with one sentence for other contents."""
     tensors, _ = checkpoint.read(path)
     name = "latents" if "latents" in tensors else next(iter(tensors))
     if len(tensors) > 1 and name != "latents":

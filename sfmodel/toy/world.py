@@ -77,8 +77,7 @@ class Truth:
 
 
 class Sample(NamedTuple):
-    """Videos, their truth and prompts. pixels_BTCHW: float32 in [-1, 1]; the background is -1.
-    sentences: one for each video."""
+    """Videos. pixels_BTCHW: in [-1, 1], the background -1. sentences: one for each video."""
 
     pixels_BTCHW: Tensor
     truth: Truth

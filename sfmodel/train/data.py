@@ -404,7 +404,8 @@ def _header(path: Path, preset: Preset, frames: int) -> _File:
 
 
 def _starts(file: Any, count: int, most: int, dim: int) -> list[int]:
-    """Where each embedding begins in a `text` without padding, and where the last one ends."""
+    """Rows at which each embedding begins in a `text` without padding, and at which the last one
+    ends."""
     lengths, shape = file.get_tensor("lengths"), _shape(file, "text")
     whole = lengths.dim() == 1 and lengths.dtype in (torch.int32, torch.int64) and len(lengths)
     if not whole or lengths.min() < 1 or lengths.max() > most or len(lengths) != (count or whole):

@@ -333,8 +333,8 @@ class WanVAE(nn.Module):
     def encode_chunk(
         self, pixels_BTCHW: Tensor, state: CausalState | None = None
     ) -> tuple[Tensor, CausalState]:
-        """Encodes, as a `VideoCodec`, pixels [B, T, 3, H, W] to normalised latents [B, F, 16, H /
-        8, W / 8], the means of their distributions, in float32."""
+        """Encodes as `VideoCodec`: pixels [B, T, 3, H, W] to normalised latents [B, F, 16, H/8,
+        W/8], the means of their distributions, in float32."""
         check_pixels(self, pixels_BTCHW, state is None)
         check_before("pixels", pixels_BTCHW, state)
         latents = []
@@ -356,7 +356,7 @@ class WanVAE(nn.Module):
     def decode_chunk(
         self, latents_BFCHW: Tensor, state: CausalState | None = None
     ) -> tuple[Tensor, CausalState]:
-        """Decodes, as a `VideoCodec`, normalised latents [B, F, 16, H, W] to pixels [B, T, 3, 8H,
+        """Decodes as `VideoCodec`: normalised latents [B, F, 16, H, W] to pixels [B, T, 3, 8H,
         8W]."""
         check_latents(self, latents_BFCHW)
         check_before("latents", latents_BFCHW, state)
