@@ -104,9 +104,9 @@ class Compiled:
         return programs * self.warps
 
 
-def read_usage(said: str, out: Compiled) -> None:
+def read_usage(text: str, out: Compiled) -> None:
     """Fills in registers and stack from the text of `cuobjdump -res-usage`."""
-    usage = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", said)}
+    usage = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
     out.registers, out.stack = usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
@@ -197,11 +197,11 @@ def judge(
             count = sum(n for bits, n in widths.items() if bits < 128)
             if count > narrow:
                 broken.append(
-                    f"{count} global {what} of less than 128 bits ({_said(widths)}), at most "
+                    f"{count} global {what} of less than 128 bits ({_counts(widths)}), at most "
                     f"{narrow} allowed"
                 )
             if not any(bits >= 128 for bits in widths):
-                broken.append(f"no global {what} of 128 bits ({_said(widths) or 'none at all'})")
+                broken.append(f"no global {what} of 128 bits ({_counts(widths) or 'none at all'})")
     return broken
 
 
@@ -263,8 +263,8 @@ def _warnings(ptx: str, arch: int) -> list[str]:
         file.write(ptx)
         file.flush()
         command = [str(_tool("ptxas")), "-v", f"--gpu-name=sm_{arch}a", file.name, "-o", os.devnull]
-        said = subprocess.run(command, capture_output=True, text=True)
-    return sorted(set(re.findall(r"\(C75\d\d\)[^\n]*", said.stdout + said.stderr)))
+        done = subprocess.run(command, capture_output=True, text=True)
+    return sorted(set(re.findall(r"\(C75\d\d\)[^\n]*", done.stdout + done.stderr)))
 
 
 _said_of: dict[str, str] = {}  # many cases share the kernel that adds up partial sums
@@ -356,7 +356,7 @@ def check(
             yield from done
 
 
-def _said(widths: dict[int, int]) -> str:
+def _counts(widths: dict[int, int]) -> str:
     return " ".join(f"{n}x{bits}" for bits, n in sorted(widths.items(), reverse=True))
 
 
@@ -369,7 +369,7 @@ def table(results: Iterable[Compiled]) -> str:
         more = (r.resident if r.registers else 0, r.stack, r.local, r.shared)
         rows.append(
             (
-                *(r.kernel, r.case, *map(str, numbers + more), _said(r.loads), _said(r.stores)),
+                *(r.kernel, r.case, *map(str, numbers + more), _counts(r.loads), _counts(r.stores)),
                 *(str(r.tensor_core), str(r.beside), str(r.fp64)),
                 "BROKEN" if r.broken else "ok",
             )

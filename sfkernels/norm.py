@@ -356,7 +356,7 @@ def _rms_norm_silu_bwd(
     dout, scale = _dense(dout), _as_modulation(weight)
     _check_op(impl, x, dict(weight=scale), dout=dout, stats=stats, dresidual=dresidual)
     dx, _, _, dscale, _ = kernel(impl, "norm_bwd")(
-        *(dresidual, dout, x, None, None, scale, None, stats, False, False), silu=True
+        dresidual, dout, x, None, None, scale, None, stats, False, False, silu=True
     )
     return dx, dscale.view(weight.shape)
 

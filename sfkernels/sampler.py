@@ -151,8 +151,7 @@ def _sampler_step(
         drawn = None if seed_B is None or frame_F is None else Noise(seed_B, frame_F, draw)
         _choose_step(impl, x, flow, uncond_flow, sigma, next_sigma, guidance, noise, drawn)
     x0, following = kernel(impl, "sampler_step")(
-        *(x, flow, uncond_flow, sigma, next_sigma),
-        *(noise, seed_B, frame_F, draw, guidance, False),
+        x, flow, uncond_flow, sigma, next_sigma, noise, seed_B, frame_F, draw, guidance, False
     )
     return x0, x.new_empty(0) if following is None else following
 

@@ -259,21 +259,19 @@ SHEETS = {
 SOURCES = {"h200": "measured"}
 GPUS = {
     key: Gpu(
-        *(name, multiprocessors, tflops * MATMUL_SHARE, tbps * COPY_SHARE, gib, link * LINK_SHARE),
+        name, multiprocessors, tflops * MATMUL_SHARE, tbps * COPY_SHARE, gib, link * LINK_SHARE,
         source=SOURCES.get(key, "data sheet × the H200's share of its data sheet"),
     )
     for key, (name, multiprocessors, tflops, tbps, gib, link) in SHEETS.items()
-}
+}  # fmt: skip
 
 
-def waves(
-    rows: int, columns: float, multiprocessors: int, tile: int = TILE, split: int = 1
-) -> float:
+def waves(rows: int, columns: float, multiprocessors: int, split: int = 1) -> float:
     """Share of the multiprocessors' time in whole waves that is spent on useful tiles, one tile a
     multiprocessor at a time. columns: tiles side by side; the heads of attention, channels out /
     128 of a linear. split: parts of the keys, each a tile of its own."""
-    tiles = math.ceil(rows / tile) * math.ceil(columns) * split
-    useful = rows / tile * columns * split
+    tiles = math.ceil(rows / TILE) * math.ceil(columns) * split
+    useful = rows / TILE * columns * split
     return useful / (math.ceil(tiles / multiprocessors) * multiprocessors)
 
 
@@ -464,7 +462,7 @@ def kept_elements(config: DiTConfig, recompute: bool) -> float:
 
 
 def training_gib(
-    preset: Preset, recipe: str, ranks: int = 1, teacher: Preset | None = None, micro: int = 1
+    preset: Preset, recipe: str, ranks: int = 1, teacher: Preset | None = None
 ) -> dict[str, float]:
     """GiB of one rank at the peak of an update of the generator ("sf+dmd") or of flow matching
     ("tf", "df"), in bfloat16 arithmetic. teacher: the real score's sizes, the generator's if None.
@@ -493,8 +491,8 @@ def training_gib(
         activations = tokens * (kept_elements(config, recompute=True) + block)
     parts = {
         "weights": weights,
-        "activations": 2 * micro * activations,
-        "cache": micro * cache,
+        "activations": 2 * activations,
+        "cache": cache,
         "gathered": gathered,
     }
     parts = {name: nbytes / GIB for name, nbytes in parts.items()}

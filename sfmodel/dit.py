@@ -85,7 +85,9 @@ class SelfAttention(nn.Module):
             ring = context.cache.k[self.layer], context.cache.v[self.layer]
             q = sf.qk_norm_rope_append(
                 qkv_BLC.to(ring[0].dtype),  # another one under autocast
-                *(*norm, *ring, context.chunk.slot_F),
+                *norm,
+                *ring,
+                context.chunk.slot_F,
                 eps=self.eps,
                 impl=self.impl,
             )

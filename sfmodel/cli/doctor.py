@@ -218,8 +218,8 @@ def report(found: dict[str, Any], console: Console) -> None:
         plain(f"\n{title}")
         console.print(table)
 
-    def plain(said: str) -> None:
-        console.print(said, markup=False, highlight=False, soft_wrap=True)
+    def plain(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     for name, value in _machine_rows(found["machine"]):
         plain(f"{name:8} {value}")

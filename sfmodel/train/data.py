@@ -67,7 +67,7 @@ class Source(Protocol):
 
 class ToyWorld:
     """The toy world, drawn on the fly. drop_word: the probability that an attribute goes unnamed;
-    drop_text: that nothing at all is said."""
+    drop_text: that the sentence is empty."""
 
     has_latents = True
 
@@ -87,8 +87,8 @@ class ToyWorld:
         picked = _picked(batch, rows)
         generator = world.generator_of(seed)
         truth = world.draw(batch, 1 + self.codec.temporal_factor * (frames - 1), generator)
-        said = world.sentences(truth, generator, drop=self.drop_word, empty=self.drop_text)
-        sentences = [said[i] for i in picked]
+        written = world.sentences(truth, generator, drop=self.drop_word, empty=self.drop_text)
+        sentences = [written[i] for i in picked]
         clips = None
         if latents:
             device = self.codec.mean_C11.device

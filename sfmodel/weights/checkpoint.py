@@ -39,10 +39,10 @@ log = logging.getLogger(__name__)
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def read(path: str | Path, weights: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of what `open_weights` opens, by their names there and mapped into memory, and
     the metadata of a safetensors file. Raises ValueError as `open_weights` does."""
-    found = open_weights(path, weights)
+    found = open_weights(path)
     return found.tensors, found.metadata
 
 
@@ -143,13 +143,11 @@ def _fill(own: Mapping[str, Tensor], official: Mapping[str, Tensor]) -> None:
         rows.copy_(official[name])
 
 
-def matching(
-    model: nn.Module, path: str | Path, weights: str | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def matching(model: nn.Module, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A checkpoint's tensors under this project's names, and the file's metadata. Raises ValueError
     as `open_weights` does, and for another model: says which if it knows it, and the first names
     that are missing, unexpected, of a wrong shape or not of a floating-point type."""
-    state, metadata = _checked(model, path, weights)
+    state, metadata = _checked(model, path, None)
     return from_official(state), metadata
 
 

@@ -30,8 +30,8 @@ _PART = re.compile(rf"(?:(?:{'|'.join(WRAPPERS)})\.)*({'|'.join(PARTS)})\.")
 _INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 _PREFIXES = (
     *(f"{name}." for name in (*PARTS, *WRAPPERS)),
-    *("net.", "diffusion_model.", "transformer.", "pipe.dit."),
-)
+    "net.", "diffusion_model.", "transformer.", "pipe.dit.",
+)  # fmt: skip
 
 
 def _layers(stems: Mapping[str, str]) -> dict[str, str]:

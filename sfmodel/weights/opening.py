@@ -373,9 +373,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def some(keys: Iterable[str], count: int = 3) -> str:
+def some(keys: Iterable[str]) -> str:
     ordered = sorted(keys)
-    return ", ".join(map(shown, ordered[:count])) + more(ordered, count)
+    return ", ".join(map(shown, ordered[:3])) + more(ordered, 3)
 
 
 def shown(name: str) -> str:
