@@ -88,7 +88,7 @@ def sized(preset: Preset, height: int | None, width: int | None) -> Preset:
 
 @contextmanager
 def progress(doing: str) -> Iterator[None]:
-    """Says in a terminal what is being done, elsewhere what took longer than a second."""
+    """Shows in a terminal what is being done, elsewhere prints what took longer than a second."""
     console, began = Console(stderr=True), time.perf_counter()
     with console.status(doing):
         yield
