@@ -1,4 +1,4 @@
-// Parts that the ops of this folder share: rows of tensors as vectors of float, and how work is split.
+// Shared by the ops of this folder: rows of tensors as vectors of float, and how work is split.
 //
 // The ops are the CPU's launchers: the functions of sfkernels/gpu, by the same names and with the
 // same arguments, which each op checks (check.h). Shapes are named as in sfkernels/reference.py.
