@@ -462,7 +462,7 @@ def kept_elements(config: DiTConfig, recompute: bool) -> float:
 
 
 def training_gib(
-    preset: Preset, recipe: str, ranks: int = 1, teacher: Preset | None = None
+    preset: Preset, recipe: str, ranks: int = 1, teacher: Preset | None = None, micro: int = 1
 ) -> dict[str, float]:
     """GiB of one rank at the peak of an update of the generator ("sf+dmd") or of flow matching
     ("tf", "df"), in bfloat16 arithmetic. teacher: the real score's sizes, the generator's if None.
@@ -491,8 +491,8 @@ def training_gib(
         activations = tokens * (kept_elements(config, recompute=True) + block)
     parts = {
         "weights": weights,
-        "activations": 2 * activations,
-        "cache": cache,
+        "activations": 2 * micro * activations,
+        "cache": micro * cache,
         "gathered": gathered,
     }
     parts = {name: nbytes / GIB for name, nbytes in parts.items()}

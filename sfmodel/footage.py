@@ -26,10 +26,10 @@ Images = npt.NDArray[np.uint8]
 
 # Names of files that are read.
 VIDEOS = (
-    ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".mpg", ".mpeg", ".m2v", ".vob", ".ts", ".mts",
-    ".m2ts", ".flv", ".f4v", ".wmv", ".asf", ".gif", ".ogv", ".ogg", ".3gp", ".3g2", ".mxf", ".y4m",
-    ".qt", ".divx", ".dv",
-)  # fmt: skip
+    *(".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".mpg", ".mpeg", ".m2v", ".vob", ".ts"),
+    *(".mts", ".m2ts", ".flv", ".f4v", ".wmv", ".asf", ".gif", ".ogv", ".ogg", ".3gp", ".3g2"),
+    *(".mxf", ".y4m", ".qt", ".divx", ".dv"),
+)
 MAX_PIXELS = 2**26  # of a coded frame; a header that says more would take gigabytes
 # Seconds from a frame to the next. A timestamp that says less or more is not believed.
 STEP, LEAP = Fraction(1, 1000), Fraction(60)
