@@ -1,6 +1,6 @@
-// What the ops take, checked by each before it reads or writes anything: their loops trust it.
+// Checks of arguments, made by each op before it reads or writes anything: their loops trust them.
 //
-// What they do not take is refused in one sentence, which Python raises as a ValueError.
+// A refusal is one sentence, which Python raises as a ValueError.
 #pragma once
 
 #include <algorithm>
@@ -124,8 +124,8 @@ inline void check_finite(const char* name, double value) {
       ": must be a finite number of float32");
 }
 
-// Of a tensor of up to four dimensions: where it starts, the bytes from there to its end, and stride
-// in bytes and size of the dimensions that have steps, the narrowest first.
+// Memory of a tensor of up to four dimensions: its start, the bytes from there to its end, and
+// stride in bytes and size of the dimensions that have steps, the narrowest first.
 struct Place {
   const char* start = nullptr;
   int64_t length = 0, element = 0;
@@ -147,7 +147,7 @@ struct Place {
     std::sort(steps.begin(), steps.end());
   }
 
-  // Whether two of its elements may share memory.
+  // Tells whether two of its elements may share memory.
   bool overlaps_itself() const {
     int64_t reach = element;
     for (const auto& [stride, size] : steps) {
@@ -159,8 +159,8 @@ struct Place {
     return false;
   }
 
-  // Whether it may share memory with another tensor. It does not if the elements of one lie between
-  // those of the other, which must have the same strides.
+  // Tells whether it may share memory with another tensor. It does not if the elements of one lie
+  // between those of the other, which must have the same strides.
   bool overlaps(const Place& other) const {
     if (!length || !other.length || start + length <= other.start ||
         other.start + other.length <= start) {

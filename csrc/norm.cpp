@@ -274,7 +274,7 @@ std::tuple<Tensor, Optional, Optional, Tensor, Optional> norm_bwd(
         float* const dscale_sum = dscale.data() + unit * channels;
         float* const dshift_sum = form.centred ? dshift.data() + unit * channels : nullptr;
         float* const dgate_sum = form.gated ? dgate.data() + unit * channels : nullptr;
-        // Of the row that is written.
+        // Statistics of the row that is written.
         float mean = 0, rstd = 0, slope = 0, offset = 0;
         const T *x = nullptr, *d_out = nullptr, *dresidual = nullptr, *y = nullptr;
         T *dx = nullptr, *dy = nullptr;

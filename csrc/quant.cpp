@@ -17,8 +17,8 @@ inline int32_t bits_of(float v) {
 struct Int8 {
   static constexpr float largest = 127;
 
-  // Of |v| ≤ 127: behind 1.5·2²³ a float has no bits for a fraction, and its last eight are those
-  // of the integer.
+  // The nearest integer for |v| ≤ 127: behind 1.5·2²³ a float has no bits for a fraction, and its
+  // last eight are those of the integer.
   static uint8_t round(float v) {
     return static_cast<uint8_t>(bits_of(v + 0x1.8p23f));
   }
@@ -27,7 +27,7 @@ struct Int8 {
 struct E4m3 {
   static constexpr float largest = 448;
 
-  // Of |v| ≤ 448, without branches: the compiler makes vectors of it.
+  // The nearest e4m3 for |v| ≤ 448, without branches: the compiler makes vectors of it.
   static uint8_t round(float v) {
     const int32_t bits = bits_of(v), size = bits & 0x7FFFFFFF;
     // Three bits of the mantissa stay; the exponent's bias is 7 instead of 127.

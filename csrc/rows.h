@@ -1,4 +1,4 @@
-// What the ops of this folder share: rows of tensors as vectors of float, and how work is split.
+// Shared by the ops of this folder: rows of tensors as vectors of float, and how work is split.
 //
 // The ops are the CPU's launchers: the functions of sfkernels/gpu, by the same names and with the
 // same arguments, which each op checks (check.h). Shapes are named as in sfkernels/reference.py.
@@ -54,7 +54,7 @@ inline Vec get(const T* p, int64_t n = kLanes) {
   }
 }
 
-// As it is stored as T, in the first lanes; and as that is read again.
+// A vector as it is stored as T, in the first lanes; and as that is read again.
 template <typename T>
 inline at::vec::Vectorized<T> narrowed(Vec v) {
   if constexpr (std::is_same_v<T, float>) {
@@ -107,7 +107,7 @@ class Output {
   Output(const Optional& t, int64_t channels)
       : Output(t ? Output(*t, channels) : Output()) {}
 
-  // Where an offset is; nowhere if there is no output.
+  // Address of an offset; null if there is no output.
   T* at(int64_t offset) const {
     return start_ ? start_ + offset : nullptr;
   }
@@ -131,7 +131,7 @@ class Output {
     v.store(p, n);
   }
 
-  // To be called by each thread behind its last write.
+  // Called by each thread behind its last write.
   void done() const {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
     if (streamed_) {

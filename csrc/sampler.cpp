@@ -156,7 +156,7 @@ class Frames {
     stride_f_ = outer > 1 ? held_->stride(1) : 0;
   }
 
-  // From an element of a frame on; f is 0 of samples. Null if there are none.
+  // Address of an element of a frame; f is 0 of samples. Null if there are none.
   const T* at(int64_t b, int64_t f, int64_t element) const {
     return start_ ? start_ + (b * stride_b_ + f * stride_f_ + element) : nullptr;
   }
@@ -358,7 +358,7 @@ Tensor dmd_gradient(const Tensor& x, const Tensor& real_x0, const Tensor& fake_x
       T* const to = out_start + b * elements + start;
       for_vectors(count, [&](int64_t i, auto n, auto) {
         const Vec g = (get(fake + i, n) - get(real + i, n)) / Vec(mean[b]);
-        // As torch.nan_to_num: NaN, which is not itself, becomes 0, an infinity the largest number.
+        // Like torch.nan_to_num: NaN becomes 0 (it is not itself), an infinity the largest number.
         const Vec finite = at::vec::minimum(at::vec::maximum(g, largest.neg()), largest);
         put(to + i, Vec::blendv(finite, Vec(0), g != g), n);
       });

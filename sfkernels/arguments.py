@@ -31,7 +31,7 @@ def numbers(tensor: Tensor) -> list[int] | None:
 def check_tensor(name: str, tensor: Any) -> None:
     """Raises ValueError unless it is a tensor, dense in memory."""
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} is {_said(tensor)}: must be a tensor")
+        raise ValueError(f"{name} is {_describe(tensor)}: must be a tensor")
     if tensor.is_nested or tensor.layout is not torch.strided:
         kind = "nested" if tensor.is_nested else f"of layout {tensor.layout}"
         raise ValueError(f"{name} is {kind}: must be a dense tensor")
@@ -87,7 +87,7 @@ def check_integers(name: str, tensor: Tensor, size: int | str) -> None:
 def check_count(name: str, value: int, least: int = 1, most: float = math.inf) -> None:
     """Raises ValueError unless `value` is an integer from `least` to `most`."""
     if not is_integer(value):
-        raise ValueError(f"{name}={_said(value)}: must be an integer")
+        raise ValueError(f"{name}={_describe(value)}: must be an integer")
     if not least <= value <= most:
         upper = "" if most == math.inf else f" and at most {most:.0f}"
         raise ValueError(f"{name}={value}: must be at least {least}{upper}")
@@ -101,13 +101,13 @@ def is_integer(value: object) -> bool:
 def check_positive(name: str, value: float) -> None:
     """Raises ValueError unless kernels can divide by `value` in float32."""
     if not (_is_number(value) and _SMALLEST <= value <= _LARGEST):
-        raise ValueError(f"{name}={_said(value)}: must be positive and finite in float32")
+        raise ValueError(f"{name}={_describe(value)}: must be positive and finite in float32")
 
 
 def check_finite(name: str, value: float) -> None:
     """Raises ValueError unless `value` is a number that float32 can hold."""
     if not (_is_number(value) and abs(value) <= _LARGEST):
-        raise ValueError(f"{name}={_said(value)}: must be finite in float32")
+        raise ValueError(f"{name}={_describe(value)}: must be finite in float32")
 
 
 def check_apart(ring_name: str, ring: Tensor, **others: Tensor) -> None:
@@ -163,7 +163,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (float, int, torch.SymInt, torch.SymFloat))
 
 
-def _said(value: object) -> str:
+def _describe(value: object) -> str:
     """A value in a message: numbers and strings as they are, of others the type."""
     plain = value is None or isinstance(value, (int, float, str))
     return repr(value) if plain else f"a {type(value).__name__}"

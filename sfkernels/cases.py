@@ -67,10 +67,9 @@ class Case:
 
 @dataclass(frozen=True)
 class AttentionCase(Case):
-    """An attention op's case. rows: which keys each of the queries sees, of those in `plain`: q, k
-    and v of the same attention for implementations that know no ring and no prefix. own: how many
-    keys, the last ones, take a gradient. layout: the pattern where not all queries see all keys of
-    `plain`."""
+    """Attention. rows: keys that each of the queries sees, of those in `plain`: q, k and v of the
+    same attention for implementations without ring and prefix. own: how many keys, the last ones,
+    take a gradient. layout: the pattern where not all queries see all keys of `plain`."""
 
     rows: tuple[Row, ...] = ()
     own: int = 0
@@ -129,8 +128,8 @@ def rms_norm_silu(
     frames: int, pixels: int, channels: int, dtype: torch.dtype,
     backward: bool = False, residual: bool = True, bias: bool = True,
 ) -> Case:  # fmt: skip
-    """RMSNorm and SiLU before a convolution of the video decoder: a residual before them, the
-    frames before in front of the output and, forward, the bias of the convolution before."""
+    """RMSNorm and SiLU before a convolution of the video decoder, with the residual, the frames
+    that come before and, forward, the bias of the convolution before."""
     tokens, before = frames * pixels, LOOKS_BACK * pixels
     bias = bias and not backward
 
@@ -155,7 +154,7 @@ def qk_norm_rope(
     frames: int, frame_tokens: int, channels: int, head_dim: int, dtype: torch.dtype,
     backward: bool = False, append: int = 0,
 ) -> Case:  # fmt: skip
-    """QK-norm and RoPE. append: frames of a ring that keys and values are written into, 0 for new
+    """QK-norm and RoPE. append: frames of a ring to write keys and values into, 0 for new
     tensors."""
     tokens, heads = frames * frame_tokens, channels // head_dim
 

@@ -66,13 +66,12 @@ SMALL = ("rope_table", "sum_partials", "dmd_sum", "normal", "row_delta")
 
 @dataclass
 class Compiled:
-    """Properties of the kernel that one launch was compiled to. loads, stores: instructions on
-    global memory by bits. local: loads and stores of local memory, and looped: those of them inside
-    a loop, which of loops that multiply matrices must be an innermost one, where their time goes.
-    beside: exponentials that are computed while a product of matrices is under way on Hopper. For
-    kernels in Gluon, waits: how many waits leave so many products under way; warned: what ptxas
-    says of products that it serialises; sets_registers: whether warps take registers from each
-    other."""
+    """Properties of one compiled kernel. loads, stores: instructions on global memory by bits.
+    local: loads and stores of local memory, and looped: those of them inside a loop, which of loops
+    that multiply matrices must be an innermost one, where their time goes. beside: exponentials
+    that are computed while a product of matrices is under way on Hopper. For kernels in Gluon,
+    waits: how many waits leave so many products under way; warned: what ptxas says of products that
+    it serialises; sets_registers: whether warps take registers from each other."""
 
     kernel: str
     case: str
@@ -109,9 +108,9 @@ class Compiled:
         return programs * self.warps
 
 
-def read_usage(said: str, out: Compiled) -> None:
+def read_usage(text: str, out: Compiled) -> None:
     """Fills in registers and stack from the text of `cuobjdump -res-usage`."""
-    usage = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", said)}
+    usage = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
     out.registers, out.stack = usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
@@ -162,8 +161,7 @@ def read_sass(sass: str, out: Compiled) -> None:
 
 
 def _bits(suffixes: str) -> int:
-    """Width of an instruction in bits, as in LDG.E.128, LDG.E.U16, LDG.E.ENL2.256; 32 if
-    unnamed."""
+    """Bits that LDG.E.128, LDG.E.U16 or LDG.E.ENL2.256 moves; 32 where it names no width."""
     widths = [int(w) for w in re.findall(r"\.[US]?(8|16|32|64|128|256)\b", suffixes)]
     return widths[-1] if widths else 32
 
@@ -203,11 +201,11 @@ def judge(
             count = sum(n for bits, n in widths.items() if bits < 128)
             if count > narrow:
                 broken.append(
-                    f"{count} global {what} of less than 128 bits ({_said(widths)}), at most "
+                    f"{count} global {what} of less than 128 bits ({_counts(widths)}), at most "
                     f"{narrow} allowed"
                 )
             if not any(bits >= 128 for bits in widths):
-                broken.append(f"no global {what} of 128 bits ({_said(widths) or 'none at all'})")
+                broken.append(f"no global {what} of 128 bits ({_counts(widths) or 'none at all'})")
     return broken
 
 
@@ -270,13 +268,13 @@ def read_ptx(ptx: str, out: Compiled) -> None:
 
 
 def _warnings(ptx: str, arch: int) -> list[str]:
-    """Warnings of ptxas of products that it serialises (C75xx), which Triton does not pass on."""
+    """Warnings of ptxas on products that it serialises (C75xx), which Triton does not pass on."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
         command = [str(_tool("ptxas")), "-v", f"--gpu-name=sm_{arch}a", file.name, "-o", os.devnull]
-        said = subprocess.run(command, capture_output=True, text=True)
-    return sorted(set(re.findall(r"\(C75\d\d\)[^\n]*", said.stdout + said.stderr)))
+        done = subprocess.run(command, capture_output=True, text=True)
+    return sorted(set(re.findall(r"\(C75\d\d\)[^\n]*", done.stdout + done.stderr)))
 
 
 def disassemble(cubins: Sequence[bytes], arch: int) -> list[str]:
@@ -388,7 +386,7 @@ def check(
     return [out for _, out in sorted(done, key=lambda pair: pair[0])]
 
 
-def _said(widths: dict[int, int]) -> str:
+def _counts(widths: dict[int, int]) -> str:
     return " ".join(f"{n}x{bits}" for bits, n in sorted(widths.items(), reverse=True))
 
 
@@ -401,7 +399,7 @@ def table(results: Iterable[Compiled]) -> str:
         more = (r.resident if r.registers else 0, r.stack, r.local, r.shared)
         rows.append(
             (
-                *(r.kernel, r.case, *map(str, numbers + more), _said(r.loads), _said(r.stores)),
+                *(r.kernel, r.case, *map(str, numbers + more), _counts(r.loads), _counts(r.stores)),
                 *(str(r.tensor_core), str(r.beside), str(r.fp64)),
                 "BROKEN" if r.broken else "ok",
             )

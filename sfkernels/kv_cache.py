@@ -17,7 +17,7 @@ from sfkernels.layout import check_window
 
 
 class RingChunk(NamedTuple):
-    """Where the current chunk of F frames stands; int32 tensors on the cache's device.
+    """Place of the current chunk of F frames; int32 tensors on the cache's device.
 
     frame_F: absolute index of each frame (`RingKVCache` says how long). slot_F: its frame slot in
     the ring. valid: tokens of the ring that attention may read once the chunk is written.
@@ -141,7 +141,7 @@ class RingKVCache:
         return torch.where(self.start > last, self.start - back, self.start)
 
     def reset(self) -> None:
-        """Back to an empty ring; the prompt stays. The ring is filled with zeros, as it was made: a
+        """Empties the ring; the prompt stays. The ring is filled with zeros, as it was made: a
         stream that went NaN must not reach the next one through a slot that is not valid yet."""
         for tensor in (self.k, self.v, self.start):
             tensor.zero_()

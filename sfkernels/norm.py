@@ -118,9 +118,8 @@ def rms_norm_silu(
     eps: float = 1e-6,
     impl: str = "auto",
 ) -> tuple[Tensor | None, Tensor]:
-    """Residual, RMSNorm and SiLU before a causal convolution of a video VAE: returns `x' = x + y +
-    bias` and `[before ‖ silu(rms_norm(x', weight))]`, in x's dtype. Without y it returns None for
-    x'.
+    """Residual, RMSNorm and SiLU before a causal convolution of a video VAE. Returns x' = x + y +
+    bias, None without y, and `[before ‖ silu(rms_norm(x', weight))]`, in x's dtype.
 
     x, y [B, L, C], the tokens of the frames of a chunk; bias [C], that of the convolution before,
     which need not add it in a pass of its own; before [B, P, C], what this function gave for the
@@ -357,7 +356,7 @@ def _rms_norm_silu_bwd(
     dout, scale = _dense(dout), _as_modulation(weight)
     _check_op(impl, x, dict(weight=scale), dout=dout, stats=stats, dresidual=dresidual)
     dx, _, _, dscale, _ = kernel(impl, "norm_bwd")(
-        *(dresidual, dout, x, None, None, scale, None, stats, False, False), silu=True
+        dresidual, dout, x, None, None, scale, None, stats, False, False, silu=True
     )
     return dx, dscale.view(weight.shape)
 

@@ -35,7 +35,7 @@ def norm_silu_bytes(
 
 
 def quantize_bytes(rows: int, channels: int, size: int) -> int:
-    """Bytes of quantising rows: elements of `size` bytes read, one byte each and a scale a row
+    """Bytes of quantising: elements of `size` bytes read, one byte each and a scale a row
     written."""
     return norm_bytes(rows, channels, 1, size + 1) + 4 * rows
 

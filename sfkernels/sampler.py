@@ -151,8 +151,7 @@ def _sampler_step(
         drawn = None if seed_B is None or frame_F is None else Noise(seed_B, frame_F, draw)
         _choose_step(impl, x, flow, uncond_flow, sigma, next_sigma, guidance, noise, drawn)
     x0, following = kernel(impl, "sampler_step")(
-        *(x, flow, uncond_flow, sigma, next_sigma),
-        *(noise, seed_B, frame_F, draw, guidance, False),
+        x, flow, uncond_flow, sigma, next_sigma, noise, seed_B, frame_F, draw, guidance, False
     )
     return x0, x.new_empty(0) if following is None else following
 
@@ -299,8 +298,7 @@ def _check_alike(sizes: str, x: Tensor, **others: Any) -> None:
 
 
 def _check_elements(shape: Sequence[int]) -> None:
-    """Raises ValueError where the noise's 32-bit counter cannot number a frame's elements by
-    fours."""
+    """Raises ValueError where the noise's 32-bit counter cannot number a frame's groups of four."""
     check_count("elements of a frame", math.prod(shape[2:]), 0, TOO_MANY - 1)
 
 

@@ -1,5 +1,5 @@
-"""Rule by which a kernel is right: it may be as far from float64 as eager PyTorch in the same dtype
-is, twice, plus rounding.
+"""Rule of correctness: a kernel may be twice as far from float64 as eager PyTorch in its dtype is,
+plus rounding.
 
 max |kernel − exact| ≤ 2 · (max |eager − exact| + ε · max |exact|), where ε is the dtype's.
 
@@ -117,6 +117,5 @@ def cast(t: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def interpreted() -> bool:
-    """Tells whether Triton's kernels run in its interpreter, on CPU tensors: right, and of no
-    speed."""
+    """Tells whether Triton runs kernels in its interpreter, on CPU tensors: right but slow."""
     return os.environ.get("TRITON_INTERPRET") == "1"

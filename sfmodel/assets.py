@@ -123,9 +123,8 @@ def download_command(names: Sequence[str], preset: str, folder: Path) -> str:
 
 
 class Found(NamedTuple):
-    """A file that was found. field: of Assets. preset: that the file is for; empty for what serves
-    all of them, and for what is not usable. said: what it is or, if it cannot even be opened, why
-    not."""
+    """A file, for `field` of Assets. preset: that it is for; empty where it serves all of them or
+    is not usable. said: what it is or, if it cannot even be opened, why not."""
 
     field: str
     preset: str
@@ -166,8 +165,7 @@ def missing(found: Iterable[Found]) -> list[tuple[str, str]]:
 
 
 def _opened(path: Path, field: str) -> tuple[str, str | None]:
-    """Description of a file, and the preset that it is for, empty for all; None if for none of
-    them."""
+    """Description of a file, and the preset that it is for: "" for all, None for none of them."""
     from sfmodel import umt5
     from sfmodel.weights import checkpoint
 

@@ -172,8 +172,7 @@ DECODERS = {"wan": WAN_DECODER, "taehv": TAEHV_DECODER, "none": ()}
 
 
 def convolution_flops(pixels: int, channels_in: int, channels_out: int, taps: int) -> int:
-    """FLOPs of a convolution. pixels: of the output, in all frames; taps: of the kernel, 27 for
-    3×3×3."""
+    """FLOPs of a convolution. pixels: of the output, in all frames; taps: 27 for a 3×3×3 kernel."""
     return 2 * pixels * channels_in * channels_out * taps
 
 
@@ -228,10 +227,10 @@ def _vae_attention_flops(frames: int, latents: int, dim: int) -> int:
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates and memory of a GPU. matmul_tflops, copy_tbps: attainable TFLOP/s of bf16 matrix
-    products and TB/s of a copy, bytes read and written. eight_bit: rate of 8-bit matrix products
-    over that of bf16. memory_gib: about what the driver reports. link_gbps: GB/s to another GPU,
-    one direction, by NVLink or else PCIe. source: of the two rates."""
+    """A GPU. matmul_tflops, copy_tbps: attainable TFLOP/s of bf16 matrix products and TB/s of a
+    copy, bytes read and written. eight_bit: rate of 8-bit matrix products over that of bf16.
+    memory_gib: about what the driver reports. link_gbps: GB/s to another GPU, one direction, by
+    NVLink or else PCIe. source: of the two rates."""
 
     name: str
     multiprocessors: int
@@ -260,27 +259,24 @@ SHEETS = {
 SOURCES = {"h200": "measured"}
 GPUS = {
     key: Gpu(
-        *(name, multiprocessors, tflops * MATMUL_SHARE, tbps * COPY_SHARE, gib, link * LINK_SHARE),
+        name, multiprocessors, tflops * MATMUL_SHARE, tbps * COPY_SHARE, gib, link * LINK_SHARE,
         source=SOURCES.get(key, "data sheet × the H200's share of its data sheet"),
     )
     for key, (name, multiprocessors, tflops, tbps, gib, link) in SHEETS.items()
-}
+}  # fmt: skip
 
 
-def waves(
-    rows: int, columns: float, multiprocessors: int, tile: int = TILE, split: int = 1
-) -> float:
+def waves(rows: int, columns: float, multiprocessors: int, split: int = 1) -> float:
     """Share of the multiprocessors' time in whole waves that is spent on useful tiles, one tile a
     multiprocessor at a time. columns: tiles side by side; the heads of attention, channels out /
     128 of a linear. split: parts of the keys, each a tile of its own."""
-    tiles = math.ceil(rows / tile) * math.ceil(columns) * split
-    useful = rows / tile * columns * split
+    tiles = math.ceil(rows / TILE) * math.ceil(columns) * split
+    useful = rows / TILE * columns * split
     return useful / (math.ceil(tiles / multiprocessors) * multiprocessors)
 
 
 def best_split(rows: int, heads: int, multiprocessors: int) -> int:
-    """Smallest split of attention's keys that fills its waves best. The merging of the parts is not
-    counted."""
+    """Smallest split of attention's keys that fills its waves best, the merging not counted."""
     splits = range(1, MOST_SPLITS + 1)
     return max(splits, key=lambda s: waves(rows, heads, multiprocessors, split=s))
 
@@ -292,8 +288,7 @@ TIMES = ("floor_ms", "whole_waves_ms")
 
 
 def _row(gpu: Gpu, precision: str, flops: float, nbytes: float, share: float = 1.0) -> Row:
-    """Row of one component. share: of the multiprocessors' time that the waves of the arithmetic
-    fill."""
+    """Row of a component. share: of the multiprocessors' time that its waves of arithmetic fill."""
     rate = gpu.matmul_tflops * (gpu.eight_bit if precision == "8-bit" else 1)
     arithmetic, copied = flops / rate / 1e9, nbytes / gpu.copy_tbps / 1e9
     return {
@@ -370,9 +365,9 @@ def fps(preset: Preset, gpu: Gpu, windows: Sequence[int], precision: str, decode
 
 
 def latency_ms(preset: Preset, gpu: Gpu, precision: str, decoder: str) -> dict[str, Row]:
-    """Latencies in ms. first_frame: the first chunk's steps, which see it alone, and its decode.
-    reaction: the same of a chunk in a full window, which is how long a new prompt or control takes
-    to be seen."""
+    """Latencies in ms: first_frame, of the first chunk, which sees itself alone, and its decode;
+    reaction, of a chunk in a full window, which is how long a new prompt or control takes to be
+    seen."""
     first = replace(preset, chunk=preset.first or preset.chunk)
     out = {}
     for name, one, seen in (

@@ -85,7 +85,9 @@ class SelfAttention(nn.Module):
             ring = context.cache.k[self.layer], context.cache.v[self.layer]
             q = sf.qk_norm_rope_append(
                 qkv_BLC.to(ring[0].dtype),  # another one under autocast
-                *(*norm, *ring, context.chunk.slot_F),
+                *norm,
+                *ring,
+                context.chunk.slot_F,
                 eps=self.eps,
                 impl=self.impl,
             )
@@ -449,8 +451,7 @@ class DiT(nn.Module):
         return height // ph, width // pw
 
     def _patchify(self, x_BFCHW: Tensor) -> Tensor:
-        """Tokens [B, L, D]. The patch convolution's stride is its kernel, so it is one matrix
-        product."""
+        """Tokens [B, L, D]: one matrix product, as the patch convolution's stride is its kernel."""
         _, ph, pw = self.config.patch
         patches = x_BFCHW.to(self.dtype).unflatten(4, (-1, pw)).unflatten(3, (-1, ph))
         patches_BLE = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)

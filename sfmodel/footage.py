@@ -76,8 +76,7 @@ def covering_frames(
 
 
 def length(stream: av.VideoStream, fps: float) -> float:
-    """Number of frames at `fps` that a video has by its header, infinite where that says
-    nothing."""
+    """Number of a video's frames at `fps` by its header, infinite where that says nothing."""
     rate = _declared(stream)
     return math.ceil(stream.frames * Fraction(fps) / rate) if stream.frames and rate else math.inf
 

@@ -25,8 +25,8 @@ def captured(run: Callable[[], object], pool: Any = None) -> tuple[Callable[[], 
         with capture(graph, pool):
             run()
     except RuntimeError as error:
-        said = str(error).splitlines()
-        why = f"{type(error).__name__}: {said[0] if said else ''}"
+        lines = str(error).splitlines()
+        why = f"{type(error).__name__}: {lines[0] if lines else ''}"
         return None, f"no CUDA graph, launches included: {why}"[:300]
     return graph.replay, ""
 

@@ -87,8 +87,8 @@ def sized(preset: Preset, height: int | None, width: int | None) -> Preset:
 
 
 @contextmanager
-def told(doing: str) -> Iterator[None]:
-    """Says in a terminal what is being done, elsewhere what took longer than a second."""
+def progress(doing: str) -> Iterator[None]:
+    """Shows in a terminal what is being done, elsewhere prints what took longer than a second."""
     console, began = Console(stderr=True), time.perf_counter()
     with console.status(doing):
         yield
@@ -119,7 +119,7 @@ def checked_model(
     load = checkpoints.checked(lambda: DiT(config), path, device=device, dtype=dtype)
 
     def loaded() -> DiT:
-        with told(f"loading {path}"):
+        with progress(f"loading {path}"):
             return load().eval()
 
     return loaded
@@ -161,7 +161,7 @@ def checked_codec(
     def loaded() -> VideoCodec:
         # Shapes repeat from chunk to chunk, so it is worth trying which algorithm is the fastest.
         torch.backends.cudnn.benchmark = True
-        with told(f"loading {path}"):
+        with progress(f"loading {path}"):
             return cast(VideoCodec, channels_last(load()).eval().requires_grad_(False))
 
     return loaded

@@ -18,9 +18,8 @@ TOGETHER = 1.0  # seconds: a terminal and torchrun, or a system that ends, send 
 
 @contextmanager
 def prepared() -> Iterator[None]:
-    """Context whose body gets each of `STOPS` as a KeyboardInterrupt, as Ctrl-C is, and in which no
-    output fails: where nobody can read it, it is lost; letters that the terminal lacks are
-    replaced."""
+    """Context in which each of `STOPS` raises KeyboardInterrupt, as Ctrl-C does, and no output
+    fails: where nobody can read it, it is lost; letters that the terminal lacks are replaced."""
     # The number of a closed one would go to the next file that is opened, and text into that file.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass

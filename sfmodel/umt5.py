@@ -82,8 +82,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def describe(path: Path) -> str:
-    """Description of the encoder that `read_weights` finds, in a line. Raises ValueError as it
-    does."""
+    """Line on the encoder that `read_weights` finds. Raises ValueError as it does."""
     state = read_weights(path)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
     count = sum(tensor.numel() for tensor in state.values())

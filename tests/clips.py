@@ -1,5 +1,4 @@
-"""Clips: what goes through a codec of Wan2.1's latents, whole and in chunks, and what a video file
-holds."""
+"""Clips for codecs of Wan2.1's latents, whole and in chunks, and the contents of video files."""
 
 from __future__ import annotations
 
@@ -16,17 +15,17 @@ from sfmodel.vae.codec import CausalState
 
 
 def latents() -> Tensor:
-    """Of two clips."""
+    """Latents of two clips."""
     return torch.randn(2, 6, 16, 3, 5, generator=torch.Generator().manual_seed(1))
 
 
 def pixels() -> Tensor:
-    """In [-1, 1], as many frames as the latents stand for and three more."""
+    """Pixels in [-1, 1], as many frames as the latents stand for and three more."""
     return 2 * torch.rand(2, 24, 3, 24, 40, generator=torch.Generator().manual_seed(2)) - 1
 
 
 def in_parts(chunk: Any, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Any]:
-    """What comes of x in chunks of these sizes, and the state in the end."""
+    """Results of x in chunks of these sizes, and the state in the end."""
     parts, state = [], None
     for part in x.split(sizes, 1):
         out, state = chunk(part, state)

@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""Fixtures and marks of all tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def fresh_seed() -> int:
-    """Other random data in every run; pytest shows the seed of a test that fails."""
+    """Seeds other random data in every run; pytest shows the seed of a test that fails."""
     seed = int.from_bytes(os.urandom(4), "little")
     print(f"seed {seed}: torch.manual_seed({seed}) makes the same data")
     torch.manual_seed(seed)
@@ -34,7 +34,7 @@ def fresh_seed() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, with the reason, where PyTorch sees none."""
+    """Skips tests marked `gpu`, with the reason, where PyTorch sees none."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

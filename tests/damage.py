@@ -14,7 +14,7 @@ import torch
 
 
 def cut(path: Path) -> None:
-    """At half its length."""
+    """Cuts a file to half its length."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 

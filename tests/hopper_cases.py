@@ -1,4 +1,4 @@
-"""What the tests of Hopper's forward and backward kernels share."""
+"""Cases that the tests of Hopper's forward and backward kernels share."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class _Pointer:
         return _Pointer(self.memory, self.at + torch.as_tensor(offset).long(), self.stored)
 
     def places(self, mask: Any) -> tuple[Tensor, Tensor]:
-        """Which elements, those that are masked replaced by 0; and the mask."""
+        """Places of elements, those that are masked replaced by 0; and the mask."""
         at = torch.as_tensor(self.at)
         kept = torch.broadcast_to(torch.as_tensor(True if mask is None else mask), at.shape)
         at = torch.where(kept, at, 0)

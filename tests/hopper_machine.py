@@ -63,11 +63,12 @@ class Program:
         self.failure: Exception | None = None
 
     def speed(self) -> float:
-        """Some are much slower than others, so that these run as far ahead as they are let."""
+        """Draws a speed. Some partitions are much slower than others, which then run as far ahead
+        as they are let."""
         return self.rng.choice((0.01, 1.0))
 
     def pause(self, ready: Callable[[], bool] = lambda: True) -> None:
-        """Where others may go on; returns when `ready()` holds and the draw falls on this one."""
+        """Lets others go on; returns when `ready()` holds and the draw falls on this one."""
         me = self.current
         me.ready = ready
         self._go_on()
@@ -175,7 +176,8 @@ class Access:
         self.actor, self.tick = actor, tick
 
     def races(self, other: Access, clock: Clock) -> bool:
-        """Whether `other` meets the same elements and may not be over for one who knows `clock`."""
+        """Tells whether `other` meets the same elements and may not be over for one who knows
+        `clock`."""
         meet = self.lo < other.hi and other.lo < self.hi
         return meet and other.tick > clock.get(other.actor, 0)
 
@@ -230,7 +232,7 @@ class Shared:
 
 
 class InFlight:
-    """What wgmma promises: a result that nothing but a wait or another wgmma may take."""
+    """Promise of a wgmma: a result that nothing but a wait or another wgmma may take."""
 
     def __init__(self, compute: Callable[[], Tensor], reads: list[Access]) -> None:
         self.compute, self.reads = compute, reads

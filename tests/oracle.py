@@ -52,14 +52,14 @@ def each_size(
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Standard normal, in float64, on the device under test."""
+    """Standard normal numbers in float64 on the device under test."""
     return torch.randn(*shape, dtype=torch.float64, device=DEVICE).to(dtype)
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """On a GPU one process at a time, which leaves no memory behind: the references of attention at
-    real shapes take tens of gigabytes."""
+    """Lets one process at a time run on a GPU, which leaves no memory behind: the references of
+    attention at real shapes take tens of gigabytes."""
     if DEVICE == "cpu":
         yield
         return
@@ -70,7 +70,8 @@ def alone() -> Iterator[None]:
 
 
 def narrowed(tensors: Sequence[Tensor], dtype: torch.dtype, wide: Sequence[int]) -> list[Tensor]:
-    """What is float64 as `dtype`, or as float32 at the indices in `wide`; all else as it is."""
+    """Arguments with float64 as `dtype`, or as float32 at the indices in `wide`; all else as it
+    is."""
     return [t if t.dtype != torch.float64 else t.to(torch.float32 if i in wide else dtype)
             for i, t in enumerate(tensors)]  # fmt: skip
 
@@ -84,7 +85,7 @@ def check(
     gradients: bool = True,
     impl: str = "triton",
 ) -> None:
-    """As `sfkernels.testing.check`, of an op under `impl` and the reference.
+    """Checks, as `sfkernels.testing.check`, an op under `impl` and the reference.
 
     tensors: float64 arguments of `op`, in order; those at the indices in `wide` stay in float32
     where the others are cast to `dtype`. Other dtypes than float64 are handed on as they are."""

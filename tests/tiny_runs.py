@@ -29,14 +29,14 @@ TINY = replace(TOY, dit=replace(TOY.dit, dim=64, heads=1, ffn_dim=64, layers=1))
 
 @contextmanager
 def tiny() -> Iterator[None]:
-    """In the body the toy model is tiny, and no pictures are drawn, which takes longer."""
+    """Context in which the toy model is tiny and no pictures are drawn, which takes longer."""
     plot, sample = mock.patch.object(report, "plot"), mock.patch.object(report.Report, "sample")
     with mock.patch.dict(PRESETS, toy=TINY), plot, sample:
         yield
 
 
 def weights(path: Path, seed: int) -> Path:
-    """Of a tiny model whose flow is not zero."""
+    """Weights of a tiny model whose flow is not zero."""
     if not path.exists():
         generator = torch.Generator().manual_seed(seed)
         model = DiT(TINY.dit)
@@ -47,7 +47,7 @@ def weights(path: Path, seed: int) -> Path:
 
 
 def config(folder: Path, recipe: str = "tf", **change: Any) -> TrainConfig:
-    """Of a run in `folder` from weights that are written beside it."""
+    """Settings of a run in `folder` from weights that are written beside it."""
     init = weights(folder.parent / "init.safetensors", 1)
     teacher = weights(folder.parent / "teacher.safetensors", 2)
     base = TrainConfig(
@@ -99,6 +99,6 @@ def logged(folder: Path) -> list[dict[str, float]]:
 
 
 def draw_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are drawn after all."""
+    """Draws pictures after all."""
     monkeypatch.setattr(report, "plot", PLOT)
     monkeypatch.setattr(report.Report, "sample", SAMPLE)

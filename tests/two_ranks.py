@@ -1,5 +1,5 @@
-"""What test_parallel has done on two ranks, by torchrun: `python -m tests.two_ranks FOLDER` trains,
-and each rank writes what was refused."""
+"""Work of test_parallel on two ranks, by torchrun: `python -m tests.two_ranks FOLDER` trains, and
+each rank writes what was refused."""
 
 from __future__ import annotations
 

@@ -261,8 +261,8 @@ def norm_fwd(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """x' = x + gate·y (None without y), out = norm(x')·(plus_one + scale) + shift, and what the
     backward pass needs of each row, [B, L, 2] float32: its mean (0 if not centred) and 1/σ. silu:
-    out is SiLU of that. bias: is added to x. before [B, P, C]: is copied in front of out, [B, P +
-    L, C]."""
+    out is SiLU of that. bias: is added to x. before [B, P, C]: is copied in front of out, which is
+    [B, P + L, C] then."""
     grid, constants = _plan(
         "fwd", y_BLC is not None, x_BLC, gate_BFC, scale_BFC, shift_BFC, centred, plus_one, silu
     )

@@ -84,14 +84,13 @@ def _sum_partials_kernel(
 def empty_partials(
     sums: int, strips: int, batch: int, frames: int, channels: int, device: torch.device
 ) -> Tensor:
-    """[sums, S, B, F, C] float32, for the programs of a kernel to fill."""
+    """Empty [sums, S, B, F, C] float32, for the programs of a kernel to fill."""
     return torch.empty(sums, strips, batch, frames, channels, dtype=torch.float32, device=device)
 
 
 def sum_partials(partial_KSBFC: Tensor, likes: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients, up to three: each a contiguous tensor of the shape, [B or 1, F or 1, C] or [C],
-    and the dtype of its `like`, summed over the strips, and over B or F where they were
-    broadcast."""
+    """Gradients of the shapes, [B or 1, F or 1, C] or [C], and dtypes of up to three `like`: summed
+    over the strips, and over B or F where they were broadcast. All are contiguous."""
     sums, strips, batch, frames, channels = partial_KSBFC.shape
     outs = [torch.empty_like(like, memory_format=torch.contiguous_format) for like in likes]
     ways = []

@@ -22,10 +22,9 @@ Pattern = tuple[tuple[Span, tuple[Span, ...]], ...]
 
 
 class Tiles(NamedTuple):
-    """Tables of a pattern. tiles: int32 [T, 4], of each tile its first token and the one past its
-    last, and the first of its spans and the one past its last. Those with the most to visit come
-    first. spans: int32 [N, 2], half-open; the prefix's come first, and every tile visits them
-    before its own."""
+    """Tables of a pattern. tiles: int32 [T, 4], each tile's tokens first..past and its spans
+    first..past; those with the most to visit come first. spans: int32 [N, 2], half-open; the
+    prefix's come first, and every tile visits them before its own."""
 
     tiles: Tensor
     spans: Tensor

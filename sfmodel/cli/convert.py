@@ -168,17 +168,17 @@ def _dit_config(source: Path, found: Weights, state: State) -> DiTConfig:
     Raises ValueError where the number of heads is not known."""
     sizes = _dit_sizes(source, state)
     dim = sizes["dim"]
-    said: dict[str, Any] = {}
+    config: dict[str, Any] = {}
     try:
         beside = found.files[0].parent / "config.json"
         kept = found.metadata.get("config")
-        said = read_json(beside) if kept is None else parse_json(kept)
-        heads = said.get("heads") or said.get("num_heads") or int(said["num_attention_heads"])
-        width = said.get("dim") or heads * int(said["attention_head_dim"])
+        config = read_json(beside) if kept is None else parse_json(kept)
+        heads = config.get("heads") or config.get("num_heads") or int(config["num_attention_heads"])
+        width = config.get("dim") or heads * int(config["attention_head_dim"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         heads = width = None
     if width != dim:  # there is none, or it is of another model
-        said, heads = {}, None if dim % 128 else dim // 128
+        config, heads = {}, None if dim % 128 else dim // 128
     if not isinstance(heads, int) or heads < 1:
         raise ValueError(
             f"{source}: a DiT of width {dim} has an unknown number of heads: must be in a "
@@ -186,15 +186,15 @@ def _dit_config(source: Path, found: Weights, state: State) -> DiTConfig:
         )
     return DiTConfig(
         heads=heads,
-        text_len=said.get("text_len", 512),
-        eps=said.get("eps", 1e-6),
-        prediction=said.get("prediction", "flow"),
+        text_len=config.get("text_len", 512),
+        eps=config.get("eps", 1e-6),
+        prediction=config.get("prediction", "flow"),
         **sizes,
     )
 
 
 def _dit_sizes(source: Path, state: State) -> dict[str, Any]:
-    """Those of a DiTConfig that shapes tell."""
+    """Sizes of a DiTConfig that shapes tell."""
     dim, channels, *patch = _sizes(source, state, "patch_embedding.weight", 5)
     return {
         "dim": dim,
@@ -208,7 +208,7 @@ def _dit_sizes(source: Path, state: State) -> dict[str, Any]:
 
 
 def _vae_sizes(source: Path, state: State) -> dict[str, Any]:
-    """Those of a VAEConfig that shapes tell."""
+    """Sizes of a VAEConfig that shapes tell."""
     return {
         "dim": _sizes(source, state, "encoder.conv1.weight", 5)[0],
         "channels": _sizes(source, state, "conv2.weight", 5)[0],

@@ -1,6 +1,5 @@
-"""Report of what this machine can run: its GPUs and libraries, the memory that each preset needs,
-the public files that are here, and the command to run next. Nothing is downloaded, no weights are
-read."""
+"""Report on this machine: its GPUs and libraries, the memory that each preset needs, the public
+files that are here, and the command to run next. Nothing is downloaded, no weights are read."""
 
 from __future__ import annotations
 
@@ -219,8 +218,8 @@ def report(found: dict[str, Any], console: Console) -> None:
         plain(f"\n{title}")
         console.print(table)
 
-    def plain(said: str) -> None:
-        console.print(said, markup=False, highlight=False, soft_wrap=True)
+    def plain(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     for name, value in _machine_rows(found["machine"]):
         plain(f"{name:8} {value}")

@@ -33,8 +33,8 @@ from sfmodel.pretrained import (
     find_preset,
     load_codec,
     load_text,
+    progress,
     sized,
-    told,
 )
 from sfmodel.prompts import continued, prompt_beside, prompts_in
 from sfmodel.terminal import TerminalPlayer
@@ -136,7 +136,7 @@ def encode(
     # The text first: its encoder leaves the GPU before the video encoder comes. It is loaded once
     # for many prompts and keeps on disk what each is encoded as.
     load = checked_codec(preset, device, vae, models)
-    with told("encoding the prompts"):
+    with progress("encoding the prompts"):
         for _ in text.rows((job.prompt for job in todo), device):
             pass
     codec = load() if todo else None
@@ -193,9 +193,9 @@ def _made(path: Path) -> _Made | None:
         if not path.is_file():
             return None
         with safe_open(path, "pt") as file:
-            said = file.metadata() or {}
-        made = json.loads(said["encoded"])
-        return _Made(dict(made["settings"]), dict(made["of"]), json.loads(said["prompts"]))
+            metadata = file.metadata() or {}
+        made = json.loads(metadata["encoded"])
+        return _Made(dict(made["settings"]), dict(made["of"]), json.loads(metadata["prompts"]))
     except (SafetensorError, OSError):
         return None
     except (ValueError, KeyError, TypeError):
@@ -259,7 +259,7 @@ def _encode_prompts(
 
     few: list[str] = []
     rows: list[Tensor] = []
-    with told(f"encoding {count - done} prompts"):
+    with progress(f"encoding {count - done} prompts"):
         for prompt, text_TE in zip(left(), text.rows(left(), device), strict=True):
             few.append(prompt)
             rows.append(_small(text_TE))
@@ -341,14 +341,14 @@ def write_videos(
     player = TerminalPlayer(fps) if watch else None
     done, shown, began, first = 0, 0, time.perf_counter(), 0.0
     console = Console()
-    columns = (SpinnerColumn(), TextColumn("{task.fields[said]}"))
+    columns = (SpinnerColumn(), TextColumn("{task.fields[text]}"))
     stopped: BaseException | None = None
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(VideoWriter(name, fps)) for name in names]
         progress = stack.enter_context(
             Progress(*columns, console=console, disable=watch or not console.is_terminal)
         )
-        task = progress.add_task("", said="first chunk")
+        task = progress.add_task("", text="first chunk")
         try:
             for pixels in chunks:
                 done += pixels.shape[1]
@@ -359,7 +359,7 @@ def write_videos(
                 shown = done
                 rate = done / (time.perf_counter() - began)
                 status = f"frame {done} of {'∞' if frames == 'endless' else frames}, {rate:.1f} FPS"
-                progress.update(task, said=status)
+                progress.update(task, text=status)
                 if player:
                     player.show(pixels[0], f"{titles[0]}  {status}")
         except (KeyboardInterrupt, FloatingPointError) as error:
@@ -386,9 +386,8 @@ def _latents_of(
     fps: float | None,
     device: torch.device,
 ) -> Tensor:
-    """Latents [1, F, C, h, w] of a video. Pixel frames at the end that do not fill a latent frame
-    are left out. Raises ValueError, without the name, for a video that cannot be read, is too short
-    or gives NaN."""
+    """Latents [1, F, C, h, w], without pixel frames at the end that do not fill one. Raises
+    ValueError, without the name, for a video that cannot be read, is too short or gives NaN."""
     scale, group = codec.spatial_factor, codec.temporal_factor
     size = preset.height * scale, preset.width * scale
     count = None if frames is None else 1 + group * (frames - 1)
@@ -405,8 +404,8 @@ def _latents_of(
                     raise ValueError(f"its latents hold NaN or infinity from frame {done} on")
                 done += latents_1FCHW.shape[1]
             first = 0
-            said = f"{path.name}: {done} latent frames"
-            progress.update(progress.task_ids[0], description=said)
+            text = f"{path.name}: {done} latent frames"
+            progress.update(progress.task_ids[0], description=text)
     if not latents or (frames is not None and done < frames):
         raise ValueError(f"has {done} latent frames: must have {frames or 1} or more")
     return torch.cat(latents, 1)
@@ -420,8 +419,7 @@ def _decoded(latents_1FCHW: Tensor, codec: VideoCodec, device: torch.device) -> 
 
 
 def _read_latents(path: Path, channels: int, axes: str) -> Tensor:
-    """Latents [N, F, C, H, W] of a file. Raises ValueError with one sentence for what is no
-    latents."""
+    """Latents [N, F, C, H, W] in a file. Raises ValueError with one sentence for other contents."""
     tensors, _ = checkpoint.read(path)
     name = "latents" if "latents" in tensors else next(iter(tensors))
     if len(tensors) > 1 and name != "latents":

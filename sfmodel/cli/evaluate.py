@@ -55,7 +55,7 @@ def evaluate(
     floor = score(seen_in(codec, held.latents_BFCHW), held.real_NFD)
     console = Console(width=None if Console().is_terminal else 120)
     with console.status("generating") as status:
-        result = measure_model(model, sampling, codec, held, trained, told=status.update)
+        result = measure_model(model, sampling, codec, held, trained, progress=status.update)
     facts = {
         "checkpoint": str(checkpoint or TOY_WEIGHTS),
         "preset": asdict(sampling.preset),

@@ -19,8 +19,8 @@ from sfmodel.pretrained import (
     default_device,
     find_preset,
     load_text,
+    progress,
     sized,
-    told,
 )
 from sfmodel.prompts import read_prompts
 from sfmodel.stream import Stream
@@ -94,7 +94,7 @@ def generate(
     text = load_text(preset, models)
     load_model = checked_model(preset, checkpoint, device, models)
     load_codec = checked_codec(preset, device, vae, models, tile)
-    with told("encoding the prompt" + "s" * (len(prompts) > 1)):
+    with progress("encoding the prompts" if len(prompts) > 1 else "encoding the prompt"):
         last = deque(text.rows(prompts, device), maxlen=1)
     model, codec = load_model(), load_codec()
     # A few videos of the toy fit side by side, of a large model one after the other.
@@ -109,7 +109,7 @@ def generate(
             stream.restart(text_BTE, seed + i)
         else:
             options: Any = {"seed": seed + i, "batch": len(text_BTE), "graph": graph}
-            with told("capturing CUDA graphs" if graph else "preparing the stream"):
+            with progress("capturing CUDA graphs" if graph else "preparing the stream"):
                 stream = Stream(model, codec, text_BTE, settings, **options)
             for note in stream.notes:
                 print(note, file=sys.stderr)

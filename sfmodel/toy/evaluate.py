@@ -213,7 +213,7 @@ def score(seen: Measurements, real_NFD: Tensor) -> dict[str, list[float]]:
 @torch.no_grad()
 def evaluate(
     model: DiT, sampling: Sampling, codec: ToyVAE, held: HeldOut, trained: int, seed: int = 0,
-    told: Callable[[str], None] = lambda what: None,
+    progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:  # fmt: skip
     """`score` of a video for each of `held`'s prompts, as long as they are. trained: latent frames
     of a training clip: within them, "own" and "real" are the distances by frame of the statistics
@@ -224,7 +224,7 @@ def evaluate(
     def made(length: int, real: bool) -> Tensor:
         parts = []
         for begin in range(0, videos, BATCH):
-            told(f"{'real' if real else 'own'} past: video {begin} of {videos}")
+            progress(f"{'real' if real else 'own'} past: video {begin} of {videos}")
             rows = slice(begin, begin + BATCH)
             context = held.latents_BFCHW[rows].to(model.device) if real else None
             text = held.text_BTE[rows].to(model.device)

@@ -15,13 +15,9 @@ from sfmodel.toy.world import BRIGHTNESS, COLOURS, DIRECTIONS, RADIUS, SPEED
 
 # The order is part of every trained toy model: a word's place is its dimension.
 VOCABULARY: tuple[str, ...] = (
-    *("a", "ball", "moves", "and"),
-    *RADIUS,
-    *BRIGHTNESS,
-    *COLOURS,
-    *(word for word in DIRECTIONS if " " not in word),
-    *SPEED,
-)
+    "a", "ball", "moves", "and", *RADIUS, *BRIGHTNESS, *COLOURS,
+    *(word for word in DIRECTIONS if " " not in word), *SPEED,
+)  # fmt: skip
 
 
 class ToyTextEncoder:

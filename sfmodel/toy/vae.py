@@ -52,10 +52,9 @@ class LatentSample(NamedTuple):
 
 
 class ToyVAE(nn.Module):
-    """Codec of the toy world. A latent frame has four channels: the mean RGB of each 8 × 8 block
-    over the sub-frames, and the motion, which is the block's luminance (mean of RGB) in the last
-    sub-frame minus that in the first. Each channel has zero mean and unit variance over the toy
-    world.
+    """Toy codec. A latent frame has four channels: the mean RGB of each 8 × 8 block over the
+    sub-frames, and the motion, which is the block's luminance (mean of RGB) in the last sub-frame
+    minus that in the first. Each channel has zero mean and unit variance over the toy world.
 
     The decoder predicts how much of each pixel the ball covers in each sub-frame, at full
     resolution, and its colour, at latent resolution: edges stay sharp with few channels."""
@@ -101,7 +100,7 @@ class ToyVAE(nn.Module):
     def encode_chunk(
         self, pixels_BTCHW: Tensor, state: EncoderState | None = None
     ) -> tuple[Tensor, EncoderState]:
-        """Encodes, as a `VideoCodec`, pixels [B, T, 3, H, W] to latents [B, F, 4, H / 8, W / 8]."""
+        """Encodes as `VideoCodec`: pixels [B, T, 3, H, W] to latents [B, F, 4, H / 8, W / 8]."""
         check_pixels(self, pixels_BTCHW, state is None)
         T = pixels_BTCHW.shape[1]
         pixels_NCHW = pixels_BTCHW.to(self.mean_C11.dtype).flatten(0, 1)
@@ -122,7 +121,7 @@ class ToyVAE(nn.Module):
     def decode_chunk(
         self, latents_BFCHW: Tensor, state: DecoderState | None = None
     ) -> tuple[Tensor, DecoderState]:
-        """Decodes, as a `VideoCodec`, latents [B, F, 4, H, W] to pixels [B, T, 3, 8H, 8W]."""
+        """Decodes as `VideoCodec`: latents [B, F, 4, H, W] to pixels [B, T, 3, 8H, 8W]."""
         check_latents(self, latents_BFCHW)
         latents = latents_BFCHW.to(self.mean_C11.dtype)
         frames = latents.shape[1]
@@ -189,7 +188,7 @@ class _Residual(nn.Module):
 
 
 def _up(inputs: int, outputs: int) -> nn.Sequential:
-    """View of twice the height and width."""
+    """Upsamples to twice the height and width."""
     return nn.Sequential(nn.Conv2d(inputs, 4 * outputs, 3, padding=1), nn.PixelShuffle(2))
 
 

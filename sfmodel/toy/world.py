@@ -77,8 +77,7 @@ class Truth:
 
 
 class Sample(NamedTuple):
-    """Videos, their truth and prompts. pixels_BTCHW: float32 in [-1, 1]; the background is -1.
-    sentences: one for each video."""
+    """Videos. pixels_BTCHW: in [-1, 1], the background -1. sentences: one for each video."""
 
     pixels_BTCHW: Tensor
     truth: Truth
@@ -157,17 +156,11 @@ def render(truth: Truth) -> Tensor:
 
 
 def sample(
-    batch: int,
-    frames: int,
-    seed: int | torch.Generator,
-    *,
-    drop: float = 0.0,
-    empty: float = 0.0,
-    device: torch.device | str = "cpu",
+    batch: int, frames: int, seed: int | torch.Generator, *, drop: float = 0.0, empty: float = 0.0
 ) -> Sample:
     """Videos with their truth and sentences. drop, empty: as in `sentences`."""
     generator = generator_of(seed)
-    truth = draw(batch, frames, generator, device)
+    truth = draw(batch, frames, generator)
     return Sample(render(truth), truth, sentences(truth, generator, drop=drop, empty=empty))
 
 
@@ -177,17 +170,17 @@ def sentences(
     """One English sentence for each video, such as "a small bright red ball moves up slowly".
 
     drop: the probability that an attribute (size, brightness, colour, direction, speed) goes
-    unnamed, each on its own. empty: the probability that nothing at all is said (""), as
+    unnamed, each on its own. empty: the probability of an empty sentence, as
     classifier-free guidance needs in training."""
     for name, value in (("drop", drop), ("empty", empty)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value}: must be a probability, 0 to 1")
-    said_B6 = torch.rand(len(truth.radius_B), 6, generator=generator_of(seed))
-    said_B6 = said_B6 >= torch.tensor([drop] * 5 + [empty])
+    named_B6 = torch.rand(len(truth.radius_B), 6, generator=generator_of(seed))
+    named_B6 = named_B6 >= torch.tensor([drop] * 5 + [empty])
     values = (truth.radius_B, truth.brightness_B, truth.colour_B, truth.angle_B, truth.speed_B)
     out = []
-    for said, radius, brightness, colour, angle, speed in zip(
-        said_B6.tolist(), *(v.tolist() for v in values), strict=True
+    for named, radius, brightness, colour, angle, speed in zip(
+        named_B6.tolist(), *(v.tolist() for v in values), strict=True
     ):
         words = (
             bucket(RADIUS, radius),
@@ -196,10 +189,10 @@ def sentences(
             direction(angle),
             bucket(SPEED, speed),
         )
-        kept = [word if keep else "" for word, keep in zip(words, said, strict=False)]
+        kept = [word if keep else "" for word, keep in zip(words, named, strict=False)]
         moves = "moves" if kept[3] or kept[4] else ""
         sentence = " ".join(filter(None, ["a", *kept[:3], "ball", moves, *kept[3:]]))
-        out.append(sentence if said[5] else "")
+        out.append(sentence if named[5] else "")
     return out
 
 

@@ -29,17 +29,17 @@ PATIENCE = 600.0  # seconds
 # The least and the most that settings may be.
 _RANGES: dict[tuple[float, float], tuple[str, ...]] = {
     (1, math.inf): (
-        *("frames", "chunks", "windows", "steps", "batch", "log_every", "save_every", "pairs"),
-        *("teacher_steps", "critic_steps", "gradient_frames"),
+        "frames", "chunks", "windows", "steps", "batch", "log_every", "save_every", "pairs",
+        "teacher_steps", "critic_steps", "gradient_frames",
     ),
     (0, math.inf): (
-        *("sink", "micro_batch", "warmup", "ema_start", "critic_warmup", "shard", "sample_every"),
-        *("weight_decay", "lr", "lr_critic", "clip", "min_sigma", "context_noise", "gan_penalty"),
+        "sink", "micro_batch", "warmup", "ema_start", "critic_warmup", "shard", "sample_every",
+        "weight_decay", "lr", "lr_critic", "clip", "min_sigma", "context_noise", "gan_penalty",
     ),
     (0, 1024): ("threads",),
     (0, 1): ("drop_text", "drop_word", "decay_fraction", "darken", "ema", "betas"),
     (-1e9, 1e9): ("guidance_scale", "gan_sigma"),
-}
+}  # fmt: skip
 
 # Settings that runs of version 0.1.0 have saved under other names.
 _RENAMED = {"fall": "decay_fraction", "fade": "darken"}

@@ -66,7 +66,7 @@ class Source(Protocol):
 
 class ToyWorld:
     """The toy world, drawn on the fly. drop_word: the probability that an attribute goes unnamed;
-    drop_text: that nothing at all is said."""
+    drop_text: that the sentence is empty."""
 
     has_latents = True
 
@@ -86,8 +86,8 @@ class ToyWorld:
         picked = _picked(batch, rows)
         generator = world.generator_of(seed)
         truth = world.draw(batch, 1 + self.codec.temporal_factor * (frames - 1), generator)
-        said = world.sentences(truth, generator, drop=self.drop_word, empty=self.drop_text)
-        sentences = [said[i] for i in picked]
+        written = world.sentences(truth, generator, drop=self.drop_word, empty=self.drop_text)
+        sentences = [written[i] for i in picked]
         clips = None
         if latents:
             device = self.codec.mean_C11.device
@@ -407,7 +407,8 @@ def _header(path: Path, preset: Preset, frames: int) -> _File:
 
 
 def _starts(file: Any, count: int, most: int, dim: int) -> list[int]:
-    """Where each embedding begins in a `text` without padding, and where the last one ends."""
+    """Rows at which each embedding begins in a `text` without padding, and at which the last one
+    ends."""
     lengths, shape = file.get_tensor("lengths"), _shape(file, "text")
     whole = lengths.dim() == 1 and lengths.dtype in (torch.int32, torch.int64) and len(lengths)
     if not whole or lengths.min() < 1 or lengths.max() > most or len(lengths) != (count or whole):

@@ -89,7 +89,7 @@ class Discriminator(nn.Module):
         nn.init.zeros_(self.logit.weight)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Logits [B] in float32 of one [B, L, D] for each tapped block. Raises ValueError for
+        """Logits [B], float32, of a [B, L, D] for each tapped block. Raises ValueError for
         others."""
         if len(features) != len(self.taps):
             raise ValueError(f"{len(features)} features: must be those of blocks {self.taps}")

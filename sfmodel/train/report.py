@@ -37,7 +37,7 @@ class Report:
         self.path = run.config.output / "log.jsonl"
         self.console = Console(quiet=not self.first)
         columns = (TextColumn("{task.description}"), BarColumn())
-        more = (TextColumn("{task.completed}/{task.total} {task.fields[said]}"),)
+        more = (TextColumn("{task.completed}/{task.total} {task.fields[text]}"),)
         live = self.console.is_terminal and self.first
         self.progress = Progress(
             *columns, *more, TimeRemainingColumn(), console=self.console, disable=not live
@@ -61,7 +61,7 @@ class Report:
         self.progress.start()
         name = self.config.recipe
         self.task = self.progress.add_task(
-            name, total=self.config.steps, completed=run.step, said=""
+            name, total=self.config.steps, completed=run.step, text=""
         )
         return self
 
@@ -71,7 +71,7 @@ class Report:
         if self.first and (report := skipped_report(self.run.source)) != self.skipped:
             self.say(report)
         if self.first and self.records:
-            # On a full disk, what failed first is what is said.
+            # On a full disk, the first failure is the one to report.
             with contextlib.suppress(*([] if kind is None else [OSError])):
                 plot(self.records, self.config.output / "curves.png", self.config.recipe)
 
@@ -81,11 +81,11 @@ class Report:
 
     def preparing(self, done: int) -> None:
         """Shows that so many of the teacher's trajectories are made."""
-        said = f"trajectory {done} of {self.config.pairs}"
+        text = f"trajectory {done} of {self.config.pairs}"
         if self.live:
-            self.progress.update(self.task, said=said)
+            self.progress.update(self.task, text=text)
         else:
-            self.say(said)
+            self.say(text)
 
     def update(self, record: Record) -> None:
         step, steps = self.run.step, self.config.steps
@@ -107,11 +107,11 @@ class Report:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:
                 self.failed = cannot_write(self.path, error)
-        said = "  ".join(f"{key} {value:.4g}" for key, value in mean.items())
-        self.progress.update(self.task, completed=step, said=said)
+        text = "  ".join(f"{key} {value:.4g}" for key, value in mean.items())
+        self.progress.update(self.task, completed=step, text=text)
         if not self.live:
             left = (steps - step) * rate / 60
-            self.say(f"update {step}/{steps}  {said}  {rate:.2f} s each  {left:.0f} min left")
+            self.say(f"update {step}/{steps}  {text}  {rate:.2f} s each  {left:.0f} min left")
 
     def sample(self) -> None:
         """A contact sheet of what the averaged weights generate, where there is a decoder: after

@@ -82,13 +82,13 @@ class Trajectories:
         they depend on. Raises ValueError where the folder holds those of others."""
         files = [*self.files()]
         note = self.folder / "trajectories.json"
-        said = json.dumps(facts, sort_keys=True)
-        if note.exists() and note.read_text() != said:
+        settings = json.dumps(facts, sort_keys=True)
+        if note.exists() and note.read_text() != settings:
             raise ValueError(f"{self.folder}: holds trajectories of other settings: remove them")
         ranks.wait()
         if ranks.first:
             with atomic(note) as part:
-                part.write_text(said)
+                part.write_text(settings)
         # A sharded teacher runs on all ranks at once, each on a file of its own.
         for begin in range(0, len(files), ranks.world):
             path, rows = files[min(begin + ranks.rank, len(files) - 1)]

@@ -1,5 +1,4 @@
-"""Interface of the video VAEs, their state from chunk to chunk of a clip, and the checks of their
-arguments.
+"""Interface of the video VAEs, their state between chunks, and the checks of their arguments.
 
 Latent frame 0 of a clip is a still of pixel frame 0, latent frame i covers pixel frames
 4i - 3 .. 4i. Shapes: B batch, F latent frames, T pixel frames, C channels.
@@ -16,9 +15,8 @@ from torch import Tensor, nn
 
 
 class VideoDecoder(Protocol):
-    """Decoder of video. A clip goes through in chunks of any size, the state goes along explicitly,
-    and the result is that of the whole clip at once. A state is never changed, so a clip can go on
-    from it twice."""
+    """Decoder of clips in chunks of any size, with an explicit state: the result is that of the
+    whole clip at once. A state is never changed, so a clip can go on from it twice."""
 
     latent_channels: int
     spatial_factor: int
@@ -34,7 +32,7 @@ class VideoDecoder(Protocol):
 
 
 class VideoCodec(VideoDecoder, Protocol):
-    """Decoder and encoder of video. Its tensors are where its parameters are."""
+    """Decoder and encoder of clips. Its tensors are where its parameters are."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 

@@ -27,7 +27,7 @@ def channels_last(module: Module) -> Module:
 
 
 def conv2d(x_BTHWC: Tensor, layer: nn.Conv2d) -> Tensor:
-    """Convolution 3×3 of each frame on its own."""
+    """A 3×3 convolution of each frame on its own."""
     weight = layer.weight[:, :, None]
     if layer.stride == (1, 1) and winograd.pays(x_BTHWC, weight):
         return winograd.conv3d(x_BTHWC, weight, layer.bias)
@@ -82,7 +82,6 @@ def upsampled_conv2d(
 
 
 def _sums_of_taps(weight: Tensor, dim: int) -> Tensor:
-    """Sums of three taps, [2, 2]: of the two pixels that one becomes, each on the two that it
-    sees."""
+    """Sums of three taps, [2, 2]: the two pixels that one becomes, and the two that each sees."""
     a, b, c = weight.unbind(dim)
     return torch.stack([torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)], dim)

@@ -61,8 +61,7 @@ class TinyVAE(nn.Module):
     def decode_chunk(
         self, latents_BFCHW: Tensor, state: CausalState | None = None
     ) -> tuple[Tensor, CausalState]:
-        """Decodes, as a `VideoCodec`, latents [B, F, 16, H, W] to pixels [B, T, 3, 8H, 8W] in [-1,
-        1]."""
+        """Decodes latents [B, F, 16, H, W] to pixels [B, T, 3, 8H, 8W] in [-1, 1]."""
         check_latents(self, latents_BFCHW)
         check_before("latents", latents_BFCHW, state)
         layers: Any = self.decoder

@@ -30,13 +30,13 @@ from sfmodel.vae.codec import CausalState, FrameCache, check_before, check_laten
 
 # Of the latents, by channel: diffusion models see (latents − mean) / std.
 MEAN = (
-    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
-    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
-)
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
 STD = (
-    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
-    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
-)
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
 # The official norm divides by max(‖x‖, 1e-12): so zeros stay zeros, and nothing else changes.
 EPS = 1e-24
 CONTEXT_FRAMES = 2  # frames before its own that a convolution over time sees
@@ -333,8 +333,8 @@ class WanVAE(nn.Module):
     def encode_chunk(
         self, pixels_BTCHW: Tensor, state: CausalState | None = None
     ) -> tuple[Tensor, CausalState]:
-        """Encodes, as a `VideoCodec`, pixels [B, T, 3, H, W] to normalised latents [B, F, 16, H /
-        8, W / 8], the means of their distributions, in float32."""
+        """Encodes as `VideoCodec`: pixels [B, T, 3, H, W] to normalised latents [B, F, 16, H/8,
+        W/8], the means of their distributions, in float32."""
         check_pixels(self, pixels_BTCHW, state is None)
         check_before("pixels", pixels_BTCHW, state)
         latents = []
@@ -356,7 +356,7 @@ class WanVAE(nn.Module):
     def decode_chunk(
         self, latents_BFCHW: Tensor, state: CausalState | None = None
     ) -> tuple[Tensor, CausalState]:
-        """Decodes, as a `VideoCodec`, normalised latents [B, F, 16, H, W] to pixels [B, T, 3, 8H,
+        """Decodes as `VideoCodec`: normalised latents [B, F, 16, H, W] to pixels [B, T, 3, 8H,
         8W]."""
         check_latents(self, latents_BFCHW)
         check_before("latents", latents_BFCHW, state)

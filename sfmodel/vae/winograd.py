@@ -75,8 +75,7 @@ def pays(x_BTHWC: Tensor, weight: Tensor) -> bool:
 
 def conv3d(x_BTHWC: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
     """Convolution of x [B, T, H, W, C] and weight [O, C, taps, 3, 3], with one pixel of zeros
-    around each frame and none before or after the clip: [B, T − taps + 1, H, W, O]. Without a
-    gradient."""
+    around each frame and none in time: [B, T − taps + 1, H, W, O]. Has no gradient."""
     B, T, H, W, C = x_BTHWC.shape
     outputs, _, taps = weight.shape[:3]
     rows, columns = -(-H // OUT), -(-W // OUT)

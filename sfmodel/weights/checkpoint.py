@@ -1,4 +1,4 @@
-"""Reading, checking and writing weights under their public names.
+"""Weights read, checked and written under their public names.
 
 A wrong file is named before a weight is read. Then each tensor is read once, straight to where it
 is wanted.
@@ -39,16 +39,16 @@ log = logging.getLogger(__name__)
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def read(path: str | Path, weights: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of what `open_weights` opens, by their names there and mapped into memory, and
     the metadata of a safetensors file. Raises ValueError as `open_weights` does."""
-    found = open_weights(path, weights)
+    found = open_weights(path)
     return found.tensors, found.metadata
 
 
 def describe(path: Path) -> str:
-    """Description of what `open_weights` finds, in a line such as "Wan2.1 DiT 1.3B (official),
-    bfloat16, 825 tensors, generator_ema + generator". Reads no weights. Raises ValueError as it
+    """Line on what `open_weights` finds, such as "Wan2.1 DiT 1.3B (official), bfloat16, 825
+    tensors, generator_ema + generator". Reads no weights. Raises ValueError as `open_weights`
     does."""
     found = open_weights(path)
     state, (_, label) = recognised(found)
@@ -73,10 +73,9 @@ def load_model(
     dtype: torch.dtype,
     weights: str | None = None,
 ) -> Module:
-    """The model that `build` makes, with a checkpoint's weights in `dtype` on `device`; path and
-    weights as in `open_weights`. Beside the model itself and the pages of the file, which the
-    system can drop, memory holds one tensor at most. Buffers that the file has not (constants) keep
-    their type.
+    """Model of `build` with a checkpoint's weights in `dtype` on `device`; path and weights as in
+    `open_weights`. Beside the model itself and the pages of the file, which the system can drop,
+    memory holds one tensor at most. Buffers that the file has not (constants) keep their type.
 
     Raises ValueError as `matching` does, before anything is allocated on the device."""
     return checked(build, path, device=device, dtype=dtype, weights=weights)()
@@ -144,13 +143,11 @@ def _fill(own: Mapping[str, Tensor], official: Mapping[str, Tensor]) -> None:
         rows.copy_(official[name])
 
 
-def matching(
-    model: nn.Module, path: str | Path, weights: str | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def matching(model: nn.Module, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A checkpoint's tensors under this project's names, and the file's metadata. Raises ValueError
     as `open_weights` does, and for another model: says which if it knows it, and the first names
     that are missing, unexpected, of a wrong shape or not of a floating-point type."""
-    state, metadata = _checked(model, path, weights)
+    state, metadata = _checked(model, path, None)
     return from_official(state), metadata
 
 

@@ -30,8 +30,8 @@ _PART = re.compile(rf"(?:(?:{'|'.join(WRAPPERS)})\.)*({'|'.join(PARTS)})\.")
 _INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 _PREFIXES = (
     *(f"{name}." for name in (*PARTS, *WRAPPERS)),
-    *("net.", "diffusion_model.", "transformer.", "pipe.dit."),
-)
+    "net.", "diffusion_model.", "transformer.", "pipe.dit.",
+)  # fmt: skip
 
 
 def _layers(stems: Mapping[str, str]) -> dict[str, str]:
@@ -72,9 +72,8 @@ DIT = {
 
 
 def _vae() -> dict[str, str]:
-    """Names of Wan2.1's VAE: four levels, two residual blocks each in the encoder, three in the
-    decoder, and a resampling between levels, which changes the number of frames at the two deeper
-    places."""
+    """Wan2.1's VAE: four levels, two residual blocks each in the encoder, three in the decoder, and
+    a resampling between levels, which changes the number of frames at the two deeper places."""
     norms = {"residual.0.gamma": "norm1.gamma", "residual.3.gamma": "norm2.gamma"}
     residual = norms | _layers({"residual.2": "conv1", "residual.6": "conv2"})
     wider = residual | _layers({"shortcut": "conv_shortcut"})
@@ -145,8 +144,7 @@ def diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names of this project from official ones: fused projections, everything else by its own
-    name."""
+    """Tensors by this project's names from official ones: some projections are fused."""
     state = {clean_key(k): v for k, v in state.items()}
     out: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -192,8 +190,8 @@ def _sibling(stem: str, part: str, leaf: str) -> str:
 
 
 class Kind(NamedTuple):
-    """Kind of model. family: DiT, VAE or tiny VAE; empty for what this project does not run. label:
-    for people; empty for what is not known."""
+    """Kind of model. family: DiT, VAE or tiny VAE; empty if this project does not run it. label:
+    for people; empty if it is not known."""
 
     family: str
     label: str

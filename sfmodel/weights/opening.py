@@ -150,8 +150,7 @@ def _states(loaded: dict[str, Any]) -> list[tuple[str, dict[str, Tensor]]]:
 
 
 def _is_whole(tensors: Mapping[str, Tensor]) -> bool:
-    """Tells whether these are all of the tensors of a DiT or a VAE, of types that it computes
-    in."""
+    """Tells whether these are all tensors of a DiT or a VAE, of types that it computes in."""
     state = names.official(tensors)
     family, _ = names.kind(state)
     if family not in names.TABLES or foreign_types(state):
@@ -160,9 +159,8 @@ def _is_whole(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _no_weights(tensors: Mapping[str, Tensor], limit: int) -> str:
-    """Phrase on a tensor that cannot be computed with, if one cannot. One that repeats its memory,
-    so that it is larger than its file of `limit` bytes, would take any amount of memory once it is
-    copied."""
+    """Phrase on a tensor that cannot be computed with, if there is one. One that repeats its memory
+    and is larger than its file of `limit` bytes would take any amount once it is copied."""
     for name, x in tensors.items():
         if x.is_meta:
             return f"{shown(name)} has a shape and no values (a meta tensor)"
@@ -375,9 +373,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def some(keys: Iterable[str], count: int = 3) -> str:
+def some(keys: Iterable[str]) -> str:
     ordered = sorted(keys)
-    return ", ".join(map(shown, ordered[:count])) + more(ordered, count)
+    return ", ".join(map(shown, ordered[:3])) + more(ordered, 3)
 
 
 def shown(name: str) -> str:

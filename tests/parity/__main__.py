@@ -202,7 +202,7 @@ class CodecRunner:
         return Result(torch.cat(videos), torch.cat([recorded] * len(ways)))
 
     def decode(self, z_BFCHW: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        """In calls of so many latent frames each, and of the last size from then on."""
+        """Decodes in calls of so many latent frames each, and of the last size from then on."""
         parts, state = [], None
         for size in itertools.chain(sizes, itertools.repeat(sizes[-1])):
             part_BTCHW, state = self.codec.decode_chunk(z_BFCHW[:, :size], state)
@@ -222,12 +222,12 @@ class CodecRunner:
         return self.swapped(self.codec.encode_chunk(pixels_BTCHW)[0])
 
     def swapped(self, x: Tensor) -> Tensor:
-        """From this project's order of dimensions to the recording's, and back."""
+        """Swaps this project's order of dimensions for the recording's, or back."""
         return x if self.frames_first else x.transpose(1, 2)
 
 
 def drawn_weights(config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tiny VAE's: stored as a seed."""
+    """Weights of the tiny VAE, stored as a seed."""
     generator = torch.Generator().manual_seed(config["seed"])
     weights = {}
     for key, shape in config["keys"].items():

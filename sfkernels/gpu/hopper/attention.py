@@ -192,9 +192,8 @@ def _produce(q_desc, k_desc, v_desc, k_prefix_desc, v_prefix_desc, q_pipe, k_pip
 
 @gluon.jit
 def _masked(s_MN, left, N: gl.constexpr):
-    """Scores of which only the first `left` columns count. V in the rows of the others is
-    multiplied by zero, so that it may be anything finite: another key, a ring's slot not written
-    yet, or zeros."""
+    """Scores without columns from `left` on. V in their rows is multiplied by zero, so that it may
+    be anything finite: another key, a ring's slot not written yet, or zeros."""
     col_N = gl.arange(0, N, gl.SliceLayout(0, accumulator(N)))
     return gl.where((col_N < left)[None, :], s_MN, -float("inf"))
 
@@ -342,10 +341,10 @@ def _hopper_fwd_kernel(
     HAS_PREFIX: gl.constexpr,
     O_BITS: gl.constexpr,
 ):
-    """Tiles of queries over the keys that they see. Descriptors are of rows [B · stride_b /
-    stride_l, H · D], and *_rows says how many of them a sample is apart from the next. The grid is
-    (programs that share the tiles, parts, B · H): those of a head run side by side, so that its
-    keys are read from L2. o [parts, B, L, H, D], lse [parts, B, H, L]."""
+    """Attention of tiles of queries. Descriptors are of rows [B·stride_b/stride_l, H·D], and *_rows
+    says how many of them a sample is apart from the next. The grid is (programs that share the
+    tiles, parts, B · H): those of a head run side by side, so that its keys are read from L2. o
+    [parts, B, L, H, D], lse [parts, B, H, L]."""
     q_s = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, M, D], q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, N, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, N, D], v_desc.layout)

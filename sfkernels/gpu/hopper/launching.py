@@ -30,8 +30,7 @@ def hopper_setting(kernel: str, q_BLHD: Tensor) -> launch.Tile:
 
 
 def programs_of(setting: launch.Tile, device: torch.device, tiles: int, others: int) -> int:
-    """Number of programs that share the tiles of each head and part, of which there are
-    `others`."""
+    """Number of programs that share the tiles of each of the `others` heads and parts."""
     if not setting.per_sm:
         return tiles
     return min(tiles, -(-setting.per_sm * launch.multiprocessors(device) // others))
