@@ -220,12 +220,17 @@ def test_loading_a_new_model(official: dict[str, Tensor], tmp_path: Path) -> Non
     )
 
 
+M_MMAP_THRESHOLD = -3  # of malloc.h
+
+
 class Memory(TorchDispatchMode):
     """The most memory of this process's own, pages of files apart, after any operation."""
 
     def __init__(self) -> None:
         super().__init__()
-        ctypes.CDLL(None).malloc_trim(0)  # else what was freed before would be taken again unseen
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**20)  # what is freed is no longer counted
+        libc.malloc_trim(0)  # else what was freed before would be taken again unseen
         self.start = self.most = self.now()
 
     @staticmethod

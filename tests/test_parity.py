@@ -58,10 +58,16 @@ def test_recorded_cases_pass_on_the_kernels(
 ) -> None:
     options = ["--impl", "triton", "--attention-impl", "triton", "--device", DEVICE]
     many = RowTile(64, 8)  # the interpreter pays by the program
+    # What these two compute, others do as well.
+    fewer = ("roll_chunk3.", "df_chunk1.")
+
+    def cases(every: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v for k, v in without_rollouts(every).items() if not k.startswith(fewer)}
+
     kernels = ["rope_table", "norm_fwd", "adaln_fwd", "residual_norm_fwd", "qk_norm_rope_fwd"]
     with launch.using(**dict.fromkeys(kernels, many)):
-        assert main([str(copy(tmp_path, without_rollouts)), *options]) == 0
-    assert "8 passed, 0 not passed" in capsys.readouterr().out
+        assert main([str(copy(tmp_path, cases)), *options]) == 0
+    assert "6 passed, 0 not passed" in capsys.readouterr().out
 
 
 def test_what_cannot_be_run_is_said_and_fails(
