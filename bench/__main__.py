@@ -28,15 +28,19 @@ from sfmodel.process import prepared
 
 SUITES = ("quick", "gpu", "full", "verify")
 OPS = ("kernels", "cpu")
-NAMES = ("stream", "decode", "train", "predict", "report", "compare", "tune")
+NAMES = ("stream", "decode", "train", "report", "compare", "tune")
 COMMANDS = {
     **{name: f"bench.ops.{name}" for name in OPS},
     **{name: f"bench.{name}" for name in NAMES},
     "extrapolate": "experiments.rolling",
     "readme": "experiments.readme",
 }
-# Those that need tyro and a video encoder.
-TRAINED = {"demo": "experiments.demo", "experiment": "experiments.table2"}
+# Functions whose arguments tyro reads.
+FUNCTIONS = {
+    "demo": "experiments.demo",
+    "experiment": "experiments.table2",
+    "predict": "sfmodel.cli.predict",
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -48,8 +52,8 @@ def main(arguments: list[str]) -> int:
     if command in ("help", "h", "-h"):
         print(__doc__)
         return 0
-    if command in (*SUITES, *COMMANDS, *TRAINED):
-        needs_all = command in ("cpu", "readme", *TRAINED)
+    if command in (*SUITES, *COMMANDS, *FUNCTIONS):
+        needs_all = command in ("cpu", "readme", *FUNCTIONS)
         require("python -m bench", "model" if needs_all else "bench")
     if command in SUITES:
         from bench import suite
@@ -58,13 +62,13 @@ def main(arguments: list[str]) -> int:
     if command in COMMANDS:
         module = importlib.import_module(COMMANDS[command])
         return module.main(arguments[1:])
-    if command in TRAINED:
+    if command in FUNCTIONS:
         from sfmodel.cli.main import run_command
 
-        function = getattr(importlib.import_module(TRAINED[command]), command)
+        function = getattr(importlib.import_module(FUNCTIONS[command]), command)
         run_command("python -m bench", {command: function}, [command, *arguments[1:]])
         return 0
-    known = ", ".join((*(f"--{name}" for name in SUITES), *COMMANDS, *TRAINED))
+    known = ", ".join((*(f"--{name}" for name in SUITES), *COMMANDS, *FUNCTIONS))
     print(f"python -m bench: no command {arguments[0]!r}, must be one of {known}", file=sys.stderr)
     return 2
 

@@ -37,7 +37,7 @@ from bench.ops import kernels
 from sfmodel import cost
 from sfmodel.config import VAEConfig
 from sfmodel.cost import PIXEL_FRAMES, VAE_STRIDE
-from sfmodel.machine import said
+from sfmodel.machine import describe
 
 OURS, REFERENCE, TINY, PEER = "wan", "reference", "tiny vae", "diffusers"
 WHOLE, LAST = ", whole", ", channels last"
@@ -299,7 +299,7 @@ def tables(result: Result) -> list[Table]:
     notes = [*dict.fromkeys(notes), *filter(None, [result.get("note")])]
     title = f"video VAEs, {result['sizes']}, {result['ceilings']['dtype']}"
     notes += harness.left_out(result)
-    return [Table(f"{title} ({said(result['machine'])})", columns, lines, notes)]
+    return [Table(f"{title} ({describe(result['machine'])})", columns, lines, notes)]
 
 
 def figures(result: Result) -> Iterator[tuple[str, Any]]:
@@ -317,7 +317,7 @@ def figures(result: Result) -> Iterator[tuple[str, Any]]:
     if groups:
         product = scale * result["ceilings"]["matmul_tflops"]
         label = f"{unit} of the public decoder (dashed: a matrix product)"
-        title = said(result["machine"])
+        title = describe(result["machine"])
         yield "decode", kernels.grouped_bars(groups, product, label, title, COLOURS)
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from bench import compare, harness, timing
 from bench.harness import Result, Table
 from sfmodel.files import atomic
-from sfmodel.machine import said_state
+from sfmodel.machine import describe_state
 
 # What shows the result of a part.
 MODULES = {
@@ -191,7 +191,7 @@ def _circumstances(result: Result) -> str:
     if ceilings:
         values = ", ".join(f"{value:.4g} {key}" for key, value in ceilings.items())
         said.append(f"ceilings measured: {values} {dtype}".strip())
-    if state := said_state(result.get("before", {}), result.get("after", {})):
+    if state := describe_state(result.get("before", {}), result.get("after", {})):
         said.append(f"before → after: {state}")
     return "; ".join(said)
 

@@ -9,7 +9,7 @@ from typing import Any
 from bench import harness
 from bench.harness import Result, Table
 from sfmodel.cost import PIXEL_FRAMES
-from sfmodel.machine import said, said_state
+from sfmodel.machine import describe, describe_state
 from sfmodel.stream import COPY, DECODE, NOISE, PROMPT, STEP, UPDATE
 
 ENCODING, TINY_DECODE = "text encoding", "decode, tiny VAE"
@@ -36,9 +36,9 @@ def tables(result: Result) -> list[Table]:
         )
         for line in result["baselines"]
     ]
-    notes = [said(result["machine"])]
+    notes = [describe(result["machine"])]
     if "after" in result:
-        notes.append(said_state(result["before"], result["after"]))
+        notes.append(describe_state(result["before"], result["after"]))
     columns = ("", "paper FPS", "FPS", "paper s", "s", "how")
     title = f"frames a second and seconds to the first frame, the paper's on one H100{sizes}"
     out = [Table(title, columns, lines, notes)]
@@ -176,7 +176,7 @@ def timeline(result: Result, rows: Sequence[Result]) -> Any:
     axes[-1].set_xlabel("ms of a chunk at a full window, median of each phase")
     handles = [Patch(color=colour, label=name) for name, colour in shown.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
-    figure.suptitle(f"{said(result['machine'])}; sizes: {result['sizes']}", fontsize=8)
+    figure.suptitle(f"{describe(result['machine'])}; sizes: {result['sizes']}", fontsize=8)
     return figure
 
 
@@ -201,5 +201,5 @@ def bars(result: Result) -> Any:
     axis.set_yticks(range(len(lines)), [line["name"] for line in lines])
     axis.set_xlabel("frames a second (clip)")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    figure.suptitle(said(result["machine"]), fontsize=8)
+    figure.suptitle(describe(result["machine"]), fontsize=8)
     return figure

@@ -28,7 +28,7 @@ from rich.console import Console
 from bench import harness, process, report, timing, verify
 from bench.harness import Table
 from bench.report import verdict
-from sfmodel.machine import machine, said
+from sfmodel.machine import describe, machine
 
 # (folder, seconds left to it) -> what came out
 Run = Callable[[Path, float], dict[str, Any]]
@@ -127,7 +127,7 @@ def run(name: str, preset: Preset, folder: Path) -> dict[str, Any]:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - began:5.0f} s] {text}", flush=True)
 
-    say(said(result["machine"]))
+    say(describe(result["machine"]))
     for one in preset.steps:
         seconds = min(one.limit, preset.total - (time.monotonic() - began))
         start = time.monotonic()
@@ -151,7 +151,9 @@ def run(name: str, preset: Preset, folder: Path) -> dict[str, Any]:
 
 def overview(result: dict[str, Any]) -> Table:
     rows = [(name, f"{out['seconds']:.0f}", verdict(out)) for name, out in result["parts"].items()]
-    return Table(f"--{result['preset']}: {said(result['machine'])}", ("part", "seconds", ""), rows)
+    return Table(
+        f"--{result['preset']}: {describe(result['machine'])}", ("part", "seconds", ""), rows
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,7 +30,7 @@ from sfmodel import ranges
 from sfmodel.config import PRESETS, Preset
 from sfmodel.cost import clip_chunks, training_flops
 from sfmodel.dit import SelfAttention
-from sfmodel.machine import said
+from sfmodel.machine import describe
 from sfmodel.train.batch import Batch
 from sfmodel.train.config import TrainConfig
 from sfmodel.train.data import Clips
@@ -289,7 +289,7 @@ def tables(result: Result) -> list[harness.Table]:
         if timed := harness.timed(row):
             fastest[row["case"]] = min(timed.items(), key=lambda item: item[1]["ms"])
     columns = ["", "self-attention", "s", "p99", "of which", "peak GiB", "TFLOP/s", "% of product"]
-    title = f"training iteration: {result['sizes']}, batch 1, {said(result['machine'])}"
+    title = f"training iteration: {result['sizes']}, batch 1, {describe(result['machine'])}"
     notes = ["s: of a whole update, what lies between its phases included",
              "peak GiB: beside weights and AdamW's averages; TFLOP/s: of what the pattern needs, "
              "what is recomputed included"]  # fmt: skip
@@ -355,7 +355,7 @@ def figures(result: Result) -> Iterator[tuple[str, Any]]:
     ax.set_ylabel("seconds of an iteration")
     figure.legend(loc="outside lower center", ncols=len(COLOURS), fontsize=8)
     parts = "from below: forward (in SF: rollout, scores), backward, optimiser; dashed: the floor"
-    title = f"{result['sizes']}, batch 1, {said(result['machine'])}\n{parts}"
+    title = f"{result['sizes']}, batch 1, {describe(result['machine'])}\n{parts}"
     figure.suptitle(title, fontsize=8)
     yield "train", figure
 

@@ -19,7 +19,7 @@ from experiments.rolling import compare
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
-from sfmodel.machine import machine, said
+from sfmodel.machine import describe, machine
 from sfmodel.pretrained import TOY_WEIGHTS, load_toy
 from sfmodel.stream import stream
 from sfmodel.video import ContactSheet, VideoWriter
@@ -49,7 +49,9 @@ def demo(
         console.width = 110
     model, codec, text = load_toy()
     here = machine(model.device)
-    console.print(f"streaming {prompt!r}: weights {TOY_WEIGHTS.name}, teacher-forced; {said(here)}")
+    console.print(
+        f"streaming {prompt!r}: weights {TOY_WEIGHTS.name}, teacher-forced; {describe(here)}"
+    )
     embedding = text([prompt], model.device)
     result: dict[str, Any] = {"machine": here, "prompt": prompt, "seed": seed, "frames": frames}
     result["stream"] = run_stream(model, codec, embedding, prompt, frames, seed, output)
@@ -142,7 +144,7 @@ def resident_mib() -> float:
 
 def report(result: dict[str, Any], console: Console) -> None:
     s = result["stream"]
-    table = Table("one stream of the toy world", "", title=said(result["machine"]))
+    table = Table("one stream of the toy world", "", title=describe(result["machine"]))
     table.add_row("frames a second, decoding included", f"{s['fps']:.0f}")
     table.add_row("first frame after", f"{1e3 * s['first_frame_seconds']:.0f} ms")
     table.add_row(f"KV cache, {s['window']} latent frames", f"{s['cache_mib']:.2f} MiB")
@@ -210,7 +212,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     right.set_ylabel("time of a chunk / ring cache's")
     right.set_title(f"past a window of {PAPER_WINDOW} latent frames", fontsize=9)
     right.legend(fontsize=8)
-    figure.suptitle(said(result["machine"]), fontsize=8)
+    figure.suptitle(describe(result["machine"]), fontsize=8)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     pyplot.close(figure)

@@ -33,7 +33,7 @@ from sfmodel import ranges
 from sfmodel.config import PRESETS, Preset
 from sfmodel.cost import pass_flops, rolling_flops
 from sfmodel.dit import DiT
-from sfmodel.machine import said
+from sfmodel.machine import describe
 from sfmodel.schedule import FlowSchedule
 from sfmodel.stream import Stream, few_step
 
@@ -377,7 +377,7 @@ def tables(result: harness.Result) -> list[harness.Table]:
             along.append([AT_ONCE, *("not run" if s is None else f"{s:.3g}" for s in ends)])
     columns = ["", "way", "ms a chunk", "p99", "FPS", "TFLOP/s", "% of product", "time / ring's",
                "in theory"]  # fmt: skip
-    title = f"past the window: {result['sizes']}, {said(result['machine'])}"
+    title = f"past the window: {result['sizes']}, {describe(result['machine'])}"
     found = [harness.Table(title, columns, cells, notes)]
     if along:
         columns = ["", *(f"{i} window{'s' * (i > 1)}" for i in range(1, VIDEO + 1))]
@@ -436,7 +436,7 @@ def figures(result: harness.Result) -> Iterator[tuple[str, Any]]:
     right.set_xlabel("window, latent frames")
     right.set_ylabel("ms for a chunk (dashed: at the rate of a matrix product)")
     right.legend(fontsize=7)
-    figure.suptitle(f"{result['sizes']}, {said(result['machine'])}", fontsize=8)
+    figure.suptitle(f"{result['sizes']}, {describe(result['machine'])}", fontsize=8)
     yield "extrapolate", figure
 
 

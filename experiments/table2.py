@@ -30,7 +30,7 @@ from rich.table import Table
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
-from sfmodel.machine import machine, said
+from sfmodel.machine import describe, machine
 from sfmodel.schedule import FlowSchedule
 from sfmodel.toy.evaluate import (
     BATCH,
@@ -371,7 +371,7 @@ def draw(summary: dict[str, Any], output: Path) -> None:
     ways = [way for way in WAYS if _of(summary, way)]
     colours = dict(zip(ROWS, colormaps["tab10"](range(10)), strict=False))
     size = 6 * len(ways), 4.6
-    where = f"{said(summary['machine'])}, {summary['scale']['seeds']} seeds"
+    where = f"{describe(summary['machine'])}, {summary['scale']['seeds']} seeds"
 
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(ways), sharey=True, squeeze=False)

@@ -218,7 +218,7 @@ def test_the_state_of_the_machine() -> None:
     assert here["kind"] == "cpu" and here["torch"] == torch.__version__ and here["date"]
     state = machine.state(CPU)
     assert state["load"] >= 0
-    said = machine.said_state({"celsius": 30.0, "load": 1.0}, {"celsius": 55.0})
+    said = machine.describe_state({"celsius": 30.0, "load": 1.0}, {"celsius": 55.0})
     assert said == "30 → 55 °C"
 
 

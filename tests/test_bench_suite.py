@@ -21,7 +21,7 @@ from tests.oracle import DEVICE
 
 def test_what_runs_on_a_gpu_needs_little_but_pytorch(tmp_path: Path) -> None:
     """No package but torch, triton, numpy, rich and pytest; the whole of a part, JSON included."""
-    modules = "suite, stream, decode, train, predict, report, compare, tune, verify"
+    modules = "suite, stream, decode, train, report, compare, tune, verify"
     code = (
         "import sys; others = 'tyro av matplotlib PIL safetensors diffusers transformers'\n"
         "sys.modules.update(dict.fromkeys(others.split()))\n"

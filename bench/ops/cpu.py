@@ -27,7 +27,7 @@ from bench.ops import kernels, memory_bound
 from sfkernels import cpp
 from sfkernels.cases import FRAME
 from sfmodel.config import PRESETS
-from sfmodel.machine import said
+from sfmodel.machine import describe
 from sfmodel.pretrained import TOY_WEIGHTS, load_toy
 from sfmodel.stream import stream
 from sfmodel.train.config import defaults
@@ -165,7 +165,7 @@ def tables(result: Result) -> list[Table]:
         ops.append([row["case"], kernels.microseconds(ours), share,
                     over(EAGER), over("compile"), over("native")])  # fmt: skip
     notes += harness.left_out(result)
-    here = f"{said(result['machine'])}, {result['instructions']}"
+    here = f"{describe(result['machine'])}, {result['instructions']}"
     return [
         Table(f"C++ on {here}", ("op", "µs", "% of a copy of as many bytes", "eager / C++",
               "torch.compile / C++", "PyTorch's own op / C++"), ops),
@@ -187,7 +187,7 @@ def figures(result: Result) -> Iterator[tuple[str, Any]]:
         groups.append((row["case"], bars))
     if groups:
         label = "% of the bandwidth of a copy of as many bytes"
-        yield "cpu", kernels.grouped_bars(groups, 100, label, said(result["machine"]))
+        yield "cpu", kernels.grouped_bars(groups, 100, label, describe(result["machine"]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from bench.ops import attention, memory_bound
 from bench.ops.measure import best, run_case
 from sfkernels.cases import AttentionCase, Case
 from sfkernels.testing import interpreted
-from sfmodel.machine import said
+from sfmodel.machine import describe
 
 CPU_ROUNDS = 5
 
@@ -74,7 +74,7 @@ def is_attention(row: dict[str, Any]) -> bool:
 
 def tables(result: Result) -> list[Table]:
     ceilings = result["ceilings"]
-    here = said(result["machine"])
+    here = describe(result["machine"])
     copy, product = ceilings["copy_gbps"], ceilings.get("matmul_tflops")
     unit, scale = product_unit(ceilings)
     rate = f"{scale * product:.3g} {unit}" if product else "not measured"
@@ -172,11 +172,11 @@ def figures(result: Result) -> Iterator[tuple[str, Any]]:
             bars[memory].append((row["case"], group))
     if bars[True]:
         label = "% of the bandwidth of a copy of as many bytes"
-        yield "kernels", grouped_bars(bars[True], 100, label, said(result["machine"]))
+        yield "kernels", grouped_bars(bars[True], 100, label, describe(result["machine"]))
     if bars[False]:
         product = scale * result["ceilings"]["matmul_tflops"]
         label = f"{unit} (dashed: a matrix product)"
-        yield "attention", grouped_bars(bars[False], product, label, said(result["machine"]))
+        yield "attention", grouped_bars(bars[False], product, label, describe(result["machine"]))
     if "matmul_tflops" in result["ceilings"] and any(bars.values()):
         yield "roofline", _roofline(result)
 
@@ -249,7 +249,7 @@ def _roofline(result: Result) -> Any:
     ax.set_ylabel("GFLOP/s", fontsize=8)
     ax.legend(fontsize=8)
     title = f"a copy {copy:.0f} GB/s, a matrix product {product / 1e3:.3g} TFLOP/s"
-    ax.set_title(f"{said(result['machine'])}; {title}", fontsize=8)
+    ax.set_title(f"{describe(result['machine'])}; {title}", fontsize=8)
     return figure
 
 
