@@ -44,6 +44,7 @@ FUNCTIONS = {
 
 
 def main(arguments: list[str]) -> int:
+    """The exit code: 2 and one sentence for bad input and for a file that cannot be written."""
     if not arguments:
         import torch
 
@@ -52,25 +53,28 @@ def main(arguments: list[str]) -> int:
     if command in ("help", "h", "-h"):
         print(__doc__)
         return 0
-    if command in (*SUITES, *COMMANDS, *FUNCTIONS):
-        needs_all = command in ("cpu", "readme", *FUNCTIONS)
-        require("python -m bench", "model" if needs_all else "bench")
-    if command in SUITES:
-        from bench import suite
-
-        return suite.main([command, *arguments[1:]])
-    if command in COMMANDS:
-        module = importlib.import_module(COMMANDS[command])
-        return module.main(arguments[1:])
+    if command not in (*SUITES, *COMMANDS, *FUNCTIONS):
+        known = ", ".join((*(f"--{name}" for name in SUITES), *COMMANDS, *FUNCTIONS))
+        print(f"python -m bench: no command {arguments[0]!r}, must be one of {known}",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    require("python -m bench", "model" if command in ("cpu", "readme", *FUNCTIONS) else "bench")
     if command in FUNCTIONS:
         from sfmodel.cli.main import run_command
 
         function = getattr(importlib.import_module(FUNCTIONS[command]), command)
         run_command("python -m bench", {command: function}, [command, *arguments[1:]])
         return 0
-    known = ", ".join((*(f"--{name}" for name in SUITES), *COMMANDS, *FUNCTIONS))
-    print(f"python -m bench: no command {arguments[0]!r}, must be one of {known}", file=sys.stderr)
-    return 2
+    program = f"python -m bench {'--' * (command in SUITES)}{command}"
+    try:
+        if command in SUITES:
+            from bench import suite
+
+            return suite.main([command, *arguments[1:]])
+        return int(importlib.import_module(COMMANDS[command]).main(arguments[1:]))
+    except (ValueError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def within_bounds(search: Search, settings: Sequence[Setting], arch: int) -> lis
 
 
 def _holds_bounds(kernel: str, channels: int, arch: int, setting: Setting) -> bool:
-    """Whether all kernels of a launcher compile for an architecture within its bounds."""
+    """True where all kernels of a launcher compile for an architecture within its bounds."""
     fine = True
 
     def compile_only(
@@ -297,8 +297,8 @@ def _said(setting: Setting) -> str:
 def _agrees(
     setting: Setting, results: Callable[[Setting], list[Tensor]], want: list[Tensor]
 ) -> bool:
-    """Whether a candidate computes what the default does, to a few roundings of the dtype and the
-    order of sums."""
+    """True where a candidate computes what the default does, to a few roundings of the dtype and
+    the order of sums."""
     try:
         for ours, theirs in zip(results(setting), want, strict=True):
             eps = torch.finfo(theirs.dtype).eps if theirs.is_floating_point() else 0.0
@@ -360,18 +360,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernel", action="append", default=[], help="only this one")
     chosen = parser.parse_args(arguments)
     if unknown := set(chosen.kernel) - set(launch.DEFAULTS[90]):
-        print(
-            f"python -m bench tune: kernel {min(unknown)!r}: must be one of "
-            f"{', '.join(launch.DEFAULTS[90])}",
-            file=sys.stderr,
-        )
-        return 2
+        known = ", ".join(launch.DEFAULTS[90])
+        raise ValueError(f"kernel {min(unknown)!r}: must be one of {known}")
     if not torch.cuda.is_available():
-        print("python -m bench tune: needs a GPU that PyTorch can use", file=sys.stderr)
-        return 2
-    try:
-        run(torch.device("cuda"), chosen.out, chosen.seconds, chosen.kernel)
-    except (ValueError, OSError) as error:
-        print(f"python -m bench tune: {error}", file=sys.stderr)
-        return 2
+        raise ValueError("needs a GPU that PyTorch can use")
+    run(torch.device("cuda"), chosen.out, chosen.seconds, chosen.kernel)
     return 0

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import codecs, compare, decode, harness, timing
+from bench import codecs, compare, decode, harness, tables, timing
 from bench.codecs import WanCodec
 from bench.decode import Case, Field, Sizes
 from bench.harness import Job
@@ -125,7 +125,7 @@ def test_the_part(capsys: pytest.CaptureFixture[str]) -> None:
             )
     assert ("note" in result) == (not DIFFUSERS)
     for table in decode.tables(result):
-        harness.show(table, harness.plain_console())
+        tables.show(table, tables.plain_console())
     shown = capsys.readouterr().out
     assert "floor" not in shown and "TAEHV" in shown
     rows["decode 1 latent frame, 2 x 3 latents"] |= {"floor_ms": 0.5, "folded_floor_ms": 0.25}

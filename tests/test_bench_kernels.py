@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from bench import timing, tune
-from bench.harness import Job, plain_console, show
+from bench.harness import Job
 from bench.ops import cpu, kernels, measure, memory_bound
 from bench.ops.measure import run_case
+from bench.tables import plain_console, show
 from bench.tune import Search, searches
 from sfkernels import cpp, launch, roofline
 from sfkernels.cases import Case
