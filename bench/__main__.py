@@ -23,16 +23,15 @@ tune         searches launch settings on this GPU and writes sfkernels/tuned/sm_
 import importlib
 import sys
 
+from bench import PARTS
 from sfmodel.extras import require
 from sfmodel.process import prepared
 
 SUITES = ("quick", "gpu", "full", "verify")
-OPS = ("kernels", "cpu")
-NAMES = ("stream", "decode", "train", "report", "compare", "tune")
 COMMANDS = {
-    **{name: f"bench.ops.{name}" for name in OPS},
-    **{name: f"bench.{name}" for name in NAMES},
-    "extrapolate": "experiments.rolling",
+    "report": "bench.report",
+    "compare": "bench.compare",
+    "tune": "bench.tune",
     "readme": "experiments.readme",
 }
 # Functions whose arguments tyro reads.
@@ -53,8 +52,8 @@ def main(arguments: list[str]) -> int:
     if command in ("help", "h", "-h"):
         print(__doc__)
         return 0
-    if command not in (*SUITES, *COMMANDS, *FUNCTIONS):
-        known = ", ".join((*(f"--{name}" for name in SUITES), *COMMANDS, *FUNCTIONS))
+    if command not in (*SUITES, *PARTS, *COMMANDS, *FUNCTIONS):
+        known = ", ".join((*(f"--{name}" for name in SUITES), *PARTS, *COMMANDS, *FUNCTIONS))
         print(f"python -m bench: no command {arguments[0]!r}, must be one of {known}",
               file=sys.stderr)  # fmt: skip
         return 2
@@ -71,6 +70,10 @@ def main(arguments: list[str]) -> int:
             from bench import suite
 
             return suite.main([command, *arguments[1:]])
+        if command in PARTS:
+            from bench import harness
+
+            return harness.command(command, arguments[1:])
         return int(importlib.import_module(COMMANDS[command]).main(arguments[1:]))
     except (ValueError, OSError) as error:
         print(f"{program}: {error}", file=sys.stderr)

@@ -22,15 +22,14 @@ import copy
 import functools
 import importlib.util
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench import codecs, harness, timing
+from bench import codecs, timing
 from bench.codecs import WanCodec
 from bench.figures import BLUE, ORANGE, race
 from bench.harness import Job
@@ -317,7 +316,3 @@ def figures(result: Result) -> Iterator[tuple[str, Any]]:
         return scale * e["tflops"], f"{number(e['ms'])} ms"
 
     yield from race("decode", result, result["rows"], bar, product, label, COLOURS)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return harness.command("decode", sys.modules[__name__], arguments, __doc__, on_cpu=True)

@@ -30,7 +30,7 @@ from typing import Any, Protocol
 
 import torch
 
-from bench import figures, timing
+from bench import PARTS, figures, timing
 from bench.tables import Result, Table, plain_console, show, untimed
 from sfmodel.files import atomic
 from sfmodel.machine import machine, state
@@ -39,6 +39,9 @@ from sfmodel.machine import machine, state
 EAGER, CPP = "eager", "cpp"
 OURS = ("triton", "gluon", CPP)
 PEERS = ("compile", "native", "liger", "quack", "sdpa", "flash", "flex", "diffusers")
+
+
+FULL_ON_CPU = ("cpu", "decode")  # at more than toy sizes
 
 
 class Part(Protocol):
@@ -155,31 +158,24 @@ def wrong(result: Result, of_peers: bool = False) -> list[str]:
     ]
 
 
-def command(
-    name: str,
-    part: Part,
-    arguments: Sequence[str] | None,
-    doc: str | None,
-    on_cpu: bool = False,
-    only_cpu: bool = False,
-) -> int:
-    """`python -m bench NAME`. on_cpu: a CPU runs more than toy sizes. only_cpu: a GPU
-    is no part of it. Exit code 0; 1 where one of ours was wrong; 130 after Ctrl-C, which keeps what
-    was measured. Raises ValueError for a bad argument, OSError for a file that cannot be
-    written."""
-    parser = argparse.ArgumentParser(prog=f"python -m bench {name}", description=doc)
+def command(name: str, arguments: Sequence[str]) -> int:
+    """`python -m bench NAME` of a part. Exit code 0; 1 where one of ours was wrong; 130 after
+    Ctrl-C, which keeps what was measured. Raises ValueError for a bad argument, OSError for a file
+    that cannot be written."""
+    part: Any = importlib.import_module(PARTS[name])
+    parser = argparse.ArgumentParser(prog=f"python -m bench {name}", description=part.__doc__)
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after this")
     parser.add_argument("--only", default="", help="rows in whose name this regex is found")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, as on a CPU")
     parser.add_argument("--json-only", action="store_true", help="no tables and no figures")
     parser.add_argument("--out", type=Path, default=Path("out", name), help="results' folder")
     chosen = parser.parse_args(arguments)
-    cuda = torch.cuda.is_available() and not only_cpu
+    cuda = torch.cuda.is_available() and name != "cpu"
     file = chosen.out / f"{name}.json"
     console = plain_console()
     job = Job(
         torch.device("cuda" if cuda else "cpu"),
-        tiny=chosen.tiny or not (cuda or on_cpu),
+        tiny=chosen.tiny or not (cuda or name in FULL_ON_CPU),
         seconds=chosen.seconds,
         only=chosen.only,
         save=lambda result: write(file, result),

@@ -16,19 +16,11 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from bench import compare, timing
+from bench import PARTS, compare, timing
 from bench.tables import Result, Table, failures, left_out, plain_console, show
 from sfmodel.files import atomic
 from sfmodel.machine import describe_state
 
-# Modules that show the result of a part.
-MODULES = {
-    "kernels": "bench.ops.kernels",
-    "stream": "bench.stream",
-    "decode": "bench.decode",
-    "extrapolate": "experiments.rolling",
-    "train": "bench.train",
-}
 NUMBER = re.compile(r"[-+−±]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?\s?[%×]?")  # is set to the right
 TAIL = 3000  # characters of what a failed command said last
 
@@ -109,9 +101,9 @@ def pictures(content: dict[str, Any]) -> Pictures:
 
 
 def _module(result: Result) -> Any:
-    if result["part"] not in MODULES:
-        raise ValueError(f"part {result['part']!r} is none of {', '.join(MODULES)}")
-    return importlib.import_module(MODULES[result["part"]])
+    if result["part"] not in PARTS:
+        raise ValueError(f"part {result['part']!r} is none of {', '.join(PARTS)}")
+    return importlib.import_module(PARTS[result["part"]])
 
 
 def page(

@@ -23,7 +23,6 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import codecs, harness, peers, timing
+from bench import codecs, peers, timing
 from bench.harness import Job
 from bench.inputs import StreamInputs, full_size, shared, toy
 from bench.stream_report import ENCODING, TINY_DECODE
@@ -441,11 +440,3 @@ def run(job: Job) -> Result:
     if COMPILED in cases:
         job.add(result, COMPILED, functools.partial(measured, COMPILED))
     return job.end(result)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return harness.command("stream", sys.modules[__name__], arguments, __doc__)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

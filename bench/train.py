@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import harness, timing
+from bench import timing
 from bench.figures import COLOURS, GREY, legend, new
 from bench.harness import Job
 from bench.inputs import random_model
@@ -339,7 +338,3 @@ def figures(result: Result) -> Iterator[tuple[str, Any]]:
     present = {impl for row in rows for impl in timed(row)}
     legend(figure, {impl: colour for impl, colour in COLOURS.items() if impl in present})
     yield "train", figure
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return harness.command("train", sys.modules[__name__], arguments, __doc__)

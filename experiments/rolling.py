@@ -17,7 +17,6 @@ import functools
 import itertools
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -457,7 +456,3 @@ def _draw_growth(ax: Any, rows: Sequence[Result], result: Result) -> None:
     ax.set_xlabel("window, latent frames")
     ax.set_ylabel("ms for a chunk (dashed: at the rate of a matrix product)")
     ax.legend(fontsize=7)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return harness.command("extrapolate", sys.modules[__name__], arguments, __doc__)

@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import figures
 from bench.tables import Table, plain_console, show
@@ -241,28 +239,22 @@ def experiment(
 
 
 def _all(jobs: Sequence[Job], workers: int) -> list[dict[str, Any]]:
-    """The results of all jobs, in their order, with progress."""
+    """The results of all jobs, in their order; a line for each as it is done."""
     # Tensors of some MiB come and go: without this glibc returns each one to the kernel.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
-    console = Console()
-    columns = (TextColumn("{task.fields[said]}"), BarColumn(), MofNCompleteColumn())
-    progress = Progress(
-        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
-    )
     done: dict[Job, dict[str, Any]] = {}
     context = multiprocessing.get_context("spawn")
-    with progress, ProcessPoolExecutor(workers, mp_context=context) as pool:
-        task = progress.add_task("", total=len(jobs), said="models")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
         waiting = {pool.submit(run, job): job for job in jobs}
         try:
             for future in as_completed(waiting):
                 job, result = waiting[future], future.result()
                 done[job] = result
-                line = f"{job.name}: {_said(result)}"
-                progress.update(task, advance=1, said=line)
-                if not console.is_terminal:
-                    print(f"{len(done)}/{len(jobs)}  {line}", flush=True)
+                parts = (f"{over(result['distance'], band):.2f}" for band in bands(LONG, FRAMES))
+                took = sum(result["seconds"].values())
+                print(f"{len(done)}/{len(jobs)}  {job.name}: distance {', '.join(parts)}, "
+                      f"gap {result['gap']:.2f}, {took:.0f} s", flush=True)  # fmt: skip
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in [*(pool._processes or {}).values()]:
@@ -278,12 +270,6 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(each) for key, each in value.items()}
     return [*map(_rounded, value)] if isinstance(value, list) else value
-
-
-def _said(result: dict[str, Any]) -> str:
-    parts = ", ".join(f"{over(result['distance'], band):.2f}" for band in bands(LONG, FRAMES))
-    took = sum(result["seconds"].values())
-    return f"distance {parts}, gap {result['gap']:.2f}, {took:.0f} s"
 
 
 def references(scale: Scale, split: str) -> dict[str, dict[str, Any]]:

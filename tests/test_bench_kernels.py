@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bench import timing, tune
+from bench.__main__ import main
 from bench.harness import Job
 from bench.ops import cpu, kernels, measure, memory_bound
 from bench.ops.measure import run_case
@@ -423,7 +424,7 @@ def test_the_cpu_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One op and the toy stream, right and timed; --only leaves out all others."""
     monkeypatch.setattr(timing, "keep_memory", lambda: None)  # for the whole process
     only = "^adaln 48 x 96, float32, 1 thread|^toy stream, 1 thread"
-    assert cpu.main(["--tiny", "--only", only, "--out", str(tmp_path)]) == 0
+    assert main(["cpu", "--tiny", "--only", only, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))
     assert result["instructions"] == cpp.LOADED
     op, whole = result["rows"]

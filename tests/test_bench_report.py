@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import bench
 from bench import compare, report
 from bench.__main__ import main
 from bench.tables import Result, Table
@@ -97,7 +98,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
     vars(module).update(tables=tables, figures=figures)
     monkeypatch.setitem(sys.modules, "fake_part", module)
-    monkeypatch.setitem(report.MODULES, "kernels", "fake_part")
+    monkeypatch.setitem(bench.PARTS, "kernels", "fake_part")
 
 
 class Checker(HTMLParser):
@@ -177,7 +178,7 @@ def test_a_page_of_what_cannot_be_shown(monkeypatch: pytest.MonkeyPatch) -> None
         ("no_such_module", "No module named 'no_such_module'"),
         ("bench.timing", "module 'bench.timing' has no attribute 'tables'"),
     ):
-        monkeypatch.setitem(report.MODULES, "kernels", module)
+        monkeypatch.setitem(bench.PARTS, "kernels", module)
         assert said in Checker(report.page(bare)).text
 
 

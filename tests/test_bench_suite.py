@@ -26,10 +26,11 @@ def test_what_runs_on_a_gpu_needs_little_but_pytorch(tmp_path: Path) -> None:
     code = (
         "import sys; others = 'tyro av matplotlib PIL safetensors diffusers transformers'\n"
         "sys.modules.update(dict.fromkeys(others.split()))\n"
-        f"from bench import {modules}; from bench.ops import kernels\n"
-        "from experiments import rolling\n"
+        f"from bench import {modules}; from experiments import rolling\n"
+        "from bench.__main__ import main\n"
         f"options = ['--tiny', '--out', {str(tmp_path)!r}, '--only']\n"
-        "sys.exit(kernels.main([*options, 'dmd']) + decode.main([*options, 'decode 1 latent']))"
+        "code = main(['kernels', *options, 'dmd'])\n"
+        "sys.exit(code + main(['decode', *options, 'decode 1 latent']))"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -11,17 +11,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bench import harness, timing
+from bench import timing
 from bench.figures import race
 from bench.harness import CPP, EAGER, Job
 from bench.ops import kernels, memory_bound
@@ -174,7 +173,3 @@ def tables(result: Result) -> list[Table]:
 def figures(result: Result) -> Iterator[tuple[str, Any]]:
     ops = [row for row in result["rows"] if "copy_gbps" in row and CPP in timed(row)]
     yield from race("cpu", result, ops, kernels.bandwidth, 100, kernels.BANDWIDTH)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return harness.command("cpu", sys.modules[__name__], arguments, __doc__, True, only_cpu=True)

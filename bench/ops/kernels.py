@@ -8,13 +8,12 @@ Every implementation is compared with float64 first; one that is wrong is report
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from bench import harness, timing
+from bench import timing
 from bench.figures import BLUE, GREY, ORANGE, new, race
 from bench.harness import OURS, Job
 from bench.ops import attention, memory_bound
@@ -55,6 +54,7 @@ def run(job: Job) -> Result:
     with those implementations that compile for each case."""
     result = job.begin("kernels", torch.float32 if job.tiny else torch.bfloat16)
     if not job.cuda:  # an interpreter's times say nothing
+        timing.keep_memory()
         job.rounds = 1 if interpreted() else min(job.rounds, CPU_ROUNDS)
     copies: dict[int, float] = {}
     every = rows(job.tiny)
@@ -174,8 +174,3 @@ def _roofline(result: Result) -> Any:
     ax.set(xscale="log", yscale="log", xlabel="FLOP per byte read or written", ylabel="GFLOP/s")
     ax.legend(fontsize=8)
     return figure
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    timing.keep_memory()
-    return harness.command("kernels", sys.modules[__name__], arguments, __doc__)
