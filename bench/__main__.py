@@ -23,23 +23,27 @@ tune         searches launch settings on this GPU and writes sfkernels/tuned/sm_
 import importlib
 import sys
 
+from bench import PARTS
 from sfmodel.extras import require
 from sfmodel.process import prepared
 
 SUITES = ("quick", "gpu", "full", "verify")
-OPS = ("kernels", "cpu")
-NAMES = ("stream", "decode", "train", "predict", "report", "compare", "tune")
 COMMANDS = {
-    **{name: f"bench.ops.{name}" for name in OPS},
-    **{name: f"bench.{name}" for name in NAMES},
-    "extrapolate": "experiments.rolling",
+    "report": "bench.report",
+    "compare": "bench.compare",
+    "tune": "bench.tune",
     "readme": "experiments.readme",
 }
-# Those that need tyro and a video encoder.
-TRAINED = {"demo": "experiments.demo", "experiment": "experiments.table2"}
+# Functions whose arguments tyro reads.
+FUNCTIONS = {
+    "demo": "experiments.demo",
+    "experiment": "experiments.table2",
+    "predict": "sfmodel.cli.predict",
+}
 
 
 def main(arguments: list[str]) -> int:
+    """The exit code: 2 and one sentence for bad input and for a file that cannot be written."""
     if not arguments:
         import torch
 
@@ -48,25 +52,32 @@ def main(arguments: list[str]) -> int:
     if command in ("help", "h", "-h"):
         print(__doc__)
         return 0
-    if command in (*SUITES, *COMMANDS, *TRAINED):
-        needs_all = command in ("cpu", "readme", *TRAINED)
-        require("python -m bench", "model" if needs_all else "bench")
-    if command in SUITES:
-        from bench import suite
-
-        return suite.main([command, *arguments[1:]])
-    if command in COMMANDS:
-        module = importlib.import_module(COMMANDS[command])
-        return module.main(arguments[1:])
-    if command in TRAINED:
+    if command not in (*SUITES, *PARTS, *COMMANDS, *FUNCTIONS):
+        known = ", ".join((*(f"--{name}" for name in SUITES), *PARTS, *COMMANDS, *FUNCTIONS))
+        print(f"python -m bench: no command {arguments[0]!r}, must be one of {known}",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    require("python -m bench", "model" if command in ("cpu", "readme", *FUNCTIONS) else "bench")
+    if command in FUNCTIONS:
         from sfmodel.cli.main import run_command
 
-        function = getattr(importlib.import_module(TRAINED[command]), command)
+        function = getattr(importlib.import_module(FUNCTIONS[command]), command)
         run_command("python -m bench", {command: function}, [command, *arguments[1:]])
         return 0
-    known = ", ".join((*(f"--{name}" for name in SUITES), *COMMANDS, *TRAINED))
-    print(f"python -m bench: no command {arguments[0]!r}, must be one of {known}", file=sys.stderr)
-    return 2
+    program = f"python -m bench {'--' * (command in SUITES)}{command}"
+    try:
+        if command in SUITES:
+            from bench import suite
+
+            return suite.main([command, *arguments[1:]])
+        if command in PARTS:
+            from bench import harness
+
+            return harness.command(command, arguments[1:])
+        return int(importlib.import_module(COMMANDS[command]).main(arguments[1:]))
+    except (ValueError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -22,28 +22,40 @@ import copy
 import functools
 import importlib.util
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench import codecs, harness, timing
+from bench import codecs, timing
 from bench.codecs import WanCodec
-from bench.harness import Job, Result, Table
-from bench.ops import kernels
+from bench.figures import BLUE, ORANGE, race
+from bench.harness import Job
+from bench.tables import (
+    PEAK_MIB,
+    Result,
+    Table,
+    left_out,
+    number,
+    of_entries,
+    product_unit,
+    share,
+    timed,
+    value,
+)
 from sfmodel import cost
 from sfmodel.config import VAEConfig
 from sfmodel.cost import PIXEL_FRAMES, VAE_STRIDE
-from sfmodel.machine import said
+from sfmodel.machine import describe
 
 OURS, REFERENCE, TINY, PEER = "wan", "reference", "tiny vae", "diffusers"
 WHOLE, LAST = ", whole", ", channels last"
 COMPILE = f"{PEER}, compile"
 CLOSE, CLOSE_HALF = 1e-4, 5e-2  # relative errors
 FLOOR = "floor: predicted, from the measured rate of a matrix product; folded: four of nine taps"
+FLOORS = {"floor": "floor_ms", "floor, folded": "folded_floor_ms"}
 BEFORE = 3  # latent frames of the clip before the chunk
 SECONDS, TINY_SECONDS = 30.0, 0.5  # that the rounds of a case may take
 COLOURS = {
@@ -52,8 +64,8 @@ COLOURS = {
     PEER + LAST: "#8aa86b",
     PEER + WHOLE: "#a99bc7",
     PEER + WHOLE + LAST: "#4f7a3a",
-    COMPILE: "#e08a3c",
-    OURS: "#3b6ea5",
+    COMPILE: ORANGE,
+    OURS: BLUE,
     TINY: "#1f3f66",
 }
 
@@ -103,7 +115,7 @@ class Case:
         return made[:, :still], made[:, still:]
 
     def result(self, made: Tensor) -> Tensor:
-        """What is compared."""
+        """The tensor that is compared."""
         return made.float() if self.encode else made.float().clamp(-1, 1)
 
 
@@ -169,7 +181,7 @@ class Field:
 
 
 def begun(case: Case, codec: Any, before: Tensor) -> Callable[[Tensor], Any]:
-    """What runs a codec on the chunk after `before`."""
+    """A function that runs a codec on the chunk after `before`."""
     step = case.step(codec)
     state = None if case.first else step(before)[1]
     return lambda chunk: step(chunk, state)
@@ -201,8 +213,7 @@ def run_case(case: Case, field: Field, job: Job, result: Result, compiled: bool)
             assert error <= allowed, f"off by {error:.1e}, allowed {allowed:.1e}"  # NaN fails too
             right[name] = timing.Implementation(name, run, context=context)
         except Exception as failure:
-            wrong = f"{timing.WRONG}: " if isinstance(failure, AssertionError) else ""
-            entries[name] = {"failed": wrong + timing.reason(failure)}
+            entries[name] = timing.failed(failure)
         if name == REFERENCE and name in right and not exactly:
             allowed = 2 * error
     del want
@@ -212,14 +223,14 @@ def run_case(case: Case, field: Field, job: Job, result: Result, compiled: bool)
     pool = torch.cuda.graph_pool_handle() if job.cuda else None
     ready = [right[name] for name in everyone if name in right]
     seconds = TINY_SECONDS if job.tiny else min(SECONDS, job.left / 8)  # the cases after it too
-    for name, timed in timing.measure(ready, [[chunk]], job.rounds, seconds, pool).items():
+    for name, times in timing.measure(ready, [[chunk]], job.rounds, seconds, pool).items():
         more: dict[str, Any] = {}
-        if not isinstance(timed, str):
-            more = {"tflops": flops / timed.p50 / 1e9, "rounds": timed.rounds, **errors[name]}
-        entries[name] = timing.entry(timed, **more)
+        if not isinstance(times, str):
+            more = {"tflops": flops / times.p50 / 1e9, "rounds": times.rounds, **errors[name]}
+        entries[name] = timing.entry(times, **more)
     row: Result = {"case": case.label, "flops": flops, "folded_flops": folded}
     if job.cuda:  # a CPU's convolutions outrun its matrix product
-        for key, least in (("floor_ms", flops), ("folded_floor_ms", folded)):
+        for key, least in zip(FLOORS.values(), (flops, folded), strict=True):
             row[key] = timing.floor_ms(least, 0, result["ceilings"])
     row["contestants"] = {name: entries[name] for name in everyone}
     return row | best_peer(row)
@@ -236,12 +247,12 @@ def compared(got: Tensor, want: Tensor) -> dict[str, float]:
 
 def best_peer(row: Result) -> dict[str, Any]:
     """The fastest of diffusers', and its time as a multiple of ours: above 1, ours is faster."""
-    timed = {name: e["ms"] for name, e in harness.timed(row).items()}
-    peers = [name for name in timed if name.startswith(PEER)]
-    if OURS not in timed or not peers:
+    times = {name: e["ms"] for name, e in timed(row).items()}
+    peers = [name for name in times if name.startswith(PEER)]
+    if OURS not in times or not peers:
         return {}
-    best = min(peers, key=timed.__getitem__)
-    return {"best_peer": best, "peer_over_ours": timed[best] / timed[OURS]}
+    best = min(peers, key=times.__getitem__)
+    return {"best_peer": best, "peer_over_ours": times[best] / times[OURS]}
 
 
 def run(job: Job) -> Result:
@@ -264,62 +275,44 @@ def run(job: Job) -> Result:
 
 
 def tables(result: Result) -> list[Table]:
-    product = result["ceilings"]["matmul_tflops"]
-    unit, scale = kernels.product_unit(result["ceilings"])
-    columns = ("case", "", "ms", "p99", "with launch", unit, "% of product", "MiB", "error",
-               "PSNR dB", "time / ours")  # fmt: skip
+    ceilings = result["ceilings"]
+    unit, scale = product_unit(ceilings)
 
-    def share(row: Result, ms: float) -> str:
-        timed = harness.timed(row)
-        ours = next((timed[name]["ms"] for name in (OURS, TINY) if name in timed), None)
-        return f"{ms / ours:.2f}" if ours else ""
+    def over_ours(row: Result, e: Result) -> str:
+        ours = timed(row).get(OURS) or timed(row).get(TINY)
+        return f"{e['ms'] / ours['ms']:.2f}" if ours else ""
 
-    def cells(row: Result, name: str, e: Result) -> list[str]:
-        return [
-            name,
-            kernels.number(e["ms"]),
-            kernels.number(e["p99_ms"]),
-            kernels.number(e["launched_ms"]) if "launched_ms" in e else "",
-            kernels.number(scale * e["tflops"]),
-            kernels.percent(e["tflops"], product),
-            f"{e['peak_mib']:.0f}" if "peak_mib" in e else "",
-            f"{e['error']:.1e}",
-            f"{e['psnr_db']:.1f}" if "psnr_db" in e else "exact",
-            share(row, e["ms"]),
-        ]
+    def psnr(_: Result, e: Result) -> str:
+        return f"{e['psnr_db']:.1f}" if "psnr_db" in e else "exact" * ("error" in e)
 
-    lines, notes = [], ["error and PSNR: against float32"]
+    columns = {
+        "ms": value("ms"),
+        "p99": value("p99_ms"),
+        "with launch": value("launched_ms"),
+        unit: value("tflops", scale=scale),
+        "% of product": share("tflops", ceilings["matmul_tflops"]),
+        "MiB": PEAK_MIB,
+        "error": value("error", "{:.1e}".format),
+        "PSNR dB": psnr,
+        "time / ours": over_ours,
+    }
+    notes = ["error and PSNR: against float32", *filter(None, [result.get("note")])]
+    rows = []
     for row in result["rows"]:
-        lines += harness.body({"rows": [row]}, columns, cells)
-        notes += [f"{name}: {e['note']}" for name, e in harness.timed(row).items() if "note" in e]
-        for name, key in (("floor", "floor_ms"), ("floor, folded", "folded_floor_ms")):
-            if key in row:
-                lines.append(["", name, kernels.number(row[key]), *[""] * 7, share(row, row[key])])
-                notes.append(FLOOR)
-    notes = [*dict.fromkeys(notes), *filter(None, [result.get("note")])]
-    title = f"video VAEs, {result['sizes']}, {result['ceilings']['dtype']}"
-    notes += harness.left_out(result)
-    return [Table(f"{title} ({said(result['machine'])})", columns, lines, notes)]
+        floors = {name: {"ms": row[key]} for name, key in FLOORS.items() if key in row}
+        rows.append(row | {"contestants": row.get("contestants", {}) | floors})
+        notes += [FLOOR] * (bool(floors) and FLOOR not in notes)
+    title = f"video VAEs, {result['sizes']}, {ceilings['dtype']} ({describe(result['machine'])})"
+    table = of_entries(title, rows, columns, notes)
+    return [table._replace(notes=[*table.notes, *left_out(result)])]
 
 
 def figures(result: Result) -> Iterator[tuple[str, Any]]:
-    unit, scale = kernels.product_unit(result["ceilings"])
-    groups = []
-    for row in result["rows"]:
-        timed = harness.timed(row)
-        bars = [
-            (name, scale * timed[name]["tflops"], f"{kernels.number(timed[name]['ms'])} ms")
-            for name in COLOURS
-            if name in timed
-        ]
-        if bars:
-            groups.append((row["case"], bars))
-    if groups:
-        product = scale * result["ceilings"]["matmul_tflops"]
-        label = f"{unit} of the public decoder (dashed: a matrix product)"
-        title = said(result["machine"])
-        yield "decode", kernels.grouped_bars(groups, product, label, title, COLOURS)
+    unit, scale = product_unit(result["ceilings"])
+    label = f"{unit} of the public decoder (dashed: a matrix product)"
+    product = scale * result["ceilings"]["matmul_tflops"]
 
+    def bar(_: Result, e: Result) -> tuple[float, str]:
+        return scale * e["tflops"], f"{number(e['ms'])} ms"
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return harness.command("decode", sys.modules[__name__], arguments, __doc__, on_cpu=True)
+    yield from race("decode", result, result["rows"], bar, product, label, COLOURS)

@@ -1,5 +1,4 @@
-"""What the commands that measure have in common: their options, the file of results, progress,
-tables and figures.
+"""The commands that measure, in what they have in common: options, the file of results, progress.
 
 A part is a module with
 
@@ -27,18 +26,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import rich.table
 import torch
-from rich.console import Console
-from rich.text import Text
 
-from bench import timing
+from bench import PARTS, figures, timing
+from bench.tables import Result, Table, plain_console, show, untimed
 from sfmodel.files import atomic
 from sfmodel.machine import machine, state
-
-Result = dict[str, Any]
 
 # Implementations: the reference that defines every op, ours, and of others' the first word.
 EAGER, CPP = "eager", "cpp"
@@ -46,13 +41,7 @@ OURS = ("triton", "gluon", CPP)
 PEERS = ("compile", "native", "liger", "quack", "sdpa", "flash", "flex", "diffusers")
 
 
-class Table(NamedTuple):
-    """Cells are text; the first column names the row. notes: lines under the table."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = ()
+FULL_ON_CPU = ("cpu", "decode")  # at more than toy sizes
 
 
 class Part(Protocol):
@@ -105,15 +94,20 @@ class Job:
         }
 
     def add(
-        self, result: Result, case: str, measure: Callable[[], Result], compiled: str = ""
+        self,
+        result: Result,
+        case: str,
+        measure: Callable[[], Result],
+        compiled: str = "",
+        needs: float = 0.0,
     ) -> None:
-        """Measures a row, unless time is over or nobody asked for it; one that fails says why.
-        compiled: an implementation that a row that is there is measured with again; where that
-        fails, the row stays."""
+        """Measures a row, unless nobody asked for it or less than `needs` seconds are left; one
+        that fails says why. compiled: an implementation that a row that is there is measured with
+        again; where that fails, the row stays."""
         label = f"{case} with {compiled}" if compiled else case
         if not self.wants(case):
             return
-        if self.left <= 0:
+        if self.left <= needs:
             result["no_time_for"].append(label)
             return
         self.tick(label)
@@ -121,7 +115,7 @@ class Job:
         if compiled and "failed" in rows.get(case, {"failed": ""}):
             return
         try:
-            rows[case] = {**measure(), "case": case}
+            rows[case] = {"case": case, **measure()}
         except Exception as error:  # the other rows still run
             failed = {"failed": timing.reason(error)}
             if compiled:
@@ -139,25 +133,6 @@ class Job:
         return result
 
 
-def show(table: Table, console: Console) -> None:
-    """Texts are shown as they are: brackets are no markup."""
-    shown = rich.table.Table(title=Text(table.title))
-    for column in table.columns:
-        shown.add_column(Text(column))
-    for row in table.rows:
-        shown.add_row(*map(Text, row))
-    console.print(shown)
-    for note in table.notes:
-        console.print(note, markup=False, highlight=False)
-
-
-def plain_console() -> Console:
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160
-    return console
-
-
 def write(file: Path, result: Result) -> None:
     with atomic(file) as part:
         part.write_text(json.dumps(result, indent=1))
@@ -169,75 +144,38 @@ def draw(part: Part, result: Result, folder: Path) -> str:
         return "no figures, which need matplotlib"
     names = []
     for name, figure in part.figures(result):
-        with atomic(folder / f"{name}.png") as file:
-            figure.savefig(file, format="png", dpi=110)
+        figures.save(figure, folder / f"{name}.png")
         names.append(f"{name}.png")
     return f"figures: {', '.join(names)}" if names else "no figures: nothing was timed"
-
-
-def timed(row: Result) -> dict[str, dict[str, Any]]:
-    """The entries of a row that have a time."""
-    return {name: e for name, e in row.get("contestants", {}).items() if "ms" in e}
-
-
-def body(
-    result: Result, columns: Sequence[str], cells: Callable[[Result, str, Result], list[str]]
-) -> list[list[str]]:
-    """The lines of a table: of each row its implementations, the first behind its name, with what
-    `cells` says of one that was timed, or why there is none."""
-    rest = [""] * (len(columns) - 2)
-    lines = []
-    for row in result["rows"]:
-        if "failed" in row:
-            lines.append([row["case"], f"failed: {row['failed']}", *rest])
-        label = row["case"]
-        for name, e in row.get("contestants", {}).items():
-            said = cells(row, name, e) if "ms" in e else [f"{name}: {e['failed']}", *rest]
-            lines.append([label, *said])
-            label = ""
-    return lines
-
-
-def left_out(result: Result) -> list[str]:
-    """A line on what there was no time for, if there is any."""
-    names = result["no_time_for"]
-    return [f"no time for: {', '.join(names)}"] if names else []
 
 
 def wrong(result: Result, of_peers: bool = False) -> list[str]:
     """Implementations of ours, or others', whose result was not right."""
     return [
-        f"{row['case']}: {name}"
-        for row in result["rows"]
-        for name, entry in row.get("contestants", {}).items()
-        if entry.get("failed", "").startswith(timing.WRONG) and name.startswith(PEERS) == of_peers
+        f"{case}: {name}"
+        for case, name, why in untimed(result)
+        if name and why.startswith(timing.WRONG) and name.startswith(PEERS) == of_peers
     ]
 
 
-def command(
-    name: str,
-    part: Part,
-    arguments: Sequence[str] | None,
-    doc: str | None,
-    on_cpu: bool = False,
-    only_cpu: bool = False,
-) -> int:
-    """`python -m bench NAME`. on_cpu: a CPU runs more than toy sizes. only_cpu: a GPU
-    is no part of it. Exit code 0; 1 where one of ours was wrong; 2 for a bad argument or a
-    file that cannot be written; 130 after Ctrl-C, which keeps what was measured."""
-    parser = argparse.ArgumentParser(prog=f"python -m bench {name}", description=doc)
+def command(name: str, arguments: Sequence[str]) -> int:
+    """`python -m bench NAME` of a part. Exit code 0; 1 where one of ours was wrong; 130 after
+    Ctrl-C, which keeps what was measured. Raises ValueError for a bad argument, OSError for a file
+    that cannot be written."""
+    part: Any = importlib.import_module(PARTS[name])
+    parser = argparse.ArgumentParser(prog=f"python -m bench {name}", description=part.__doc__)
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after this")
     parser.add_argument("--only", default="", help="rows in whose name this regex is found")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, as on a CPU")
     parser.add_argument("--json-only", action="store_true", help="no tables and no figures")
     parser.add_argument("--out", type=Path, default=Path("out", name), help="results' folder")
     chosen = parser.parse_args(arguments)
-    cuda = torch.cuda.is_available() and not only_cpu
+    cuda = torch.cuda.is_available() and name != "cpu"
     file = chosen.out / f"{name}.json"
     console = plain_console()
     job = Job(
         torch.device("cuda" if cuda else "cpu"),
-        tiny=chosen.tiny or not (cuda or on_cpu),
+        tiny=chosen.tiny or not (cuda or name in FULL_ON_CPU),
         seconds=chosen.seconds,
         only=chosen.only,
         save=lambda result: write(file, result),
@@ -259,11 +197,7 @@ def command(
                 show(table, console)
             drawn = draw(part, result, chosen.out)
     except re.error as error:
-        print(f"python -m bench {name}: --only {chosen.only!r}: {error}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"python -m bench {name}: {error}", file=sys.stderr)
-        return 2
+        raise ValueError(f"--only {chosen.only!r}: {error}") from error
     except KeyboardInterrupt:
         kept = f"what was measured is in {file}" if file.exists() else "nothing was measured yet"
         print(f"\npython -m bench {name}: stopped; {kept}", file=sys.stderr)

@@ -148,7 +148,7 @@ def build(peer: Peer, device: torch.device, tiny: bool) -> Any:
 
 
 def _cast(module: Any, dtype: torch.dtype) -> Any:
-    """As `from_pretrained(torch_dtype=dtype)`, which leaves some modules in float32."""
+    """Does as `from_pretrained(torch_dtype=dtype)`, which leaves some modules in float32."""
     kept = {*(module._keep_in_fp32_modules or ())}
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
         if kept.isdisjoint(name.split(".")):

@@ -5,34 +5,27 @@ from __future__ import annotations
 
 import argparse
 import base64
-import importlib
+import functools
+import importlib.util
 import io
 import re
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
-from bench import compare, harness, timing
-from bench.harness import Result, Table
+from bench import PARTS, compare, timing
+from bench.tables import Result, Table, failures, left_out, plain_console, show
 from sfmodel.files import atomic
-from sfmodel.machine import said_state
+from sfmodel.machine import describe_state
 
-# What shows the result of a part.
-MODULES = {
-    "kernels": "bench.ops.kernels",
-    "stream": "bench.stream",
-    "decode": "bench.decode",
-    "extrapolate": "experiments.rolling",
-    "train": "bench.train",
-}
 NUMBER = re.compile(r"[-+−±]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?\s?[%×]?")  # is set to the right
 TAIL = 3000  # characters of what a failed command said last
 
-# Of each part: (name, PNG) of its figures, and why there are no more.
+T = TypeVar("T")
+# By part: (name, PNG) of its figures, and why there are no more.
 Pictures = dict[str, tuple[list[tuple[str, bytes]], str]]
 
 STYLE = """
@@ -74,52 +67,43 @@ def verdict(out: dict[str, Any]) -> str:
     return "; ".join(words)
 
 
-def failures(result: Result) -> list[str]:
-    """Rows and contestants that were not timed, and why."""
-    found = [f"{row['case']}: {row['failed']}" for row in result["rows"] if "failed" in row]
-    return found + [
-        f"{row['case']}: {name}: {entry['failed']}"
-        for row in result["rows"]
-        for name, entry in row.get("contestants", {}).items()
-        if "failed" in entry
-    ]
-
-
-def tables(result: Result) -> list[Table] | str:
-    """Or why there are none."""
+def collected(what: str, made: Callable[[], Iterable[T]]) -> tuple[list[T], str]:
+    """All that could be made, and why there is no more: the page shows the rest."""
+    found: list[T] = []
     try:
-        return list(_module(result).tables(result))
-    except Exception as error:  # the page shows the rest
-        return f"no tables: {timing.reason(error)}"
+        for one in made():
+            found.append(one)
+    except Exception as error:
+        return found, f"no {'more ' * bool(found)}{what}: {timing.reason(error)}"
+    return found, ""
+
+
+def tables(result: Result) -> tuple[list[Table], str]:
+    return collected("tables", lambda: _module(result).tables(result))
 
 
 def pictures(content: dict[str, Any]) -> Pictures:
     """All figures, drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        none = "no figures, which need matplotlib"
-        return {name: ([], none) for name in compare.results(content)}
-    out: Pictures = {}
-    for name, result in compare.results(content).items():
-        drawn: list[tuple[str, bytes]] = []
-        why = ""
-        try:
-            for title, figure in _module(result).figures(result):
-                unique = title if title == name else f"{name}-{title}"
-                png = io.BytesIO()
-                figure.savefig(png, format="png", dpi=110)
-                drawn.append((unique, png.getvalue()))
-        except Exception as error:  # the page shows the rest
-            why = f"no {'more ' * bool(drawn)}figures: {timing.reason(error)}"
-        out[name] = drawn, why
-    return out
+
+    def drawn(name: str, result: Result) -> Iterator[tuple[str, bytes]]:
+        for title, figure in _module(result).figures(result):
+            png = io.BytesIO()
+            figure.savefig(png, format="png", dpi=110)
+            yield title if title == name else f"{name}-{title}", png.getvalue()
+
+    found = compare.results(content)
+    if not importlib.util.find_spec("matplotlib"):
+        return dict.fromkeys(found, ([], "no figures, which need matplotlib"))
+    return {
+        name: collected("figures", functools.partial(drawn, name, result))
+        for name, result in found.items()
+    }
 
 
 def _module(result: Result) -> Any:
-    if result["part"] not in MODULES:
-        raise ValueError(f"part {result['part']!r} is none of {', '.join(MODULES)}")
-    return importlib.import_module(MODULES[result["part"]])
+    if result["part"] not in PARTS:
+        raise ValueError(f"part {result['part']!r} is none of {', '.join(PARTS)}")
+    return importlib.import_module(PARTS[result["part"]])
 
 
 def page(
@@ -162,21 +146,21 @@ def _summary(content: dict[str, Any]) -> str:
 
 def _part(out: dict[str, Any], drawn: list[tuple[str, bytes]], why: str) -> str:
     body = [_paragraph(verdict(out), "note" if out.get("ok", True) else "bad")]
-    result = out.get("result", {"rows": []})
-    if "result" in out:
+    failed = [f"{f.get('test')}: {f.get('said')}" for f in out.get("failures", ())]
+    failed += map(str, out.get("broken", ()))
+    if result := out.get("result"):
         body.append(_paragraph(_circumstances(result)))
-        found = tables(result)
         for name, png in drawn:
             data = base64.b64encode(png).decode()
             body.append(f'<figure><img alt="{escape(name)}" src="data:image/png;base64,{data}">')
             body.append(f"<figcaption>{escape(name)}</figcaption></figure>")
-        body += [_paragraph(why)] if why else []
-        body += [_paragraph(found)] if isinstance(found, str) else map(_html, found)
-        told = [note for table in found if isinstance(table, Table) for note in table.notes]
+        found, no_tables = tables(result)
+        body += [*map(_html, found), *map(_paragraph, filter(None, (why, no_tables)))]
+        told = [note for table in found for note in table.notes]
         if result.get("no_time_for") and not any("no time for" in note for note in told):
-            body.append(_paragraph(f"no time for: {', '.join(map(str, result['no_time_for']))}"))
-    failed = [f"{f.get('test')}: {f.get('said')}" for f in out.get("failures", ())]
-    if failed := [*failed, *map(str, out.get("broken", ())), *failures(result)]:
+            body += map(_paragraph, left_out(result))
+        failed += failures(result)
+    if failed:
         items = "".join(f"<li>{escape(text)}</li>" for text in failed)
         body.append(f'<p class="bad">failed, or was not timed:</p><ul class="bad">{items}</ul>')
     if out.get("tail"):
@@ -191,7 +175,7 @@ def _circumstances(result: Result) -> str:
     if ceilings:
         values = ", ".join(f"{value:.4g} {key}" for key, value in ceilings.items())
         said.append(f"ceilings measured: {values} {dtype}".strip())
-    if state := said_state(result.get("before", {}), result.get("after", {})):
+    if state := describe_state(result.get("before", {}), result.get("after", {})):
         said.append(f"before → after: {state}")
     return "; ".join(said)
 
@@ -241,17 +225,16 @@ def write(
     """Shows the tables, and writes report.html, which is returned, and its figures. Raises OSError
     where a file cannot be written."""
     for result in compare.results(content).values():
-        found = tables(result)
-        if isinstance(found, str):
-            console.print(f"{result['part']}: {found}", markup=False, highlight=False)
-            continue
+        found, why = tables(result)
         for table in found:
-            harness.show(table, console)
+            show(table, console)
+        if why:
+            console.print(f"{result['part']}: {why}", markup=False, highlight=False)
     if against is not None:
         compare.show(compare.compare(against, content), console)
     drawn = pictures(content)
-    files = {"report.html": page(content, against, drawn).encode()}
-    files |= {f"{name}.png": png for figures, _ in drawn.values() for name, png in figures}
+    files = {f"{name}.png": png for figures, _ in drawn.values() for name, png in figures}
+    files["report.html"] = page(content, against, drawn).encode()
     for name, data in files.items():
         with atomic(folder / name) as file:
             file.write_bytes(data)
@@ -264,12 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", metavar="OLDER", type=Path, help="a file to compare with")
     parser.add_argument("--out", type=Path, default=Path("out/report"), help="folder of the page")
     chosen = parser.parse_args(arguments)
-    try:
-        content = compare.read(chosen.file)
-        against = compare.read(chosen.against) if chosen.against else None
-        written = write(chosen.out, content, harness.plain_console(), against)
-    except (ValueError, OSError) as error:
-        print(f"python -m bench report: {error}", file=sys.stderr)
-        return 2
-    print(f"to look at: {written}")
+    content = compare.read(chosen.file)
+    against = compare.read(chosen.against) if chosen.against else None
+    print(f"to look at: {write(chosen.out, content, plain_console(), against)}")
     return 0

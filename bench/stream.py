@@ -20,9 +20,9 @@ timed apart, "denoising alone" the steps and nothing else.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,20 +31,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import codecs, harness, peers, timing
-from bench.harness import Job, Result
+from bench import codecs, peers, timing
+from bench.harness import Job
 from bench.inputs import StreamInputs, full_size, shared, toy
 from bench.stream_report import ENCODING, TINY_DECODE
 from bench.stream_report import figures as figures
 from bench.stream_report import tables as tables
-from sfmodel import cost, stream
+from bench.tables import Result, timed
+from sfmodel import cost, ranges, stream
 from sfmodel.config import Preset
 from sfmodel.cost import CLIP, PIXEL_FRAMES
 from sfmodel.dit import DiT
-from sfmodel.ranges import phase, timed
+from sfmodel.ranges import phase
 from sfmodel.stream import Decoding, Stream
 
-# What a figure is also given without.
+# Parts that a figure is also given without.
 PARTS: dict[str, tuple[str, ...]] = {"text": (ENCODING, stream.PROMPT)}
 PARTS |= {name: (name,) for name in (stream.UPDATE, stream.DECODE, stream.COPY)}
 
@@ -100,7 +101,7 @@ def clocked(run: Callable[[], object], device: torch.device) -> Timed:
     """Runs a function from an idle device to an idle device, with cuDNN's fastest algorithms."""
     timing.wait(device)
     began = time.perf_counter()
-    with timed(device) as ms, codecs.searched():
+    with ranges.timed(device) as ms, codecs.searched():
         run()
     timing.wait(device)
     return Timed(1e3 * (time.perf_counter() - began), ms)
@@ -246,23 +247,20 @@ def run_case(job: Job, inputs: StreamInputs, name: str) -> Result:
             continue
         streams[variant.name], made.peak_mib = made, peak[0]
 
-    firsts: dict[str, list[Timed]] = {each: [] for each in streams}
-    later: dict[str, list[Timed]] = {each: [] for each in streams}
-    turns = [Measured.first_frame] * min(FIRST_FRAMES, job.rounds)
-    turns += [Measured.chunk] * (chunks + min(ROUNDS, job.rounds))
-    for i, turn in enumerate(turns):
-        if job.left <= 0:
-            break
-        job.tick(f"{name}: {i + 1} of {len(turns)}")
-        for variant in known:
-            if variant.name not in streams:
-                continue
-            found = firsts if turn is Measured.first_frame else later
-            try:
-                found[variant.name].append(turn(streams[variant.name]))
-            except Exception as error:  # the others go on
-                entries[variant.name] = timing.entry(timing.reason(error))
-                del streams[variant.name]
+    def turns(of: Callable[[Measured], Timed], count: int) -> dict[str, list[Timed]]:
+        def goes_on(i: int) -> bool:
+            job.tick(f"{name}: {of.__name__} {i + 1} of {count}")
+            return job.left > 0
+
+        calls = {v.name: functools.partial(of, streams[v.name]) for v in known if v.name in streams}
+        found, errors = timing.in_turn(calls, count, goes_on)
+        for each, error in errors.items():
+            entries[each] = timing.failed(error)
+            del streams[each]
+        return found
+
+    firsts = turns(Measured.first_frame, min(FIRST_FRAMES, job.rounds))
+    later = turns(Measured.chunk, chunks + min(ROUNDS, job.rounds))
     for each, made in streams.items():
         if len(later[each]) <= chunks:
             entries[each] = timing.entry("no time left")
@@ -288,7 +286,7 @@ def entry(
     latent_frames: int,
     steady: Sequence[Timed],
 ) -> dict[str, Any]:
-    """What the row says of a variant; `phases` are the prompt's at the first frame and a chunk's at
+    """The row's entry for a variant; `phases` are the prompt's at the first frame and a chunk's at
     a full window."""
     summary = timing.summary([t.whole for t in steady])
     summary.peak_mib, summary.note = made.peak_mib, "; ".join(made.stream.notes)
@@ -325,7 +323,7 @@ def entry(
 
 
 def predicted(preset: Preset, ceilings: Mapping[str, float], device: torch.device) -> Result:
-    """What arithmetic says of the transformer's passes at this machine's ceilings, in 16 bits."""
+    """Predicts by arithmetic the transformer's passes at this machine's ceilings, in 16 bits."""
     rates = ceilings["matmul_tflops"], ceilings["copy_gbps"] / 1e3
     cores = 1
     if device.type == "cuda":
@@ -343,7 +341,7 @@ def per_second(frames: int, ms: Mapping[str, float]) -> dict[str, float]:
 
 def best(row: Result) -> tuple[str, dict[str, Any]] | None:
     """The variant with the most frames a second over a clip."""
-    return max(harness.timed(row).items(), key=lambda item: speed(item[1]), default=None)
+    return max(timed(row).items(), key=lambda item: speed(item[1]), default=None)
 
 
 def speed(entry: Mapping[str, Any], which: str = "all") -> float:
@@ -415,48 +413,30 @@ def measured(job: Job, inputs: StreamInputs | None, name: str, how: str) -> dict
 
 
 def run(job: Job) -> Result:
+    """torch.compile comes last, as it takes most of the time."""
     result = job.begin("stream", torch.float32 if job.tiny else torch.bfloat16)
     result["baselines"] = []
     inputs, why = None, ""
     cases = (*CASES, COMPILED) if job.cuda and not job.tiny else (*CASES,)
-    wanted = [name for name in cases if job.wants(name)]
-    if wanted or job.wants("baselines: Wan2.1-1.3B"):
+    if any(map(job.wants, (*cases, "baselines: Wan2.1-1.3B"))):
         job.tick("the model")
         try:
             inputs = toy() if job.tiny else full_size(job.device)
         except Exception as error:
             why = timing.reason(error)
 
-    def add(name: str) -> None:
-        if job.left <= 0:
-            result["no_time_for"].append(name)
-            return
-        row: Result = {"case": name, "failed": why}
-        if inputs is not None:
-            try:
-                row = run_case(job, inputs, name)
-                preset = replace(inputs.preset, chunk=row["chunk"])
-                row["predicted"] = predicted(preset, result["ceilings"], job.device)
-            except Exception as error:
-                row["failed"] = timing.reason(error)
-            timing.free(job.device)
-        result["rows"].append(row)
-        job.save(result)
+    def measured(name: str) -> Result:
+        if inputs is None:
+            return {"failed": why}
+        row = run_case(job, inputs, name)
+        preset = replace(inputs.preset, chunk=row["chunk"])
+        return row | {"predicted": predicted(preset, result["ceilings"], job.device)}
 
-    for name in wanted:
-        if name != COMPILED:
-            add(name)
+    for name in CASES:
+        job.add(result, name, functools.partial(measured, name))
     for line in baselines(job, result, inputs):
         result["baselines"].append(line)
         job.save(result)
-    if COMPILED in wanted:
-        add(COMPILED)
+    if COMPILED in cases:
+        job.add(result, COMPILED, functools.partial(measured, COMPILED))
     return job.end(result)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return harness.command("stream", sys.modules[__name__], arguments, __doc__)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

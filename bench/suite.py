@@ -13,32 +13,28 @@ that fails or is cut is reported and the rest still runs. The JSON is written af
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 
-from bench import harness, process, report, timing, verify
-from bench.harness import Table
+from bench import harness, process, report, tables, timing, verify
 from bench.report import verdict
-from sfmodel.machine import machine, said
-
-# (folder, seconds left to it) -> what came out
-Run = Callable[[Path, float], dict[str, Any]]
+from bench.tables import Table
+from sfmodel.machine import describe, machine
 
 
 class Step(NamedTuple):
-    """limit: the most seconds it may take."""
+    """run: called with a folder and the seconds left to it, returns what came out. limit: the most
+    seconds it may take."""
 
     name: str
-    run: Run
+    run: Callable[[Path, float], dict[str, Any]]
     limit: float
 
 
@@ -50,70 +46,55 @@ class Preset(NamedTuple):
     needs_gpu: bool = True
 
 
-def measured(name: str, arguments: Sequence[str], folder: Path, seconds: float) -> dict[str, Any]:
-    """`python -m bench NAME` in a folder of the step's."""
-    limit = ["--seconds", str(BEGIN * seconds), "--out", str(folder)]
-    file = folder / f"{name}.json"
-    file.unlink(missing_ok=True)
-    console = harness.plain_console()
-    with console.status("") as status:
-        show = status.update if console.is_terminal else harness.nothing
-        begun = [sys.executable, "-m", "bench", name, "--json-only", *limit, *arguments]
-        out = process.command(begun, seconds, show)
-    if file.exists():
-        out["result"] = json.loads(file.read_text())
-    return out
-
-
-def step(name: str, limit: float, *arguments: str, command: str = "") -> Step:
-    return Step(name, functools.partial(measured, command or name, arguments), limit)
-
-
 # The share of its time in which a part begins a row: the rest is for the row that is under way.
 BEGIN = 0.75
-ATTENTION, OTHERS = ("--only", "^attention"), ("--only", "^(?!attention)")
+# Attention apart from the other kernels: a fault of the one leaves the GPU to the other.
+ATTENTION = ("kernels", "--only", "^attention")
+OTHERS = ("kernels", "--only", "^(?!attention)")
+
+
+def step(name: str, limit: float, command: Sequence[str]) -> Step:
+    """`python -m bench COMMAND` in a folder of the step's."""
+
+    def run(folder: Path, seconds: float) -> dict[str, Any]:
+        limits = ["--seconds", str(BEGIN * seconds), "--out", str(folder)]
+        file = folder / f"{command[0]}.json"
+        file.unlink(missing_ok=True)
+        console = tables.plain_console()
+        with console.status("") as status:
+            show = status.update if console.is_terminal else harness.nothing
+            begun = [sys.executable, "-m", "bench", *command, "--json-only", *limits]
+            out = process.command(begun, seconds, show)
+        if file.exists():
+            out["result"] = json.loads(file.read_text())
+        return out
+
+    return Step(name, run, limit)
+
+
+def steps(limits: Mapping[str, float], tiny: bool = False) -> tuple[Step, ...]:
+    """limits: seconds of each part, in their order."""
+    special = {} if tiny else {"attention": ATTENTION, "kernels": OTHERS}
+    return tuple(
+        step(name, limit, (*special.get(name, (name,)), *["--tiny"] * tiny))
+        for name, limit in limits.items()
+    )
+
+
+QUICK = {"kernels": 60, "stream": 40, "decode": 35, "extrapolate": 40, "train": 50}
+GPU = {"attention": 110, "stream": 85, "decode": 60, "train": 90, "extrapolate": 50, "kernels": 240}
+FULL = {"attention": 2400, "stream": 1200, "decode": 600, "train": 900, "extrapolate": 600,
+        "kernels": 1800}  # fmt: skip
 VERIFY = (
-    Step("tests", verify.tests, 240.0),
-    Step("check", verify.check, 45.0),
-    Step("sanitizer", verify.sanitizer, 230.0),
+    Step("tests", verify.tests, 240),
+    Step("check", verify.check, 45),
+    Step("sanitizer", verify.sanitizer, 230),
 )
 PRESETS = {
-    "quick": Preset(
-        115.0,
-        (
-            step("kernels", 60.0, "--tiny"),
-            step("stream", 40.0, "--tiny"),
-            step("decode", 35.0, "--tiny"),
-            step("extrapolate", 40.0, "--tiny"),
-            step("train", 50.0, "--tiny"),
-        ),
-        needs_gpu=False,
-    ),
-    # Attention apart from the other kernels: a fault of the one leaves the GPU to the other.
-    "gpu": Preset(
-        470.0,
-        (
-            step("attention", 110.0, *ATTENTION, command="kernels"),
-            step("stream", 85.0),
-            step("decode", 60.0),
-            step("train", 90.0),
-            step("extrapolate", 50.0),
-            step("kernels", 240.0, *OTHERS),
-        ),
-    ),
-    "full": Preset(
-        7200.0,
-        (
-            *VERIFY,
-            step("attention", 2400.0, *ATTENTION, command="kernels"),
-            step("stream", 1200.0),
-            step("decode", 600.0),
-            step("train", 900.0),
-            step("extrapolate", 600.0),
-            step("kernels", 1800.0, *OTHERS),
-        ),
-    ),
-    "verify": Preset(520.0, VERIFY),
+    "quick": Preset(115, steps(QUICK, tiny=True), needs_gpu=False),
+    "gpu": Preset(470, steps(GPU)),
+    "full": Preset(7200, (*VERIFY, *steps(FULL))),
+    "verify": Preset(520, VERIFY),
 }
 
 
@@ -127,7 +108,7 @@ def run(name: str, preset: Preset, folder: Path) -> dict[str, Any]:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - began:5.0f} s] {text}", flush=True)
 
-    say(said(result["machine"]))
+    say(describe(result["machine"]))
     for one in preset.steps:
         seconds = min(one.limit, preset.total - (time.monotonic() - began))
         start = time.monotonic()
@@ -151,11 +132,14 @@ def run(name: str, preset: Preset, folder: Path) -> dict[str, Any]:
 
 def overview(result: dict[str, Any]) -> Table:
     rows = [(name, f"{out['seconds']:.0f}", verdict(out)) for name, out in result["parts"].items()]
-    return Table(f"--{result['preset']}: {said(result['machine'])}", ("part", "seconds", ""), rows)
+    return Table(
+        f"--{result['preset']}: {describe(result['machine'])}", ("part", "seconds", ""), rows
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 1 where a part failed, 2 without the GPU that it needs, 130 after Ctrl-C."""
+    """Exit code 1 where a part failed, 130 after Ctrl-C. Raises ValueError without the GPU that it
+    needs."""
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description=__doc__,
@@ -166,28 +150,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     name, preset = chosen.preset, PRESETS[chosen.preset]
     if preset.needs_gpu and not torch.cuda.is_available():
-        print(f"python -m bench --{name}: needs a GPU that PyTorch can use{why()}", file=sys.stderr)
-        return 2
+        raise ValueError(f"needs a GPU that PyTorch can use{why()}")
     folder = (chosen.out or Path("out") / name).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         result = run(name, preset, folder)
-        console: Console = harness.plain_console()
+        console = tables.plain_console()
         page = report.write(folder, result, console)
-        harness.show(overview(result), console)
+        tables.show(overview(result), console)
     except KeyboardInterrupt:
         kept = f"stopped; what was measured is in {folder}"
         print(f"\npython -m bench --{name}: {kept}", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
-        print(f"python -m bench --{name}: {error}", file=sys.stderr)
-        return 2
     print(f"as JSON: {folder}/results.json; to look at: {page}")
     return 0 if all(out.get("ok", True) for out in result["parts"].values()) else 1
 
 
 def why() -> str:
-    """What PyTorch says of a GPU that it cannot use, such as one with too old a driver."""
+    """PyTorch's reason for a GPU that it cannot use, such as one with too old a driver."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ COLD_BYTES = 256 * 2**20  # more than three L2 caches of any GPU here
 MATMUL = 8192  # rows and columns of the product that is the ceiling
 LARGE_COPY = 2**31  # bytes read and written
 WRONG = "wrong, not timed"
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Ready(NamedTuple):
 
 
 def count_sets(nbytes: int, device: torch.device) -> int:
-    """How many sets of inputs of `nbytes` bytes leave nothing of the first in cache."""
+    """The number of sets of inputs of `nbytes` bytes that leave nothing of the first in cache."""
     cold = COLD_BYTES if device.type == "cuda" else 2 * nbytes
     return max(2, -(-cold // max(nbytes, 1)))
 
@@ -88,11 +91,9 @@ def measure(
     seconds: after which no round is begun, but for the first FEWEST. pool: of memory for all CUDA
     graphs whose forward passes are timed, whose outputs are then written over; None: one each."""
     device = sets[0][0].device
-    cuda = device.type == "cuda"
     out: dict[str, Timing | str] = {}
     ready: dict[str, Ready] = {}
     peaks: dict[str, float | None] = {}
-    contexts = {one.name: one.context for one in implementations}
     for one in implementations:
         try:
             with one.context():
@@ -101,28 +102,23 @@ def measure(
         except Exception as error:  # one that fails is reported, the others are timed
             out[one.name] = reason(error)
             free(device)
+    contexts = {one.name: one.context for one in implementations}
 
     def all_rounds(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-        times: dict[str, list[float]] = {name: [] for name in runs}
+        def once(name: str, run: Callable[[], None]) -> float:
+            with contexts[name]():
+                return _once(run, device.type == "cuda") / len(sets)
+
         until = time.monotonic() + seconds
-        for i in range(rounds + 1):
-            if i > FEWEST and time.monotonic() > until:
-                break
-            for name, run in runs.items():
-                if name in out:
-                    continue
-                try:
-                    with contexts[name](), phase(name):
-                        elapsed = _once(run, cuda)
-                except Exception as error:
-                    out[name] = reason(error)
-                    continue
-                if i:  # the first round only warms up
-                    times[name].append(elapsed / len(sets))
-        return times
+        calls = {name: functools.partial(once, name, run) for name, run in runs.items()}
+        times, failures = in_turn(
+            calls, rounds + 1, lambda i: i <= FEWEST or time.monotonic() < until
+        )
+        out.update({name: reason(error) for name, error in failures.items()})
+        return {name: each[1:] for name, each in times.items()}  # the first round only warms up
 
     times = all_rounds({name: r.run for name, r in ready.items()}, rounds)
-    by_hand = {name: r.launched for name, r in ready.items() if r.launched}
+    by_hand = {name: r.launched for name, r in ready.items() if r.launched and name in times}
     launched = all_rounds(by_hand, min(rounds, LAUNCHED_ROUNDS))
     for name, values in times.items():
         if name not in out:
@@ -133,6 +129,29 @@ def measure(
     return out
 
 
+def in_turn(
+    calls: Mapping[str, Callable[[], T]],
+    rounds: int,
+    goes_on: Callable[[int], bool] = lambda _: True,
+) -> tuple[dict[str, list[T]], dict[str, Exception]]:
+    """Results of several functions that are called in turn, round by round, so that all meet the
+    same moods of the machine; and the errors of those that failed, which then drop out.
+    goes_on: asked before each round."""
+    results: dict[str, list[T]] = {name: [] for name in calls}
+    errors: dict[str, Exception] = {}
+    for i in range(rounds):
+        if not goes_on(i):
+            break
+        for name in [*results]:
+            try:
+                with phase(name):
+                    results[name].append(calls[name]())
+            except Exception as error:  # the others go on
+                errors[name] = error
+                del results[name]
+    return results, errors
+
+
 def summary(values: Sequence[float]) -> Timing:
     middle = statistics.median(values)
     between = quantile(values, 0.75) - quantile(values, 0.25)
@@ -141,7 +160,7 @@ def summary(values: Sequence[float]) -> Timing:
 
 
 def entry(timed: Timing | str, **more: Any) -> dict[str, Any]:
-    """What a file of results says of an implementation; `more` of one that was timed."""
+    """The entry of an implementation in a file of results; `more` of one that was timed."""
     if isinstance(timed, str):
         return {"failed": timed}
     said: dict[str, Any] = {"ms": timed.p50, "p99_ms": timed.p99, "spread": timed.spread, **more}
@@ -152,6 +171,13 @@ def entry(timed: Timing | str, **more: Any) -> dict[str, Any]:
     if timed.note:
         said["note"] = timed.note
     return said
+
+
+def failed(error: Exception) -> dict[str, str]:
+    """The entry of an implementation that raised an error: AssertionError, where its result is not
+    right."""
+    wrong = f"{WRONG}: " if isinstance(error, AssertionError) else ""
+    return {"failed": wrong + reason(error)}
 
 
 def reason(error: BaseException) -> str:
@@ -221,7 +247,7 @@ def _once(run: Callable[[], None], cuda: bool) -> float:
 
 
 def prepare(one: Implementation, sets: Sequence[Sequence[Tensor]], pool: Any = None) -> Ready:
-    """What runs an implementation once over all sets."""
+    """A function that runs an implementation once over all sets."""
     cuda = sets[0][0].device.type == "cuda"
     if one.upstream is None:
         return _forward_only(one.forward, sets, cuda, pool)
@@ -249,8 +275,8 @@ def _backward_only(
     sets: Sequence[Sequence[Tensor]],
     cuda: bool,
 ) -> Ready:
-    """As torch.cuda.make_graphed_callables: forward and backward are captured one after the other
-    in one memory pool, and the second graph is timed."""
+    """Captures forward and backward one after the other in one memory pool, as
+    torch.cuda.make_graphed_callables; the second graph is timed."""
     leaves = [[t.detach().requires_grad_(t.is_floating_point()) for t in inputs] for inputs in sets]
     wanted = [[t for t in inputs if t.requires_grad] for inputs in leaves]
 
@@ -305,7 +331,7 @@ def void(_: object) -> None:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, rounds: int = ROUNDS) -> dict[str, Any]:
-    """What the roofline is made of, measured here and now: TFLOP/s of a large square matrix
+    """The two limits of the roofline, measured here and now: TFLOP/s of a large square matrix
     product by PyTorch, GB/s of a large copy."""
     cuda = device.type == "cuda"
     size, nbytes = (MATMUL, LARGE_COPY) if cuda else (512, 2**26)
@@ -322,7 +348,7 @@ def floor_ms(flops: int, nbytes: int, ceilings: dict[str, Any]) -> float:
 
 
 def matmul_tflops(device: torch.device, size: int, dtype: torch.dtype, rounds: int) -> float:
-    """Of a square matrix product by PyTorch, timed as any op."""
+    """Rate of a square matrix product by PyTorch, timed as any op."""
     sets = [[torch.randn(size, size, device=device).to(dtype) for _ in range(2)] for _ in range(2)]
     timed = measure([Implementation("matrix product", torch.matmul)], sets, rounds)[
         "matrix product"

@@ -14,7 +14,7 @@ loss or video, the norm of the gradient and the gradients of two layers. Not mea
 from __future__ import annotations
 
 import dataclasses
-import sys
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,15 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import harness, timing
-from bench.harness import EAGER, Result
+from bench import timing
+from bench.figures import COLOURS, GREY, legend, new
+from bench.harness import Job
 from bench.inputs import random_model
-from bench.ops import kernels
+from bench.tables import Result, Table, left_out, of_entries, share, timed, value
 from sfmodel import ranges
 from sfmodel.config import PRESETS, Preset
 from sfmodel.cost import clip_chunks, training_flops
 from sfmodel.dit import SelfAttention
-from sfmodel.machine import said
+from sfmodel.machine import describe
 from sfmodel.train.batch import Batch
 from sfmodel.train.config import TrainConfig
 from sfmodel.train.data import Clips
@@ -46,8 +47,6 @@ ROWS = (*GENERATORS, *(f"{name} critic" for name in ("SF-4", "SF-1", "SF-2", "SF
 IMPLS: tuple[str, ...] = ("sdpa", "triton", "gluon")
 TINY_IMPLS: tuple[str, ...] = ("reference", "sdpa")
 ROUNDS = 3
-COLOURS = {"reference": kernels.COLOURS[EAGER]}
-COLOURS |= {name: kernels.COLOURS[name] for name in ("sdpa", "flex", "gluon", "triton")}
 SHADES = {"forward": 0.55, "rollout": 0.4, "score": 0.7, "backward": 1.0, "optimiser": 0.25}
 # Published seconds of an iteration on 64 H100: generator, critic.
 PAPER = {
@@ -168,33 +167,28 @@ def check(got: dict[str, Tensor], want: dict[str, Tensor], half: bool) -> None:
         assert error <= allowed, f"{name} is off by {error:.1e}, allowed {allowed:.0e}"  # NaN too
 
 
-def run(job: harness.Job) -> Result:
-    dtype = torch.float32 if job.tiny else torch.bfloat16
-    result = job.begin("train", dtype)
+def run(job: Job) -> Result:
+    result = job.begin("train", torch.float32 if job.tiny else torch.bfloat16)
     preset = "toy" if job.tiny else "wan-1.3b"
-    run: Run | None = None  # of one recipe at a time
-    chosen = [name for name in ROWS if job.wants(name)]
     impls = TINY_IMPLS if job.tiny else IMPLS
-    todo = [(name, impls) for name in chosen]
-    if not job.tiny:  # again, with what compiles for minutes
-        todo += [(name, (*impls, "flex")) for name in chosen if name in IN_FULL]
-    for name, impls in todo:
+    current: Run | None = None  # of one recipe at a time
+
+    def measured(name: str, impls: Sequence[str]) -> Result:
+        nonlocal current
+        recipe = {"TF": "tf", "DF": "df"}.get(name, "sf+dmd")
+        if current is None or current.config.recipe != recipe:
+            job.tick(f"{recipe}: random weights")
+            current = None
+            timing.free(job.device)
+            current = new_run(recipe, preset, job.device, bf16=not job.tiny)
         row = {"case": name, "flops": flops(PRESETS[preset], name), "contestants": {}}
-        if job.left <= 0:
-            result["no_time_for"].append(f"{name} with FlexAttention" if "flex" in impls else name)
-            continue
-        result["rows"] = [one for one in result["rows"] if one["case"] != name] + [row]
-        try:
-            recipe = {"TF": "tf", "DF": "df"}.get(name, "sf+dmd")
-            if run is None or run.config.recipe != recipe:
-                job.tick(f"{recipe}: random weights")
-                run = None
-                timing.free(job.device)
-                run = new_run(recipe, preset, job.device, bf16=not job.tiny)
-            measure(run, row, job, result, impls)
-        except Exception as error:  # nothing to compare with; the other row still runs
-            row["failed"] = timing.reason(error)
-        job.save(result)
+        measure(current, row, job, result, impls)
+        return row
+
+    for name in ROWS:
+        job.add(result, name, functools.partial(measured, name, impls))
+    for name in () if job.tiny else IN_FULL:  # again, with what compiles for minutes
+        job.add(result, name, functools.partial(measured, name, (*impls, "flex")), "flex")
     return job.end(result)
 
 
@@ -205,9 +199,9 @@ def flops(preset: Preset, row: str) -> float:
     return found[f"self forcing, {learner_of(row)}"]
 
 
-def measure(run: Run, row: Result, job: harness.Job, result: Result, impls: Sequence[str]) -> None:
+def measure(run: Run, row: Result, job: Job, result: Result, impls: Sequence[str]) -> None:
     """Checks all contestants of a row, then times those that are right, in turn: once at least, and
-    again while there is time."""
+    again while there is time. Each round is saved."""
     name, entries = row["case"], row["contestants"]
     want: dict[str, Tensor] = {}
     right: list[str] = []
@@ -222,8 +216,7 @@ def measure(run: Run, row: Result, job: harness.Job, result: Result, impls: Sequ
         except Exception as error:
             if not want:
                 raise
-            wrong = f"{timing.WRONG}: " * isinstance(error, AssertionError)
-            entries[impl] = {"failed": wrong + timing.reason(error)}
+            entries[impl] = timing.failed(error)
         _free(run)
 
     times: dict[str, list[tuple[float, dict[str, float]]]] = {impl: [] for impl in right}
@@ -243,21 +236,22 @@ def measure(run: Run, row: Result, job: harness.Job, result: Result, impls: Sequ
                 right.remove(impl)
                 _free(run)
                 continue
-            timed = timing.summary([whole for whole, _ in times[impl]])
-            timed.peak_mib = peak[0]
+            found = timing.summary([whole for whole, _ in times[impl]])
+            found.peak_mib = peak[0]
             entries[impl] = timing.entry(
-                timed,
+                found,
                 flops=row["flops"],
-                tflops=row["flops"] / timed.p50 / 1e9,
+                tflops=row["flops"] / found.p50 / 1e9,
                 phases={p: _phase([each[p] for _, each in times[impl]]) for p in phases},
             )
         row["rounds"] = i + 1
-        job.save(result)
+        others = [other for other in result["rows"] if other["case"] != name]
+        job.save(result | {"rows": [*others, row]})
 
 
 def _phase(milliseconds: Sequence[float]) -> dict[str, float]:
-    timed = timing.summary(milliseconds)
-    return {"ms": timed.p50, "p99_ms": timed.p99}
+    found = timing.summary(milliseconds)
+    return {"ms": found.p50, "p99_ms": found.p99}
 
 
 def _free(run: Run) -> None:
@@ -266,99 +260,81 @@ def _free(run: Run) -> None:
     timing.free(run.ranks.device)
 
 
-def _as_published(row: dict[str, Any]) -> tuple[bool, int]:
-    """Key of Figure 6's order, the critics after the generators."""
-    name = row["case"].split()[0]
-    return row["case"] != name, [*PAPER].index(name)
+def tables(result: Result) -> list[Table]:
+    def phases(_: Result, e: Result) -> str:
+        return ", ".join(f"{name} {one['ms'] / 1e3:.3g}" for name, one in e["phases"].items())
 
-
-def tables(result: Result) -> list[harness.Table]:
-    ceiling, cells, fastest = result["ceilings"]["matmul_tflops"], [], {}
-    for row in result["rows"]:
-        if "failed" in row:
-            cells.append([row["case"], f"failed: {row['failed']}", *[""] * 6])
-        for impl, e in row["contestants"].items():
-            if "failed" in e:
-                cells.append([row["case"], impl, e["failed"], *[""] * 5])
-                continue
-            split = ", ".join(f"{p} {x['ms'] / 1e3:.3g}" for p, x in e["phases"].items())
-            peak = f"{e['peak_mib'] / 1024:.1f}" if "peak_mib" in e else ""
-            seconds = (f"{e[key] / 1e3:.3g}" for key in ("ms", "p99_ms"))
-            cells.append([row["case"], impl, *seconds, split, peak, f"{e['tflops']:.3g}",
-                          f"{100 * e['tflops'] / ceiling:.0f}"])  # fmt: skip
-        if timed := harness.timed(row):
-            fastest[row["case"]] = min(timed.items(), key=lambda item: item[1]["ms"])
-    columns = ["", "self-attention", "s", "p99", "of which", "peak GiB", "TFLOP/s", "% of product"]
-    title = f"training iteration: {result['sizes']}, batch 1, {said(result['machine'])}"
+    columns = {
+        "s": value("ms", "{:.3g}".format, 1e-3),
+        "p99": value("p99_ms", "{:.3g}".format, 1e-3),
+        "of which": phases,
+        "peak GiB": value("peak_mib", "{:.1f}".format, 1 / 1024),
+        "TFLOP/s": value("tflops", "{:.3g}".format),
+        "% of product": share("tflops", result["ceilings"]["matmul_tflops"]),
+    }
+    title = "training iteration by the implementation of self-attention: "
+    title += f"{result['sizes']}, batch 1, {describe(result['machine'])}"
     notes = ["s: of a whole update, what lies between its phases included",
              "peak GiB: beside weights and AdamW's averages; TFLOP/s: of what the pattern needs, "
-             "what is recomputed included"]  # fmt: skip
+             "what is recomputed included", *left_out(result)]  # fmt: skip
+    return [of_entries(title, result["rows"], columns, notes), _beside_published(result["rows"])]
 
-    def ratio(seconds: float, of: float | None) -> str:
-        return f"{seconds / of:.2f}" if of else ""
 
-    beside = []
-    own = {name: e["ms"] / 1e3 for name, (_, e) in fastest.items()}
-    for name, (generator, critic) in PAPER.items():
-        cells_of = [name]
-        for row, published, first in (
-            (name, generator, "SF-1"), (f"{name} critic", critic, "SF-1 critic"),
-        ):  # fmt: skip
-            ours = ["not run" if row in ROWS else "no critic here", ""]
-            if row in own:
-                ours = [f"{own[row]:.3g} ({fastest[row][0]})", ratio(own[row], own.get(first))]
-            of = PAPER[first.split()[0]][row.endswith("critic")]
-            cells_of += [f"{published}", ratio(published, of), *ours]
-        beside.append(cells_of)
-    columns_beside = ["", "generator: published", "/ SF-1's", "fastest here", "/ SF-1's",
-                      "critic: published", "/ SF-1's", "fastest here", "/ SF-1's"]  # fmt: skip
+def _beside_published(rows: Sequence[Result]) -> Table:
+    """Seconds and their ratio to SF-1's, published and of the fastest here."""
+    fastest = {
+        row["case"]: min((e["ms"] / 1e3, impl) for impl, e in timed(row).items())
+        for row in rows
+        if timed(row)
+    }
+    lines = []
+    for name, published in PAPER.items():
+        cells = [name]
+        for seconds, first, which in zip(published, PAPER["SF-1"], ("", " critic"), strict=True):
+            cells += [f"{seconds}", f"{seconds / first:.2f}"]
+            if found := fastest.get(name + which):
+                ours, impl = found
+                base, _ = fastest.get(f"SF-1{which}", (None, ""))
+                cells += [f"{ours:.3g} ({impl})", f"{ours / base:.2f}" if base else ""]
+            else:
+                cells += ["not run" if name + which in ROWS else "no critic here", ""]
+        lines.append(cells)
+    heads = ["published", "/ SF-1's", "fastest here", "/ SF-1's"]
+    columns = ["", *(f"{which}: {head}" for which in ("generator", "critic") for head in heads)]
     why = ["published: 64 H100, a batch of 64, DMD with a real score of 14B in all rows; here one "
            "device, one clip, a real score of the generator's size, and in DF and TF the flow loss "
            "alone: at most ratios between SF rows compare"]  # fmt: skip
-    return [
-        harness.Table(title, columns, cells, notes),
-        harness.Table("seconds of an iteration beside Figure 6", columns_beside, beside, why),
-    ]
+    return Table("seconds of an iteration beside Figure 6", columns, lines, why)
 
 
 def figures(result: Result) -> Iterator[tuple[str, Any]]:
-    from matplotlib.figure import Figure
-
-    rows = sorted((row for row in result["rows"] if harness.timed(row)), key=_as_published)
+    """Stacked bars of the phases, in Figure 6's order, the critics after the generators."""
+    found = {row["case"]: row for row in result["rows"] if timed(row)}
+    order = [*PAPER, *(f"{name} critic" for name in PAPER)]
+    rows = [found[name] for name in order if name in found]
     if not rows:
         return
-    bars_in_all = sum(len(harness.timed(row)) for row in rows)
-    figure = Figure(figsize=(4 + 0.4 * bars_in_all, 4.6), layout="constrained")
-    ax = figure.subplots()
-    at, ticks, named = 0.0, [], set()
+    parts = "from below: forward (in SF: rollout, scores), backward, optimiser; dashed: the floor"
+    title = f"{result['sizes']}, batch 1, {describe(result['machine'])}\n{parts}"
+    figure, (ax,) = new(title, 4 + 0.4 * sum(len(timed(row)) for row in rows), 4.6)
+    at, ticks = 0.0, {}
     for row in rows:
-        start = at
-        for impl in COLOURS:
-            if impl not in harness.timed(row):
-                continue
-            e, bottom = row["contestants"][impl], 0.0
-            for phase, timed in e["phases"].items():
-                seconds, alpha = timed["ms"] / 1e3, SHADES[phase]
-                label = impl if phase == "backward" and impl not in named else None
-                look: dict[str, Any] = {"color": COLOURS[impl], "alpha": alpha, "label": label}
+        start, entries = at, timed(row)
+        for impl in (name for name in COLOURS if name in entries):
+            bottom = 0.0
+            for name, one in entries[impl]["phases"].items():
+                seconds, look = one["ms"] / 1e3, {"color": COLOURS[impl], "alpha": SHADES[name]}
                 bars = ax.bar(at, seconds, 0.85, bottom, **look)
                 bottom += seconds
-            ax.bar_label(bars, [f"{e['ms'] / 1e3:.3g}"], fontsize=7)
-            named.add(impl)
+            ax.bar_label(bars, [f"{entries[impl]['ms'] / 1e3:.3g}"], fontsize=7)
             at += 1
         floor = timing.floor_ms(row["flops"], 0, result["ceilings"]) / 1e3
-        ax.hlines(floor, start - 0.5, at - 0.5, color="#888888", linestyle="--", linewidth=0.8)
-        ticks.append(((start + at - 1) / 2, row["case"].replace(" ", "\n")))
+        ax.hlines(floor, start - 0.5, at - 0.5, color=GREY, linestyle="--", linewidth=0.8)
+        ticks[(start + at - 1) / 2] = row["case"].replace(" ", "\n")
         at += 0.8
-    ax.set_xticks(*zip(*ticks, strict=True))
+    ax.set_xticks([*ticks], [*ticks.values()])
     ax.margins(y=0.15)
     ax.set_ylabel("seconds of an iteration")
-    figure.legend(loc="outside lower center", ncols=len(COLOURS), fontsize=8)
-    parts = "from below: forward (in SF: rollout, scores), backward, optimiser; dashed: the floor"
-    title = f"{result['sizes']}, batch 1, {said(result['machine'])}\n{parts}"
-    figure.suptitle(title, fontsize=8)
+    present = {impl for row in rows for impl in timed(row)}
+    legend(figure, {impl: colour for impl, colour in COLOURS.items() if impl in present})
     yield "train", figure
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return harness.command("train", sys.modules[__name__], arguments, __doc__)

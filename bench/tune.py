@@ -153,7 +153,7 @@ def within_bounds(search: Search, settings: Sequence[Setting], arch: int) -> lis
 
 
 def _holds_bounds(kernel: str, channels: int, arch: int, setting: Setting) -> bool:
-    """Whether all kernels of a launcher compile for an architecture within its bounds."""
+    """True where all kernels of a launcher compile for an architecture within its bounds."""
     fine = True
 
     def compile_only(
@@ -206,11 +206,17 @@ def tune(
         s: statistics.mean(t / b for t, b in zip(column, best_of_size, strict=True))
         for s, column in times.items()
     }
-    order = sorted(score, key=lambda s: score[s])
-    best = order[0]
-    why = _why(search, best, order, default, times, score, of_copy)
-    entry: dict[str, Any] = {"channels": search.channels, **vars(replace(best, why=why))}
-    return entry
+    best, *others = sorted(score, key=score.__getitem__)
+    why = []
+    for case, ms, copied in zip(search.cases, times[best], of_copy, strict=False):
+        rate = f"{100 * timing.gbps(case.nbytes, ms) / copied:.0f}% of a copy"
+        if isinstance(case, AttentionCase):
+            rate = f"{case.flops / ms / 1e9:.0f} TFLOP/s"
+        why.append(f"{1e3 * ms:.1f} us at {case.size}, {rate}")
+    if others:
+        why.append(f"next best {_said(others[0])} {score[others[0]] / score[best]:.3f} x")
+    why.append(f"default {score[default] / score[best]:.3f} x of {len(score)} timed")
+    return {"channels": search.channels, **vars(replace(best, why="; ".join(why)))}
 
 
 def time_in(
@@ -269,28 +275,6 @@ def time_in(
     return measured
 
 
-def _why(
-    search: Search,
-    best: Setting,
-    order: Sequence[Setting],
-    default: Setting,
-    times: dict[Setting, list[float]],
-    score: dict[Setting, float],
-    of_copy: Sequence[float],
-) -> str:
-    sizes = []
-    for case, ms, copied in zip(search.cases, times[best], of_copy, strict=False):
-        rate = f"{100 * timing.gbps(case.nbytes, ms) / copied:.0f}% of a copy"
-        if isinstance(case, AttentionCase):
-            rate = f"{case.flops / ms / 1e9:.0f} TFLOP/s"
-        sizes.append(f"{1e3 * ms:.1f} us at {case.size}, {rate}")
-    if len(order) > 1:
-        second = order[1]
-        sizes.append(f"next best {_said(second)} {score[second] / score[best]:.3f} x")
-    sizes.append(f"default {score[default] / score[best]:.3f} x of {len(order)} timed")
-    return "; ".join(sizes)
-
-
 def _said(setting: Setting) -> str:
     return " ".join(f"{k}={v}" for k, v in vars(setting).items() if k != "why")
 
@@ -298,8 +282,8 @@ def _said(setting: Setting) -> str:
 def _agrees(
     setting: Setting, results: Callable[[Setting], list[Tensor]], want: list[Tensor]
 ) -> bool:
-    """Whether a candidate computes what the default does, to a few roundings of the dtype and the
-    order of sums."""
+    """True where a candidate computes what the default does, to a few roundings of the dtype and
+    the order of sums."""
     try:
         for ours, theirs in zip(results(setting), want, strict=True):
             eps = torch.finfo(theirs.dtype).eps if theirs.is_floating_point() else 0.0
@@ -334,23 +318,21 @@ def run(
     arch, here = launch.architecture(device), machine(device)
     found: dict[str, list[Any]] = {}
     for search in searches(device):
-        name = search.kernel + (f" at {search.channels} channels" * (search.channels > 1))
         if only and search.kernel not in only:
             continue
+        name = search.kernel + (f" at {search.channels} channels" * (search.channels > 1))
         if time.monotonic() > deadline:
             print(f"no time for {name}", flush=True)
             continue
+        said: Any = "the default setting could not be timed"
         try:
-            entry = tune(search, device, deadline)
+            if entry := tune(search, device, deadline):
+                found.setdefault(search.kernel, []).append(entry)
+                write(folder, arch, here, found)
+                said = entry
         except RuntimeError as error:
-            print(f"{name}: {timing.reason(error)}", flush=True)
-            continue
-        if entry is None:
-            print(f"{name}: the default setting could not be timed", flush=True)
-            continue
-        found.setdefault(search.kernel, []).append(entry)
-        write(folder, arch, here, found)
-        print(f"{name}: {entry}", flush=True)
+            said = timing.reason(error)
+        print(f"{name}: {said}", flush=True)
     return found
 
 
@@ -361,18 +343,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernel", action="append", default=[], help="only this one")
     chosen = parser.parse_args(arguments)
     if unknown := set(chosen.kernel) - set(launch.DEFAULTS[90]):
-        print(
-            f"python -m bench tune: kernel {min(unknown)!r}: must be one of "
-            f"{', '.join(launch.DEFAULTS[90])}",
-            file=sys.stderr,
-        )
-        return 2
+        known = ", ".join(launch.DEFAULTS[90])
+        raise ValueError(f"kernel {min(unknown)!r}: must be one of {known}")
     if not torch.cuda.is_available():
-        print("python -m bench tune: needs a GPU that PyTorch can use", file=sys.stderr)
-        return 2
-    try:
-        run(torch.device("cuda"), chosen.out, chosen.seconds, chosen.kernel)
-    except (ValueError, OSError) as error:
-        print(f"python -m bench tune: {error}", file=sys.stderr)
-        return 2
+        raise ValueError("needs a GPU that PyTorch can use")
+    run(torch.device("cuda"), chosen.out, chosen.seconds, chosen.kernel)
     return 0

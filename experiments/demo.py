@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
@@ -13,13 +12,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from experiments.rolling import compare
+from bench import figures, harness, tables
+from bench.tables import Table
+from experiments import rolling
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
-from sfmodel.files import atomic
-from sfmodel.machine import machine, said
+from sfmodel.machine import describe, machine
 from sfmodel.pretrained import TOY_WEIGHTS, load_toy
 from sfmodel.stream import stream
 from sfmodel.video import ContactSheet, VideoWriter
@@ -44,12 +43,12 @@ def demo(
     """
     if frames < 1:
         raise ValueError(f"frames={frames}: must be at least 1")
-    console = Console()
-    if not console.is_terminal:
-        console.width = 110
+    console = tables.plain_console(110)
     model, codec, text = load_toy()
     here = machine(model.device)
-    console.print(f"streaming {prompt!r}: weights {TOY_WEIGHTS.name}, teacher-forced; {said(here)}")
+    console.print(
+        f"streaming {prompt!r}: weights {TOY_WEIGHTS.name}, teacher-forced; {describe(here)}"
+    )
     embedding = text([prompt], model.device)
     result: dict[str, Any] = {"machine": here, "prompt": prompt, "seed": seed, "frames": frames}
     result["stream"] = run_stream(model, codec, embedding, prompt, frames, seed, output)
@@ -58,19 +57,15 @@ def demo(
     result["rolling"] = []
     for batch in (1, 64):  # one stream waits for launches, many for arithmetic
         with console.status("") as status:
-            result["rolling"].append(
-                compare(
-                    model,
-                    preset,
-                    embedding,
-                    batch=batch,
-                    tick=lambda doing, b=batch: status.update(f"{b} streams at once: {doing}"),  # type: ignore[misc]
-                )
-            )
+            for_batch = f"{batch} streams at once: "
+            found = rolling.compare(
+                model, preset, embedding, batch=batch,
+                tick=lambda doing, before=for_batch: status.update(before + doing),  # type: ignore[misc]
+            )  # fmt: skip
+            result["rolling"].append(found)
     report(result, console)
-    plot(result, output / "demo.png")
-    with atomic(output / "demo.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=1))
+    figures.save(figure(result), output / "demo.png")
+    harness.write(output / "demo.json", result)
     console.print(f"video, contact sheet, figure and figures as JSON: {output}/")
 
 
@@ -142,75 +137,48 @@ def resident_mib() -> float:
 
 def report(result: dict[str, Any], console: Console) -> None:
     s = result["stream"]
-    table = Table("one stream of the toy world", "", title=said(result["machine"]))
-    table.add_row("frames a second, decoding included", f"{s['fps']:.0f}")
-    table.add_row("first frame after", f"{1e3 * s['first_frame_seconds']:.0f} ms")
-    table.add_row(f"KV cache, {s['window']} latent frames", f"{s['cache_mib']:.2f} MiB")
+    rows = [
+        ["frames a second, decoding included", f"{s['fps']:.0f}"],
+        ["first frame after", f"{1e3 * s['first_frame_seconds']:.0f} ms"],
+        [f"KV cache, {s['window']} latent frames", f"{s['cache_mib']:.2f} MiB"],
+    ]
     for n in (100, 1000):
         seconds, rss = s[f"seconds_per_chunk_at_frame_{n}"], s[f"rss_mib_at_frame_{n}"]
-        table.add_row(
-            f"a chunk of 12 frames, around frame {n}",
-            f"{1e3 * seconds:.1f} ms, {rss:.0f} MiB in the process",
-        )
-    console.print(table)
-    for r in result["rolling"]:
-        streams = "one stream" if r["batch"] == 1 else f"{r['batch']} streams at once"
-        table = Table(
-            "past the window", "ms a chunk", "FPS", "time / ring's", "arithmetic / ring's",
-            title=f"{streams}, window {r['window']}, chunk {r['chunk']}, {r['steps']} steps",
-        )  # fmt: skip
-        for name, way in r["ways"].items():
-            table.add_row(
-                name,
-                f"{1e3 * way['seconds_per_chunk']:.1f}",
-                f"{4 * r['chunk'] * r['batch'] / way['seconds_per_chunk']:.0f}",
-                f"{way['times_the_ring']:.2f}",
-                f"{way['times_the_ring_in_theory']:.2f}",
-            )
-        console.print(table)
+        took = f"{1e3 * seconds:.1f} ms, {rss:.0f} MiB in the process"
+        rows.append([f"a chunk of 12 frames, around frame {n}", took])
+    title = describe(result["machine"])
+    tables.show(Table(title, ("one stream of the toy world", ""), rows), console)
+    for found in result["rolling"]:
+        tables.show(rolling.ways_table(found), console)
     difference = max(r["relative_difference_in_first_window"] for r in result["rolling"])
     console.print(f"within the first window the three agree to {difference:.0e}")
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
+def figure(result: dict[str, Any]) -> Any:
     """Left: cost of a chunk along a long stream. Right: the three ways against theory."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    made, (left, right) = figures.new(describe(result["machine"]), 11, 4, columns=2)
     chunks = result["stream"]["chunks"][:-1]  # the last one may be cut short
     at, cost = [c["frame"] for c in chunks], [1e3 * c["seconds"] for c in chunks]
     middle = [statistics.median(cost[max(0, i - 4) : i + 5]) for i in range(len(cost))]
-    left.plot(at, cost, linewidth=0.8, color="#bbbbbb", label="each chunk")
-    left.plot(at, middle, color="#3b6ea5", label="median of 9 chunks")
-    left.legend(fontsize=8)
+    left.plot(at, cost, linewidth=0.8, color=figures.LIGHT, label="each chunk")
+    left.plot(at, middle, color=figures.BLUE, label="median of 9 chunks")
     left.set_ylim(0, 2 * 1e3 * result["stream"]["seconds_per_chunk_at_frame_1000"])
-    left.set_xlabel("pixel frame")
-    left.set_ylabel("ms for a chunk of 12 frames")
-    left.set_title("one stream through the ring: a late frame costs what an early one does")
-    left.title.set_fontsize(9)
-    series = [("theory (arithmetic)", "times_the_ring_in_theory", result["rolling"][-1], "#bbbbbb")]
-    for r, colour in zip(reversed(result["rolling"]), ("#3b6ea5", "#e08a3c"), strict=True):
-        label = f"measured, {r['batch']} stream{'s' if r['batch'] > 1 else ''}"
-        series.append((label, "times_the_ring", r, colour))
-    for i, (label, key, r, colour) in enumerate(series):
-        values = [way[key] for way in r["ways"].values()]
-        bars = right.bar(
-            [x + (i - 1) * 0.27 for x in range(len(values))],
-            values,
-            0.25,
-            label=label,
-            color=colour,
-        )
+    left.set(xlabel="pixel frame", ylabel="ms for a chunk of 12 frames")
+    left.set_title("one stream through the ring: a late frame costs what an early one does",
+                   fontsize=9)  # fmt: skip
+    one, many = result["rolling"]
+    for i, (label, key, found, colour) in enumerate((
+        ("theory (arithmetic)", "times_the_ring_in_theory", many, figures.LIGHT),
+        (f"measured, {many['batch']} streams", "times_the_ring", many, figures.BLUE),
+        ("measured, 1 stream", "times_the_ring", one, figures.ORANGE),
+    )):  # fmt: skip
+        values = [way[key] for way in found["ways"].values()]
+        places = [x + (i - 1) * 0.27 for x in range(len(values))]
+        bars = right.bar(places, values, 0.25, label=label, color=colour)
         right.bar_label(bars, fmt="%.1f", fontsize=8)
-    names = [*result["rolling"][0]["ways"]]
-    right.set_xticks(range(len(names)), names)
+    right.set_xticks(range(len(one["ways"])), [*one["ways"]])
     right.set_ylabel("time of a chunk / ring cache's")
     right.set_title(f"past a window of {PAPER_WINDOW} latent frames", fontsize=9)
-    right.legend(fontsize=8)
-    figure.suptitle(said(result["machine"]), fontsize=8)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    pyplot.close(figure)
+    for axis in (left, right):
+        axis.legend(fontsize=8)
+    return made

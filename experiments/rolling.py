@@ -17,7 +17,6 @@ import functools
 import itertools
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -27,13 +26,16 @@ import torch
 from torch import Tensor
 
 from bench import harness, timing
+from bench.figures import BLUE, GREY, LIGHT, ORANGE, new
+from bench.harness import Job
 from bench.inputs import random_model
+from bench.tables import Result, Table, left_out, of_entries, percent, timed, value
 from sfkernels import BlockLayout
 from sfmodel import ranges
 from sfmodel.config import PRESETS, Preset
 from sfmodel.cost import pass_flops, rolling_flops
 from sfmodel.dit import DiT
-from sfmodel.machine import said
+from sfmodel.machine import describe
 from sfmodel.schedule import FlowSchedule
 from sfmodel.stream import Stream, few_step
 
@@ -50,9 +52,8 @@ PAPER_FPS = {"recompute cache": 4.6, "ring cache": 16.1}
 PAPER_GROWTH = {"recompute window": "T·L²", "recompute cache": "L² + T·L", "ring cache": "T·L"}
 COLOURS = {
     "recompute window": "#c96a6a",
-    "recompute cache": "#e08a3c",
-    "ring cache": "#3b6ea5",
-    AT_ONCE: "#888888",
+    "recompute cache": ORANGE,
+    "ring cache": BLUE,
 }
 
 
@@ -213,7 +214,7 @@ def compare(
     }
 
 
-def run(job: harness.Job) -> harness.Result:
+def run(job: Job) -> Result:
     dtype = torch.float32 if job.tiny else torch.bfloat16
     result = job.begin("extrapolate", dtype) | {"exponents": {}}
     preset = PRESETS["toy" if job.tiny else "wan-1.3b"]
@@ -223,36 +224,26 @@ def run(job: harness.Job) -> harness.Result:
     text = torch.zeros(1, 1, preset.dit.text_dim, device=job.device)
     windows = TINY_WINDOWS if job.tiny else WINDOWS
     rate = 0.0  # seconds per floating-point operation, as measured at the window before
+
+    def measured(window: int, flops: int) -> Result:
+        nonlocal rate
+        row = _row(model, replace(preset, window=window), text, job, window == windows[0])
+        if entries := timed(row):
+            rate = sum(e["ms"] for e in entries.values()) / 1e3 / flops
+        return row
+
     for window in windows:
-        row: dict[str, Any] = {"case": f"window of {window}", "window": window}
         size = math.prod(preset.grid), window, preset.chunk, len(preset.steps)
         flops = sum(rolling_flops(preset.dit, *size).values())
-        if not job.wants(row["case"]):
-            continue
-        if job.left < flops * rate:
-            result["no_time_for"].append(row["case"])
-            continue
-        try:
-            row |= _row(model, replace(preset, window=window), text, job, window == windows[0])
-            rate = sum(e["ms"] for e in row["contestants"].values()) / 1e3 / flops
-        except AssertionError as error:
-            wrong = {"failed": f"{timing.WRONG}: {error}"}
-            row["contestants"] = {way: wrong for way in PAPER_GROWTH}
-        except Exception as error:  # out of memory; the other windows still run
-            row["failed"] = timing.reason(error)
-        result["rows"].append(row)
+        row = functools.partial(measured, window, flops)
+        job.add(result, f"window of {window}", row, needs=flops * rate)
         result["exponents"] = exponents(result["rows"])
-        job.save(result)
-        if job.cuda:
-            timing.free(job.device)
     if job.wants(AT_ONCE):
         _at_once(model, replace(preset, window=windows[0]), text, job, result)
     return job.end(result)
 
 
-def _row(
-    model: DiT, preset: Preset, text: Tensor, job: harness.Job, follow: bool
-) -> dict[str, Any]:
+def _row(model: DiT, preset: Preset, text: Tensor, job: Job, follow: bool) -> Result:
     """The three ways at a window; follow: chunk by chunk from the video's first, else only with a
     full window."""
     if follow:  # to the end of VIDEO windows; the other ones need half of the time
@@ -260,10 +251,13 @@ def _row(
     else:
         chunks, seconds = TINY_CHUNKS if job.tiny else FULL_CHUNKS, job.left
     options: dict[str, Any] = {"filled": not follow, "seconds": seconds, "tick": job.tick}
-    found = compare(model, preset, text, chunks=chunks, **options)
+    row: Result = {"window": preset.window, "chunk": preset.chunk}
+    try:
+        found = compare(model, preset, text, chunks=chunks, **options)
+    except AssertionError as error:
+        return row | {"contestants": {way: timing.failed(error) for way in PAPER_GROWTH}}
     ways = found["ways"]
-    row: dict[str, Any] = {
-        "chunk": preset.chunk,
+    row |= {
         "relative_difference": found["relative_difference_in_first_window"],
         "timed_chunks": len(ways["ring cache"]["all_seconds"]),
         "planned_chunks": chunks,
@@ -284,18 +278,16 @@ def _row(
 
 
 def at_once_flops(preset: Preset, frames: int) -> int:
-    """Of a video whose frames all see each other, at as many steps as a chunk takes."""
+    """Operations for a video whose frames all see each other, at as many steps as a chunk takes."""
     tokens = frames * math.prod(preset.grid)
     return len(preset.steps) * pass_flops(preset.dit, tokens, tokens**2)
 
 
 @torch.no_grad()
-def _at_once(
-    model: DiT, preset: Preset, text: Tensor, job: harness.Job, result: harness.Result
-) -> None:
+def _at_once(model: DiT, preset: Preset, text: Tensor, job: Job, result: Result) -> None:
     """A row of whole videos, of one window, two, …: one pass is timed, and counted once a step."""
     chunks = range(preset.chunk, VIDEO * preset.window + 1, preset.chunk)
-    row: dict[str, Any] = {"case": AT_ONCE, "window": preset.window, "chunk": preset.chunk}
+    row: Result = {"case": AT_ONCE, "window": preset.window, "chunk": preset.chunk}
     row |= {"flops_by_chunk": [at_once_flops(preset, f) for f in chunks], "contestants": {}}
     result["rows"].append(row)
     t, steps, rate = torch.tensor(500.0, device=job.device), len(preset.steps), 0.0
@@ -319,126 +311,148 @@ def _at_once(
             rate = times[-1] / 1e3 / flops
             entry = timing.entry(timing.summary(times[1:]), flops=flops, frames=frames)
         except Exception as error:
-            entry = {"failed": timing.reason(error)}
+            entry = timing.failed(error)
         row["contestants"][name] = entry
         job.save(result)
 
 
-def exponents(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """For each way the power of the window that its time per chunk, and its floating-point
-    operations, grow with: the least-squares slope between their logarithms. Empty unless two
-    windows were timed."""
+def exponents(rows: Sequence[Result]) -> dict[str, dict[str, float]]:
+    """The power of the window that each way's time per chunk, and its floating-point operations,
+    grow with: the least-squares slope between their logarithms. Empty unless two windows were
+    timed."""
     found = {}
     for way in PAPER_GROWTH:
-        timed = [
-            (row["window"], harness.timed(row)[way]) for row in rows if way in harness.timed(row)
-        ]
-        if len(timed) < 2:
+        points = [(row["window"], timed(row)[way]) for row in rows if way in timed(row)]
+        if len(points) < 2:
             continue
-        x = [math.log(window) for window, _ in timed]
+        x = [math.log(window) for window, _ in points]
         found[way] = {
-            name: statistics.linear_regression(x, [math.log(e[key]) for _, e in timed]).slope
+            name: statistics.linear_regression(x, [math.log(e[key]) for _, e in points]).slope
             for name, key in (("measured", "ms"), ("theory", "flops"))
         }
     return found
 
 
-def tables(result: harness.Result) -> list[harness.Table]:
-    toy, ceiling = result["sizes"] == "toy", result["ceilings"]["matmul_tflops"]
-    cells, along = [], []
+def tables(result: Result) -> list[Table]:
+    ceiling = result["ceilings"]["matmul_tflops"]
+
+    def rate(e: Result) -> float:
+        return float(e["flops"] / e["ms"] / 1e9)
+
+    columns = {
+        "ms a chunk": value("ms", "{:.1f}".format),
+        "p99": value("p99_ms", "{:.1f}".format),
+        "FPS": lambda row, e: f"{4e3 * e.get('frames', row['chunk']) / e['ms']:.3g}",
+        "TFLOP/s": lambda _, e: f"{rate(e):.3g}",
+        "% of product": lambda _, e: percent(rate(e), ceiling),
+        "time / ring's": value("times_the_ring", "{:.2f}".format),
+        "in theory": value("theory", "{:.2f}".format),
+    }
     notes = [
         f"{AT_ONCE}: the whole video, at as many steps as a chunk takes (Wan2.1 itself takes 50)",
         "published, ten seconds of video on one H100: {} FPS with a rolling cache, {} with a "
         "recomputed one, 3.5 times".format(PAPER_FPS["ring cache"], PAPER_FPS["recompute cache"]),
     ]
     for row in result["rows"]:
-        each, lengths = row["window"], range(1, VIDEO + 1)
-        if "failed" in row:
-            cells.append([row["case"], f"failed: {row['failed']}", *[""] * 7])
-        for name, e in row.get("contestants", {}).items():
-            if "failed" in e:
-                cells.append([row["case"], name, e["failed"], *[""] * 6])
-                continue
-            ratios = [f"{e[k]:.2f}" if k in e else "" for k in ("times_the_ring", "theory")]
-            rate, fps = e["flops"] / e["ms"] / 1e9, 4e3 * e.get("frames", row["chunk"]) / e["ms"]
-            cells.append([row["case"], name, f"{e['ms']:.1f}", f"{e['p99_ms']:.1f}", f"{fps:.3g}",
-                          f"{rate:.3g}", f"{100 * rate / ceiling:.0f}", *ratios])  # fmt: skip
         if row.get("timed_chunks", 0) < row.get("planned_chunks", 0):
             notes.append(
                 f"{row['case']}: cut after {row['timed_chunks']} of {row['planned_chunks']} chunks"
             )
-        for way, seconds in row.get("cumulative", {}).items():
-            reached = dict(enumerate(seconds, 1))
-            ends = [reached.get(i * each // row["chunk"]) for i in lengths]
-            along.append([way, *("not run" if s is None else f"{s:.3g}" for s in ends)])
-        if row["case"] == AT_ONCE:
-            reached = {e["frames"]: e["ms"] / 1e3 for e in harness.timed(row).values()}
-            ends = [reached.get(i * each) for i in lengths]
-            along.append([AT_ONCE, *("not run" if s is None else f"{s:.3g}" for s in ends)])
-    columns = ["", "way", "ms a chunk", "p99", "FPS", "TFLOP/s", "% of product", "time / ring's",
-               "in theory"]  # fmt: skip
-    title = f"past the window: {result['sizes']}, {said(result['machine'])}"
-    found = [harness.Table(title, columns, cells, notes)]
-    if along:
-        columns = ["", *(f"{i} window{'s' * (i > 1)}" for i in range(1, VIDEO + 1))]
-        found.append(harness.Table("seconds for a video as long as", columns, along))
+    title = f"past the window: {result['sizes']}, {describe(result['machine'])}"
+    found = [of_entries(title, result["rows"], columns, [*notes, *left_out(result)])]
+    if along := [*_along(result["rows"])]:
+        heads = ["", *(f"{i} window{'s' * (i > 1)}" for i in range(1, VIDEO + 1))]
+        found.append(Table("seconds for a video as long as", heads, along))
     if result["exponents"]:
         rows = [[way, f"{e['measured']:.2f}", f"{e['theory']:.2f}", PAPER_GROWTH[way]]
                 for way, e in result["exponents"].items()]  # fmt: skip
         notes = ["published: attention alone, T steps and window L; linear layers grow less"]
-        if toy:
+        if result["sizes"] == "toy":
             notes.append("at toy size the number of launches decides, not arithmetic: flatter")
         title = "a chunk's time grows with the window to the power"
-        found.append(harness.Table(title, ["", "measured", "arithmetic", "published"], rows, notes))
+        found.append(Table(title, ["", "measured", "arithmetic", "published"], rows, notes))
     return found
 
 
-def figures(result: harness.Result) -> Iterator[tuple[str, Any]]:
-    from matplotlib.figure import Figure
+def _along(rows: Sequence[Result]) -> Iterator[list[str]]:
+    """Seconds for one window of video, two, …, by the ways that were followed."""
+    for row in rows:
+        reached = {
+            way: {row["chunk"] * i: s for i, s in enumerate(seconds, 1)}
+            for way, seconds in row.get("cumulative", {}).items()
+        }
+        if row["case"] == AT_ONCE:
+            reached[AT_ONCE] = {e["frames"]: e["ms"] / 1e3 for e in timed(row).values()}
+        for way, seconds_at in reached.items():
+            ends = [seconds_at.get(i * row["window"]) for i in range(1, VIDEO + 1)]
+            yield [way, *("not run" if end is None else f"{end:.3g}" for end in ends)]
 
-    rows = [row for row in result["rows"] if harness.timed(row)]
+
+def ways_table(found: Result) -> Table:
+    """The result of `compare` as a table."""
+    streams = "one stream" if found["batch"] == 1 else f"{found['batch']} streams at once"
+    title = f"{streams}, window {found['window']}, chunk {found['chunk']}, {found['steps']} steps"
+    heads = "past the window", "ms a chunk", "FPS", "time / ring's", "arithmetic / ring's"
+    rows = [
+        [
+            name,
+            f"{1e3 * way['seconds_per_chunk']:.1f}",
+            f"{4 * found['chunk'] * found['batch'] / way['seconds_per_chunk']:.0f}",
+            f"{way['times_the_ring']:.2f}",
+            f"{way['times_the_ring_in_theory']:.2f}",
+        ]
+        for name, way in found["ways"].items()
+    ]
+    return Table(title, heads, rows)
+
+
+def figures(result: Result) -> Iterator[tuple[str, Any]]:
+    rows = [row for row in result["rows"] if timed(row)]
     windows = [row for row in rows if row["case"] != AT_ONCE]
-    if not windows:
-        return
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    if windows:
+        title = f"{result['sizes']}, {describe(result['machine'])}"
+        figure, (left, right) = new(title, 12, 4.6, columns=2)
+        _draw_along(left, rows)
+        _draw_growth(right, windows, result)
+        yield "extrapolate", figure
+
+
+def _draw_along(ax: Any, rows: Sequence[Result]) -> None:
+    """Seconds of each chunk along a video."""
     for row in rows:
         for way, seconds in row.get("by_chunk", {}).items():
             at = [row["chunk"] * (i + 1) for i in range(len(seconds))]
-            left.plot(at, seconds, "o-", markersize=3, color=COLOURS[way], label=way)
-            left.axvline(row["window"], color="#bbbbbb", linewidth=0.8, zorder=0)
+            ax.plot(at, seconds, "o-", markersize=3, color=COLOURS[way], label=way)
+            ax.axvline(row["window"], color=LIGHT, linewidth=0.8, zorder=0)
         if row["case"] == AT_ONCE:
-            e, *_ = timed = [*harness.timed(row).values()]
-            grey: dict[str, Any] = {"color": COLOURS[AT_ONCE]}
-            at, seconds = [e["frames"] for e in timed], [e["ms"] / 1e3 for e in timed]
-            left.plot(at, seconds, "s", markersize=5, label=AT_ONCE, **grey)
+            e, *_ = entries = [*timed(row).values()]
+            at, seconds = [e["frames"] for e in entries], [e["ms"] / 1e3 for e in entries]
+            ax.plot(at, seconds, "s", markersize=5, label=AT_ONCE, color=GREY)
             curve = [e["ms"] / 1e3 * flops / e["flops"] for flops in row["flops_by_chunk"]]
             at = [row["chunk"] * (i + 1) for i in range(len(curve))]
             label = f"the same by arithmetic, from {e['frames']} frames"
-            left.plot(at, curve, "--", linewidth=1, label=label, **grey)
-    left.set_ylim(bottom=0)
-    left.set_xlabel("latent frames of the video, the new chunk included (line: the window)")
-    left.set_ylabel("seconds until the next chunk")
-    if left.has_data():  # else no video was followed
-        left.legend(fontsize=7)
+            ax.plot(at, curve, "--", linewidth=1, label=label, color=GREY)
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("latent frames of the video, the new chunk included (line: the window)")
+    ax.set_ylabel("seconds until the next chunk")
+    if ax.has_data():  # else no video was followed
+        ax.legend(fontsize=7)
+
+
+def _draw_growth(ax: Any, rows: Sequence[Result], result: Result) -> None:
+    """Milliseconds of a chunk over the window, beside the floors of its arithmetic."""
     for way in PAPER_GROWTH:
-        timed = [harness.timed(row)[way] | row for row in windows if way in harness.timed(row)]
-        timed.sort(key=lambda e: e["window"])
-        at, power = [e["window"] for e in timed], result["exponents"].get(way)
+        points = sorted((row["window"], timed(row)[way]["ms"], timed(row)[way]["flops"])
+                        for row in rows if way in timed(row))  # fmt: skip
+        at, power = [window for window, _, _ in points], result["exponents"].get(way)
         measured = f"{way}: power {power['measured']:.2f}" if power else way
         theory = f"its arithmetic: {power['theory']:.2f}" if power else "its arithmetic"
-        floors = [timing.floor_ms(e["flops"], 0, result["ceilings"]) for e in timed]
-        right.plot(at, [e["ms"] for e in timed], "o-", color=COLOURS[way], label=measured)
-        right.plot(at, floors, "--", linewidth=1, color=COLOURS[way], label=theory)
-    right.set_xscale("log", base=2)
-    right.set_yscale("log")
-    right.set_xticks([row["window"] for row in windows], [str(row["window"]) for row in windows])
-    right.set_xlabel("window, latent frames")
-    right.set_ylabel("ms for a chunk (dashed: at the rate of a matrix product)")
-    right.legend(fontsize=7)
-    figure.suptitle(f"{result['sizes']}, {said(result['machine'])}", fontsize=8)
-    yield "extrapolate", figure
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return harness.command("extrapolate", sys.modules[__name__], arguments, __doc__)
+        floors = [timing.floor_ms(flops, 0, result["ceilings"]) for _, _, flops in points]
+        ax.plot(at, [ms for _, ms, _ in points], "o-", color=COLOURS[way], label=measured)
+        ax.plot(at, floors, "--", linewidth=1, color=COLOURS[way], label=theory)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks([row["window"] for row in rows], [str(row["window"]) for row in rows])
+    ax.set_xlabel("window, latent frames")
+    ax.set_ylabel("ms for a chunk (dashed: at the rate of a matrix product)")
+    ax.legend(fontsize=7)

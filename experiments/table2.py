@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from bench import figures
+from bench.tables import Table, plain_console, show
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
-from sfmodel.machine import machine, said
+from sfmodel.machine import describe, machine
 from sfmodel.schedule import FlowSchedule
 from sfmodel.toy.evaluate import (
     BATCH,
@@ -86,7 +85,7 @@ WAYS = {"chunk-wise": 3, "frame-wise": 1}
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of it. updates: of the generator. videos: that a model is measured by."""
+    """Size of an experiment. updates: of the generator. videos: that a model is measured by."""
 
     updates: int = 32
     batch: int = 20
@@ -235,33 +234,27 @@ def experiment(
     draw(summary, output)
     sheets(jobs, output)
     for table in tables(summary):
-        Console(width=None if Console().is_terminal else 140).print(table)
+        show(table, plain_console(140))
     print(f"{output}/results.json, distance.png, gap.png, sheet-*.png")
 
 
 def _all(jobs: Sequence[Job], workers: int) -> list[dict[str, Any]]:
-    """The results of all jobs, in their order, with progress."""
+    """The results of all jobs, in their order; a line for each as it is done."""
     # Tensors of some MiB come and go: without this glibc returns each one to the kernel.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
-    console = Console()
-    columns = (TextColumn("{task.fields[said]}"), BarColumn(), MofNCompleteColumn())
-    progress = Progress(
-        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
-    )
     done: dict[Job, dict[str, Any]] = {}
     context = multiprocessing.get_context("spawn")
-    with progress, ProcessPoolExecutor(workers, mp_context=context) as pool:
-        task = progress.add_task("", total=len(jobs), said="models")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
         waiting = {pool.submit(run, job): job for job in jobs}
         try:
             for future in as_completed(waiting):
                 job, result = waiting[future], future.result()
                 done[job] = result
-                line = f"{job.name}: {_said(result)}"
-                progress.update(task, advance=1, said=line)
-                if not console.is_terminal:
-                    print(f"{len(done)}/{len(jobs)}  {line}", flush=True)
+                parts = (f"{over(result['distance'], band):.2f}" for band in bands(LONG, FRAMES))
+                took = sum(result["seconds"].values())
+                print(f"{len(done)}/{len(jobs)}  {job.name}: distance {', '.join(parts)}, "
+                      f"gap {result['gap']:.2f}, {took:.0f} s", flush=True)  # fmt: skip
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in [*(pool._processes or {}).values()]:
@@ -271,18 +264,12 @@ def _all(jobs: Sequence[Job], workers: int) -> list[dict[str, Any]]:
 
 
 def _rounded(value: Any) -> Any:
-    """Of JSON: what no table or figure shows is left out."""
+    """JSON without the digits that no table or figure shows."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):
         return {key: _rounded(each) for key, each in value.items()}
     return [*map(_rounded, value)] if isinstance(value, list) else value
-
-
-def _said(result: dict[str, Any]) -> str:
-    parts = ", ".join(f"{over(result['distance'], band):.2f}" for band in bands(LONG, FRAMES))
-    took = sum(result["seconds"].values())
-    return f"distance {parts}, gap {result['gap']:.2f}, {took:.0f} s"
 
 
 def references(scale: Scale, split: str) -> dict[str, dict[str, Any]]:
@@ -351,34 +338,30 @@ def cells(summary: dict[str, Any], way: str) -> tuple[list[str], list[list[str]]
 
 
 def tables(summary: dict[str, Any]) -> Iterator[Table]:
-    for way in WAYS:
-        if not _of(summary, way):
-            continue
+    scale = summary["scale"]
+    for way in _ways(summary):
         columns, rows = cells(summary, way)
-        scale = summary["scale"]
-        table = Table(title=f"{way}, {scale['updates']} updates of {scale['batch']} clips, "
-                      f"{scale['seeds']} seeds, by latent frame (trained on {FRAMES})")  # fmt: skip
-        for i, column in enumerate(columns):
-            table.add_column(column, justify="right" if i else "left")
-        for row in rows:
-            table.add_row(*row)
-        yield table
+        sizes = f"{scale['updates']} updates of {scale['batch']} clips, {scale['seeds']} seeds"
+        title = f"{way}, {sizes}, by latent frame (trained on {FRAMES})"
+        yield Table(title, columns, rows)
+
+
+def _ways(summary: dict[str, Any]) -> list[str]:
+    return [way for way in WAYS if _of(summary, way)]
 
 
 def draw(summary: dict[str, Any], output: Path) -> None:
     """distance.png: over time, a line a row with the range of its seeds. gap.png: own and real
     past, beside each other."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
-    ways = [way for way in WAYS if _of(summary, way)]
+    ways = _ways(summary)
     colours = dict(zip(ROWS, colormaps["tab10"](range(10)), strict=False))
-    size = 6 * len(ways), 4.6
-    where = f"{said(summary['machine'])}, {summary['scale']['seeds']} seeds"
+    where = f"{describe(summary['machine'])}, {summary['scale']['seeds']} seeds"
+    size: dict[str, Any] = {"width": 6 * len(ways), "height": 4.6, "columns": len(ways)}
 
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, len(ways), sharey=True, squeeze=False)
-    for ax, way in zip(axes[0], ways, strict=True):
+    figure, axes = figures.new(where, sharey=True, **size)
+    for ax, way in zip(axes, ways, strict=True):
         for row, results in _of(summary, way).items():
             lines = torch.tensor([r["distance"] for r in results])
             at = range(1, lines.shape[1])
@@ -391,30 +374,30 @@ def draw(summary: dict[str, Any], output: Path) -> None:
         ax.axvline(FRAMES - 0.5, color="#aaaaaa", linewidth=0.8)
         ax.set(yscale="log", xlabel=f"latent frame (trained on the first {FRAMES})", title=way)
         ax.grid(alpha=0.3, which="both")
-    axes[0][0].set_ylabel("Fréchet distance from real videos")
-    handles, labels = axes[0][0].get_legend_handles_labels()
+    axes[0].set_ylabel("Fréchet distance from real videos")
+    handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
-    figure.suptitle(where, fontsize=8)
-    _save(figure, output / "distance.png")
+    figures.save(figure, output / "distance.png")
 
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, len(ways), sharey=True, squeeze=False)
-    for ax, way in zip(axes[0], ways, strict=True):
-        late = slice(FRAMES // 2, FRAMES)
-        for i, (row, results) in enumerate(_of(summary, way).items()):
-            for past, side, alpha in (("real", -0.2, 0.45), ("own", 0.2, 1.0)):
-                each = [statistics.mean(r[past][late]) for r in results]
-                label = f"on {'a real' if past == 'real' else 'its own'} past" if not i else None
-                ax.bar(i + side, statistics.mean(each), 0.38, color=colours[row], alpha=alpha,
-                       label=label)  # fmt: skip
-                ax.plot([i + side] * len(each), each, "k.", markersize=3)
-        ax.set_xticks(range(len(_of(summary, way))), [*_of(summary, way)], rotation=35, ha="right")
+    title = f"exposure gap: the difference of a pair; {where}"
+    figure, axes = figures.new(title, sharey=True, **size)
+    late = slice(FRAMES // 2, FRAMES)
+    for ax, way in zip(axes, ways, strict=True):
+        found = _of(summary, way)
+        for past, side, alpha in (("real", -0.2, 0.45), ("own", 0.2, 1.0)):
+            label = f"on {'a real' if past == 'real' else 'its own'} past"
+            each = [[statistics.mean(r[past][late]) for r in rs] for rs in found.values()]
+            places = [i + side for i in range(len(found))]
+            means, shades = [*map(statistics.mean, each)], [colours[row] for row in found]
+            ax.bar(places, means, 0.38, color=shades, alpha=alpha, label=label)
+            for x, values in zip(places, each, strict=True):
+                ax.plot([x] * len(values), values, "k.", markersize=3)
+        ax.set_xticks(range(len(found)), [*found], rotation=35, ha="right")
         ax.set_title(way)
         ax.grid(alpha=0.3, axis="y")
-    axes[0][0].set_ylabel(f"distance at frames {FRAMES // 2}-{FRAMES - 1}, frames alone")
-    axes[0][-1].legend(fontsize=7)
-    figure.suptitle(f"exposure gap: the difference of a pair; {where}", fontsize=8)
-    _save(figure, output / "gap.png")
+    axes[0].set_ylabel(f"distance at frames {FRAMES // 2}-{FRAMES - 1}, frames alone")
+    axes[-1].legend(fontsize=7)
+    figures.save(figure, output / "gap.png")
 
 
 def sheets(jobs: Sequence[Job], output: Path) -> None:
@@ -432,8 +415,3 @@ def sheets(jobs: Sequence[Job], output: Path) -> None:
             videos = codec.decode_chunk(torch.cat([*latents.values()]))[0]
         title = f"{way}, trained on {codec.temporal_factor * (FRAMES - 1) + 1} frames: one prompt"
         contact_sheet_of_rows(videos, output / f"sheet-{way}.png", [*latents], title)
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic(path) as part:
-        figure.savefig(part, format="png", dpi=120)

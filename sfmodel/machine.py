@@ -44,7 +44,7 @@ def machine(device: torch.device | str) -> dict[str, Any]:
     }
 
 
-def said(machine: dict[str, Any]) -> str:
+def describe(machine: dict[str, Any]) -> str:
     """One line for a table or a figure."""
     return f"{machine['device']}, PyTorch {machine['torch']}, Triton {machine['triton']}"
 
@@ -63,7 +63,7 @@ def state(device: torch.device) -> dict[str, float]:
     return found
 
 
-def said_state(before: dict[str, float], after: dict[str, float]) -> str:
+def describe_state(before: dict[str, float], after: dict[str, float]) -> str:
     """One line of what changed while it was measured."""
     units = {"sm_mhz": "SM MHz", "memory_mhz": "memory MHz", "celsius": "°C", "watts": "W",
              "load": "load average"}  # fmt: skip

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import figures
 from experiments import demo, rolling
 from sfkernels import BlockLayout
 from sfmodel.config import PRESETS
@@ -67,7 +68,7 @@ def test_report_and_figure(
     json.dumps(result)
     demo.report(result, Console(width=110))
     assert "recompute cache" in capsys.readouterr().out
-    demo.plot(result, tmp_path / "figure.png")
+    figures.save(demo.figure(result), tmp_path / "figure.png")
     with Image.open(tmp_path / "figure.png") as figure:
         assert figure.width > 1000
 

@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import harness, timing
-from bench.harness import Job, Result, plain_console, show
+from bench import figures, harness, timing
+from bench.__main__ import main
+from bench.harness import Job
 from bench.ops import attention, kernels, measure, memory_bound
 from bench.ops.attention import FULL, TINY, Judge, plainly, rows
 from bench.ops.measure import run_case
+from bench.tables import Result, plain_console, show
 from sfkernels import testing
 from sfkernels.cases import AttentionCase, Case
 from sfkernels.roofline import attention_flops
@@ -219,7 +221,7 @@ def made_up() -> Result:
     found: list[dict[str, Any]] = []
     for i, (case, _) in enumerate(rows(FULL)):
         entries: dict[str, dict[str, Any]] = {}
-        for j, name in enumerate(kernels.COLOURS):
+        for j, name in enumerate(figures.COLOURS):
             timed = timing.summary([case.flops / (200 + 60 * j + 3 * i) / 1e9])
             entries[name] = timing.entry(timed, **measure.rates(case, timed))
         entries["flex"]["note"] = "no CUDA graph"
@@ -240,7 +242,7 @@ def test_tables_and_figures(capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("790 TFLOP/s", "sdpa cudnn: Runt", "flex *", "* no CUDA graph", "failed: out of",
                  "no time for: a with flex", "time / ours"):  # fmt: skip
         assert text in said, text
-    assert set(attention.SDPA) | {*harness.OURS, "flex", "eager"} <= set(kernels.COLOURS)
+    assert set(attention.SDPA) | {*harness.OURS, "flex", "eager"} <= set(figures.COLOURS)
     assert [name for name, _ in kernels.figures(result)] == ["attention", "roofline"]
     assert not [*kernels.figures(result | {"rows": []})]
     assert not kernels.tables(result | {"rows": []})
@@ -251,7 +253,7 @@ def test_the_command_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     only = ["--only", "^attention", "--out", str(tmp_path)]
-    assert kernels.main(only) == 0
+    assert main(["kernels", *only]) == 0
     assert "attention.png, roofline.png" in capsys.readouterr().out.replace("\n", "")
     result = json.loads((tmp_path / "kernels.json").read_text())
     assert [row["case"] for row in result["rows"]] == LABELS
@@ -263,12 +265,12 @@ def test_the_command_on_a_cpu(
     assert result["ceilings"]["matmul_tflops"] > 0 and result["ceilings"]["copy_gbps"] > 0
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
 
-    assert kernels.main([*only, "--seconds", "-1"]) == 0
+    assert main(["kernels", *only, "--seconds", "-1"]) == 0
     result = json.loads((tmp_path / "kernels.json").read_text())
     assert not result["rows"] and result["no_time_for"] == LABELS
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert kernels.main(["--out", str(tmp_path / "bare"), "--only", "text"]) == 0
+    assert main(["kernels", "--out", str(tmp_path / "bare"), "--only", "text"]) == 0
     assert "no figures, which need matplotlib" in capsys.readouterr().out
     assert [f.name for f in (tmp_path / "bare").iterdir()] == ["kernels.json"]
 
@@ -276,10 +278,10 @@ def test_the_command_on_a_cpu(
 @pytest.mark.usefixtures("plain_cpu")
 def test_bad_arguments_and_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    assert kernels.main(["--out", str(tmp_path / "file"), "--only", "text"]) == 2
+    assert main(["kernels", "--out", str(tmp_path / "file"), "--only", "text"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("python -m bench kernels: ") and said.count("\n") == 1
-    assert kernels.main(["--out", str(tmp_path), "--only", "(text"]) == 2
+    assert main(["kernels", "--out", str(tmp_path), "--only", "(text"]) == 2
     assert "--only '(text'" in capsys.readouterr().err
 
 
@@ -300,7 +302,7 @@ def test_a_broken_op_gets_no_speed(
 
     monkeypatch.setattr(attention, "plainly", wrong)
     monkeypatch.setattr(harness, "PEERS", peers)
-    assert kernels.main(["--out", str(tmp_path), "--only", "text"]) == code
+    assert main(["kernels", "--out", str(tmp_path), "--only", "text"]) == code
     said = capsys.readouterr()
     assert "sdpa: wrong, not timed" in said.out
     assert said.err.endswith("text of 7: sdpa is wrong and was not timed\n")

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import codecs, compare, decode, harness, timing
+from bench import codecs, compare, decode, harness, tables, timing
+from bench.__main__ import main
 from bench.codecs import WanCodec
 from bench.decode import Case, Field, Sizes
 from bench.harness import Job
@@ -125,7 +126,7 @@ def test_the_part(capsys: pytest.CaptureFixture[str]) -> None:
             )
     assert ("note" in result) == (not DIFFUSERS)
     for table in decode.tables(result):
-        harness.show(table, harness.plain_console())
+        tables.show(table, tables.plain_console())
     shown = capsys.readouterr().out
     assert "floor" not in shown and "TAEHV" in shown
     rows["decode 1 latent frame, 2 x 3 latents"] |= {"floor_ms": 0.5, "folded_floor_ms": 0.25}
@@ -234,7 +235,7 @@ def test_more_than_toy_sizes_on_a_cpu(
     monkeypatch.setattr(decode, "SECONDS", 0.0)
     threads = torch.get_num_threads()
     arguments = ["--out", str(tmp_path), "--only", "^encode", "--json-only"]
-    assert decode.main(arguments) == 0 and torch.get_num_threads() == threads
+    assert main(["decode", *arguments]) == 0 and torch.get_num_threads() == threads
     content = compare.read(tmp_path / "decode.json")
     assert content["sizes"] == "Wan2.1's VAE at few latents"
     assert compare.compare(content, content).code == 0

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from bench import timing, tune
-from bench.harness import Job, plain_console, show
+from bench.__main__ import main
+from bench.harness import Job
 from bench.ops import cpu, kernels, measure, memory_bound
 from bench.ops.measure import run_case
+from bench.tables import plain_console, show
 from bench.tune import Search, searches
 from sfkernels import cpp, launch, roofline
 from sfkernels.cases import Case
@@ -218,7 +220,7 @@ def test_the_state_of_the_machine() -> None:
     assert here["kind"] == "cpu" and here["torch"] == torch.__version__ and here["date"]
     state = machine.state(CPU)
     assert state["load"] >= 0
-    said = machine.said_state({"celsius": 30.0, "load": 1.0}, {"celsius": 55.0})
+    said = machine.describe_state({"celsius": 30.0, "load": 1.0}, {"celsius": 55.0})
     assert said == "30 → 55 °C"
 
 
@@ -422,7 +424,7 @@ def test_the_cpu_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One op and the toy stream, right and timed; --only leaves out all others."""
     monkeypatch.setattr(timing, "keep_memory", lambda: None)  # for the whole process
     only = "^adaln 48 x 96, float32, 1 thread|^toy stream, 1 thread"
-    assert cpu.main(["--tiny", "--only", only, "--out", str(tmp_path)]) == 0
+    assert main(["cpu", "--tiny", "--only", only, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))
     assert result["instructions"] == cpp.LOADED
     op, whole = result["rows"]

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import bench
 from bench import compare, report
-from bench.harness import Result, Table
+from bench.__main__ import main
+from bench.tables import Result, Table
 from experiments import readme
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
@@ -96,7 +98,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
     vars(module).update(tables=tables, figures=figures)
     monkeypatch.setitem(sys.modules, "fake_part", module)
-    monkeypatch.setitem(report.MODULES, "kernels", "fake_part")
+    monkeypatch.setitem(bench.PARTS, "kernels", "fake_part")
 
 
 class Checker(HTMLParser):
@@ -176,7 +178,7 @@ def test_a_page_of_what_cannot_be_shown(monkeypatch: pytest.MonkeyPatch) -> None
         ("no_such_module", "No module named 'no_such_module'"),
         ("bench.timing", "module 'bench.timing' has no attribute 'tables'"),
     ):
-        monkeypatch.setitem(report.MODULES, "kernels", module)
+        monkeypatch.setitem(bench.PARTS, "kernels", module)
         assert said in Checker(report.page(bare)).text
 
 
@@ -199,14 +201,14 @@ def test_the_command_writes_the_page_and_its_figures(
     file, older, out = tmp_path / "new.json", tmp_path / "old.json", tmp_path / "a" / "b"
     file.write_text(json.dumps(whole_run()))
     older.write_text(json.dumps(one_part()))
-    assert report.main([str(file), "--against", str(older), "--out", str(out)]) == 0
+    assert main(["report", str(file), "--against", str(older), "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert f"title {MARKUP}" in said and "part 'dance'" in said and "no change" in said
     assert sorted(path.name for path in out.iterdir()) == [
         "kernels-roofline.png", "kernels.png", "report.html"]  # fmt: skip
     assert (out / "kernels.png").read_bytes().startswith(b"\x89PNG")
     Checker((out / "report.html").read_text(encoding="utf-8"))
-    assert report.main([str(file), "--out", str(file)]) == 2
+    assert main(["report", str(file), "--out", str(file)]) == 2
     assert "cannot write" in capsys.readouterr().err
 
 
@@ -234,18 +236,18 @@ def test_other_files_are_refused(
     bad.write_text(text, encoding="latin-1")
     good.write_text(json.dumps(one_part()))
     out = str(tmp_path / "out")
-    for command, *arguments in (
-        (compare.main, bad, good), (compare.main, good, bad), (report.main, bad, "--out", out),
+    for arguments in (
+        ("compare", bad, good), ("compare", good, bad), ("report", bad, "--out", out),
     ):  # fmt: skip
-        code, said = command([*map(str, arguments)]), capsys.readouterr().err
+        code, said = main([*map(str, arguments)]), capsys.readouterr().err
         assert code == 2 and said.count("\n") == 1 and "bad.json is not " in said
     assert not (tmp_path / "out").exists()
 
 
 def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare.main([str(tmp_path / "no"), str(tmp_path)]) == 2
+    assert main(["compare", str(tmp_path / "no"), str(tmp_path)]) == 2
     assert "no: No such file or directory" in capsys.readouterr().err
-    assert compare.main([str(tmp_path), str(tmp_path)]) == 2
+    assert main(["compare", str(tmp_path), str(tmp_path)]) == 2
     assert "cannot read" in capsys.readouterr().err
 
 
@@ -370,11 +372,11 @@ def test_the_compare_command(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     row_of(slower, 1)["gluon"] = entry(1.0)
     old.write_text(json.dumps(one_part()))
     new.write_text(json.dumps(slower))
-    assert compare.main([str(old), str(old)]) == 0
+    assert main(["compare", str(old), str(old)]) == 0
     assert capsys.readouterr().out == "no change (7 compared)\n"
-    assert compare.main([str(old), str(new)]) == 1
+    assert main(["compare", str(old), str(new)]) == 1
     assert "gluon" in (said := capsys.readouterr().out) and "+25.0%" in said
-    assert compare.main([str(new), str(old)]) == 0
+    assert main(["compare", str(new), str(old)]) == 0
 
 
 def test_readme_says_what_the_committed_results_say() -> None:
@@ -448,9 +450,11 @@ def test_the_block_shows_the_newest_results(tmp_path: Path) -> None:
     (tmp_path / "cpu.json").write_text(json.dumps(cpu))
     block = readme.block(tmp_path)
     assert "| gated_adaln 4680 × 1536 | 10 |" in block and "(`bench/results/cpu.json`)" in block
-    said = " ".join(block.split())
-    assert "median (least): float32, 1 thread 3.5 (2.5) and 1.5 (1.5)." in said
-    assert "1 and 2 threads: stream 1.25 and 1.50." in said
+    assert "|  | float32, 1 thread | float32, 2 threads |" in block
+    assert (
+        "| eager / C++ | 3.5 (2.5) |  |" in block and "| torch.compile / C++ | 1.50 |  |" in block
+    )
+    assert "| eager / C++, toy stream | 1.25 | 1.50 |" in block
     # README stays short when all of it is measured.
     result = save("d", "2030-07-01", 0.01, baselines=lines[:1] * 5)
     result["rows"] = [row_of(result, i) | {"case": case} for i, case in (
@@ -478,9 +482,9 @@ def test_the_readme_command(
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     file = tmp_path / "README.md"
     file.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
-    assert readme.main([]) == 0
+    assert main(["readme"]) == 0
     made = readme.block(tmp_path / "bench" / "results")
     assert file.read_text(encoding="utf-8") == f"before\n{made}\nafter\n"
     file.write_text("no block")
-    assert readme.main([]) == 2 and file.read_text() == "no block"
+    assert main(["readme"]) == 2 and file.read_text() == "no block"
     assert "must have one block" in capsys.readouterr().err

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import codecs, harness, inputs, peers, stream, stream_report, timing
-from bench.harness import Job, Result
+from bench import codecs, harness, inputs, peers, stream, stream_report, tables, timing
+from bench.harness import Job
 from bench.inputs import StreamInputs
 from bench.peers import PEERS
 from bench.stream import Measured, Timed, Variant, without_each
+from bench.tables import Result
 from sfmodel import graphs
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
@@ -197,10 +198,10 @@ def test_the_part(small: StreamInputs) -> None:
     assert lines["MAGI-1"] == {"name": "MAGI-1", "paper_fps": 0.19, "paper_latency_s": 282,
                                "said": "published, not run"}  # fmt: skip
 
-    console = harness.plain_console()
+    console = tables.plain_console()
     with console.capture() as capture:
         for table in stream.tables(result):
-            harness.show(table, console)
+            tables.show(table, console)
     shown = capture.get()
     for text in ("toy sizes", "103", "step 4", "sum of a chunk's phases", "denoising alone"):
         assert text in shown

@@ -14,21 +14,23 @@ from typing import Any
 
 import pytest
 
-from bench import compare, process, report, suite, tune, verify
+from bench import compare, process, report, suite, tables, verify
+from bench.__main__ import main
 from bench.suite import PRESETS, Preset, Step
 from tests.oracle import DEVICE
 
 
 def test_what_runs_on_a_gpu_needs_little_but_pytorch(tmp_path: Path) -> None:
     """No package but torch, triton, numpy, rich and pytest; the whole of a part, JSON included."""
-    modules = "suite, stream, decode, train, predict, report, compare, tune, verify"
+    modules = "suite, stream, decode, train, report, compare, tune, verify"
     code = (
         "import sys; others = 'tyro av matplotlib PIL diffusers transformers'\n"
         "sys.modules.update(dict.fromkeys(others.split()))\n"
-        f"from bench import {modules}; from bench.ops import kernels\n"
-        "from experiments import rolling\n"
+        f"from bench import {modules}; from experiments import rolling\n"
+        "from bench.__main__ import main\n"
         f"options = ['--tiny', '--out', {str(tmp_path)!r}, '--only']\n"
-        "sys.exit(kernels.main([*options, 'dmd']) + decode.main([*options, 'decode 1 latent']))"
+        "code = main(['kernels', *options, 'dmd'])\n"
+        "sys.exit(code + main(['decode', *options, 'decode 1 latent']))"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
@@ -41,7 +43,7 @@ def test_what_runs_on_a_gpu_needs_little_but_pytorch(tmp_path: Path) -> None:
 def test_without_a_gpu_one_sentence(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert suite.main([name, "--out", str(tmp_path)]) == 2
+    assert main([name, "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"python -m bench --{name}: needs a GPU that PyTorch can use")
     assert said.count("\n") == 1 and not [*tmp_path.iterdir()]
@@ -49,7 +51,7 @@ def test_without_a_gpu_one_sentence(
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="is about a machine without a GPU")
 def test_the_tuner_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tune.main(["--out", str(tmp_path)]) == 2
+    assert main(["tune", "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert said == "python -m bench tune: needs a GPU that PyTorch can use\n"
 
@@ -91,7 +93,7 @@ def test_what_a_part_measured_is_kept_when_it_fails(tmp_path: Path) -> None:
 
 
 def test_a_part_runs_in_a_process(tmp_path: Path) -> None:
-    one = suite.step("kernels", 60.0, "--tiny", "--only", "^rms_norm 1560")
+    one = suite.step("kernels", 60.0, ("kernels", "--tiny", "--only", "^rms_norm 1560"))
     out = one.run(tmp_path / "kernels", 60.0)
     assert out["ok"], out
     (row,) = out["result"]["rows"]
@@ -136,13 +138,13 @@ def test_junit_is_read(tmp_path: Path) -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="is about a machine without a GPU")
 def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole command, as a laptop runs it: JSON, page and figures, and nothing left out."""
-    assert suite.main(["quick", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
+    assert main(["quick", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
     result = json.loads((tmp_path / "results.json").read_text())
     assert result["seconds"] < PRESETS["quick"].total
     assert [*result["parts"]] == [step.name for step in PRESETS["quick"].steps]
     for out in result["parts"].values():
         assert out["ok"] and out["result"]["rows"] and not out["result"]["no_time_for"]
-        assert not report.failures(out["result"])
+        assert not tables.failures(out["result"])
     page = (tmp_path / "report.html").read_text()
     figures = "kernels kernels-roofline stream-timeline decode extrapolate train"
     for figure in figures.split():

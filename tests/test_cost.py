@@ -12,10 +12,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from bench import predict
-from bench.predict import prediction, setting
 from sfkernels import BlockLayout, roofline
 from sfmodel import cost
+from sfmodel.cli import predict
+from sfmodel.cli.predict import prediction, setting
 from sfmodel.config import PRESETS, DiTConfig
 from sfmodel.cost import GPUS, Gpu, waves
 from sfmodel.dit import DiT

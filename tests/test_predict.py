@@ -1,4 +1,4 @@
-"""`python -m bench predict`: several GPUs, larger models, and what the command refuses."""
+"""`sfmodel predict`: several GPUs, larger models, and what the command refuses."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from bench import predict
-from bench.predict import prediction, setting
 from sfmodel import cost
+from sfmodel.cli import predict
+from sfmodel.cli.main import run_command
+from sfmodel.cli.predict import prediction, setting
 from tests.test_cost import H100, H200, WAN, D
 
 
@@ -50,6 +51,10 @@ def test_several_gpus() -> None:
     assert not any(r["own_decoder"] for r in none)
 
 
+def command(*options: str) -> None:
+    run_command("sfmodel", {"predict": predict.predict}, ["predict", *options])
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -63,7 +68,7 @@ def test_several_gpus() -> None:
 )
 def test_command(options: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "new" / "predicted.json"
-    assert predict.main([*options.split(), "--json", str(file)]) == 0
+    command(*options.split(), "--json", str(file))
     printed, result = capsys.readouterr().out, json.loads(file.read_text())
     tables = 6 if result["setting"]["decoder"] != "none" and "--gpus" in options else 5
     assert printed.count(predict.LABEL) == tables and result["label"] == predict.LABEL
@@ -111,6 +116,8 @@ def test_a_larger_model_costs_more() -> None:
     ],
 )
 def test_bad_input(options: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert predict.main(options.split()) == 2
+    with pytest.raises(SystemExit) as stopped:
+        command(*options.split())
+    assert stopped.value.code == 2
     printed = capsys.readouterr()
     assert said in printed.err and printed.err.count("\n") == 1 and not printed.out

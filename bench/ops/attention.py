@@ -1,4 +1,4 @@
-"""What `python -m bench kernels` measures of attention, of streaming and of training, at the shapes
+"""Cases of `python -m bench kernels` for attention, in streaming and in training, at the shapes
 of Wan2.1: the cases, who takes part, and what is right.
 
 Shapes: B batch (1 here), L queries, S keys, H heads, D head dim; tensors are [B, L or S, H, D].
@@ -128,9 +128,9 @@ def plainly(case: AttentionCase, impl: str) -> Op:
 
 
 class Judge:
-    """What raises AssertionError for an op that is not right: one head, drawn at random, must obey
-    the rule of sfkernels.testing at every token, and all heads must be as close to eager PyTorch as
-    two that obey it. float64 of all heads would cost more than what is timed.
+    """Check that raises AssertionError for an op that is not right: one head, drawn at random, must
+    obey the rule of sfkernels.testing at every token, and all heads must be as close to eager
+    PyTorch as two that obey it. float64 of all heads would cost more than what is timed.
 
     upstream: the gradients of its outputs, of a backward pass."""
 

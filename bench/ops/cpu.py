@@ -11,23 +11,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bench import harness, timing
-from bench.harness import CPP, EAGER, Job, Result, Table
+from bench import timing
+from bench.figures import race
+from bench.harness import CPP, EAGER, Job
 from bench.ops import kernels, memory_bound
+from bench.tables import Result, Table, failures, left_out, microseconds, percent, timed
 from sfkernels import cpp
 from sfkernels.cases import FRAME
 from sfmodel.config import PRESETS
-from sfmodel.machine import said
+from sfmodel.machine import describe
 from sfmodel.pretrained import TOY_WEIGHTS, load_toy
 from sfmodel.stream import stream
 from sfmodel.train.config import defaults
@@ -62,7 +63,7 @@ def run(job: Job) -> Result:
         for dtype in DTYPES[:1] if job.tiny else DTYPES:
             for count in THREADS:
                 torch.set_num_threads(count)
-                label = f", {str(dtype).removeprefix('torch.')}, {said_threads(count)}"
+                label = f", {str(dtype).removeprefix('torch.')}, {threads_name(count)}"
                 for case, _ in memory_bound.rows(sizes(dtype, job.tiny)):
                     row = functools.partial(
                         kernels.row, case, job, result, copies[count], not job.tiny
@@ -70,16 +71,16 @@ def run(job: Job) -> Result:
                     job.add(result, case.label + label, row)
         for count in THREADS:
             torch.set_num_threads(count)
-            job.add(result, f"toy stream, {said_threads(count)}", functools.partial(_stream, job))
+            job.add(result, f"toy stream, {threads_name(count)}", functools.partial(_stream, job))
             for recipe in RECIPES:
-                name = f"toy training step, {recipe}, {said_threads(count)}"
+                name = f"toy training step, {recipe}, {threads_name(count)}"
                 job.add(result, name, functools.partial(_train, recipe, count, job))
     finally:
         torch.set_num_threads(threads)
     return job.end(result)
 
 
-def said_threads(count: int) -> str:
+def threads_name(count: int) -> str:
     return f"{count} thread{'s' * (count > 1)}"
 
 
@@ -127,68 +128,48 @@ def _train(recipe: str, threads: int, job: Job) -> Result:
 
 def _timed(runs: Mapping[str, Callable[[], Any]], job: Job, count: int) -> Result:
     """Milliseconds of one of the `count` that a run makes, all in turn."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range((2 if job.tiny else job.rounds) + 1):
-        for name, one in runs.items():
-            began = time.perf_counter()
-            one()
-            if i:  # the first only warms up
-                times[name].append(1e3 * (time.perf_counter() - began) / count)
-    entries = {name: timing.entry(timing.summary(values)) for name, values in times.items()}
+
+    def clocked(run: Callable[[], Any]) -> float:
+        began = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - began) / count
+
+    calls = {name: functools.partial(clocked, run) for name, run in runs.items()}
+    times, errors = timing.in_turn(calls, 1 + (2 if job.tiny else job.rounds))
+    entries = {name: timing.failed(error) for name, error in errors.items()}
+    for name, values in times.items():  # the first only warms up
+        entries[name] = timing.entry(timing.summary(values[1:]))
     return {"contestants": entries}
 
 
 def tables(result: Result) -> list[Table]:
     """Ratios above 1: the C++ is faster."""
-    ops, ends, notes = [], [], []
+    ops, ends = [], []
     for row in result["rows"]:
-        if "failed" in row:
-            notes.append(f"{row['case']}: {row['failed']}")
-            continue
-        times = {name: e["ms"] for name, e in row["contestants"].items() if "ms" in e}
-        notes += [
-            f"{row['case']}, {name}: {e['failed']}"
-            for name, e in row["contestants"].items()
-            if "failed" in e
-        ]
+        times = {name: e["ms"] for name, e in timed(row).items()}
         if CPP not in times:
             continue
         ours = times[CPP]
-
-        def over(name: str, times: dict[str, float] = times, ours: float = ours) -> str:
-            return f"{times[name] / ours:.2f}" if name in times else ""
-
-        if "copy_gbps" not in row:
-            ends.append([row["case"], f"{ours:.2f}", f"{times[EAGER]:.2f}", over(EAGER)])
-            continue
-        share = kernels.percent(row["contestants"][CPP]["gbps"], row["copy_gbps"])
-        ops.append([row["case"], kernels.microseconds(ours), share,
-                    over(EAGER), over("compile"), over("native")])  # fmt: skip
-    notes += harness.left_out(result)
-    here = f"{said(result['machine'])}, {result['instructions']}"
+        eager, compiled, native = (
+            f"{times[name] / ours:.2f}" if name in times else ""
+            for name in (EAGER, "compile", "native")
+        )
+        if "copy_gbps" in row:
+            share = percent(row["contestants"][CPP]["gbps"], row["copy_gbps"])
+            ops.append([row["case"], microseconds(ours), share, eager, compiled, native])
+        else:
+            ends.append([row["case"], f"{ours:.2f}", f"{times[EAGER]:.2f}", eager])
+    here = f"{describe(result['machine'])}, {result['instructions']}"
+    notes = failures(result) + left_out(result)
+    heads = ("op", "µs", "% of a copy of as many bytes", "eager / C++", "torch.compile / C++",
+             "PyTorch's own op / C++")  # fmt: skip
+    of_ends = "", "ms, C++", "ms, eager", "eager / C++"
     return [
-        Table(f"C++ on {here}", ("op", "µs", "% of a copy of as many bytes", "eager / C++",
-              "torch.compile / C++", "PyTorch's own op / C++"), ops),
-        Table(f"end to end on {here}", ("", "ms, C++", "ms, eager", "eager / C++"), ends, notes),
-    ]  # fmt: skip
+        Table(f"C++ on {here}", heads, ops),
+        Table(f"end to end on {here}", of_ends, ends, notes),
+    ]
 
 
 def figures(result: Result) -> Iterator[tuple[str, Any]]:
-    groups = []
-    for row in result["rows"]:
-        timed = harness.timed(row)
-        if "copy_gbps" not in row or CPP not in timed:
-            continue
-        bars = [
-            (name, 100 * timed[name]["gbps"] / row["copy_gbps"],
-             f"{kernels.microseconds(timed[name]['ms'])} µs")
-            for name in kernels.COLOURS if name in timed
-        ]  # fmt: skip
-        groups.append((row["case"], bars))
-    if groups:
-        label = "% of the bandwidth of a copy of as many bytes"
-        yield "cpu", kernels.grouped_bars(groups, 100, label, said(result["machine"]))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return harness.command("cpu", sys.modules[__name__], arguments, __doc__, True, only_cpu=True)
+    ops = [row for row in result["rows"] if "copy_gbps" in row and CPP in timed(row)]
+    yield from race("cpu", result, ops, kernels.bandwidth, 100, kernels.BANDWIDTH)

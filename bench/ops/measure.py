@@ -32,7 +32,7 @@ def implementations(case: Case, device: torch.device, compiled: bool) -> list[Im
 
 
 def judge(case: Case, inputs: Sequence[Tensor]) -> attention.Judge | memory_bound.Judge:
-    """What says of an op whether it is right."""
+    """The check that an op of this case must pass."""
     if isinstance(case, AttentionCase):
         return attention.Judge(case, inputs)
     return memory_bound.Judge(case, inputs)
@@ -59,8 +59,7 @@ def run_case(
                 check(one.forward, slack=1.0 if one.name in OURS else SLACK)
             right.append(one)
         except Exception as error:
-            wrong = f"{timing.WRONG}: " if isinstance(error, AssertionError) else ""
-            entries[one.name] = {"failed": wrong + timing.reason(error)}
+            entries[one.name] = timing.failed(error)
     del check
 
     count = timing.count_sets(case.nbytes, device)

@@ -1,4 +1,4 @@
-"""What `python -m bench kernels` measures of norms, RoPE, the sampler and rows in 8 bits: ops whose
+"""Cases of `python -m bench kernels` for norms, RoPE, the sampler and rows in 8 bits: ops whose
 time is that of the bytes they read and write, at the shapes of Wan2.1 and of its video decoder."""
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Shape = tuple[int, int, int]  # frames, tokens of a frame, channels
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is run: the shapes, those that the backward pass and torch.compile get, the sampler's
+    """Sizes that are run: shapes, those that the backward pass and torch.compile get, the sampler's
     latents (channels, height, width) and its table's grid of tokens, and levels of the video
     decoder, of which the first gets torch.compile and the last the backward pass."""
 
@@ -137,7 +137,7 @@ def _peer(module: str, function: str, call: Callable[..., Any], *tensors: Tensor
 
 
 class Judge:
-    """What raises AssertionError for an op that is not right, by the rule of sfkernels.testing.
+    """Check that raises AssertionError for an op that breaks the rule of sfkernels.testing.
     upstream: the gradients of its outputs, of a backward pass."""
 
     def __init__(self, case: Case, inputs: Sequence[Tensor]) -> None:
@@ -156,7 +156,7 @@ class Judge:
         self.oracle.check(got, slack=slack)
 
     def _compared(self, op: Op) -> Op:
-        """Of rows in 8 bits, what they stand for is compared with the rows themselves."""
+        """The op, or for rows in 8 bits what they stand for, which is compared with the rows."""
         if not self.quantised:
             return op
 

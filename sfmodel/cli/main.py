@@ -1,4 +1,5 @@
-"""The command line: `sfmodel generate | train | evaluate | encode | decode | convert | doctor`."""
+"""The command line: `sfmodel generate | train | evaluate | encode | decode | convert | predict |
+doctor`."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from sfmodel.cli.doctor import doctor
 from sfmodel.cli.encode import decode, encode
 from sfmodel.cli.evaluate import evaluate
 from sfmodel.cli.generate import generate
+from sfmodel.cli.predict import predict
 from sfmodel.cli.train import train_command
 from sfmodel.process import prepared
 
@@ -51,6 +53,7 @@ def main() -> None:
         "encode": encode,
         "decode": decode,
         "convert": convert,
+        "predict": predict,
         "doctor": doctor,
     }
     run_command("sfmodel", commands, arguments)

@@ -1,17 +1,19 @@
-"""`python -m bench predict`: the arithmetic of sfmodel/cost.py for one GPU and one setting, as
-tables: what a chunk and a training iteration must cost, frames a second, latency, waves, memory,
-several GPUs."""
+"""`sfmodel predict`: the arithmetic of sfmodel/cost.py for one GPU and one setting, as tables: what
+a chunk and a training iteration must cost, frames a second, latency, waves, memory, several GPUs.
+"""
 
 from __future__ import annotations
 
-import argparse
-import json
+import json as json_format
 import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from sfmodel.config import PRESETS, Preset
 from sfmodel.cost import (
@@ -34,9 +36,7 @@ from sfmodel.cost import (
     training_gib,
     waves,
 )
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from sfmodel.files import atomic
 
 MODELS = ("wan-1.3b", "wan-14b")
 PRECISIONS = ("bf16", "8-bit")
@@ -201,8 +201,6 @@ def training_memory(preset: Preset) -> list[dict[str, Any]]:
 
 
 def report(result: dict[str, Any], console: Console) -> None:
-    from rich.table import Table
-
     def table(title: str, columns: str, rows: Iterable[Sequence[Any]]) -> None:
         made = Table()
         for i, column in enumerate(columns.split("|")):
@@ -251,41 +249,46 @@ def _said(cell: Any) -> str:
     return f"{cell:.{1 if cell >= 10 else 2}f}" if isinstance(cell, float) else str(cell)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench predict", description=__doc__)
-    parser.add_argument("--gpu", default="h200", help=", ".join(GPUS))
-    parser.add_argument("--matmul-tflops", type=float, help="bf16, as measured on your GPU")
-    parser.add_argument("--copy-tbps", type=float, help="read and written, as measured there")
-    parser.add_argument("--model", default="wan-1.3b", help=", ".join(MODELS))
-    parser.add_argument("--height", type=int, default=480, help="pixels")
-    parser.add_argument("--width", type=int, default=832, help="pixels")
-    parser.add_argument("--window", type=int, default=21, help="latent frames")
-    parser.add_argument("--chunk", type=int, default=3, help="latent frames")
-    parser.add_argument("--steps", type=int, default=4, help="of denoising")
-    parser.add_argument("--precision", default="bf16", help=", ".join(PRECISIONS))
-    parser.add_argument("--decoder", default="wan", help=", ".join(DECODERS))
-    parser.add_argument("--gpus", type=int, default=1, help="at most, for the multi-GPU table")
-    parser.add_argument("--json", type=Path, help="file for the result")
-    chosen = parser.parse_args(arguments)
-    try:
-        _among("gpu", chosen.gpu, GPUS)
-        gpu = GPUS[chosen.gpu]
-        for name in ("matmul_tflops", "copy_tbps"):
-            if (rate := getattr(chosen, name)) is not None:
-                given: dict[str, Any] = {name: rate, "source": "rates given"}
-                gpu = replace(gpu, **given)
-        preset = setting(chosen.model, chosen.height, chosen.width, chosen.window, chosen.chunk,
-                         chosen.steps)  # fmt: skip
-        result = prediction(preset, gpu, chosen.precision, chosen.decoder, chosen.gpus)
-        if chosen.json:
-            from sfmodel.files import atomic
+def predict(
+    gpu: str = "h200",
+    matmul_tflops: float | None = None,
+    copy_tbps: float | None = None,
+    model: str = "wan-1.3b",
+    height: int = 480,
+    width: int = 832,
+    window: int = 21,
+    chunk: int = 3,
+    steps: int = 4,
+    precision: str = "bf16",
+    decoder: str = "wan",
+    gpus: int = 1,
+    json: Path | None = None,
+) -> None:
+    """Predict what streaming and training must cost on a GPU, from arithmetic alone.
 
-            with atomic(chosen.json) as part:
-                part.write_text(json.dumps(result, indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        print(f"python -m bench predict: {error}", file=sys.stderr)
-        return 2
-    from rich.console import Console
-
+    Args:
+        gpu: h200, h100, a100, b200, l40s or rtx4090.
+        matmul_tflops: bf16, as measured on your GPU.
+        copy_tbps: Read and written, as measured there.
+        model: wan-1.3b or wan-14b.
+        height: Pixels.
+        width: Pixels.
+        window: Latent frames.
+        chunk: Latent frames.
+        steps: Of denoising.
+        precision: bf16 or 8-bit.
+        decoder: wan, taehv or none.
+        gpus: At most, for the table of several GPUs.
+        json: File for the result.
+    """
+    _among("gpu", gpu, GPUS)
+    rates: dict[str, Any] = {"matmul_tflops": matmul_tflops, "copy_tbps": copy_tbps}
+    chosen = GPUS[gpu]
+    if given := {name: rate for name, rate in rates.items() if rate is not None}:
+        chosen = replace(chosen, **given, source="rates given")
+    preset = setting(model, height, width, window, chunk, steps)
+    result = prediction(preset, chosen, precision, decoder, gpus)
+    if json:
+        with atomic(json) as part:
+            part.write_text(json_format.dumps(result, indent=1) + "\n")
     report(result, Console(width=None if sys.stdout.isatty() else 140))
-    return 0
