@@ -32,7 +32,7 @@ COMMANDS = {
     "report": "bench.report",
     "compare": "bench.compare",
     "tune": "bench.tune",
-    "readme": "experiments.readme",
+    "readme": "docs.readme",
 }
 # Functions whose arguments tyro reads.
 FUNCTIONS = {

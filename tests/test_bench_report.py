@@ -19,7 +19,7 @@ import bench
 from bench import compare, report
 from bench.__main__ import main
 from bench.tables import Result, Table
-from experiments import readme
+from docs import readme
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 MARKUP = "[B, L] <b> & 'x'"

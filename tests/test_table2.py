@@ -13,7 +13,8 @@ from unittest import mock
 import pytest
 import torch
 
-from experiments import readme, table2
+from docs import readme
+from experiments import table2
 from experiments.table2 import FRAMES, LONG, ROWS, WAYS, Job, Scale
 from sfmodel.toy.evaluate import bands
 from sfmodel.train.config import RECIPES
