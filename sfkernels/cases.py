@@ -22,7 +22,7 @@ FRAME = GRID[0] * GRID[1]
 CHUNK = 3  # latent frames
 WINDOW = 21  # latent frames of a ring, and of a clip
 LATENTS = (16, 60, 104)  # channels, height and width of a latent frame
-LOOKS_BACK = 2  # frames that a convolution of the video decoder sees before its own
+CONTEXT_FRAMES = 2  # frames that a convolution of the video decoder sees before its own
 
 Make = Callable[[torch.device], list[Tensor]]
 
@@ -130,7 +130,7 @@ def rms_norm_silu(
 ) -> Case:  # fmt: skip
     """RMSNorm and SiLU before a convolution of the video decoder, with the residual, the frames
     that come before and, forward, the bias of the convolution before."""
-    tokens, before = frames * pixels, LOOKS_BACK * pixels
+    tokens, before = frames * pixels, CONTEXT_FRAMES * pixels
     bias = bias and not backward
 
     def make(device: torch.device) -> list[Tensor]:

@@ -103,12 +103,14 @@ def _where(error: Tensor) -> list[int]:
 @contextlib.contextmanager
 def nan_filled() -> Iterator[None]:
     """Fills uninitialised tensors with NaN, so that what a kernel does not write is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(1).isnan().all()
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before, warn_only=warned)
 
 
 def cast(t: Tensor, dtype: torch.dtype | None) -> Tensor:
