@@ -119,12 +119,15 @@ def page(content: Result, against: Result | None = None, drawn: Pictures | None 
     facts = Table("machine", ("", ""), [[key, str(value)] for key, value in machine.items()])
     sections = [("summary", f"{_html(facts)}\n{_html(overview(content))}")]
     if against is not None:
-        sections.append(("against an older file", _comparison(against, content)))
+        found, older = compare.compare(against, content), against["machine"]
+        said = f"the older: {older.get('commit') or 'no commit'}, {older.get('date') or 'no date'}"
+        body = [*map(_paragraph, (said, *found.lines)), *map(_html, found.tables)]
+        sections.append(("against an older file", "\n".join(body)))
     sections += [(name, _part(out, *drawn.get(name, ([], "")))) for name, out in parts.items()]
     links = (f'<li><a href="#s{i}">{escape(name)}</a></li>' for i, (name, _) in enumerate(sections))
     bodies = (
-        f'<section id="s{i}"><h2>{escape(name)}</h2>\n{body}\n</section>\n'
-        for i, (name, body) in enumerate(sections)
+        f'<section id="s{i}"><h2>{escape(name)}</h2>\n{text}\n</section>\n'
+        for i, (name, text) in enumerate(sections)
     )
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(heading)}</title>
@@ -169,13 +172,6 @@ def _circumstances(result: Result) -> str:
     if state := describe_state(result.get("before", {}), result.get("after", {})):
         said.append(f"before → after: {state}")
     return "; ".join(said)
-
-
-def _comparison(old: Result, new: Result) -> str:
-    found, machine = compare.compare(old, new), old["machine"]
-    said = f"the older: {machine.get('commit') or 'no commit'}, {machine.get('date') or 'no date'}"
-    body = [_paragraph(line) for line in (said, *found.lines)]
-    return "\n".join([*body, *([_html(found.table)] if found.changes else [])])
 
 
 def _paragraph(text: str, kind: str = "note") -> str:
