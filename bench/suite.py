@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.text import Text
 
 from bench import harness, report, tables, timing, verify
 from sfmodel.machine import describe, machine
@@ -58,11 +59,9 @@ def step(name: str, limit: float, *command: str) -> Step:
         file = folder / f"{command[0]}.json"
         file.unlink(missing_ok=True)
         options = ["--json-only", "--seconds", str(BEGIN * seconds), "--out", str(folder)]
-        console = tables.plain_console()
-        with console.status("") as status:
-            show = status.update if console.is_terminal else harness.nothing
-            begun = [sys.executable, "-m", "bench", *command, *options]
-            out = verify.command(begun, seconds, show)
+        begun = [sys.executable, "-m", "bench", *command, *options]
+        with tables.plain_console().status("") as status:
+            out = verify.command(begun, seconds, lambda line: status.update(Text(line)))
         return out | ({"result": json.loads(file.read_text())} if file.exists() else {})
 
     return Step(name, run, limit)
