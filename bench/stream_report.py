@@ -39,7 +39,7 @@ def tables(result: Result) -> list[Table]:
         ]
         for line in result["baselines"]
     ]
-    state = describe_state(result["before"], result.get("after", {}))
+    state = describe_state(result.get("before", {}), result.get("after", {}))
     notes = [*filter(None, [describe(result["machine"]), state]), *left_out(result)]
     out = [Table(title, ("", *figures, "how"), lines, notes)]
     for row in result["rows"]:
