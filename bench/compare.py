@@ -167,13 +167,14 @@ def compare(old: Result, new: Result) -> Comparison:
         lines.append(f"the machine is {by}, which the comparison leaves out")
     if moods > LEAST:
         lines.append(f"the machine had moods of ±{moods:.0%}, which hide what is smaller")
-    kinds = ["failed" if c.failed else "slower" if c.times > 1 else "faster" for c in changes]
-    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     if not compared:
         lines.append("nothing to compare: no contestant was timed in both")
+    elif not changes:
+        lines.append(f"no change ({compared} compared)")
     else:
-        all_of_them = f"of {compared} compared" if counts else f"no change ({compared} compared)"
-        lines.append(f"{counts} {all_of_them}".strip())
+        kinds = ["failed" if c.failed else "slower" if c.times > 1 else "faster" for c in changes]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        lines.append(f"{counts} of {compared} compared")
     for which, names in (("old", _only(before, after)), ("new", _only(after, before))):
         if names:
             more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
