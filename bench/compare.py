@@ -19,7 +19,7 @@ import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -68,17 +68,18 @@ class Comparison(NamedTuple):
         return int(any(change.times > 1 for change in self.changes)) if self.compared else 2
 
     @property
-    def table(self) -> Table:
+    def tables(self) -> list[Table]:
+        """One of what changed, if anything did."""
         rows = []
-        for key, old_ms, new_ms, times, noise, failed in self.changes:
-            old = f"{old_ms:.4g}" if old_ms else ""
-            new = [f"{new_ms:.4g}", f"{100 * (times - 1):+.1f}%", f"±{100 * noise:.1f}%"]
-            rows.append([*key, old, *([f"FAILED: {failed}"] if failed else new)])
+        for key, old, new, times, noise, failed in self.changes:
+            found = [f"{new:.4g}", f"{100 * (times - 1):+.1f}%", f"±{100 * noise:.1f}%"]
+            last = [f"FAILED: {failed}"] if failed else found
+            rows.append([*key, f"{old:.4g}" if old else "", *last])
         columns = ("part", "case", "contestant", "old ms", "new ms", "time without drift", "noise")
-        return Table("what changed", columns, rows)
+        return [Table("what changed", columns, rows)] if rows else []
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> Result:
     """A file of results: of one part, or of a whole run, {"machine", "preset", "parts": {name:
     {"ok", "end", "seconds", "result"?, "skipped"?, …}}}. Raises ValueError with one sentence for
     anything else."""
@@ -95,13 +96,13 @@ def read(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def parts(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def parts(content: Result) -> dict[str, Result]:
     """The parts of a run, by name; a part's own file is a run of that part."""
-    found: dict[str, dict[str, Any]] = content.get("parts", {})
+    found: dict[str, Result] = content.get("parts", {})
     return found if "parts" in content else {content["part"]: {"result": content}}
 
 
-def results(content: dict[str, Any]) -> dict[str, Result]:
+def results(content: Result) -> dict[str, Result]:
     return {name: out["result"] for name, out in parts(content).items() if "result" in out}
 
 
@@ -118,14 +119,14 @@ def _steady(key: Key) -> bool:
     return is_by(REFERENCE, key.contestant)
 
 
-def milliseconds(entry: dict[str, Any]) -> float | None:
+def milliseconds(entry: Result) -> float | None:
     """None where it was not timed."""
     ms = entry.get("ms")
     usable = isinstance(ms, (int, float)) and 0 < ms < math.inf and "failed" not in entry
     return ms if usable else None
 
 
-def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
+def compare(old: Result, new: Result) -> Comparison:
     before, after = dict(_entries(old)), dict(_entries(new))
     changes: list[Change] = []
     for name, was in parts(old).items():
@@ -154,12 +155,16 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
             changes.append(Change(key, a, b, times, noise))
     changes.sort(key=lambda change: -change.times)
 
-    differ = _differences(old, new)
+    # What one file does not say is no difference.
+    said = [(name, old["machine"].get(name), new["machine"].get(name)) for name in VERSIONS]
+    sizes = {name: result.get("sizes") for name, result in results(new).items()}
+    said += [(f"sizes of {k}", r.get("sizes"), sizes.get(k)) for k, r in results(old).items()]
+    differ = [f"{name} {a} → {b}" for name, a, b in said if a != b and None not in (a, b)]
     lines = [f"not the same: {'; '.join(differ)}"] if differ else []
     if abs(drift - 1) > DRIFT:
         way = "slower" if drift > 1 else "faster"
-        said = f"the machine is {abs(drift - 1):.1%} {way} by the median of what is not ours"
-        lines.append(f"{said}, which the comparison leaves out")
+        by = f"{abs(drift - 1):.1%} {way} by the median of what is not ours"
+        lines.append(f"the machine is {by}, which the comparison leaves out")
     if moods > LEAST:
         lines.append(f"the machine had moods of ±{moods:.0%}, which hide what is smaller")
     if not compared:
@@ -168,8 +173,8 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
         lines.append(f"no change ({compared} compared)")
     else:
         kinds = ["failed" if c.failed else "slower" if c.times > 1 else "faster" for c in changes]
-        counts = (f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-        lines.append(f"{', '.join(counts)} of {compared} compared")
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        lines.append(f"{counts} of {compared} compared")
     for which, names in (("old", _only(before, after)), ("new", _only(after, before))):
         if names:
             more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
@@ -177,7 +182,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
     return Comparison(lines, changes, compared)
 
 
-def _entries(content: dict[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
+def _entries(content: Result) -> Iterator[tuple[Key, Result]]:
     """With the number of rounds."""
     for result in results(content).values():
         for row in result["rows"]:
@@ -195,7 +200,7 @@ def _beside(key: Key, pairs: dict[Key, tuple[float, float]]) -> float | None:
     return statistics.median(ratios) if ratios else None
 
 
-def _noise(*entries: dict[str, Any]) -> float:
+def _noise(*entries: Result) -> float:
     """For an entry without a spread its 99th percentile's distance from the median stands in,
     which is more."""
     errors = []
@@ -203,14 +208,6 @@ def _noise(*entries: dict[str, Any]) -> float:
         spread = entry.get("spread", entry.get("p99_ms", entry["ms"]) / entry["ms"] - 1)
         errors.append(MEDIAN * spread / math.sqrt(max(entry["rounds"], 1)))
     return 3 * math.hypot(*errors)
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Machines, versions and sizes that differ; what one file does not say is no difference."""
-    pairs = [(name, old["machine"].get(name), new["machine"].get(name)) for name in VERSIONS]
-    sizes = {name: result.get("sizes") for name, result in results(new).items()}
-    pairs += [(f"sizes of {k}", r.get("sizes"), sizes.get(k)) for k, r in results(old).items()]
-    return [f"{name} {a} → {b}" for name, a, b in pairs if a != b and None not in (a, b)]
 
 
 def _only(here: Iterable[Key], there: Iterable[Key]) -> list[str]:
@@ -224,8 +221,8 @@ def _only(here: Iterable[Key], there: Iterable[Key]) -> list[str]:
 def show(found: Comparison, console: Console) -> None:
     for line in found.lines:
         console.print(line, markup=False, highlight=False)
-    if found.changes:
-        tables.show(found.table, console)
+    for table in found.tables:
+        tables.show(table, console)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

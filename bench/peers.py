@@ -12,7 +12,6 @@ import importlib
 import itertools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -56,34 +55,39 @@ _WAN = dict(
 )  # fmt: skip
 _TINY_WAN = dict(num_attention_heads=2, attention_head_dim=12, text_dim=16, freq_dim=32,
                  ffn_dim=32, num_layers=1)  # fmt: skip
-_TINY_WAN_VAE = dict(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-_TINY_LTX = dict(in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8,
-                 cross_attention_dim=16, num_layers=1, caption_channels=16)  # fmt: skip
-_TINY_LTX_VAE = dict(latent_channels=8, block_out_channels=(8,) * 4,
-                     decoder_block_out_channels=(8,) * 4, layers_per_block=(1,) * 5,
-                     decoder_layers_per_block=(1,) * 5)  # fmt: skip
+# By class of diffusers: what is not as published by its defaults, and toy sizes for a CPU.
+SIZES = {
+    "WanTransformer3DModel": _WAN,
+    "SkyReelsV2Transformer3DModel": _WAN | dict(inject_sample_info=True),
+}
+TINY: dict[str, dict[str, Any]] = {
+    "WanTransformer3DModel": _TINY_WAN,
+    "SkyReelsV2Transformer3DModel": _TINY_WAN,
+    "AutoencoderKLWan": dict(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+    "LTXVideoTransformer3DModel": dict(
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8,
+        cross_attention_dim=16, num_layers=1, caption_channels=16),
+    "AutoencoderKLLTXVideo": dict(
+        latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5),
+}  # fmt: skip
 _UNIPC = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
 
 
-@dataclass(frozen=True)
-class Peer:
-    """A pipeline of diffusers. Names are those of its classes; what is not in `transformer`, `vae`
-    and `scheduler` is as published by their defaults. tiny, tiny_vae: other sizes, for a CPU.
-
-    steps, guidance: the model's own. text: rows and channels of the prompt's embeddings, `masked`
-    if the pipeline wants an attention mask with them. height, width, frames: pixels."""
+class Peer(NamedTuple):
+    """A pipeline of diffusers and its parts by their classes' names; scheduling: what is not as
+    published by the scheduler's defaults. text: rows and channels of the prompt's embeddings,
+    `masked` if the pipeline wants an attention mask with them. steps, guidance: the model's own.
+    frames, height, width: of the video, in pixels."""
 
     pipeline: str
-    transformer_class: str
-    vae_class: str
-    scheduler_class: str
-    tiny: Mapping[str, Any]
-    tiny_vae: Mapping[str, Any]
+    transformer: str
+    vae: str
+    scheduler: str
+    scheduling: Mapping[str, Any]
     guidance: float
     frames: int
-    text: tuple[int, int]
-    transformer: Mapping[str, Any] = field(default_factory=dict)
-    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    text: tuple[int, int] = (512, 4096)
     vae_dtype: torch.dtype = torch.float32
     masked: bool = False
     steps: int = 50
@@ -94,23 +98,20 @@ class Peer:
 PEERS = {
     "Wan2.1-1.3B": Peer(
         "WanPipeline", "WanTransformer3DModel", "AutoencoderKLWan", "UniPCMultistepScheduler",
-        _TINY_WAN, _TINY_WAN_VAE, guidance=5.0, frames=81, text=(512, 4096), transformer=_WAN,
-        scheduler=_UNIPC | dict(flow_shift=5.0),
+        _UNIPC | dict(flow_shift=5.0), guidance=5.0, frames=81,
     ),
     # The 2B model of version 0.9. Its own resolution is 512×704; 121 frames as in the paper, whose
     # FPS times its latency they are.
     "LTX-Video": Peer(
         "LTXPipeline", "LTXVideoTransformer3DModel", "AutoencoderKLLTXVideo",
-        "FlowMatchEulerDiscreteScheduler", _TINY_LTX, _TINY_LTX_VAE, guidance=3.0, frames=121,
-        text=(128, 4096), scheduler=dict(use_dynamic_shifting=True), vae_dtype=torch.bfloat16,
-        masked=True,
+        "FlowMatchEulerDiscreteScheduler", dict(use_dynamic_shifting=True), guidance=3.0,
+        frames=121, text=(128, 4096), vae_dtype=torch.bfloat16, masked=True,
     ),
     # Skywork/SkyReels-V2-DF-1.3B-540P, all frames at once (synchronous mode).
     "SkyReels-V2": Peer(
         "SkyReelsV2DiffusionForcingPipeline", "SkyReelsV2Transformer3DModel", "AutoencoderKLWan",
-        "UniPCMultistepScheduler", _TINY_WAN, _TINY_WAN_VAE, guidance=6.0, frames=97,
-        text=(512, 4096), transformer=_WAN | dict(inject_sample_info=True),
-        scheduler=_UNIPC | dict(flow_shift=8.0), steps=30, height=544, width=960,
+        "UniPCMultistepScheduler", _UNIPC | dict(flow_shift=8.0), guidance=6.0, frames=97,
+        steps=30, height=544, width=960,
     ),
 }  # fmt: skip
 
@@ -130,43 +131,39 @@ def build(peer: Peer, device: torch.device, tiny: bool) -> Any:
     """The pipeline with random weights: the transformer in bfloat16, the VAE as its makers run
     it."""
     library = importlib.import_module("diffusers")
+
+    def part(name: str, dtype: torch.dtype) -> Any:
+        """As by `from_pretrained(torch_dtype=dtype)`, which leaves some modules in float32."""
+        sizes = SIZES.get(name, {}) | (TINY[name] if tiny else {})
+        with device:
+            module = getattr(library, name)(**sizes).to(device).eval()
+        kept = {*(module._keep_in_fp32_modules or ())}
+        for where, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+            if kept.isdisjoint(where.split(".")):
+                tensor.data = tensor.data.to(dtype)
+        return module
+
     torch.manual_seed(0)
-    with device:
-        transformer = getattr(library, peer.transformer_class)(
-            **{**peer.transformer, **(peer.tiny if tiny else {})}
-        )
-        vae = getattr(library, peer.vae_class)(**(peer.tiny_vae if tiny else {}))
     pipeline = getattr(library, peer.pipeline)(
         tokenizer=None,
         text_encoder=None,
-        vae=_cast(vae.to(device), peer.vae_dtype).eval(),
-        scheduler=getattr(library, peer.scheduler_class)(**peer.scheduler),
-        transformer=_cast(transformer.to(device), torch.bfloat16).eval(),
+        transformer=part(peer.transformer, torch.bfloat16),
+        vae=part(peer.vae, peer.vae_dtype),
+        scheduler=getattr(library, peer.scheduler)(**peer.scheduling),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def _cast(module: Any, dtype: torch.dtype) -> Any:
-    """Does as `from_pretrained(torch_dtype=dtype)`, which leaves some modules in float32."""
-    kept = {*(module._keep_in_fp32_modules or ())}
-    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
-        if kept.isdisjoint(name.split(".")):
-            tensor.data = tensor.data.to(dtype)
-    return module
 
 
 def _measure(peer: Peer, device: torch.device, tiny: bool) -> dict[str, Any]:
     pipeline = build(peer, device, tiny)
     height, width, frames = (64, 64, 9) if tiny else (peer.height, peer.width, peer.frames)
     rows, channels = (8, 16) if tiny else peer.text
-    arguments: dict[str, Any] = dict(
-        prompt=None, height=height, width=width, num_frames=frames, guidance_scale=peer.guidance
-    )
+    arguments: dict[str, Any] = {"prompt": None, "height": height, "width": width,
+                                 "num_frames": frames, "guidance_scale": peer.guidance}  # fmt: skip
     for which in ("prompt", "negative_prompt"):
-        arguments[f"{which}_embeds"] = torch.randn(
-            1, rows, channels, device=device, dtype=torch.bfloat16
-        )
+        embeds = torch.randn(1, rows, channels, device=device, dtype=torch.bfloat16)
+        arguments[f"{which}_embeds"] = embeds
         if peer.masked:
             arguments[f"{which}_attention_mask"] = torch.ones(1, rows, device=device)
     ends: list[float] = []

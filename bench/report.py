@@ -9,10 +9,10 @@ import functools
 import importlib.util
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 
@@ -24,7 +24,6 @@ from sfmodel.machine import describe_state
 NUMBER = re.compile(r"[-+−±]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?\s?[%×]?")  # is set to the right
 TAIL = 3000  # characters of what a failed command said last
 
-T = TypeVar("T")
 # By part: (name, PNG) of its figures, and why there are no more.
 Pictures = dict[str, tuple[list[tuple[str, bytes]], str]]
 
@@ -48,7 +47,7 @@ pre { overflow-x: auto; font-size: 12px; border-left: 3px solid #c0392b; padding
 """  # noqa: E501
 
 
-def verdict(out: dict[str, Any]) -> str:
+def verdict(out: Result) -> str:
     """One line for a part of a run."""
     if "skipped" in out:
         return f"skipped: {out['skipped']}"
@@ -67,62 +66,69 @@ def verdict(out: dict[str, Any]) -> str:
     return "; ".join(words)
 
 
-def collected(what: str, made: Callable[[], Iterable[T]]) -> tuple[list[T], str]:
-    """All that could be made, and why there is no more: the page shows the rest."""
-    found: list[T] = []
+def overview(content: Result) -> Table:
+    """What became of the parts of a run."""
+    rows = [
+        [name, f"{out['seconds']:.0f}" if "seconds" in out else "", verdict(out)]
+        for name, out in compare.parts(content).items()
+    ]
+    if "preset" in content:
+        rows.append(["all", f"{content.get('seconds', 0):.0f}", f"preset {content['preset']}"])
+    return Table("parts", ("part", "seconds", ""), rows)
+
+
+def collected(
+    result: Result, what: str, make: Callable[[Any], Any] = lambda one: one
+) -> tuple[list[Any], str]:
+    """All tables or figures of a part that could be made, and why there are no more: the page shows
+    the rest."""
+    found: list[Any] = []
     try:
-        for one in made():
-            found.append(one)
+        if result["part"] not in PARTS:
+            raise ValueError(f"part {result['part']!r} is none of {', '.join(PARTS)}")
+        module = importlib.import_module(PARTS[result["part"]])
+        for one in getattr(module, what)(result):
+            found.append(make(one))
     except Exception as error:
         return found, f"no {'more ' * bool(found)}{what}: {timing.reason(error)}"
     return found, ""
 
 
-def tables(result: Result) -> tuple[list[Table], str]:
-    return collected("tables", lambda: _module(result).tables(result))
+def png(part: str, named: tuple[str, Any]) -> tuple[str, bytes]:
+    name, figure = named
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return name if name == part else f"{part}-{name}", file.getvalue()
 
 
-def pictures(content: dict[str, Any]) -> Pictures:
+def pictures(content: Result) -> Pictures:
     """All figures, drawn."""
-
-    def drawn(name: str, result: Result) -> Iterator[tuple[str, bytes]]:
-        for title, figure in _module(result).figures(result):
-            png = io.BytesIO()
-            figure.savefig(png, format="png", dpi=110)
-            yield title if title == name else f"{name}-{title}", png.getvalue()
-
     found = compare.results(content)
     if not importlib.util.find_spec("matplotlib"):
         return dict.fromkeys(found, ([], "no figures, which need matplotlib"))
-    return {
-        name: collected("figures", functools.partial(drawn, name, result))
-        for name, result in found.items()
-    }
+    return {n: collected(r, "figures", functools.partial(png, n)) for n, r in found.items()}
 
 
-def _module(result: Result) -> Any:
-    if result["part"] not in PARTS:
-        raise ValueError(f"part {result['part']!r} is none of {', '.join(PARTS)}")
-    return importlib.import_module(PARTS[result["part"]])
-
-
-def page(
-    content: dict[str, Any], against: dict[str, Any] | None = None, drawn: Pictures | None = None
-) -> str:
+def page(content: Result, against: Result | None = None, drawn: Pictures | None = None) -> str:
     """A file of results, in the form that compare.read gives, as HTML. against: an older one.
     drawn: its pictures, where they are there already."""
     drawn = pictures(content) if drawn is None else drawn
     machine, parts = content["machine"], compare.parts(content)
     what = content.get("preset") or " ".join(parts)
     heading = f"{what} on {machine.get('device')}"
-    sections = [("summary", _summary(content))]
+    facts = Table("machine", ("", ""), [[key, str(value)] for key, value in machine.items()])
+    sections = [("summary", f"{_html(facts)}\n{_html(overview(content))}")]
     if against is not None:
-        sections.append(("against an older file", _comparison(against, content)))
+        found, older = compare.compare(against, content), against["machine"]
+        said = f"the older: {older.get('commit') or 'no commit'}, {older.get('date') or 'no date'}"
+        body = [*map(_paragraph, (said, *found.lines)), *map(_html, found.tables)]
+        sections.append(("against an older file", "\n".join(body)))
     sections += [(name, _part(out, *drawn.get(name, ([], "")))) for name, out in parts.items()]
-    links, bodies = [], []
-    for i, (name, body) in enumerate(sections):
-        links.append(f'<li><a href="#s{i}">{escape(name)}</a></li>')
-        bodies.append(f'<section id="s{i}"><h2>{escape(name)}</h2>\n{body}\n</section>\n')
+    links = (f'<li><a href="#s{i}">{escape(name)}</a></li>' for i, (name, _) in enumerate(sections))
+    bodies = (
+        f'<section id="s{i}"><h2>{escape(name)}</h2>\n{text}\n</section>\n'
+        for i, (name, text) in enumerate(sections)
+    )
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(heading)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
@@ -132,19 +138,7 @@ def page(
 """
 
 
-def _summary(content: dict[str, Any]) -> str:
-    facts = [[str(key), str(value)] for key, value in content["machine"].items()]
-    rows = [
-        [name, f"{out['seconds']:.0f}" if "seconds" in out else "", verdict(out)]
-        for name, out in compare.parts(content).items()
-    ]
-    if "preset" in content:
-        rows.append(["all", f"{content.get('seconds', 0):.0f}", f"preset {content['preset']}"])
-    tables = Table("machine", ("", ""), facts), Table("parts", ("part", "seconds", ""), rows)
-    return "\n".join(map(_html, tables))
-
-
-def _part(out: dict[str, Any], drawn: list[tuple[str, bytes]], why: str) -> str:
+def _part(out: Result, drawn: list[tuple[str, bytes]], why: str) -> str:
     body = [_paragraph(verdict(out), "note" if out.get("ok", True) else "bad")]
     failed = [f"{f.get('test')}: {f.get('said')}" for f in out.get("failures", ())]
     failed += map(str, out.get("broken", ()))
@@ -154,7 +148,7 @@ def _part(out: dict[str, Any], drawn: list[tuple[str, bytes]], why: str) -> str:
             data = base64.b64encode(png).decode()
             body.append(f'<figure><img alt="{escape(name)}" src="data:image/png;base64,{data}">')
             body.append(f"<figcaption>{escape(name)}</figcaption></figure>")
-        found, no_tables = tables(result)
+        found, no_tables = collected(result, "tables")
         body += [*map(_html, found), *map(_paragraph, filter(None, (why, no_tables)))]
         told = [note for table in found for note in table.notes]
         if result.get("no_time_for") and not any("no time for" in note for note in told):
@@ -178,13 +172,6 @@ def _circumstances(result: Result) -> str:
     if state := describe_state(result.get("before", {}), result.get("after", {})):
         said.append(f"before → after: {state}")
     return "; ".join(said)
-
-
-def _comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
-    found, machine = compare.compare(old, new), old["machine"]
-    said = f"the older: {machine.get('commit') or 'no commit'}, {machine.get('date') or 'no date'}"
-    body = [_paragraph(line) for line in (said, *found.lines)]
-    return "\n".join([*body, *([_html(found.table)] if found.changes else [])])
 
 
 def _paragraph(text: str, kind: str = "note") -> str:
@@ -216,16 +203,11 @@ def _cell(text: str) -> str:
     return f"<td{' class=number' * bool(NUMBER.fullmatch(text))}>{escape(text)}</td>"
 
 
-def write(
-    folder: Path,
-    content: dict[str, Any],
-    console: Console,
-    against: dict[str, Any] | None = None,
-) -> Path:
+def write(folder: Path, content: Result, console: Console, against: Result | None = None) -> Path:
     """Shows the tables, and writes report.html, which is returned, and its figures. Raises OSError
     where a file cannot be written."""
     for result in compare.results(content).values():
-        found, why = tables(result)
+        found, why = collected(result, "tables")
         for table in found:
             show(table, console)
         if why:

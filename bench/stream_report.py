@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from bench.figures import BLUE, LIGHT, legend, new
-from bench.tables import PEAK_MIB, Result, Table, left_out, timed
+from bench.tables import PEAK_MIB, Result, Table, left_out, timed, value
 from sfmodel.cost import PIXEL_FRAMES
 from sfmodel.machine import describe, describe_state
 from sfmodel.stream import COPY, DECODE, NOISE, PROMPT, STEP, UPDATE
@@ -23,29 +23,30 @@ def chunk_phases(steps: int) -> list[str]:
 
 
 def tables(result: Result) -> list[Table]:
-    sizes = "" if result["sizes"] != "toy" else "; toy sizes, which do not compare with the paper's"
+    toy = "; toy sizes, which do not compare with the paper's" if result["sizes"] == "toy" else ""
+    title = f"frames a second and seconds to the first frame, the paper's on one H100{toy}"
+    figures = {
+        "paper FPS": "paper_fps",
+        "FPS": "fps",
+        "paper s": "paper_latency_s",
+        "s": "latency_s",
+    }
     lines = [
-        (
+        [
             line["name"],
-            f"{line['paper_fps']:g}",
-            f"{line['fps']:.3g}" if "fps" in line else "",
-            f"{line['paper_latency_s']:g}",
-            f"{line['latency_s']:.3g}" if "fps" in line else "",
+            *(value(key, "{:.3g}".format)(line, line) for key in figures.values()),
             line["said"],
-        )
+        ]
         for line in result["baselines"]
     ]
-    notes = [describe(result["machine"])]
-    if "after" in result:
-        notes.append(describe_state(result["before"], result["after"]))
-    columns = ("", "paper FPS", "FPS", "paper s", "s", "how")
-    title = f"frames a second and seconds to the first frame, the paper's on one H100{sizes}"
-    out = [Table(title, columns, lines, [*notes, *left_out(result)])]
+    state = describe_state(result.get("before", {}), result.get("after", {}))
+    notes = [*filter(None, [describe(result["machine"]), state]), *left_out(result)]
+    out = [Table(title, ("", *figures, "how"), lines, notes)]
     for row in result["rows"]:
         if "failed" in row:
             out.append(Table(row["case"], ("", ""), [("failed", row["failed"])]))
-            continue
-        out += [breakdown(row), with_and_without(row)]
+        else:
+            out += [breakdown(row), with_and_without(row)]
         if "predicted" in row:
             out.append(beside_prediction(row))
     return out
@@ -55,10 +56,6 @@ def line(row: Result, label: str, cell: Callable[[Result], str]) -> list[str]:
     """A line of a table with a column for each implementation."""
     entries = row["contestants"].values()
     return [label, *("–" if "failed" in entry else cell(entry) for entry in entries)]
-
-
-def figure_of(figures: Mapping[str, float], name: str) -> str:
-    return f"{figures[name]:.4g}" if name in figures else "–"
 
 
 def p50_p99(entry: Result) -> str:
@@ -91,18 +88,17 @@ def breakdown(row: Result) -> Table:
 
 def with_and_without(row: Result) -> Table:
     """Every figure with and without each part."""
-    kinds: dict[str, Callable[[Result], Mapping[str, float]]] = {
-        "FPS, full window": lambda e: e["fps"]["full window"],
-        f"FPS, clip of {row['frames']}": lambda e: e["fps"]["clip"],
-        "ms to the first frame": lambda e: e["latency_ms"],
-    }
-    entries = [*timed(row).values()]
-    lines = [
-        line(row, f"{kind}, {name}", lambda e, of=of, name=name: figure_of(of(e), name))  # type: ignore[misc]
-        for kind, of in kinds.items()
-        for name in (entries[0]["latency_ms"] if entries else ())
-    ]
-    lacking = [why for n, why in ABSENT.items() if not any(n in e["phases"] for e in entries)]
+    columns = []
+    for entry in row["contestants"].values():
+        fps = entry.get("fps", {"full window": {}, "clip": {}})
+        kinds = {"FPS, full window": fps["full window"],
+                 f"FPS, clip of {row['frames']}": fps["clip"],
+                 "ms to the first frame": entry.get("latency_ms", {})}  # fmt: skip
+        columns.append({f"{k}, {n}": f"{v:.4g}" for k, of in kinds.items() for n, v in of.items()})
+    labels = dict.fromkeys(label for column in columns for label in column)
+    lines = [[label, *(column.get(label, "–") for column in columns)] for label in labels]
+    have = {name for entry in timed(row).values() for name in entry["phases"]}
+    lacking = [why for name, why in ABSENT.items() if name not in have]
     title = f"{row['case']}: with and without each"
     return Table(title, ("", *row["contestants"]), lines, lacking)
 

@@ -1,6 +1,6 @@
 """`python -m bench --quick | --gpu | --full | --verify`: many parts in one run, one report.
 
-quick   all that is timed, on a CPU at sizes that it runs in under two minutes
+quick   all that is timed, at toy sizes: under two minutes on two idle cores, at most five
 gpu     all that is timed, at real size on one GPU: within eight minutes, nothing is downloaded
 full    the same with time for every row and every peer, after --verify: an hour and more
 verify  tests, ahead-of-time checks and compute-sanitizer on a GPU: within nine minutes
@@ -16,16 +16,14 @@ import argparse
 import json
 import sys
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.text import Text
 
-from bench import harness, process, report, tables, timing, verify
-from bench.report import verdict
-from bench.tables import Table
+from bench import harness, report, tables, timing, verify
 from sfmodel.machine import describe, machine
 
 
@@ -42,60 +40,52 @@ class Preset(NamedTuple):
     """total: seconds, of which each step takes at most its limit and what is left."""
 
     total: float
-    steps: tuple[Step, ...]
-    needs_gpu: bool = True
+    steps: Sequence[Step]
 
 
 # The share of its time in which a part begins a row: the rest is for the row that is under way.
 BEGIN = 0.75
 # Attention apart from the other kernels: a fault of the one leaves the GPU to the other.
-ATTENTION = ("kernels", "--only", "^attention")
-OTHERS = ("kernels", "--only", "^(?!attention)")
+COMMANDS = {
+    "attention": ("kernels", "--only", "^attention"),
+    "kernels": ("kernels", "--only", "^(?!attention)"),
+}
 
 
-def step(name: str, limit: float, command: Sequence[str]) -> Step:
+def step(name: str, limit: float, *command: str) -> Step:
     """`python -m bench COMMAND` in a folder of the step's."""
 
     def run(folder: Path, seconds: float) -> dict[str, Any]:
-        limits = ["--seconds", str(BEGIN * seconds), "--out", str(folder)]
         file = folder / f"{command[0]}.json"
         file.unlink(missing_ok=True)
-        console = tables.plain_console()
-        with console.status("") as status:
-            show = status.update if console.is_terminal else harness.nothing
-            begun = [sys.executable, "-m", "bench", *command, "--json-only", *limits]
-            out = process.command(begun, seconds, show)
-        if file.exists():
-            out["result"] = json.loads(file.read_text())
-        return out
+        options = ["--json-only", "--seconds", str(BEGIN * seconds), "--out", str(folder)]
+        begun = [sys.executable, "-m", "bench", *command, *options]
+        with tables.plain_console().status("") as status:
+            out = verify.command(begun, seconds, lambda line: status.update(Text(line)))
+        return out | ({"result": json.loads(file.read_text())} if file.exists() else {})
 
     return Step(name, run, limit)
 
 
-def steps(limits: Mapping[str, float], tiny: bool = False) -> tuple[Step, ...]:
-    """limits: seconds of each part, in their order."""
-    special = {} if tiny else {"attention": ATTENTION, "kernels": OTHERS}
-    return tuple(
-        step(name, limit, (*special.get(name, (name,)), *["--tiny"] * tiny))
-        for name, limit in limits.items()
-    )
+def steps(**limits: float) -> list[Step]:
+    """Parts in their order, and the seconds of each."""
+    return [step(name, limit, *COMMANDS.get(name, [name])) for name, limit in limits.items()]
 
 
-QUICK = {"kernels": 60, "stream": 40, "decode": 35, "extrapolate": 40, "train": 50}
-GPU = {"attention": 110, "stream": 85, "decode": 60, "train": 90, "extrapolate": 50, "kernels": 240}
-FULL = {"attention": 2400, "stream": 1200, "decode": 600, "train": 900, "extrapolate": 600,
-        "kernels": 1800}  # fmt: skip
+QUICK = ("kernels", "stream", "decode", "extrapolate", "train")
 VERIFY = (
     Step("tests", verify.tests, 240),
     Step("check", verify.check, 45),
     Step("sanitizer", verify.sanitizer, 230),
 )
 PRESETS = {
-    "quick": Preset(115, steps(QUICK, tiny=True), needs_gpu=False),
-    "gpu": Preset(470, steps(GPU)),
-    "full": Preset(7200, (*VERIFY, *steps(FULL))),
+    "quick": Preset(300, [step(name, 90, name, "--tiny") for name in QUICK]),
+    "gpu": Preset(470, steps(attention=110, stream=85, decode=60, train=90, extrapolate=50,
+                             kernels=240)),
+    "full": Preset(7200, [*VERIFY, *steps(attention=2400, stream=1200, decode=600, train=900,
+                                          extrapolate=600, kernels=1800)]),
     "verify": Preset(520, VERIFY),
-}
+}  # fmt: skip
 
 
 def run(name: str, preset: Preset, folder: Path) -> dict[str, Any]:
@@ -124,54 +114,40 @@ def run(name: str, preset: Preset, folder: Path) -> dict[str, Any]:
         result["parts"][one.name] = out
         result["seconds"] = time.monotonic() - began
         harness.write(folder / "results.json", result)
-        say(f"{one.name}: {verdict(out)}")
+        say(f"{one.name}: {report.verdict(out)}")
         if not out.get("ok", True):
             print(out.get("tail", "")[-2000:], flush=True)
     return result
 
 
-def overview(result: dict[str, Any]) -> Table:
-    rows = [(name, f"{out['seconds']:.0f}", verdict(out)) for name, out in result["parts"].items()]
-    return Table(
-        f"--{result['preset']}: {describe(result['machine'])}", ("part", "seconds", ""), rows
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 1 where a part failed, 130 after Ctrl-C. Raises ValueError without the GPU that it
     needs."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m bench", None, __doc__, formatter_class=plain)
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("--out", type=Path, help="folder of the results, else out/PRESET")
     chosen = parser.parse_args(arguments)
     name, preset = chosen.preset, PRESETS[chosen.preset]
-    if preset.needs_gpu and not torch.cuda.is_available():
-        raise ValueError(f"needs a GPU that PyTorch can use{why()}")
+    if name != "quick" and not torch.cuda.is_available():
+        try:
+            torch.cuda.init()  # says why, such as that the driver is too old
+        except (RuntimeError, AssertionError) as error:
+            why = str(error).splitlines()[0]
+            raise ValueError(f"needs a GPU that PyTorch can use: {why}") from error
     folder = (chosen.out or Path("out") / name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         result = run(name, preset, folder)
         console = tables.plain_console()
         page = report.write(folder, result, console)
-        tables.show(overview(result), console)
+        overview = report.overview(result)._replace(
+            title=f"--{name}: {describe(result['machine'])}"
+        )
+        tables.show(overview, console)
     except KeyboardInterrupt:
-        kept = f"stopped; what was measured is in {folder}"
-        print(f"\npython -m bench --{name}: {kept}", file=sys.stderr)
+        kept = f"what was measured is in {folder}"
+        print(f"\npython -m bench --{name}: stopped; {kept}", file=sys.stderr)
         return 130
     print(f"as JSON: {folder}/results.json; to look at: {page}")
     return 0 if all(out.get("ok", True) for out in result["parts"].values()) else 1
-
-
-def why() -> str:
-    """PyTorch's reason for a GPU that it cannot use, such as one with too old a driver."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            torch.cuda.init()
-        except (RuntimeError, AssertionError) as error:
-            return f": {str(error).splitlines()[0]}"
-    return f": {caught[0].message}" if caught else ""

@@ -274,7 +274,7 @@ def test_one_slow_kernel_is_named_whatever_the_machine_does(machine: float) -> N
         assert change.key == ("kernels", "layer_norm 4680 x 1536", "triton")
         assert change.times == pytest.approx(times) and found.code == code
         assert any("the machine is 10.0%" in line for line in found.lines) == (machine != 1)
-        assert found.table.rows[0][5] == f"{100 * (times - 1):+.1f}%"
+        assert found.tables[0].rows[0][5] == f"{100 * (times - 1):+.1f}%"
 
 
 def test_kernels_of_ours_do_not_count_as_drift() -> None:
@@ -346,7 +346,7 @@ def test_what_fails_now_comes_first() -> None:
         ("kernels", "compile", ""),
     ]
     assert found.lines == ["5 failed, 1 slower of 8 compared"] and found.code == 1
-    assert "FAILED: wrong, not timed: result 1" in found.table.rows[1]
+    assert "FAILED: wrong, not timed: result 1" in found.tables[0].rows[1]
     # What failed before and runs now is no change for the worse.
     assert compare.compare(new, old).code == 0
 
