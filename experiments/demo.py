@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,15 +55,11 @@ def demo(
     result["stream"] = run_stream(model, codec, embedding, prompt, frames, seed, output)
 
     preset = replace(PRESETS["toy"], window=PAPER_WINDOW)
-    result["rolling"] = []
-    for batch in (1, 64):  # one stream waits for launches, many for arithmetic
-        with console.status("") as status:
-            for_batch = f"{batch} streams at once: "
-            found = rolling.compare(
-                model, preset, embedding, batch=batch,
-                tick=lambda doing, before=for_batch: status.update(before + doing),  # type: ignore[misc]
-            )  # fmt: skip
-            result["rolling"].append(found)
+    with console.status("") as status:
+        result["rolling"] = [
+            rolling.compare(model, preset, embedding, batch=batch, tick=status.update)
+            for batch in (1, 64)  # one stream waits for launches, many for arithmetic
+        ]
     report(result, console)
     figures.save(figure(result), output / "demo.png")
     harness.write(output / "demo.json", result)
@@ -74,59 +71,55 @@ def run_stream(
 ) -> dict[str, Any]:
     """Streams the video into a file, and on past it to see whether a late frame costs more."""
     preset = PRESETS["toy"]
-    sheet = ContactSheet()
-    next(stream(model, codec, text, preset, seed=seed))  # the first call warms PyTorch up
-    chunks: list[dict[str, float]] = []
+    new_stream = functools.partial(stream, model, codec, text, preset, seed=seed)
+    sheet, clock = ContactSheet(), []
+    next(new_stream())  # the first call warms PyTorch up
     with VideoWriter(output / "video.mp4", preset.fps) as writer:
-        done, began = 0, time.perf_counter()
-        for pixels in stream(model, codec, text, preset, frames=frames, seed=seed):
-            done += pixels.shape[1]
-            chunks.append({"frame": done, "clock": time.perf_counter() - began})
+        began = time.perf_counter()
+        for pixels in new_stream(frames=frames):
+            clock.append(time.perf_counter() - began)
             writer.write(pixels[0])
             sheet.add(pixels[0])
     sheet.save(output / "video.png", title=prompt)
-    latency, total = chunks[0]["clock"], chunks[-1]["clock"]
 
     follow: list[dict[str, float]] = []
     done, last = 0, time.perf_counter()
-    for pixels in stream(model, codec, text, preset, frames=LONG, seed=seed):
+    for pixels in new_stream(frames=LONG):
         now = time.perf_counter()
         done += pixels.shape[1]
         follow.append({"frame": done, "seconds": now - last, "rss_mib": resident_mib()})
         last = now
-    rss = {n: next(c["rss_mib"] for c in follow if c["frame"] >= n) for n in (100, 1000)}
-    early, late = early_and_late(lambda: stream(model, codec, text, preset, seed=seed))
+    early, late = early_and_late(new_stream(), new_stream())
     cache = model.new_cache(1, preset.window, preset.grid, preset.sink)
     return {
-        "fps": frames / total,
-        "first_frame_seconds": latency,
+        "fps": frames / clock[-1],
+        "first_frame_seconds": clock[0],
         "cache_mib": cache.nbytes / 2**20,
         "window": preset.window,
         "chunk": preset.chunk,
         "steps": len(preset.steps),
         "seconds_per_chunk_at_frame_100": early,
         "seconds_per_chunk_at_frame_1000": late,
-        "rss_mib_at_frame_100": rss[100],
-        "rss_mib_at_frame_1000": rss[1000],
+        "rss_mib_at_frame_100": next(c["rss_mib"] for c in follow if c["frame"] >= 100),
+        "rss_mib_at_frame_1000": next(c["rss_mib"] for c in follow if c["frame"] >= 1000),
         "chunks": follow,
     }
 
 
-def early_and_late(new_stream: Callable[[], Iterator[torch.Tensor]]) -> tuple[float, float]:
+def early_and_late(*streams: Iterator[torch.Tensor]) -> list[float]:
     """Median seconds of a chunk around frames 100 and 1000 of two streams, chunk by chunk in turn,
     so that both meet the same moods of the machine."""
-    streams = new_stream(), new_stream()
-    seconds: tuple[list[float], list[float]] = [], []
     done = 0
     while done < 900:
         done += next(streams[1]).shape[1]
     next(streams[0])  # its first chunk is shorter
+    seconds: list[list[float]] = [[], []]
     for _ in range(16):  # frames 1 to 193 and 900 to 1092
         for chunks, times in zip(streams, seconds, strict=True):
             began = time.perf_counter()
             next(chunks)
             times.append(time.perf_counter() - began)
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
+    return [*map(statistics.median, seconds)]
 
 
 def resident_mib() -> float:
@@ -141,11 +134,13 @@ def report(result: dict[str, Any], console: Console) -> None:
         ["frames a second, decoding included", f"{s['fps']:.0f}"],
         ["first frame after", f"{1e3 * s['first_frame_seconds']:.0f} ms"],
         [f"KV cache, {s['window']} latent frames", f"{s['cache_mib']:.2f} MiB"],
-    ]
-    for n in (100, 1000):
-        seconds, rss = s[f"seconds_per_chunk_at_frame_{n}"], s[f"rss_mib_at_frame_{n}"]
-        took = f"{1e3 * seconds:.1f} ms, {rss:.0f} MiB in the process"
-        rows.append([f"a chunk of 12 frames, around frame {n}", took])
+        *(
+            [f"a chunk of 12 frames, around frame {n}",
+             f"{1e3 * s[f'seconds_per_chunk_at_frame_{n}']:.1f} ms, "
+             f"{s[f'rss_mib_at_frame_{n}']:.0f} MiB in the process"]
+            for n in (100, 1000)
+        ),
+    ]  # fmt: skip
     title = describe(result["machine"])
     tables.show(Table(title, ("one stream of the toy world", ""), rows), console)
     for found in result["rolling"]:
@@ -164,8 +159,8 @@ def figure(result: dict[str, Any]) -> Any:
     left.plot(at, middle, color=figures.BLUE, label="median of 9 chunks")
     left.set_ylim(0, 2 * 1e3 * result["stream"]["seconds_per_chunk_at_frame_1000"])
     left.set(xlabel="pixel frame", ylabel="ms for a chunk of 12 frames")
-    left.set_title("one stream through the ring: a late frame costs what an early one does",
-                   fontsize=9)  # fmt: skip
+    title = "one stream through the ring: a late frame costs what an early one does"
+    left.set_title(title, fontsize=9)
     one, many = result["rolling"]
     for i, (label, key, found, colour) in enumerate((
         ("theory (arithmetic)", "times_the_ring_in_theory", many, figures.LIGHT),

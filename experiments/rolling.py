@@ -20,7 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,38 +45,25 @@ Noises = Callable[[int], Tensor]
 WINDOWS, TINY_WINDOWS = (21, 9, 42), (21, 6, 12, 42, 84)
 VIDEO = 3
 FULL_CHUNKS, TINY_CHUNKS = 3, 6  # timed at the other windows
-AT_ONCE = "all frames at once"
-# Published: frames a second of a ten-second video on one H100, and how the cost of a chunk grows
-# with the steps T and the window L (section 3.4).
-PAPER_FPS = {"recompute cache": 4.6, "ring cache": 16.1}
+RING, AT_ONCE = "ring cache", "all frames at once"
+# Published: how the cost of a chunk grows with the steps T and the window L (section 3.4).
 PAPER_GROWTH = {"recompute window": "T·L²", "recompute cache": "L² + T·L", "ring cache": "T·L"}
-COLOURS = {
-    "recompute window": "#c96a6a",
-    "recompute cache": ORANGE,
-    "ring cache": BLUE,
-}
+COLOURS = {"recompute window": "#c96a6a", "recompute cache": ORANGE, "ring cache": BLUE}
 
 
-class Way(Protocol):
-    name: str
+class Ways:
+    """The three ways on one model. Each gives x0 [B, F, C, h, w] of the chunk after the clean
+    latents `past`, at most a window's. noise: of a step, the initial one at 0."""
 
-    def next_chunk(self, past: Tensor, noise: Noises) -> Tensor:
-        """x0 [B, F, C, h, w] of the chunk after the clean latents `past`, at most a window's.
-        noise: of a step, the initial one at 0."""
-        ...
+    def __init__(self, model: DiT, preset: Preset, text: Tensor, batch: int) -> None:
+        self.model, self.text, self.chunk = model, text, preset.chunk
+        self.context, self.tokens = preset.window - preset.chunk, math.prod(preset.grid)
+        self.t = FlowSchedule(preset.shift).warp(preset.steps).to(model.device)
+        self.recomputed, self.ring = (
+            Stream(model, None, text, preset, batch=batch) for _ in range(2)
+        )
 
-
-class RecomputeWindow:
-    name = "recompute window"
-
-    def __init__(self, model: DiT, preset: Preset, text: Tensor) -> None:
-        self.model, self.text, self.context = model, text, preset.window - preset.chunk
-        self.chunk, self.tokens = preset.chunk, preset.grid[0] * preset.grid[1]
-        schedule = FlowSchedule(preset.shift)
-        self.t = schedule.warp(preset.steps).to(model.device)
-        self.sigmas = schedule.sigma(self.t)
-
-    def next_chunk(self, past: Tensor, noise: Noises) -> Tensor:
+    def recompute_window(self, past: Tensor, noise: Noises) -> Tensor:
         past, x = past[:, -self.context :], noise(0)
         frames = past.shape[1] + self.chunk
         layout = BlockLayout.causal(frames, self.chunk, self.tokens)
@@ -85,34 +72,35 @@ class RecomputeWindow:
             t_BF = torch.where(is_new, t, 0.0)[None]
             whole = self.model(torch.cat([past, x], 1), t_BF, self.text, layout=layout)
             flow = whole[:, -self.chunk :].contiguous()
-            x = few_step(flow, x, i, self.sigmas, noise, self.model.impl)[1]
+            x = few_step(flow, x, i, self.ring.sigmas, noise, self.model.impl)[1]
         return x
 
+    def recompute_cache(self, past: Tensor, noise: Noises) -> Tensor:
+        self.recomputed.restart()
+        self.recomputed.prefill(past[:, -self.context :])
+        self.recomputed.noise = noise
+        return self.recomputed.denoise().clone()
 
-class RecomputeCache:
-    name = "recompute cache"
-
-    def __init__(self, stream: Stream) -> None:
-        self.stream, self.context = stream, stream.preset.window - stream.preset.chunk
-
-    def next_chunk(self, past: Tensor, noise: Noises) -> Tensor:
-        self.stream.restart()
-        self.stream.prefill(past[:, -self.context :])
-        self.stream.noise = noise
-        return self.stream.denoise().clone()
+    def ring_cache(self, _: Tensor, noise: Noises) -> Tensor:
+        self.ring.noise = noise
+        x0 = self.ring.denoise().clone()
+        self.ring.update()
+        return x0
 
 
-class RingCache:
-    name = "ring cache"
+def _seconds(device: torch.device, run: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    """The result of a function, and how long the device took for it."""
+    timing.wait(device)
+    began = time.perf_counter()
+    out = run()
+    timing.wait(device)
+    return out, time.perf_counter() - began
 
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
 
-    def next_chunk(self, past: Tensor, noise: Noises) -> Tensor:
-        self.stream.noise = noise
-        x0 = self.stream.denoise()
-        self.stream.update()
-        return x0.clone()
+def _flops(preset: Preset) -> dict[str, int]:
+    """Floating-point operations of a chunk past the window, by way."""
+    tokens, steps = math.prod(preset.grid), len(preset.steps)
+    return rolling_flops(preset.dit, tokens, preset.window, preset.chunk, steps)
 
 
 @torch.no_grad()
@@ -139,59 +127,50 @@ def compare(
     if preset.window % preset.chunk or preset.window == preset.chunk:
         raise ValueError(f"window={preset.window}: must be two or more chunks of {preset.chunk}")
     device, began = model.device, time.monotonic()
-    preset = replace(preset, first=None, sink=0)
-    recomputed, rolling = (Stream(model, None, text, preset, batch=batch) for _ in range(2))
-    ring = RingCache(rolling)
-    ways: list[Way] = [RecomputeWindow(model, preset, text), RecomputeCache(recomputed), ring]
+    preset = replace(preset, dit=model.config, first=None, sink=0)
+    made = Ways(model, preset, text, batch)
+    ways = {name: getattr(made, name.replace(" ", "_")) for name in PAPER_GROWTH}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     generator = torch.Generator(device).manual_seed(0)
     draw = functools.partial(torch.randn, generator=generator, device=device)
     shape = (batch, preset.chunk, model.config.channels, preset.height, preset.width)
-    times: dict[str, list[float]] = {way.name: [] for way in ways}
 
-    def next_chunk(past: Tensor) -> list[Tensor]:
-        draws, outs = draw(len(preset.steps), *shape), []
-        for way in ways:
-            with ranges.phase(way.name):
-                timing.wait(device)
-                start = time.perf_counter()
-                outs.append(way.next_chunk(past, draws.__getitem__))
-                timing.wait(device)
-                times[way.name].append(time.perf_counter() - start)
+    def next_chunk(past: Tensor) -> dict[str, Tensor]:
+        draws, outs = draw(len(preset.steps), *shape), {}
+        for name, way in ways.items():
+            with ranges.phase(name):
+                call = functools.partial(way, past, draws.__getitem__)
+                outs[name], seconds = _seconds(device, call)
+            times[name].append(seconds)
         return outs
 
     tick("warming up")
     past = torch.zeros(batch, 0, *shape[2:], device=device)
     for _ in range(2):  # compiles for odd and even numbers of frames
-        past = torch.cat([past, next_chunk(past)[-1]], 1)
-    for name in times:
-        times[name].clear()
-    rolling.restart()
+        past = torch.cat([past, next_chunk(past)[RING]], 1)
+    for each in times.values():
+        each.clear()
+    made.ring.restart()
     last = preset.window // preset.chunk - 1  # the chunk that completes the first window
     first = last if filled else 0
     past = draw(batch, first * preset.chunk, *shape[2:])
-    rolling.prefill(past)
-    worst = 0.0
+    made.ring.prefill(past)
+    worst, tolerance = 0.0, 1e-3 if model.dtype == torch.float32 else 5e-2
     for i in range(first, last + chunks):
         if i > last and time.monotonic() - began > seconds:
             break
-        tick(f"window {preset.window}, chunk {i + 1} of {last + chunks}")
+        tick(f"batch {batch}, window {preset.window}, chunk {i + 1} of {last + chunks}")
         outs = next_chunk(past)
-        for way, out in zip(ways, outs if i <= last else (), strict=False):
-            error = float((out - outs[-1]).norm() / outs[-1].norm())
-            if not error < (1e-3 if model.dtype == torch.float32 else 5e-2):
+        for name, out in outs.items() if i <= last else ():
+            error = float((out - outs[RING]).norm() / outs[RING].norm())
+            if not error < tolerance:
                 raise AssertionError(
-                    f"{way.name} is {error:.1e} from the ring in chunk {i}, where they must agree: "
+                    f"{name} is {error:.1e} from the ring in chunk {i}, where they must agree: "
                     "nothing is timed"
                 )
             worst = max(worst, error)
-        past = torch.cat([past, outs[-1]], 1)[:, -preset.window :]
-    flops = rolling_flops(
-        model.config,
-        math.prod(preset.grid),
-        preset.window,
-        preset.chunk,
-        len(preset.steps),
-    )
+        past = torch.cat([past, outs[RING]], 1)[:, -preset.window :]
+    flops = _flops(preset)
     full = {name: each[last - first :] for name, each in times.items()}
     median = {name: statistics.median(each) for name, each in full.items()}
     return {
@@ -206,8 +185,8 @@ def compare(
                 "all_seconds": full[name],
                 "by_chunk": times[name],
                 "flops_per_chunk": batch * flops[name],
-                "times_the_ring": median[name] / median[ring.name],
-                "times_the_ring_in_theory": flops[name] / flops[ring.name],
+                "times_the_ring": median[name] / median[RING],
+                "times_the_ring_in_theory": flops[name] / flops[RING],
             }
             for name in times
         },
@@ -224,20 +203,13 @@ def run(job: Job) -> Result:
     text = torch.zeros(1, 1, preset.dit.text_dim, device=job.device)
     windows = TINY_WINDOWS if job.tiny else WINDOWS
     rate = 0.0  # seconds per floating-point operation, as measured at the window before
-
-    def measured(window: int, flops: int) -> Result:
-        nonlocal rate
-        row = _row(model, replace(preset, window=window), text, job, window == windows[0])
-        if entries := timed(row):
-            rate = sum(e["ms"] for e in entries.values()) / 1e3 / flops
-        return row
-
     for window in windows:
-        size = math.prod(preset.grid), window, preset.chunk, len(preset.steps)
-        flops = sum(rolling_flops(preset.dit, *size).values())
-        row = functools.partial(measured, window, flops)
-        job.add(result, f"window of {window}", row, needs=flops * rate)
+        sized = replace(preset, window=window)
+        row = functools.partial(_row, model, sized, text, job, follow=window == windows[0])
+        job.add(result, f"window of {window}", row, needs=rate * sum(_flops(sized).values()))
         result["exponents"] = exponents(result["rows"])
+        if entries := [e for row in result["rows"][-1:] for e in timed(row).values()]:
+            rate = sum(e["ms"] for e in entries) / 1e3 / sum(e["flops"] for e in entries)
     if job.wants(AT_ONCE):
         _at_once(model, replace(preset, window=windows[0]), text, job, result)
     return job.end(result)
@@ -250,16 +222,16 @@ def _row(model: DiT, preset: Preset, text: Tensor, job: Job, follow: bool) -> Re
         chunks, seconds = (VIDEO - 1) * preset.window // preset.chunk + 1, job.left / 2
     else:
         chunks, seconds = TINY_CHUNKS if job.tiny else FULL_CHUNKS, job.left
-    options: dict[str, Any] = {"filled": not follow, "seconds": seconds, "tick": job.tick}
     row: Result = {"window": preset.window, "chunk": preset.chunk}
     try:
-        found = compare(model, preset, text, chunks=chunks, **options)
+        found = compare(model, preset, text, chunks=chunks, filled=not follow, seconds=seconds,
+                        tick=job.tick)  # fmt: skip
     except AssertionError as error:
         return row | {"contestants": {way: timing.failed(error) for way in PAPER_GROWTH}}
     ways = found["ways"]
     row |= {
         "relative_difference": found["relative_difference_in_first_window"],
-        "timed_chunks": len(ways["ring cache"]["all_seconds"]),
+        "timed_chunks": len(ways[RING]["all_seconds"]),
         "planned_chunks": chunks,
         "contestants": {
             name: timing.entry(
@@ -277,43 +249,41 @@ def _row(model: DiT, preset: Preset, text: Tensor, job: Job, follow: bool) -> Re
     return row
 
 
-def at_once_flops(preset: Preset, frames: int) -> int:
-    """Operations for a video whose frames all see each other, at as many steps as a chunk takes."""
-    tokens = frames * math.prod(preset.grid)
-    return len(preset.steps) * pass_flops(preset.dit, tokens, tokens**2)
-
-
 @torch.no_grad()
 def _at_once(model: DiT, preset: Preset, text: Tensor, job: Job, result: Result) -> None:
-    """A row of whole videos, of one window, two, …: one pass is timed, and counted once a step."""
-    chunks = range(preset.chunk, VIDEO * preset.window + 1, preset.chunk)
-    row: Result = {"case": AT_ONCE, "window": preset.window, "chunk": preset.chunk}
-    row |= {"flops_by_chunk": [at_once_flops(preset, f) for f in chunks], "contestants": {}}
-    result["rows"].append(row)
+    """Adds a row of whole videos, of one window, two, …, whose frames all see each other, at as
+    many steps as a chunk takes: one pass is timed, and counted once a step."""
     t, steps, rate = torch.tensor(500.0, device=job.device), len(preset.steps), 0.0
+    flops = {}
+    for frames in range(preset.chunk, VIDEO * preset.window + 1, preset.chunk):
+        tokens = frames * math.prod(preset.grid)
+        flops[frames] = steps * pass_flops(preset.dit, tokens, tokens**2)
+    row: Result = {"case": AT_ONCE, "window": preset.window, "chunk": preset.chunk}
+    row |= {"flops_by_chunk": [*flops.values()], "contestants": {}}
+    result["rows"].append(row)
+    rounds = 6 if job.tiny else 2  # the first one warms up
     for frames in range(preset.window, VIDEO * preset.window + 1, preset.window):
-        name, flops = f"{frames} frames", at_once_flops(preset, frames)
-        rounds = 6 if job.tiny else 2  # the first one warms up
-        if job.left < rounds * rate * flops / steps:
+        name = f"{frames} frames"
+        if job.left < rounds * rate * flops[frames] / steps:
             result["no_time_for"].append(f"{AT_ONCE}: {name}")
             continue
         job.tick(f"{AT_ONCE}: {name}")
         size = frames, preset.dit.channels, preset.height, preset.width
-        times = []
         try:
-            x = torch.randn(1, *size, device=job.device)
-            for _ in range(rounds):
-                timing.wait(job.device)
-                began = time.perf_counter()
-                model(x, t, text)
-                timing.wait(job.device)
-                times.append(1e3 * steps * (time.perf_counter() - began))
-            rate = times[-1] / 1e3 / flops
-            entry = timing.entry(timing.summary(times[1:]), flops=flops, frames=frames)
+            call = functools.partial(model, torch.randn(1, *size, device=job.device), t, text)
+            times = [1e3 * steps * _seconds(job.device, call)[1] for _ in range(rounds)][1:]
+            entry = timing.entry(timing.summary(times), flops=flops[frames], frames=frames)
+            rate = entry["ms"] / 1e3 / flops[frames]
         except Exception as error:
             entry = timing.failed(error)
         row["contestants"][name] = entry
         job.save(result)
+
+
+def _points(rows: Sequence[Result], way: str) -> list[tuple[int, Result]]:
+    """(window, entry) of all windows at which a way was timed, from the smallest."""
+    points = [(row["window"], timed(row)[way]) for row in rows if way in timed(row)]
+    return sorted(points, key=lambda point: point[0])
 
 
 def exponents(rows: Sequence[Result]) -> dict[str, dict[str, float]]:
@@ -322,14 +292,13 @@ def exponents(rows: Sequence[Result]) -> dict[str, dict[str, float]]:
     timed."""
     found = {}
     for way in PAPER_GROWTH:
-        points = [(row["window"], timed(row)[way]) for row in rows if way in timed(row)]
-        if len(points) < 2:
-            continue
+        points = _points(rows, way)
         x = [math.log(window) for window, _ in points]
-        found[way] = {
-            name: statistics.linear_regression(x, [math.log(e[key]) for _, e in points]).slope
-            for name, key in (("measured", "ms"), ("theory", "flops"))
-        }
+        if len(x) > 1:
+            found[way] = {
+                name: statistics.linear_regression(x, [math.log(e[key]) for _, e in points]).slope
+                for name, key in (("measured", "ms"), ("theory", "flops"))
+            }
     return found
 
 
@@ -350,8 +319,8 @@ def tables(result: Result) -> list[Table]:
     }
     notes = [
         f"{AT_ONCE}: the whole video, at as many steps as a chunk takes (Wan2.1 itself takes 50)",
-        "published, ten seconds of video on one H100: {} FPS with a rolling cache, {} with a "
-        "recomputed one, 3.5 times".format(PAPER_FPS["ring cache"], PAPER_FPS["recompute cache"]),
+        "published, ten seconds of video on one H100: 16.1 FPS with a rolling cache, 4.6 with a "
+        "recomputed one, 3.5 times",
     ]
     for row in result["rows"]:
         if row.get("timed_chunks", 0) < row.get("planned_chunks", 0):
@@ -394,15 +363,11 @@ def ways_table(found: Result) -> Table:
     title = f"{streams}, window {found['window']}, chunk {found['chunk']}, {found['steps']} steps"
     heads = "past the window", "ms a chunk", "FPS", "time / ring's", "arithmetic / ring's"
     rows = [
-        [
-            name,
-            f"{1e3 * way['seconds_per_chunk']:.1f}",
-            f"{4 * found['chunk'] * found['batch'] / way['seconds_per_chunk']:.0f}",
-            f"{way['times_the_ring']:.2f}",
-            f"{way['times_the_ring_in_theory']:.2f}",
-        ]
+        [name, f"{1e3 * way['seconds_per_chunk']:.1f}",
+         f"{4 * found['chunk'] * found['batch'] / way['seconds_per_chunk']:.0f}",
+         f"{way['times_the_ring']:.2f}", f"{way['times_the_ring_in_theory']:.2f}"]
         for name, way in found["ways"].items()
-    ]
+    ]  # fmt: skip
     return Table(title, heads, rows)
 
 
@@ -432,9 +397,9 @@ def _draw_along(ax: Any, rows: Sequence[Result]) -> None:
             at = [row["chunk"] * (i + 1) for i in range(len(curve))]
             label = f"the same by arithmetic, from {e['frames']} frames"
             ax.plot(at, curve, "--", linewidth=1, label=label, color=GREY)
+    where = "latent frames of the video, the new chunk included (line: the window)"
+    ax.set(xlabel=where, ylabel="seconds until the next chunk")
     ax.set_ylim(bottom=0)
-    ax.set_xlabel("latent frames of the video, the new chunk included (line: the window)")
-    ax.set_ylabel("seconds until the next chunk")
     if ax.has_data():  # else no video was followed
         ax.legend(fontsize=7)
 
@@ -442,17 +407,15 @@ def _draw_along(ax: Any, rows: Sequence[Result]) -> None:
 def _draw_growth(ax: Any, rows: Sequence[Result], result: Result) -> None:
     """Milliseconds of a chunk over the window, beside the floors of its arithmetic."""
     for way in PAPER_GROWTH:
-        points = sorted((row["window"], timed(row)[way]["ms"], timed(row)[way]["flops"])
-                        for row in rows if way in timed(row))  # fmt: skip
-        at, power = [window for window, _, _ in points], result["exponents"].get(way)
+        points = _points(rows, way)
+        at, power = [window for window, _ in points], result["exponents"].get(way)
         measured = f"{way}: power {power['measured']:.2f}" if power else way
         theory = f"its arithmetic: {power['theory']:.2f}" if power else "its arithmetic"
-        floors = [timing.floor_ms(flops, 0, result["ceilings"]) for _, _, flops in points]
-        ax.plot(at, [ms for _, ms, _ in points], "o-", color=COLOURS[way], label=measured)
+        floors = [timing.floor_ms(e["flops"], 0, result["ceilings"]) for _, e in points]
+        ax.plot(at, [e["ms"] for _, e in points], "o-", color=COLOURS[way], label=measured)
         ax.plot(at, floors, "--", linewidth=1, color=COLOURS[way], label=theory)
     ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
     ax.set_xticks([row["window"] for row in rows], [str(row["window"]) for row in rows])
-    ax.set_xlabel("window, latent frames")
-    ax.set_ylabel("ms for a chunk (dashed: at the rate of a matrix product)")
+    ylabel = "ms for a chunk (dashed: at the rate of a matrix product)"
+    ax.set(yscale="log", xlabel="window, latent frames", ylabel=ylabel)
     ax.legend(fontsize=7)

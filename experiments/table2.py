@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,17 +32,8 @@ from sfmodel.dit import DiT
 from sfmodel.files import atomic
 from sfmodel.machine import describe, machine
 from sfmodel.schedule import FlowSchedule
-from sfmodel.toy.evaluate import (
-    BATCH,
-    Sampling,
-    bands,
-    evaluate,
-    generate,
-    held_out,
-    over,
-    score,
-    seen_in,
-)
+from sfmodel.toy import evaluate
+from sfmodel.toy.evaluate import BATCH, Sampling, bands, over
 from sfmodel.toy.vae import ToyVAE
 from sfmodel.train.batch import Draw
 from sfmodel.train.config import TrainConfig, defaults
@@ -53,7 +45,10 @@ from sfmodel.weights import checkpoint
 
 FRAMES = 7  # latent frames of a training clip, and of the window
 LONG = 4 * FRAMES
+PARTS = bands(LONG, FRAMES)  # of the table's columns
+LATE = PARTS[-1]
 EULER = 10  # steps of a model that is not distilled
+CODEC = ToyVAE.from_pretrained()
 
 
 @dataclass(frozen=True)
@@ -147,10 +142,9 @@ def run(job: Job) -> dict[str, Any]:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         weights = train(config, resume=resume)
     trained = time.perf_counter()
-    held = _held(LONG, job.scale.videos, job.split)
-    result = evaluate(_load(weights), job.sampling(), ToyVAE.from_pretrained(), held, FRAMES)
-    measured = time.perf_counter()
-    seconds = {"train": trained - began, "measure": measured - trained}
+    held = _held(job.scale.videos, job.split)
+    result = evaluate.evaluate(_load(weights), job.sampling(), CODEC, held, FRAMES)
+    seconds = {"train": trained - began, "measure": time.perf_counter() - trained}
     result |= {"row": job.row, "way": job.way, "seed": job.seed, "seconds": seconds}
     with atomic(path) as part:
         part.write_text(json.dumps(result))
@@ -167,7 +161,7 @@ def _load(weights: Path) -> DiT:
     return model.to("cuda" if _on_gpu() else "cpu").eval()
 
 
-_held = functools.cache(functools.partial(held_out, ToyVAE.from_pretrained()))
+_held = functools.cache(functools.partial(evaluate.held_out, CODEC, LONG))
 
 
 def experiment(
@@ -200,17 +194,12 @@ def experiment(
             if each not in known:
                 raise ValueError(f"{name}={each!r}: must be of {', '.join(map(repr, known))}")
     given = {"updates": updates, "batch": batch, "seeds": seeds, "videos": videos}
-    scale = replace(
-        ON_GPU if _on_gpu() else Scale(), **{k: v for k, v in given.items() if v is not None}
-    )
+    asked = {name: each for name, each in given.items() if each is not None}
+    scale = replace(ON_GPU if _on_gpu() else Scale(), **asked)
     if min(vars(scale).values()) < 1:
         raise ValueError(f"{scale}: each must be at least 1")
-    jobs = [
-        Job(row, way, seed, scale, output, split)
-        for seed in range(scale.seeds)
-        for way in ways
-        for row in rows
-    ]
+    seeded = itertools.product(range(scale.seeds), ways, rows)
+    jobs = [Job(row, way, seed, scale, output, split) for seed, way, row in seeded]
     settings = json.dumps({"scale": vars(scale), "rows": {n: str(row) for n, row in ROWS.items()}})
     note = output / "settings.json"
     if note.exists() and note.read_text() != settings:
@@ -230,7 +219,11 @@ def experiment(
         "results": results,
     }
     with atomic(output / "results.json") as part:
-        part.write_text(json.dumps(_rounded(summary)))
+        # Without the digits that no table or figure shows.
+        short = json.loads(
+            json.dumps(summary), parse_float=lambda digits: float(f"{float(digits):.4g}")
+        )
+        part.write_text(json.dumps(short))
     draw(summary, output)
     sheets(jobs, output)
     for table in tables(summary):
@@ -249,9 +242,9 @@ def _all(jobs: Sequence[Job], workers: int) -> list[dict[str, Any]]:
         waiting = {pool.submit(run, job): job for job in jobs}
         try:
             for future in as_completed(waiting):
-                job, result = waiting[future], future.result()
-                done[job] = result
-                parts = (f"{over(result['distance'], band):.2f}" for band in bands(LONG, FRAMES))
+                job = waiting[future]
+                result = done[job] = future.result()
+                parts = (f"{over(result['distance'], band):.2f}" for band in PARTS)
                 took = sum(result["seconds"].values())
                 print(f"{len(done)}/{len(jobs)}  {job.name}: distance {', '.join(parts)}, "
                       f"gap {result['gap']:.2f}, {took:.0f} s", flush=True)  # fmt: skip
@@ -263,91 +256,70 @@ def _all(jobs: Sequence[Job], workers: int) -> list[dict[str, Any]]:
     return [done[job] for job in jobs]
 
 
-def _rounded(value: Any) -> Any:
-    """JSON without the digits that no table or figure shows."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
-    return [*map(_rounded, value)] if isinstance(value, list) else value
-
-
 def references(scale: Scale, split: str) -> dict[str, dict[str, Any]]:
     """`score` of other real videos, the least that can be had, and of the teacher's, which sees a
     whole training clip at once."""
-    codec, held = ToyVAE.from_pretrained(), _held(LONG, scale.videos, split)
-    config = defaults("toy", "sf+dmd")
+    held, config = _held(scale.videos, split), defaults("toy", "sf+dmd")
     assert config.teacher is not None
     teacher = _load(config.teacher)
     schedule, made = FlowSchedule(config.model.shift), []
     for begin in range(0, scale.videos, BATCH):
         rows = range(begin, min(begin + BATCH, scale.videos))
-        noise = Draw(0, rows, teacher.device).normal(
-            "teacher", *held.latents_BFCHW[0, :FRAMES].shape
-        )
+        size = held.latents_BFCHW[0, :FRAMES].shape
+        noise = Draw(0, rows, teacher.device).normal("teacher", *size)
         text = held.text_BTE[rows.start : rows.stop].to(teacher.device)
-
-        def flow(x: torch.Tensor, t: torch.Tensor, text: torch.Tensor = text) -> torch.Tensor:
-            return teacher(x, t, text)
-
+        flow = functools.partial(teacher, text_BTE=text)
         made.append(solve(flow, noise, schedule, (), config.teacher_steps)[:, -1].cpu())
+    latents = {
+        "real, other videos": held.latents_BFCHW,
+        f"teacher, {config.teacher_steps} steps": torch.cat(made),
+    }
     return {
-        "real, other videos": score(seen_in(codec, held.latents_BFCHW), held.real_NFD),
-        f"teacher, {config.teacher_steps} steps": score(
-            seen_in(codec, torch.cat(made)), held.real_NFD
-        ),
+        name: evaluate.score(evaluate.seen_in(CODEC, each), held.real_NFD)
+        for name, each in latents.items()
     }
 
 
-def _cells(results: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> str:
+def _by_row(summary: dict[str, Any]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Results by way and row, in the order of WAYS and ROWS; only those that there are."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for way, row in itertools.product(WAYS, ROWS):
+        if results := [r for r in summary["results"] if (r["row"], r["way"]) == (row, way)]:
+            found.setdefault(way, {})[row] = results
+    return found
+
+
+def _cell(values: Sequence[float]) -> str:
     """Mean ± deviation over seeds."""
-    values = [value(each) for each in results]
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
 
 
-def _of(summary: dict[str, Any], way: str) -> dict[str, list[dict[str, Any]]]:
-    """Results by row, in the order of ROWS."""
-    found = {
-        row: [r for r in summary["results"] if (r["row"], r["way"]) == (row, way)] for row in ROWS
-    }
-    return {row: results for row, results in found.items() if results}
-
-
 def cells(summary: dict[str, Any], way: str) -> tuple[list[str], list[list[str]]]:
     """The columns and rows of the table of one way."""
-    parts = bands(LONG, FRAMES)
-    late = parts[-1]
-    names = [f"distance {a}-{b - 1}" for a, b in parts]
-    columns = ["", *names, "exposure gap", f"radius drift, px, {late[0]}-{late[1] - 1}",
-               "other colour", "impossible moves"]  # fmt: skip
+    columns = ["", *(f"distance {a}-{b - 1}" for a, b in PARTS), "exposure gap",
+               f"radius drift, px, {LATE[0]}-{LATE[1] - 1}", "other colour",
+               "impossible moves"]  # fmt: skip
     rows = []
     for name, found in summary["references"].items():
-        within = (band for band in parts if band[1] <= len(found["distance"]))
-        rows.append([name, *(f"{over(found['distance'], band):.2f}" for band in within)])
-        rows[-1] += [""] * (len(columns) - len(rows[-1]))
-    for name, results in _of(summary, way).items():
-        values: list[Callable[[dict[str, Any]], float]] = [
-            *(lambda r, band=band: over(r["distance"], band) for band in parts),
-            lambda r: r["gap"],
-            lambda r: over(r["radius"], late),
-            *(lambda r, what=what: over(r[what], late) for what in ("colour", "impossible")),
-        ]
-        rows.append([name, *(_cells(results, value) for value in values)])
+        within = [band for band in PARTS if band[1] <= len(found["distance"])]
+        known = [f"{over(found['distance'], band):.2f}" for band in within]
+        rows.append([name, *known, *[""] * (len(columns) - 1 - len(known))])
+    for name, results in _by_row(summary).get(way, {}).items():
+        by_seed = [
+            [*(over(r["distance"], band) for band in PARTS), r["gap"],
+             *(over(r[what], LATE) for what in ("radius", "colour", "impossible"))]
+            for r in results
+        ]  # fmt: skip
+        rows.append([name, *map(_cell, zip(*by_seed, strict=True))])
     return columns, rows
 
 
 def tables(summary: dict[str, Any]) -> Iterator[Table]:
     scale = summary["scale"]
-    for way in _ways(summary):
-        columns, rows = cells(summary, way)
-        sizes = f"{scale['updates']} updates of {scale['batch']} clips, {scale['seeds']} seeds"
-        title = f"{way}, {sizes}, by latent frame (trained on {FRAMES})"
-        yield Table(title, columns, rows)
-
-
-def _ways(summary: dict[str, Any]) -> list[str]:
-    return [way for way in WAYS if _of(summary, way)]
+    sizes = f"{scale['updates']} updates of {scale['batch']} clips, {scale['seeds']} seeds"
+    for way in _by_row(summary):
+        yield Table(f"{way}, {sizes}, by latent frame (trained on {FRAMES})", *cells(summary, way))
 
 
 def draw(summary: dict[str, Any], output: Path) -> None:
@@ -355,63 +327,66 @@ def draw(summary: dict[str, Any], output: Path) -> None:
     past, beside each other."""
     from matplotlib import colormaps
 
-    ways = _ways(summary)
+    ways = _by_row(summary)
     colours = dict(zip(ROWS, colormaps["tab10"](range(10)), strict=False))
     where = f"{describe(summary['machine'])}, {summary['scale']['seeds']} seeds"
-    size: dict[str, Any] = {"width": 6 * len(ways), "height": 4.6, "columns": len(ways)}
+    late = f"{FRAMES // 2}-{FRAMES - 1}"
+    for name, title, label, draw_way in (
+        ("distance", where, "Fréchet distance from real videos", _draw_distance),
+        ("gap", f"exposure gap: the difference of a pair; {where}",
+         f"distance at frames {late}, frames alone", _draw_gap),
+    ):  # fmt: skip
+        figure, axes = figures.new(title, 6 * len(ways), 4.6, columns=len(ways), sharey=True)
+        for ax, (way, found) in zip(axes, ways.items(), strict=True):
+            draw_way(ax, summary, found, colours)
+            ax.set_title(way)
+        axes[0].set_ylabel(label)
+        named = axes[0].get_legend_handles_labels()
+        figure.legend(*named, loc="outside lower center", ncols=5, fontsize=8)
+        figures.save(figure, output / f"{name}.png")
 
-    figure, axes = figures.new(where, sharey=True, **size)
-    for ax, way in zip(axes, ways, strict=True):
-        for row, results in _of(summary, way).items():
-            lines = torch.tensor([r["distance"] for r in results])
-            at = range(1, lines.shape[1])
-            ax.plot(at, lines.mean(0)[1:], color=colours[row], label=row)
-            lowest, highest = lines.amin(0)[1:], lines.amax(0)[1:]
-            ax.fill_between(at, lowest, highest, color=colours[row], alpha=0.15)
-        for (name, found), style in zip(summary["references"].items(), ("--", ":"), strict=True):
-            at = range(1, len(found["distance"]))
-            ax.plot(at, found["distance"][1:], style, color="#555555", label=name)
-        ax.axvline(FRAMES - 0.5, color="#aaaaaa", linewidth=0.8)
-        ax.set(yscale="log", xlabel=f"latent frame (trained on the first {FRAMES})", title=way)
-        ax.grid(alpha=0.3, which="both")
-    axes[0].set_ylabel("Fréchet distance from real videos")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
-    figures.save(figure, output / "distance.png")
 
-    title = f"exposure gap: the difference of a pair; {where}"
-    figure, axes = figures.new(title, sharey=True, **size)
-    late = slice(FRAMES // 2, FRAMES)
-    for ax, way in zip(axes, ways, strict=True):
-        found = _of(summary, way)
-        for past, side, alpha in (("real", -0.2, 0.45), ("own", 0.2, 1.0)):
-            label = f"on {'a real' if past == 'real' else 'its own'} past"
-            each = [[statistics.mean(r[past][late]) for r in rs] for rs in found.values()]
-            places = [i + side for i in range(len(found))]
-            means, shades = [*map(statistics.mean, each)], [colours[row] for row in found]
-            ax.bar(places, means, 0.38, color=shades, alpha=alpha, label=label)
-            for x, values in zip(places, each, strict=True):
-                ax.plot([x] * len(values), values, "k.", markersize=3)
-        ax.set_xticks(range(len(found)), [*found], rotation=35, ha="right")
-        ax.set_title(way)
-        ax.grid(alpha=0.3, axis="y")
-    axes[0].set_ylabel(f"distance at frames {FRAMES // 2}-{FRAMES - 1}, frames alone")
-    axes[-1].legend(fontsize=7)
-    figures.save(figure, output / "gap.png")
+def _draw_distance(ax: Any, summary: Any, found: Any, colours: Any) -> None:
+    for row, results in found.items():
+        lines = torch.tensor([r["distance"] for r in results])[:, 1:]
+        at = range(1, 1 + lines.shape[1])
+        ax.plot(at, lines.mean(0), color=colours[row], label=row)
+        ax.fill_between(at, lines.amin(0), lines.amax(0), color=colours[row], alpha=0.15)
+    for (name, least), style in zip(summary["references"].items(), ("--", ":"), strict=True):
+        at = range(1, len(least["distance"]))
+        ax.plot(at, least["distance"][1:], style, color="#555555", label=name)
+    ax.axvline(FRAMES - 0.5, color="#aaaaaa", linewidth=0.8)
+    ax.set(yscale="log", xlabel=f"latent frame (trained on the first {FRAMES})")
+    ax.grid(alpha=0.3, which="both")
+
+
+def _draw_gap(ax: Any, _: Any, found: Any, colours: Any) -> None:
+    late, shades = slice(FRAMES // 2, FRAMES), [colours[row] for row in found]
+    for past, label, side, alpha in (
+        ("real", "on a real past", -0.2, 0.45),
+        ("own", "on its own past", 0.2, 1.0),
+    ):
+        each = [[statistics.mean(r[past][late]) for r in results] for results in found.values()]
+        places = [i + side for i in range(len(found))]
+        means = [*map(statistics.mean, each)]
+        ax.bar(places, means, 0.38, color=shades, alpha=alpha, label=label)
+        for x, values in zip(places, each, strict=True):
+            ax.plot([x] * len(values), values, "k.", markersize=3)
+    ax.set_xticks(range(len(found)), [*found], rotation=35, ha="right")
+    ax.grid(alpha=0.3, axis="y")
 
 
 def sheets(jobs: Sequence[Job], output: Path) -> None:
     """sheet-WAY.png: the video of one prompt by the first seed of every row, and a real one."""
-    codec = ToyVAE.from_pretrained()
     for way in dict.fromkeys(job.way for job in jobs):
         chosen = [job for job in jobs if job.way == way and job.seed == 0]
-        held = _held(LONG, chosen[0].scale.videos, chosen[0].split)
+        held = _held(chosen[0].scale.videos, chosen[0].split)
         latents = {"real": held.latents_BFCHW[:1]}
         for job in chosen:
             model = _load(job.config().output / "model.safetensors")
             text = held.text_BTE[:1].to(model.device)
-            latents[job.row] = generate(model, job.sampling(), text, LONG).cpu()
+            latents[job.row] = evaluate.generate(model, job.sampling(), text, LONG).cpu()
         with torch.no_grad():
-            videos = codec.decode_chunk(torch.cat([*latents.values()]))[0]
-        title = f"{way}, trained on {codec.temporal_factor * (FRAMES - 1) + 1} frames: one prompt"
+            videos = CODEC.decode_chunk(torch.cat([*latents.values()]))[0]
+        title = f"{way}, trained on {CODEC.temporal_factor * (FRAMES - 1) + 1} frames: one prompt"
         contact_sheet_of_rows(videos, output / f"sheet-{way}.png", [*latents], title)

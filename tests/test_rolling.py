@@ -67,13 +67,13 @@ def test_time_cuts_the_chunks_past_the_window_only(model: DiT) -> None:
     assert [len(way["by_chunk"]) for way in result["ways"].values()] == [3, 3, 3]
 
 
-@pytest.mark.parametrize("way", [rolling.RecomputeWindow, rolling.RecomputeCache])
+@pytest.mark.parametrize("way", ["recompute_window", "recompute_cache"])
 @pytest.mark.parametrize("filled", [False, True])
 def test_nothing_is_timed_when_they_differ(
-    model: DiT, way: Any, filled: bool, monkeypatch: pytest.MonkeyPatch
+    model: DiT, way: str, filled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = way.next_chunk
-    monkeypatch.setattr(way, "next_chunk", lambda *a: 1.01 * right(*a))
+    right = getattr(rolling.Ways, way)
+    monkeypatch.setattr(rolling.Ways, way, lambda *a: 1.01 * right(*a))
     with pytest.raises(AssertionError, match="nothing is timed"):
         rolling.compare(model, SMALL, torch.zeros(1, 1, 32), chunks=1, filled=filled)
 
@@ -122,8 +122,8 @@ def test_what_is_not_wanted_wrong_or_too_late(
     assert late["rows"][0]["contestants"] == {} and len(late["no_time_for"]) == 6
     assert harness.draw(rolling, late, tmp_path).startswith("no figures")
 
-    right = rolling.RecomputeCache.next_chunk
-    monkeypatch.setattr(rolling.RecomputeCache, "next_chunk", lambda *a: 2 * right(*a))
+    right = rolling.Ways.recompute_cache
+    monkeypatch.setattr(rolling.Ways, "recompute_cache", lambda *a: 2 * right(*a))
     wrong = rolling.run(harness.Job(CPU, tiny=True, rounds=1, only="of 6$"))
     assert harness.wrong(wrong) == [f"window of 6: {way}" for way in WAYS]
     assert timing.WRONG in str(rolling.tables(wrong)[0].rows)

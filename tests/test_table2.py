@@ -16,6 +16,7 @@ import torch
 from docs import readme
 from experiments import table2
 from experiments.table2 import FRAMES, LONG, ROWS, WAYS, Job, Scale
+from sfmodel.toy import evaluate
 from sfmodel.toy.evaluate import bands
 from sfmodel.train.config import RECIPES
 from sfmodel.train.loop import Run
@@ -92,12 +93,12 @@ def test_the_command_and_what_it_keeps(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_job_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job("TF", "frame-wise", 0, TINY, tmp_path, "test")
-    monkeypatch.setattr(table2, "evaluate", lambda *_: 1 / 0)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         table2.run(job)
     weights = tmp_path / job.name / "model.safetensors"
     before = weights.stat().st_mtime_ns
-    monkeypatch.setattr(table2, "evaluate", lambda *_: {"distance": [1.0]})
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: {"distance": [1.0]})
     assert table2.run(job)["distance"] == [1.0] and weights.stat().st_mtime_ns == before
     assert torch.get_num_threads() == 1
 
@@ -116,7 +117,7 @@ def test_interrupted_training_is_not_taken_for_whole(
         return update(self)
 
     monkeypatch.setattr(Run, "train_step", interrupted)
-    monkeypatch.setattr(table2, "evaluate", lambda *_: {"distance": [1.0]})
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: {"distance": [1.0]})
     with pytest.raises(KeyboardInterrupt):
         table2.run(job)
     assert (tmp_path / job.name / "model.safetensors").exists()
