@@ -197,25 +197,26 @@ def run_case(case: Case, field: Field, job: Job, result: Result, compiled: bool)
     with codecs.plain(search=False):
         want = case.result(begun(case, field.exact[case.tiny], before)(chunk)[0])
     entries: dict[str, dict[str, Any]] = {}
-    right: dict[str, timing.Implementation] = {}
     errors: dict[str, dict[str, float]] = {}
     exactly = field.sizes.dtype == torch.float32
     allowed = CLOSE if exactly else CLOSE_HALF
-    # PyTorch's own ops first, as they say what others are allowed.
-    for name, codec in sorted(everyone.items(), key=lambda item: item[0] != REFERENCE):
+
+    def checked(name: str, want: Tensor) -> timing.Implementation:
+        nonlocal allowed
         job.tick(f"{case.label}: is {name} right?")
         context = codecs.plain if name == REFERENCE else codecs.searched
-        try:
-            with context():
-                run = begun(case, codec, before)
-                errors[name] = compared(case.result(run(chunk)[0]), want)
-            error = errors[name]["error"]
-            assert error <= allowed, f"off by {error:.1e}, allowed {allowed:.1e}"  # NaN fails too
-            right[name] = timing.Implementation(name, run, context=context)
-        except Exception as failure:
-            entries[name] = timing.failed(failure)
-        if name == REFERENCE and name in right and not exactly:
+        with context():
+            run = begun(case, everyone[name], before)
+            errors[name] = compared(case.result(run(chunk)[0]), want)
+        error = errors[name]["error"]
+        assert error <= allowed, f"off by {error:.1e}, allowed {allowed:.1e}"  # NaN fails too
+        if name == REFERENCE and not exactly:
             allowed = 2 * error
+        return timing.Implementation(name, run, context=context)
+
+    # PyTorch's own ops first, as they say what others are allowed.
+    order = sorted(everyone, key=lambda name: name != REFERENCE)
+    right = timing.right({n: functools.partial(checked, n, want) for n in order}, entries)
     del want
     job.tick(case.label)
     flops, folded = (case.flops(field.sizes.config.dim, folded) for folded in (False, True))

@@ -68,8 +68,8 @@ class Ready(NamedTuple):
     """An implementation over all sets of inputs. run: what is timed; launched: the same from
     Python, where that is something else."""
 
-    run: Callable[[], None]
-    launched: Callable[[], None] | None = None
+    run: Callable[[], object]
+    launched: Callable[[], object] | None = None
     note: str = ""
 
 
@@ -104,13 +104,13 @@ def measure(
             free(device)
     contexts = {one.name: one.context for one in implementations}
 
-    def all_rounds(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-        def once(name: str, run: Callable[[], None]) -> float:
-            with contexts[name]():
-                return _once(run, device.type == "cuda") / len(sets)
+    def in_context(name: str, run: Callable[[], object]) -> float:
+        with contexts[name]():
+            return once(run, device) / len(sets)
 
+    def all_rounds(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
         until = time.monotonic() + seconds
-        calls = {name: functools.partial(once, name, run) for name, run in runs.items()}
+        calls = {name: functools.partial(in_context, name, run) for name, run in runs.items()}
         times, failures = in_turn(
             calls, rounds + 1, lambda i: i <= FEWEST or time.monotonic() < until
         )
@@ -127,6 +127,20 @@ def measure(
             if name in launched:
                 timed.launched = statistics.median(launched[name])
     return out
+
+
+def right(
+    checks: Mapping[str, Callable[[], T]], entries: dict[str, dict[str, Any]]
+) -> dict[str, T]:
+    """The results of those checks that raise no error. `entries` gets the reason for the others,
+    which are not timed."""
+    found: dict[str, T] = {}
+    for name, check in checks.items():
+        try:
+            found[name] = check()
+        except Exception as error:  # the others are timed
+            entries[name] = failed(error)
+    return found
 
 
 def in_turn(
@@ -163,14 +177,9 @@ def entry(timed: Timing | str, **more: Any) -> dict[str, Any]:
     """The entry of an implementation in a file of results; `more` of one that was timed."""
     if isinstance(timed, str):
         return {"failed": timed}
-    said: dict[str, Any] = {"ms": timed.p50, "p99_ms": timed.p99, "spread": timed.spread, **more}
-    if timed.launched is not None:
-        said["launched_ms"] = timed.launched
-    if timed.peak_mib is not None:
-        said["peak_mib"] = timed.peak_mib
-    if timed.note:
-        said["note"] = timed.note
-    return said
+    said = {"ms": timed.p50, "p99_ms": timed.p99, "spread": timed.spread, **more}
+    rest = {"launched_ms": timed.launched, "peak_mib": timed.peak_mib, "note": timed.note or None}
+    return said | {name: value for name, value in rest.items() if value is not None}
 
 
 def failed(error: Exception) -> dict[str, str]:
@@ -233,8 +242,9 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _once(run: Callable[[], None], cuda: bool) -> float:
-    if not cuda:
+def once(run: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of a function: on CUDA of what it launches, else by the wall clock."""
+    if device.type != "cuda":
         began = time.perf_counter()
         run()
         return 1e3 * (time.perf_counter() - began)
@@ -257,10 +267,10 @@ def prepare(one: Implementation, sets: Sequence[Sequence[Tensor]], pool: Any = N
 def _forward_only(
     forward: Callable[..., Any], sets: Sequence[Sequence[Tensor]], cuda: bool, pool: Any = None
 ) -> Ready:
-    def all_sets() -> None:
+    @torch.no_grad()
+    def all_sets() -> object:
         # All outputs are kept until the end, so that none is written over one still in cache.
-        with torch.no_grad():
-            void([forward(*inputs) for inputs in sets])
+        return [forward(*inputs) for inputs in sets]
 
     if not cuda:
         all_sets()
@@ -292,8 +302,8 @@ def _backward_only(
     if not cuda:
         outs = run_forward()
         run_backward(outs, True)
-        return Ready(lambda: void(run_backward(outs, True)))
-    graphs.warm(lambda: void(run_backward(run_forward(), False)))
+        return Ready(lambda: run_backward(outs, True))
+    graphs.warm(lambda: run_backward(run_forward(), False))
     try:
         first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with graphs.capture(first):
@@ -304,7 +314,7 @@ def _backward_only(
     except RuntimeError as error:
         outs = run_forward()
         note = f"no CUDA graph, launches included: {reason(error)}"
-        return Ready(lambda: void(run_backward(outs, True)), None, note)
+        return Ready(lambda: run_backward(outs, True), None, note)
 
     def replay(_alive: object = (first, outs, grads)) -> None:
         second.replay()
@@ -322,22 +332,21 @@ def _peak_of_a_call(one: Implementation, inputs: Sequence[Tensor]) -> float | No
         outs = one.forward(*leaves)
         if one.upstream is not None:
             wanted = [t for t in leaves if t.requires_grad]
-            void(torch.autograd.grad(outs, wanted, one.upstream[0], allow_unused=True))
+            torch.autograd.grad(outs, wanted, one.upstream[0], allow_unused=True)
     return peak[0]
-
-
-def void(_: object) -> None:
-    """Drops a result."""
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, rounds: int = ROUNDS) -> dict[str, Any]:
     """The two limits of the roofline, measured here and now: TFLOP/s of a large square matrix
-    product by PyTorch, GB/s of a large copy."""
-    cuda = device.type == "cuda"
-    size, nbytes = (MATMUL, LARGE_COPY) if cuda else (512, 2**26)
+    product by PyTorch, GB/s of a large copy. Both are timed as any op."""
+    size, nbytes = (MATMUL, LARGE_COPY) if device.type == "cuda" else (512, 2**26)
+    sets = [[torch.randn(size, size, device=device).to(dtype) for _ in range(2)] for _ in range(2)]
+    (timed,) = measure([Implementation("matrix product", torch.matmul)], sets, rounds).values()
+    if isinstance(timed, str):
+        raise RuntimeError(f"the matrix product could not be timed: {timed}")
     return {
         "dtype": str(dtype).removeprefix("torch."),
-        "matmul_tflops": matmul_tflops(device, size, dtype, rounds),
+        "matmul_tflops": 2 * size**3 / timed.p50 / 1e9,
         "copy_gbps": copy_bandwidth(device, nbytes, rounds),
     }
 
@@ -345,17 +354,6 @@ def ceilings(device: torch.device, dtype: torch.dtype, rounds: int = ROUNDS) -> 
 def floor_ms(flops: int, nbytes: int, ceilings: dict[str, Any]) -> float:
     """Milliseconds that the roofline allows: the products or the bytes, whichever take longer."""
     return max(flops / ceilings["matmul_tflops"] / 1e9, nbytes / ceilings["copy_gbps"] / 1e6)
-
-
-def matmul_tflops(device: torch.device, size: int, dtype: torch.dtype, rounds: int) -> float:
-    """Rate of a square matrix product by PyTorch, timed as any op."""
-    sets = [[torch.randn(size, size, device=device).to(dtype) for _ in range(2)] for _ in range(2)]
-    timed = measure([Implementation("matrix product", torch.matmul)], sets, rounds)[
-        "matrix product"
-    ]
-    if isinstance(timed, str):
-        raise RuntimeError(f"the matrix product could not be timed: {timed}")
-    return 2 * size**3 / timed.p50 / 1e9
 
 
 def copy_bandwidth(device: torch.device, nbytes: int, rounds: int = ROUNDS) -> float:

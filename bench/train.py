@@ -201,63 +201,57 @@ def flops(preset: Preset, row: str) -> float:
 
 def measure(run: Run, row: Result, job: Job, result: Result, impls: Sequence[str]) -> None:
     """Checks all contestants of a row, then times those that are right, in turn: once at least, and
-    again while there is time. Each round is saved."""
+    again while there is time. Each round but the last, which ends the row, is saved."""
     name, entries = row["case"], row["contestants"]
-    want: dict[str, Tensor] = {}
-    right: list[str] = []
-    for impl in impls:
+    times: dict[str, list[tuple[float, dict[str, float]]]] = {impl: [] for impl in impls}
+    rounds, row["rounds"] = min(job.rounds, ROUNDS), 0
+
+    def free() -> None:
+        for learner in run.learners.values():
+            learner.zero_grad()
+        timing.free(job.device)
+
+    def found_by(impl: str) -> dict[str, Tensor]:
         job.tick(f"{name}: is {impl} right?")
         try:
             attend_by(run, impl)
-            got = results(run, name)
-            want = want or got
-            check(got, want, half=not job.tiny)
-            right.append(impl)
+            return results(run, name)
+        finally:
+            free()
+
+    def agrees(impl: str) -> None:
+        check(want if impl == impls[0] else found_by(impl), want, half=not job.tiny)
+
+    def once(impl: str) -> None:
+        job.tick(f"{name}: round {row['rounds']} of {rounds}, {impl}")
+        try:
+            attend_by(run, impl)
+            with timing.peak_memory(job.device) as peak:
+                times[impl].append(iteration(run, name))
         except Exception as error:
-            if not want:
-                raise
-            entries[impl] = timing.failed(error)
-        _free(run)
+            entries[impl] = {"failed": timing.reason(error)}
+            free()
+            raise
+        whole = timing.summary([whole for whole, _ in times[impl]])
+        whole.peak_mib = peak[0]
+        phases = {}
+        for phase in times[impl][0][1]:
+            of_it = timing.summary([each[phase] for _, each in times[impl]])
+            phases[phase] = {"ms": of_it.p50, "p99_ms": of_it.p99}
+        tflops = row["flops"] / whole.p50 / 1e9
+        entries[impl] = timing.entry(whole, flops=row["flops"], tflops=tflops, phases=phases)
 
-    times: dict[str, list[tuple[float, dict[str, float]]]] = {impl: [] for impl in right}
-    rounds = min(job.rounds, ROUNDS)
-    for i in range(rounds):
-        if i and job.left <= 0:
-            break
-        for impl in [*right]:
-            job.tick(f"{name}: round {i + 1} of {rounds}, {impl}")
-            try:
-                attend_by(run, impl)
-                with ranges.phase(impl), timing.peak_memory(job.device) as peak:
-                    whole, phases = iteration(run, name)
-                times[impl].append((whole, phases))
-            except Exception as error:
-                entries[impl] = {"failed": timing.reason(error)}
-                right.remove(impl)
-                _free(run)
-                continue
-            found = timing.summary([whole for whole, _ in times[impl]])
-            found.peak_mib = peak[0]
-            entries[impl] = timing.entry(
-                found,
-                flops=row["flops"],
-                tflops=row["flops"] / found.p50 / 1e9,
-                phases={p: _phase([each[p] for _, each in times[impl]]) for p in phases},
-            )
-        row["rounds"] = i + 1
-        others = [other for other in result["rows"] if other["case"] != name]
-        job.save(result | {"rows": [*others, row]})
+    def goes_on(i: int) -> bool:
+        if i:
+            others = [other for other in result["rows"] if other["case"] != name]
+            job.save(result | {"rows": [*others, row]})
+        more = i == 0 or job.left > 0
+        row["rounds"] += more
+        return more
 
-
-def _phase(milliseconds: Sequence[float]) -> dict[str, float]:
-    found = timing.summary(milliseconds)
-    return {"ms": found.p50, "p99_ms": found.p99}
-
-
-def _free(run: Run) -> None:
-    for learner in run.learners.values():
-        learner.zero_grad()
-    timing.free(run.ranks.device)
+    want = found_by(impls[0])
+    right = timing.right({impl: functools.partial(agrees, impl) for impl in impls}, entries)
+    timing.in_turn({impl: functools.partial(once, impl) for impl in right}, rounds, goes_on)
 
 
 def tables(result: Result) -> list[Table]:
