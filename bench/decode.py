@@ -30,21 +30,11 @@ import torch
 from torch import Tensor
 
 from bench import codecs, timing
+from bench import tables as show
 from bench.codecs import WanCodec
 from bench.figures import BLUE, ORANGE, race
 from bench.harness import Job
-from bench.tables import (
-    PEAK_MIB,
-    Result,
-    Table,
-    left_out,
-    number,
-    of_entries,
-    product_unit,
-    share,
-    timed,
-    value,
-)
+from bench.tables import Result, Table, timed
 from sfmodel import cost
 from sfmodel.config import VAEConfig
 from sfmodel.cost import PIXEL_FRAMES, VAE_STRIDE
@@ -85,12 +75,11 @@ class Case:
 
     @property
     def label(self) -> str:
-        size = f"{self.height} x {self.width} latents"
-        first, plural = "the first " * self.first, "s" * (self.frames > 1)
-        which = ", TAEHV" * self.tiny
+        first = "the first " * self.first
+        what = f"decode {first}{self.frames} latent frame{'s' * (self.frames > 1)}"
         if self.encode:
-            return f"encode {first}{self.frames * PIXEL_FRAMES} frames, {size}{which}"
-        return f"decode {first}{self.frames} latent frame{plural}, {size}{which}"
+            what = f"encode {first}{self.frames * PIXEL_FRAMES} frames"
+        return f"{what}, {self.height} x {self.width} latents{', TAEHV' * self.tiny}"
 
     def flops(self, dim: int, folded: bool = False) -> int:
         size = self.frames, self.height, self.width
@@ -154,10 +143,8 @@ class Field:
         self.exact = {False: codecs.twin(wan, torch.float32, "reference"), True: tiny}
         self.tiny = {TINY: codecs.prepared(copy.deepcopy(tiny).to(sizes.dtype))}
         ours = codecs.twin(wan, sizes.dtype)
-        self.wan: dict[str, Any] = {
-            OURS: ours,
-            REFERENCE: codecs.twin(ours, sizes.dtype, "reference"),
-        }
+        reference = codecs.twin(ours, sizes.dtype, "reference")
+        self.wan: dict[str, Any] = {OURS: ours, REFERENCE: reference}
         self.last: Any = None  # diffusers' with channels last
         if importlib.util.find_spec(PEER):
             state = ours.state_dict()
@@ -171,9 +158,8 @@ class Field:
     def of(self, case: Case, compiled: bool) -> dict[str, Any]:
         if case.tiny:
             return self.tiny
-        found = dict(self.wan)
-        if case.frames == 1:  # is whole anyway
-            found = {name: codec for name, codec in found.items() if WHOLE not in name}
+        # One frame is whole anyway.
+        found = {n: codec for n, codec in self.wan.items() if case.frames > 1 or WHOLE not in n}
         if compiled:
             torch._dynamo.reset()
             found[COMPILE] = WanCodec(self.last, whole=True, last=True, compiled=True)
@@ -268,8 +254,8 @@ def run(job: Job) -> Result:
         result["note"] = "diffusers is not installed: nothing to compare with"
     for case in sizes.cases:
         job.add(result, case.label, functools.partial(run_case, case, field, job, result, False))
-    if job.cuda and field.last is not None:
-        for case in (case for case in sizes.cases if case.compiled):
+    for case in sizes.cases:
+        if case.compiled and job.cuda and field.last is not None:
             row = functools.partial(run_case, case, field, job, result, True)
             job.add(result, case.label, row, COMPILE)
     return job.end(result)
@@ -277,7 +263,7 @@ def run(job: Job) -> Result:
 
 def tables(result: Result) -> list[Table]:
     ceilings = result["ceilings"]
-    unit, scale = product_unit(ceilings)
+    unit, scale = show.product_unit(ceilings)
 
     def over_ours(row: Result, e: Result) -> str:
         ours = timed(row).get(OURS) or timed(row).get(TINY)
@@ -287,13 +273,13 @@ def tables(result: Result) -> list[Table]:
         return f"{e['psnr_db']:.1f}" if "psnr_db" in e else "exact" * ("error" in e)
 
     columns = {
-        "ms": value("ms"),
-        "p99": value("p99_ms"),
-        "with launch": value("launched_ms"),
-        unit: value("tflops", scale=scale),
-        "% of product": share("tflops", ceilings["matmul_tflops"]),
-        "MiB": PEAK_MIB,
-        "error": value("error", "{:.1e}".format),
+        "ms": show.value("ms"),
+        "p99": show.value("p99_ms"),
+        "with launch": show.value("launched_ms"),
+        unit: show.value("tflops", scale=scale),
+        "% of product": show.share("tflops", ceilings["matmul_tflops"]),
+        "MiB": show.PEAK_MIB,
+        "error": show.value("error", "{:.1e}".format),
         "PSNR dB": psnr,
         "time / ours": over_ours,
     }
@@ -304,16 +290,16 @@ def tables(result: Result) -> list[Table]:
         rows.append(row | {"contestants": row.get("contestants", {}) | floors})
         notes += [FLOOR] * (bool(floors) and FLOOR not in notes)
     title = f"video VAEs, {result['sizes']}, {ceilings['dtype']} ({describe(result['machine'])})"
-    table = of_entries(title, rows, columns, notes)
-    return [table._replace(notes=[*table.notes, *left_out(result)])]
+    table = show.of_entries(title, rows, columns, notes)
+    return [table._replace(notes=[*table.notes, *show.left_out(result)])]
 
 
 def figures(result: Result) -> Iterator[tuple[str, Any]]:
-    unit, scale = product_unit(result["ceilings"])
+    unit, scale = show.product_unit(result["ceilings"])
     label = f"{unit} of the public decoder (dashed: a matrix product)"
     product = scale * result["ceilings"]["matmul_tflops"]
 
     def bar(_: Result, e: Result) -> tuple[float, str]:
-        return scale * e["tflops"], f"{number(e['ms'])} ms"
+        return scale * e["tflops"], f"{show.number(e['ms'])} ms"
 
     yield from race("decode", result, result["rows"], bar, product, label, COLOURS)

@@ -23,7 +23,6 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -38,7 +37,8 @@ from bench.stream_report import ENCODING, TINY_DECODE
 from bench.stream_report import figures as figures
 from bench.stream_report import tables as tables
 from bench.tables import Result, timed
-from sfmodel import cost, ranges, stream
+from bench.timing import Timed
+from sfmodel import cost, stream
 from sfmodel.config import Preset
 from sfmodel.cost import CLIP, PIXEL_FRAMES
 from sfmodel.dit import DiT
@@ -67,6 +67,7 @@ class Variant(NamedTuple):
     compiled: bool = False
 
 
+Times = Sequence[Timed]
 REFERENCE = Variant("reference", "reference", "reference")
 
 
@@ -83,24 +84,10 @@ def variants(device: torch.device, compiled: bool = False) -> tuple[Variant, ...
     return ours, sdpa, gluon, launched, REFERENCE, launched_sdpa
 
 
-class Timed(NamedTuple):
-    """Milliseconds: wall clock, and of each phase."""
-
-    whole: float
-    phases: dict[str, float]
-
-
 def clocked(run: Callable[[], object], device: torch.device) -> Timed:
-    """Runs a function from an idle device to an idle device, with cuDNN's fastest algorithms."""
-    timing.wait(device)
-    began = time.perf_counter()
-    with ranges.timed(device) as ms, codecs.searched():
-        run()
-    timing.wait(device)
-    return Timed(1e3 * (time.perf_counter() - began), ms)
-
-
-Times = Sequence[Timed]
+    """`timing.clocked` with cuDNN's fastest algorithms."""
+    with codecs.searched():
+        return timing.clocked(run, device)
 
 
 class Measured:
@@ -142,9 +129,9 @@ class Measured:
         self.stream.decode()
         self.stream.copy_to_host()
 
-    def _clocked(self, run: Callable[[], None]) -> Timed:
+    def _clocked(self, *steps: Callable[[], object]) -> Timed:
         """The chunk is decoded by the tiny VAE too, which is no part of the whole."""
-        timed = clocked(run, self.device)
+        timed = clocked(lambda: [step() for step in steps], self.device)
         if self.tiny is not None:
 
             def decode() -> None:
@@ -156,22 +143,13 @@ class Measured:
 
     @torch.no_grad()
     def chunk(self) -> Timed:
-        def run() -> None:
-            self._frames()
-            self.stream.update()
-
-        return self._clocked(run)
+        return self._clocked(self._frames, self.stream.update)
 
     @torch.no_grad()
     def first_frame(self) -> Timed:
         """From the prompt to the first frames; the stream then stands before its first chunk."""
-
-        def run() -> None:
-            self._prompt()
-            self._frames()
-
         self._restart()
-        timed = self._clocked(run)
+        timed = self._clocked(self._prompt, self._frames)
         self._restart()
         return timed
 
@@ -280,10 +258,9 @@ def entry(made: Measured, frames: int, firsts: Times, clip: Times, steady: Times
     prompt = [name for name in PARTS["text"] if name in first]
     have = [*prompt, *full]
     each = {
-        name: {"ms": statistics.median(values), "p99_ms": timing.quantile(values, 0.99)}
+        name: timing.middle_and_tail([t.phases[name] for t in all_timed])
         for all_timed, names in ((firsts, prompt), (steady, full))
         for name in names
-        if (values := [t.phases[name] for t in all_timed])
     }
     first_ms = statistics.median(t.whole for t in firsts)
     sums = {name: sum(t.phases[name] for t in clip) for name in full}

@@ -22,8 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from sfmodel import graphs
-from sfmodel.ranges import phase
+from sfmodel import graphs, ranges
 
 ROUNDS = 30
 LAUNCHED_ROUNDS = 5
@@ -34,6 +33,7 @@ LARGE_COPY = 2**31  # bytes read and written
 WRONG = "wrong, not timed"
 
 T = TypeVar("T")
+Sets = Sequence[Sequence[Tensor]]  # of inputs, or of the gradients of outputs
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Implementation:
 
     name: str
     forward: Callable[..., Any]
-    upstream: Sequence[Sequence[Tensor]] | None = None
+    upstream: Sets | None = None
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
@@ -81,7 +81,7 @@ def count_sets(nbytes: int, device: torch.device) -> int:
 
 def measure(
     implementations: Sequence[Implementation],
-    sets: Sequence[Sequence[Tensor]],
+    sets: Sets,
     rounds: int = ROUNDS,
     seconds: float = math.inf,
     pool: Any = None,
@@ -104,13 +104,13 @@ def measure(
             free(device)
     contexts = {one.name: one.context for one in implementations}
 
-    def in_context(name: str, run: Callable[[], object]) -> float:
-        with contexts[name]():
-            return once(run, device) / len(sets)
-
     def all_rounds(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+        def in_context(name: str) -> float:
+            with contexts[name]():
+                return once(runs[name], device) / len(sets)
+
         until = time.monotonic() + seconds
-        calls = {name: functools.partial(in_context, name, run) for name, run in runs.items()}
+        calls = {name: functools.partial(in_context, name) for name in runs}
         times, failures = in_turn(
             calls, rounds + 1, lambda i: i <= FEWEST or time.monotonic() < until
         )
@@ -129,9 +129,7 @@ def measure(
     return out
 
 
-def right(
-    checks: Mapping[str, Callable[[], T]], entries: dict[str, dict[str, Any]]
-) -> dict[str, T]:
+def right(checks: Mapping[str, Callable[[], T]], entries: dict[str, Any]) -> dict[str, T]:
     """The results of those checks that raise no error. `entries` gets the reason for the others,
     which are not timed."""
     found: dict[str, T] = {}
@@ -158,7 +156,7 @@ def in_turn(
             break
         for name in [*results]:
             try:
-                with phase(name):
+                with ranges.phase(name):
                     results[name].append(calls[name]())
             except Exception as error:  # the others go on
                 errors[name] = error
@@ -168,9 +166,13 @@ def in_turn(
 
 def summary(values: Sequence[float]) -> Timing:
     middle = statistics.median(values)
-    between = quantile(values, 0.75) - quantile(values, 0.25)
-    spread = between / middle if middle else 0.0
+    spread = (quantile(values, 0.75) - quantile(values, 0.25)) / middle if middle else 0.0
     return Timing(middle, quantile(values, 0.99), spread, rounds=len(values))
+
+
+def middle_and_tail(values: Sequence[float]) -> dict[str, float]:
+    """Milliseconds of a part of what an entry is of."""
+    return {"ms": statistics.median(values), "p99_ms": quantile(values, 0.99)}
 
 
 def entry(timed: Timing | str, **more: Any) -> dict[str, Any]:
@@ -242,6 +244,23 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class Timed(NamedTuple):
+    """Milliseconds: wall clock, and of each phase."""
+
+    whole: float
+    phases: dict[str, float]
+
+
+def clocked(run: Callable[[], object], device: torch.device) -> Timed:
+    """Runs a function from an idle device to an idle device."""
+    wait(device)
+    began = time.perf_counter()
+    with ranges.timed(device) as phases:
+        run()
+    wait(device)
+    return Timed(1e3 * (time.perf_counter() - began), phases)
+
+
 def once(run: Callable[[], object], device: torch.device) -> float:
     """Milliseconds of a function: on CUDA of what it launches, else by the wall clock."""
     if device.type != "cuda":
@@ -256,7 +275,7 @@ def once(run: Callable[[], object], device: torch.device) -> float:
     return float(begin.elapsed_time(end))
 
 
-def prepare(one: Implementation, sets: Sequence[Sequence[Tensor]], pool: Any = None) -> Ready:
+def prepare(one: Implementation, sets: Sets, pool: Any = None) -> Ready:
     """A function that runs an implementation once over all sets."""
     cuda = sets[0][0].device.type == "cuda"
     if one.upstream is None:
@@ -264,9 +283,7 @@ def prepare(one: Implementation, sets: Sequence[Sequence[Tensor]], pool: Any = N
     return _backward_only(one.forward, one.upstream, sets, cuda)
 
 
-def _forward_only(
-    forward: Callable[..., Any], sets: Sequence[Sequence[Tensor]], cuda: bool, pool: Any = None
-) -> Ready:
+def _forward_only(forward: Callable[..., Any], sets: Sets, cuda: bool, pool: Any = None) -> Ready:
     @torch.no_grad()
     def all_sets() -> object:
         # All outputs are kept until the end, so that none is written over one still in cache.
@@ -279,12 +296,7 @@ def _forward_only(
     return Ready(graph or all_sets, all_sets if graph else None, note)
 
 
-def _backward_only(
-    forward: Callable[..., Any],
-    upstream: Sequence[Sequence[Tensor]],
-    sets: Sequence[Sequence[Tensor]],
-    cuda: bool,
-) -> Ready:
+def _backward_only(forward: Callable[..., Any], upstream: Sets, sets: Sets, cuda: bool) -> Ready:
     """Captures forward and backward one after the other in one memory pool, as
     torch.cuda.make_graphed_callables; the second graph is timed."""
     leaves = [[t.detach().requires_grad_(t.is_floating_point()) for t in inputs] for inputs in sets]
@@ -360,18 +372,16 @@ def copy_bandwidth(device: torch.device, nbytes: int, rounds: int = ROUNDS) -> f
     """GB/s of a copy that reads and writes `nbytes` bytes in total, timed as any op: the
     driver's own or an elementwise kernel, whichever is faster."""
     half = max(nbytes // 2 // 16 * 16, 16)
-    sets = [
-        [torch.randn(half // 4, device=device) for _ in range(2)]
-        for _ in range(count_sets(2 * half, device))
-    ]
+    count = count_sets(2 * half, device)
+    sets = [[torch.randn(half // 4, device=device) for _ in range(2)] for _ in range(count)]
     copies = [
         Implementation("copy", lambda source, target: target.copy_(source)),
         Implementation("kernel", lambda source, target: torch.neg(source, out=target)),
     ]
-    times = [t for t in measure(copies, sets, rounds).values() if isinstance(t, Timing)]
+    times = [t.p50 for t in measure(copies, sets, rounds).values() if isinstance(t, Timing)]
     if not times:
         raise RuntimeError("no copy could be timed")
-    return gbps(2 * half, min(t.p50 for t in times))
+    return gbps(2 * half, min(times))
 
 
 def gbps(nbytes: int, milliseconds: float) -> float:

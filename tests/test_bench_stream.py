@@ -17,8 +17,9 @@ from bench import codecs, harness, inputs, peers, stream, stream_report, tables,
 from bench.harness import Job
 from bench.inputs import StreamInputs
 from bench.peers import PEERS
-from bench.stream import Measured, Timed, Variant, without_each
+from bench.stream import Measured, Variant, without_each
 from bench.tables import Result
+from bench.timing import Timed
 from sfmodel import graphs
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT

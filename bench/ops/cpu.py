@@ -51,13 +51,14 @@ def run(job: Job) -> Result:
     result = job.begin("cpu", torch.float32)
     result["instructions"] = cpp.LOADED
     copies: dict[int, dict[int, float]] = {count: {} for count in THREADS}
+    threads_name = {count: f"{count} thread{'s' * (count > 1)}" for count in THREADS}
     try:
         for dtype in DTYPES[:1] if job.tiny else DTYPES:
             full = memory_bound.Sizes((CHUNK,), (CHUNK,), LEVELS, dtype)
             cases = [case for case, _ in memory_bound.rows(memory_bound.TINY if job.tiny else full)]
             for count in THREADS:
                 torch.set_num_threads(count)
-                label = f", {str(dtype).removeprefix('torch.')}, {threads_name(count)}"
+                label = f", {str(dtype).removeprefix('torch.')}, {threads_name[count]}"
                 for case in cases:
                     row = functools.partial(
                         kernels.row, case, job, result, copies[count], not job.tiny
@@ -65,17 +66,13 @@ def run(job: Job) -> Result:
                     job.add(result, case.label + label, row)
         for count in THREADS:
             torch.set_num_threads(count)
-            job.add(result, f"toy stream, {threads_name(count)}", functools.partial(_stream, job))
+            job.add(result, f"toy stream, {threads_name[count]}", functools.partial(_stream, job))
             for recipe in RECIPES:
-                name = f"toy training step, {recipe}, {threads_name(count)}"
+                name = f"toy training step, {recipe}, {threads_name[count]}"
                 job.add(result, name, functools.partial(_train, recipe, count, job))
     finally:
         torch.set_num_threads(threads)
     return job.end(result)
-
-
-def threads_name(count: int) -> str:
-    return f"{count} thread{'s' * (count > 1)}"
 
 
 def _stream(job: Job) -> Result:

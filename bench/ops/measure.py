@@ -70,8 +70,7 @@ def run_case(
             entries[name]["note"] = "in Triton's interpreter: right, and its time says nothing"
     floor = timing.floor_ms(case.flops, case.nbytes, ceilings)
     row = {"case": case.label, "flops": case.flops, "bytes": case.nbytes, "floor_ms": floor}
-    row |= {"sets": count, "rounds": rounds, "contestants": entries}
-    return row | best(entries)
+    return row | {"sets": count, "rounds": rounds, "contestants": entries} | best(entries)
 
 
 def _checked(one: Implementation, check: Callable[..., None]) -> Implementation:
@@ -83,10 +82,8 @@ def _checked(one: Implementation, check: Callable[..., None]) -> Implementation:
 def rates(case: Case, timed: timing.Timing | str) -> dict[str, float]:
     if isinstance(timed, str):
         return {}
-    return {
-        "gbps": timing.gbps(case.nbytes, timed.p50),
-        "tflops": case.flops / timed.p50 / 1e9,
-    }
+    ms = timed.p50
+    return {"gbps": timing.gbps(case.nbytes, ms), "tflops": case.flops / ms / 1e9}
 
 
 def best(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
