@@ -272,10 +272,9 @@ def time_in(
             return {}
         # What the clocks did between two groups shows in the default, which is in both.
         drift = anchor.p50 / measured.setdefault(default, anchor.p50)
-        for name, setting in group.items():
-            timed = found[name]
+        for name, timed in found.items():
             if not isinstance(timed, str):
-                measured[setting] = timed.p50 / drift
+                measured[group[name]] = timed.p50 / drift
     return measured
 
 
