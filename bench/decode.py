@@ -30,21 +30,11 @@ import torch
 from torch import Tensor
 
 from bench import codecs, timing
+from bench import tables as show
 from bench.codecs import WanCodec
 from bench.figures import BLUE, ORANGE, race
 from bench.harness import Job
-from bench.tables import (
-    PEAK_MIB,
-    Result,
-    Table,
-    left_out,
-    number,
-    of_entries,
-    product_unit,
-    share,
-    timed,
-    value,
-)
+from bench.tables import Result, Table, timed
 from sfmodel import cost
 from sfmodel.config import VAEConfig
 from sfmodel.cost import PIXEL_FRAMES, VAE_STRIDE
@@ -85,12 +75,11 @@ class Case:
 
     @property
     def label(self) -> str:
-        size = f"{self.height} x {self.width} latents"
-        first, plural = "the first " * self.first, "s" * (self.frames > 1)
-        which = ", TAEHV" * self.tiny
+        first = "the first " * self.first
+        what = f"decode {first}{self.frames} latent frame{'s' * (self.frames > 1)}"
         if self.encode:
-            return f"encode {first}{self.frames * PIXEL_FRAMES} frames, {size}{which}"
-        return f"decode {first}{self.frames} latent frame{plural}, {size}{which}"
+            what = f"encode {first}{self.frames * PIXEL_FRAMES} frames"
+        return f"{what}, {self.height} x {self.width} latents{', TAEHV' * self.tiny}"
 
     def flops(self, dim: int, folded: bool = False) -> int:
         size = self.frames, self.height, self.width
@@ -154,10 +143,8 @@ class Field:
         self.exact = {False: codecs.twin(wan, torch.float32, "reference"), True: tiny}
         self.tiny = {TINY: codecs.prepared(copy.deepcopy(tiny).to(sizes.dtype))}
         ours = codecs.twin(wan, sizes.dtype)
-        self.wan: dict[str, Any] = {
-            OURS: ours,
-            REFERENCE: codecs.twin(ours, sizes.dtype, "reference"),
-        }
+        reference = codecs.twin(ours, sizes.dtype, "reference")
+        self.wan: dict[str, Any] = {OURS: ours, REFERENCE: reference}
         self.last: Any = None  # diffusers' with channels last
         if importlib.util.find_spec(PEER):
             state = ours.state_dict()
@@ -171,9 +158,8 @@ class Field:
     def of(self, case: Case, compiled: bool) -> dict[str, Any]:
         if case.tiny:
             return self.tiny
-        found = dict(self.wan)
-        if case.frames == 1:  # is whole anyway
-            found = {name: codec for name, codec in found.items() if WHOLE not in name}
+        # One frame is whole anyway.
+        found = {n: codec for n, codec in self.wan.items() if case.frames > 1 or WHOLE not in n}
         if compiled:
             torch._dynamo.reset()
             found[COMPILE] = WanCodec(self.last, whole=True, last=True, compiled=True)
@@ -197,25 +183,26 @@ def run_case(case: Case, field: Field, job: Job, result: Result, compiled: bool)
     with codecs.plain(search=False):
         want = case.result(begun(case, field.exact[case.tiny], before)(chunk)[0])
     entries: dict[str, dict[str, Any]] = {}
-    right: dict[str, timing.Implementation] = {}
     errors: dict[str, dict[str, float]] = {}
     exactly = field.sizes.dtype == torch.float32
     allowed = CLOSE if exactly else CLOSE_HALF
-    # PyTorch's own ops first, as they say what others are allowed.
-    for name, codec in sorted(everyone.items(), key=lambda item: item[0] != REFERENCE):
+
+    def checked(name: str, want: Tensor) -> timing.Implementation:
+        nonlocal allowed
         job.tick(f"{case.label}: is {name} right?")
         context = codecs.plain if name == REFERENCE else codecs.searched
-        try:
-            with context():
-                run = begun(case, codec, before)
-                errors[name] = compared(case.result(run(chunk)[0]), want)
-            error = errors[name]["error"]
-            assert error <= allowed, f"off by {error:.1e}, allowed {allowed:.1e}"  # NaN fails too
-            right[name] = timing.Implementation(name, run, context=context)
-        except Exception as failure:
-            entries[name] = timing.failed(failure)
-        if name == REFERENCE and name in right and not exactly:
+        with context():
+            run = begun(case, everyone[name], before)
+            errors[name] = compared(case.result(run(chunk)[0]), want)
+        error = errors[name]["error"]
+        assert error <= allowed, f"off by {error:.1e}, allowed {allowed:.1e}"  # NaN fails too
+        if name == REFERENCE and not exactly:
             allowed = 2 * error
+        return timing.Implementation(name, run, context=context)
+
+    # PyTorch's own ops first, as they say what others are allowed.
+    order = sorted(everyone, key=lambda name: name != REFERENCE)
+    right = timing.right({n: functools.partial(checked, n, want) for n in order}, entries)
     del want
     job.tick(case.label)
     flops, folded = (case.flops(field.sizes.config.dim, folded) for folded in (False, True))
@@ -247,12 +234,11 @@ def compared(got: Tensor, want: Tensor) -> dict[str, float]:
 
 def best_peer(row: Result) -> dict[str, Any]:
     """The fastest of diffusers', and its time as a multiple of ours: above 1, ours is faster."""
-    times = {name: e["ms"] for name, e in timed(row).items()}
-    peers = [name for name in times if name.startswith(PEER)]
-    if OURS not in times or not peers:
+    ms = {name: e["ms"] for name, e in timed(row).items()}
+    peers = sorted((name for name in ms if name.startswith(PEER)), key=ms.__getitem__)
+    if OURS not in ms or not peers:
         return {}
-    best = min(peers, key=times.__getitem__)
-    return {"best_peer": best, "peer_over_ours": times[best] / times[OURS]}
+    return {"best_peer": peers[0], "peer_over_ours": ms[peers[0]] / ms[OURS]}
 
 
 def run(job: Job) -> Result:
@@ -267,8 +253,8 @@ def run(job: Job) -> Result:
         result["note"] = "diffusers is not installed: nothing to compare with"
     for case in sizes.cases:
         job.add(result, case.label, functools.partial(run_case, case, field, job, result, False))
-    if job.cuda and field.last is not None:
-        for case in (case for case in sizes.cases if case.compiled):
+    for case in sizes.cases:
+        if case.compiled and job.cuda and field.last is not None:
             row = functools.partial(run_case, case, field, job, result, True)
             job.add(result, case.label, row, COMPILE)
     return job.end(result)
@@ -276,7 +262,7 @@ def run(job: Job) -> Result:
 
 def tables(result: Result) -> list[Table]:
     ceilings = result["ceilings"]
-    unit, scale = product_unit(ceilings)
+    unit, scale = show.product_unit(ceilings)
 
     def over_ours(row: Result, e: Result) -> str:
         ours = timed(row).get(OURS) or timed(row).get(TINY)
@@ -286,13 +272,13 @@ def tables(result: Result) -> list[Table]:
         return f"{e['psnr_db']:.1f}" if "psnr_db" in e else "exact" * ("error" in e)
 
     columns = {
-        "ms": value("ms"),
-        "p99": value("p99_ms"),
-        "with launch": value("launched_ms"),
-        unit: value("tflops", scale=scale),
-        "% of product": share("tflops", ceilings["matmul_tflops"]),
-        "MiB": PEAK_MIB,
-        "error": value("error", "{:.1e}".format),
+        "ms": show.value("ms"),
+        "p99": show.value("p99_ms"),
+        "with launch": show.value("launched_ms"),
+        unit: show.value("tflops", scale=scale),
+        "% of product": show.share("tflops", ceilings["matmul_tflops"]),
+        "MiB": show.PEAK_MIB,
+        "error": show.value("error", "{:.1e}".format),
         "PSNR dB": psnr,
         "time / ours": over_ours,
     }
@@ -303,16 +289,16 @@ def tables(result: Result) -> list[Table]:
         rows.append(row | {"contestants": row.get("contestants", {}) | floors})
         notes += [FLOOR] * (bool(floors) and FLOOR not in notes)
     title = f"video VAEs, {result['sizes']}, {ceilings['dtype']} ({describe(result['machine'])})"
-    table = of_entries(title, rows, columns, notes)
-    return [table._replace(notes=[*table.notes, *left_out(result)])]
+    table = show.of_entries(title, rows, columns, notes)
+    return [table._replace(notes=[*table.notes, *show.left_out(result)])]
 
 
 def figures(result: Result) -> Iterator[tuple[str, Any]]:
-    unit, scale = product_unit(result["ceilings"])
+    unit, scale = show.product_unit(result["ceilings"])
     label = f"{unit} of the public decoder (dashed: a matrix product)"
     product = scale * result["ceilings"]["matmul_tflops"]
 
     def bar(_: Result, e: Result) -> tuple[float, str]:
-        return scale * e["tflops"], f"{number(e['ms'])} ms"
+        return scale * e["tflops"], f"{show.number(e['ms'])} ms"
 
     yield from race("decode", result, result["rows"], bar, product, label, COLOURS)

@@ -39,8 +39,6 @@ from sfmodel.machine import machine, state
 EAGER, CPP = "eager", "cpp"
 OURS = ("triton", "gluon", CPP)
 PEERS = ("compile", "native", "liger", "quack", "sdpa", "flash", "flex", "diffusers")
-
-
 FULL_ON_CPU = ("cpu", "decode")  # at more than toy sizes
 
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -38,7 +37,8 @@ from bench.stream_report import ENCODING, TINY_DECODE
 from bench.stream_report import figures as figures
 from bench.stream_report import tables as tables
 from bench.tables import Result, timed
-from sfmodel import cost, ranges, stream
+from bench.timing import Timed
+from sfmodel import cost, stream
 from sfmodel.config import Preset
 from sfmodel.cost import CLIP, PIXEL_FRAMES
 from sfmodel.dit import DiT
@@ -51,6 +51,7 @@ PARTS |= {name: (name,) for name in (stream.UPDATE, stream.DECODE, stream.COPY)}
 
 CASES = {"chunk-wise": 3, "frame-wise": 1}  # latent frames of a chunk
 COMPILED = "chunk-wise, compiled"  # torch.compile takes minutes, so it comes last
+NO_TIME = "no time left"
 PARITY_CHUNKS = 2
 FIRST_FRAMES, ROUNDS = 3, 10  # times to the first frame, and chunks with a full window
 
@@ -66,6 +67,7 @@ class Variant(NamedTuple):
     compiled: bool = False
 
 
+Times = Sequence[Timed]
 REFERENCE = Variant("reference", "reference", "reference")
 
 
@@ -73,38 +75,19 @@ def variants(device: torch.device, compiled: bool = False) -> tuple[Variant, ...
     """The most telling first; compiled: those of the row that torch.compile is in."""
     if device.type != "cuda":
         return REFERENCE, Variant("sdpa", "auto", "sdpa")
-    ours, sdpa = (
-        Variant(f"{name}, graph", "auto", name, graph=True) for name in ("triton", "sdpa")
-    )
+    impls = ("triton", "sdpa", "gluon")
+    ours, sdpa, gluon = (Variant(f"{name}, graph", "auto", name, graph=True) for name in impls)
     if compiled:
         whole = Variant("compile, graph", "reference", "sdpa", graph=True, compiled=True)
         return ours, whole, sdpa, REFERENCE
-    gluon = Variant("gluon, graph", "auto", "gluon", graph=True)
-    return (
-        ours,
-        sdpa,
-        gluon,
-        Variant("triton", "auto", "triton"),
-        REFERENCE,
-        Variant("sdpa", "auto", "sdpa"),
-    )
-
-
-class Timed(NamedTuple):
-    """Milliseconds: wall clock, and of each phase."""
-
-    whole: float
-    phases: dict[str, float]
+    launched, launched_sdpa = (Variant(name, "auto", name) for name in impls[:2])
+    return ours, sdpa, gluon, launched, REFERENCE, launched_sdpa
 
 
 def clocked(run: Callable[[], object], device: torch.device) -> Timed:
-    """Runs a function from an idle device to an idle device, with cuDNN's fastest algorithms."""
-    timing.wait(device)
-    began = time.perf_counter()
-    with ranges.timed(device) as ms, codecs.searched():
-        run()
-    timing.wait(device)
-    return Timed(1e3 * (time.perf_counter() - began), ms)
+    """`timing.clocked` with cuDNN's fastest algorithms."""
+    with codecs.searched():
+        return timing.clocked(run, device)
 
 
 class Measured:
@@ -146,36 +129,27 @@ class Measured:
         self.stream.decode()
         self.stream.copy_to_host()
 
-    def _beside(self, timed: Timed) -> Timed:
-        """The chunk decoded by the tiny VAE too, which is no part of the whole."""
+    def _clocked(self, *steps: Callable[[], object]) -> Timed:
+        """The chunk is decoded by the tiny VAE too, which is no part of the whole."""
+        timed = clocked(lambda: [step() for step in steps], self.device)
         if self.tiny is not None:
-            run = self.decode_tiny[self.stream.size]
 
             def decode() -> None:
                 with phase(TINY_DECODE):
-                    run()
+                    self.decode_tiny[self.stream.size]()
 
             timed.phases.update(clocked(decode, self.device).phases)
         return timed
 
     @torch.no_grad()
     def chunk(self) -> Timed:
-        def run() -> None:
-            self._frames()
-            self.stream.update()
-
-        return self._beside(clocked(run, self.device))
+        return self._clocked(self._frames, self.stream.update)
 
     @torch.no_grad()
     def first_frame(self) -> Timed:
         """From the prompt to the first frames; the stream then stands before its first chunk."""
-
-        def run() -> None:
-            self._prompt()
-            self._frames()
-
         self._restart()
-        timed = self._beside(clocked(run, self.device))
+        timed = self._clocked(self._prompt, self._frames)
         self._restart()
         return timed
 
@@ -204,7 +178,7 @@ def without_each(whole: float, ms: Mapping[str, float], have: Collection[str]) -
     return out
 
 
-def medians(all_timed: Sequence[Timed]) -> dict[str, float]:
+def medians(all_timed: Times) -> dict[str, float]:
     return {n: statistics.median(t.phases[n] for t in all_timed) for n in all_timed[0].phases}
 
 
@@ -218,7 +192,7 @@ def run_case(job: Job, inputs: StreamInputs, name: str) -> Result:
     preset = replace(inputs.preset, chunk=CASES.get(name, CASES["chunk-wise"]))
     first = preset.first or preset.chunk
     chunks = 1 + -(-(max(CLIP, preset.window) - first) // preset.chunk)
-    latent_frames = first + (chunks - 1) * preset.chunk
+    frames = pixel_frames(first + (chunks - 1) * preset.chunk)
     known = variants(job.device, name == COMPILED)
     streams: dict[str, Measured] = {}
     entries: dict[str, Any] = {}
@@ -227,25 +201,21 @@ def run_case(job: Job, inputs: StreamInputs, name: str) -> Result:
     # The reference first: what it computes, the others must.
     for variant in sorted(known, key=lambda v: v is not REFERENCE):
         if job.left <= 0:
-            entries[variant.name] = timing.entry("no time left")
+            entries[variant.name] = timing.entry(NO_TIME)
             continue
         job.tick(f"{name}: is {variant.name} right?")
         try:
             with timing.peak_memory(job.device) as peak:
                 made = Measured(inputs, preset, variant)
                 got = made.first_latents(PARITY_CHUNKS)
+            want = got if want is None else want
+            off = float((got - want).norm() / want.norm())
+            assert off < tolerance, f"latents differ by {off:.1e}, {tolerance:.0e} allowed"
+            streams[variant.name], made.peak_mib = made, peak[0]
         except Exception as error:
-            if variant is REFERENCE:
+            if want is None:
                 raise
-            entries[variant.name] = timing.entry(timing.reason(error))
-            continue
-        want = got if want is None else want
-        difference = float((got - want).norm() / want.norm())
-        if not difference < tolerance:
-            why = f"latents differ by {difference:.1e}, {tolerance:.0e} allowed"
-            entries[variant.name] = timing.entry(f"{timing.WRONG}: {why}")
-            continue
-        streams[variant.name], made.peak_mib = made, peak[0]
+            entries[variant.name] = timing.failed(error)
 
     def turns(of: Callable[[Measured], Timed], count: int) -> dict[str, list[Timed]]:
         def goes_on(i: int) -> bool:
@@ -263,47 +233,39 @@ def run_case(job: Job, inputs: StreamInputs, name: str) -> Result:
     later = turns(Measured.chunk, chunks + min(ROUNDS, job.rounds))
     for each, made in streams.items():
         if len(later[each]) <= chunks:
-            entries[each] = timing.entry("no time left")
+            entries[each] = timing.entry(NO_TIME)
         else:
             clip, steady = later[each][:chunks], later[each][chunks:]
-            entries[each] = entry(made, firsts[each], clip, latent_frames, steady)
+            entries[each] = entry(made, frames, firsts[each], clip, steady)
     return {
         "case": name,
         "chunk": preset.chunk,
         "window": preset.window,
         "steps": len(preset.steps),
-        "frames": pixel_frames(latent_frames),
+        "frames": frames,
         "notes": [*inputs.notes],
         "weights_mib": sum(p.nbytes for p in inputs.model.parameters()) / 2**20,
         "contestants": {variant.name: entries[variant.name] for variant in known},
     }
 
 
-def entry(
-    made: Measured,
-    firsts: Sequence[Timed],
-    clip: Sequence[Timed],
-    latent_frames: int,
-    steady: Sequence[Timed],
-) -> dict[str, Any]:
+def entry(made: Measured, frames: int, firsts: Times, clip: Times, steady: Times) -> Result:
     """The row's entry for a variant; `phases` are the prompt's at the first frame and a chunk's at
-    a full window."""
+    a full window. frames: of the clip."""
     summary = timing.summary([t.whole for t in steady])
     summary.peak_mib, summary.note = made.peak_mib, "; ".join(made.stream.notes)
     first, full = medians(firsts), medians(steady)
     prompt = [name for name in PARTS["text"] if name in first]
     have = [*prompt, *full]
     each = {
-        name: {"ms": statistics.median(values), "p99_ms": timing.quantile(values, 0.99)}
+        name: timing.middle_and_tail([t.phases[name] for t in all_timed])
         for all_timed, names in ((firsts, prompt), (steady, full))
         for name in names
-        if (values := [t.phases[name] for t in all_timed])
     }
     first_ms = statistics.median(t.whole for t in firsts)
     sums = {name: sum(t.phases[name] for t in clip) for name in full}
     sums |= {name: first[name] for name in prompt}
     whole = sum(first[name] for name in prompt) + sum(t.whole for t in clip)
-    frames = pixel_frames(latent_frames)
     chunk_frames = PIXEL_FRAMES * made.stream.preset.chunk
     return timing.entry(
         summary,
@@ -337,11 +299,6 @@ def predicted(preset: Preset, ceilings: Mapping[str, float], device: torch.devic
 
 def per_second(frames: int, ms: Mapping[str, float]) -> dict[str, float]:
     return {name: 1e3 * frames / value for name, value in ms.items()}
-
-
-def best(row: Result) -> tuple[str, dict[str, Any]] | None:
-    """The variant with the most frames a second over a clip."""
-    return max(timed(row).items(), key=lambda item: speed(item[1]), default=None)
 
 
 def speed(entry: Mapping[str, Any], which: str = "all") -> float:
@@ -381,11 +338,12 @@ def baselines(job: Job, result: Result, inputs: StreamInputs | None) -> Iterator
     rows = {row["case"]: row for row in result["rows"]}
     for name, fps, latency_s, how, note in peers.BASELINES:
         line: dict[str, Any] = {"name": name, "paper_fps": fps, "paper_latency_s": latency_s}
-        found = best(rows[how]) if how in rows else None
-        if how in CASES and found:
-            line |= {"fps": speed(found[1]), "latency_s": found[1]["first_frame_ms"] / 1e3}
-            tiny = speed(found[1], "with the tiny VAE")
-            words = [f"{found[0]}, a clip, decoding included"]
+        if found := timed(rows[how]) if how in rows else {}:
+            fastest = max(found, key=lambda variant: speed(found[variant]))
+            entry = found[fastest]
+            line |= {"fps": speed(entry), "latency_s": entry["first_frame_ms"] / 1e3}
+            tiny = speed(entry, "with the tiny VAE")
+            words = [f"{fastest}, a clip, decoding included"]
             words += [f"{tiny:.3g} FPS with the tiny VAE"] * (tiny > 0)
             line["said"] = "; ".join(filter(None, (*words, note)))
         elif not how:
@@ -394,7 +352,7 @@ def baselines(job: Job, result: Result, inputs: StreamInputs | None) -> Iterator
             line["said"] = "not run"
         elif job.left <= 0:
             result["no_time_for"].append(f"baselines: {name}")
-            line["said"] = "no time left"
+            line["said"] = NO_TIME
         else:
             job.tick(name)
             line |= measured(job, inputs, name, how)

@@ -22,8 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from sfmodel import graphs
-from sfmodel.ranges import phase
+from sfmodel import graphs, ranges
 
 ROUNDS = 30
 LAUNCHED_ROUNDS = 5
@@ -34,6 +33,7 @@ LARGE_COPY = 2**31  # bytes read and written
 WRONG = "wrong, not timed"
 
 T = TypeVar("T")
+Sets = Sequence[Sequence[Tensor]]  # of inputs, or of the gradients of outputs
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Implementation:
 
     name: str
     forward: Callable[..., Any]
-    upstream: Sequence[Sequence[Tensor]] | None = None
+    upstream: Sets | None = None
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
@@ -68,8 +68,8 @@ class Ready(NamedTuple):
     """An implementation over all sets of inputs. run: what is timed; launched: the same from
     Python, where that is something else."""
 
-    run: Callable[[], None]
-    launched: Callable[[], None] | None = None
+    run: Callable[[], object]
+    launched: Callable[[], object] | None = None
     note: str = ""
 
 
@@ -81,7 +81,7 @@ def count_sets(nbytes: int, device: torch.device) -> int:
 
 def measure(
     implementations: Sequence[Implementation],
-    sets: Sequence[Sequence[Tensor]],
+    sets: Sets,
     rounds: int = ROUNDS,
     seconds: float = math.inf,
     pool: Any = None,
@@ -104,13 +104,13 @@ def measure(
             free(device)
     contexts = {one.name: one.context for one in implementations}
 
-    def all_rounds(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-        def once(name: str, run: Callable[[], None]) -> float:
+    def all_rounds(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+        def in_context(name: str) -> float:
             with contexts[name]():
-                return _once(run, device.type == "cuda") / len(sets)
+                return once(runs[name], device) / len(sets)
 
         until = time.monotonic() + seconds
-        calls = {name: functools.partial(once, name, run) for name, run in runs.items()}
+        calls = {name: functools.partial(in_context, name) for name in runs}
         times, failures = in_turn(
             calls, rounds + 1, lambda i: i <= FEWEST or time.monotonic() < until
         )
@@ -129,6 +129,18 @@ def measure(
     return out
 
 
+def right(checks: Mapping[str, Callable[[], T]], entries: dict[str, Any]) -> dict[str, T]:
+    """The results of those checks that raise no error. `entries` gets the reason for the others,
+    which are not timed."""
+    found: dict[str, T] = {}
+    for name, check in checks.items():
+        try:
+            found[name] = check()
+        except Exception as error:  # the others are timed
+            entries[name] = failed(error)
+    return found
+
+
 def in_turn(
     calls: Mapping[str, Callable[[], T]],
     rounds: int,
@@ -144,7 +156,7 @@ def in_turn(
             break
         for name in [*results]:
             try:
-                with phase(name):
+                with ranges.phase(name):
                     results[name].append(calls[name]())
             except Exception as error:  # the others go on
                 errors[name] = error
@@ -154,23 +166,22 @@ def in_turn(
 
 def summary(values: Sequence[float]) -> Timing:
     middle = statistics.median(values)
-    between = quantile(values, 0.75) - quantile(values, 0.25)
-    spread = between / middle if middle else 0.0
+    spread = (quantile(values, 0.75) - quantile(values, 0.25)) / middle if middle else 0.0
     return Timing(middle, quantile(values, 0.99), spread, rounds=len(values))
+
+
+def middle_and_tail(values: Sequence[float]) -> dict[str, float]:
+    """Milliseconds of a part of what an entry is of."""
+    return {"ms": statistics.median(values), "p99_ms": quantile(values, 0.99)}
 
 
 def entry(timed: Timing | str, **more: Any) -> dict[str, Any]:
     """The entry of an implementation in a file of results; `more` of one that was timed."""
     if isinstance(timed, str):
         return {"failed": timed}
-    said: dict[str, Any] = {"ms": timed.p50, "p99_ms": timed.p99, "spread": timed.spread, **more}
-    if timed.launched is not None:
-        said["launched_ms"] = timed.launched
-    if timed.peak_mib is not None:
-        said["peak_mib"] = timed.peak_mib
-    if timed.note:
-        said["note"] = timed.note
-    return said
+    said = {"ms": timed.p50, "p99_ms": timed.p99, "spread": timed.spread, **more}
+    rest = {"launched_ms": timed.launched, "peak_mib": timed.peak_mib, "note": timed.note or None}
+    return said | {name: value for name, value in rest.items() if value is not None}
 
 
 def failed(error: Exception) -> dict[str, str]:
@@ -233,8 +244,26 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _once(run: Callable[[], None], cuda: bool) -> float:
-    if not cuda:
+class Timed(NamedTuple):
+    """Milliseconds: wall clock, and of each phase."""
+
+    whole: float
+    phases: dict[str, float]
+
+
+def clocked(run: Callable[[], object], device: torch.device) -> Timed:
+    """Runs a function from an idle device to an idle device."""
+    wait(device)
+    began = time.perf_counter()
+    with ranges.timed(device) as phases:
+        run()
+    wait(device)
+    return Timed(1e3 * (time.perf_counter() - began), phases)
+
+
+def once(run: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of a function: on CUDA of what it launches, else by the wall clock."""
+    if device.type != "cuda":
         began = time.perf_counter()
         run()
         return 1e3 * (time.perf_counter() - began)
@@ -246,7 +275,7 @@ def _once(run: Callable[[], None], cuda: bool) -> float:
     return float(begin.elapsed_time(end))
 
 
-def prepare(one: Implementation, sets: Sequence[Sequence[Tensor]], pool: Any = None) -> Ready:
+def prepare(one: Implementation, sets: Sets, pool: Any = None) -> Ready:
     """A function that runs an implementation once over all sets."""
     cuda = sets[0][0].device.type == "cuda"
     if one.upstream is None:
@@ -254,13 +283,11 @@ def prepare(one: Implementation, sets: Sequence[Sequence[Tensor]], pool: Any = N
     return _backward_only(one.forward, one.upstream, sets, cuda)
 
 
-def _forward_only(
-    forward: Callable[..., Any], sets: Sequence[Sequence[Tensor]], cuda: bool, pool: Any = None
-) -> Ready:
-    def all_sets() -> None:
+def _forward_only(forward: Callable[..., Any], sets: Sets, cuda: bool, pool: Any = None) -> Ready:
+    @torch.no_grad()
+    def all_sets() -> object:
         # All outputs are kept until the end, so that none is written over one still in cache.
-        with torch.no_grad():
-            void([forward(*inputs) for inputs in sets])
+        return [forward(*inputs) for inputs in sets]
 
     if not cuda:
         all_sets()
@@ -269,12 +296,7 @@ def _forward_only(
     return Ready(graph or all_sets, all_sets if graph else None, note)
 
 
-def _backward_only(
-    forward: Callable[..., Any],
-    upstream: Sequence[Sequence[Tensor]],
-    sets: Sequence[Sequence[Tensor]],
-    cuda: bool,
-) -> Ready:
+def _backward_only(forward: Callable[..., Any], upstream: Sets, sets: Sets, cuda: bool) -> Ready:
     """Captures forward and backward one after the other in one memory pool, as
     torch.cuda.make_graphed_callables; the second graph is timed."""
     leaves = [[t.detach().requires_grad_(t.is_floating_point()) for t in inputs] for inputs in sets]
@@ -292,8 +314,8 @@ def _backward_only(
     if not cuda:
         outs = run_forward()
         run_backward(outs, True)
-        return Ready(lambda: void(run_backward(outs, True)))
-    graphs.warm(lambda: void(run_backward(run_forward(), False)))
+        return Ready(lambda: run_backward(outs, True))
+    graphs.warm(lambda: run_backward(run_forward(), False))
     try:
         first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with graphs.capture(first):
@@ -304,7 +326,7 @@ def _backward_only(
     except RuntimeError as error:
         outs = run_forward()
         note = f"no CUDA graph, launches included: {reason(error)}"
-        return Ready(lambda: void(run_backward(outs, True)), None, note)
+        return Ready(lambda: run_backward(outs, True), None, note)
 
     def replay(_alive: object = (first, outs, grads)) -> None:
         second.replay()
@@ -322,22 +344,21 @@ def _peak_of_a_call(one: Implementation, inputs: Sequence[Tensor]) -> float | No
         outs = one.forward(*leaves)
         if one.upstream is not None:
             wanted = [t for t in leaves if t.requires_grad]
-            void(torch.autograd.grad(outs, wanted, one.upstream[0], allow_unused=True))
+            torch.autograd.grad(outs, wanted, one.upstream[0], allow_unused=True)
     return peak[0]
-
-
-def void(_: object) -> None:
-    """Drops a result."""
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, rounds: int = ROUNDS) -> dict[str, Any]:
     """The two limits of the roofline, measured here and now: TFLOP/s of a large square matrix
-    product by PyTorch, GB/s of a large copy."""
-    cuda = device.type == "cuda"
-    size, nbytes = (MATMUL, LARGE_COPY) if cuda else (512, 2**26)
+    product by PyTorch, GB/s of a large copy. Both are timed as any op."""
+    size, nbytes = (MATMUL, LARGE_COPY) if device.type == "cuda" else (512, 2**26)
+    sets = [[torch.randn(size, size, device=device).to(dtype) for _ in range(2)] for _ in range(2)]
+    (timed,) = measure([Implementation("matrix product", torch.matmul)], sets, rounds).values()
+    if isinstance(timed, str):
+        raise RuntimeError(f"the matrix product could not be timed: {timed}")
     return {
         "dtype": str(dtype).removeprefix("torch."),
-        "matmul_tflops": matmul_tflops(device, size, dtype, rounds),
+        "matmul_tflops": 2 * size**3 / timed.p50 / 1e9,
         "copy_gbps": copy_bandwidth(device, nbytes, rounds),
     }
 
@@ -347,33 +368,20 @@ def floor_ms(flops: int, nbytes: int, ceilings: dict[str, Any]) -> float:
     return max(flops / ceilings["matmul_tflops"] / 1e9, nbytes / ceilings["copy_gbps"] / 1e6)
 
 
-def matmul_tflops(device: torch.device, size: int, dtype: torch.dtype, rounds: int) -> float:
-    """Rate of a square matrix product by PyTorch, timed as any op."""
-    sets = [[torch.randn(size, size, device=device).to(dtype) for _ in range(2)] for _ in range(2)]
-    timed = measure([Implementation("matrix product", torch.matmul)], sets, rounds)[
-        "matrix product"
-    ]
-    if isinstance(timed, str):
-        raise RuntimeError(f"the matrix product could not be timed: {timed}")
-    return 2 * size**3 / timed.p50 / 1e9
-
-
 def copy_bandwidth(device: torch.device, nbytes: int, rounds: int = ROUNDS) -> float:
     """GB/s of a copy that reads and writes `nbytes` bytes in total, timed as any op: the
     driver's own or an elementwise kernel, whichever is faster."""
     half = max(nbytes // 2 // 16 * 16, 16)
-    sets = [
-        [torch.randn(half // 4, device=device) for _ in range(2)]
-        for _ in range(count_sets(2 * half, device))
-    ]
+    count = count_sets(2 * half, device)
+    sets = [[torch.randn(half // 4, device=device) for _ in range(2)] for _ in range(count)]
     copies = [
         Implementation("copy", lambda source, target: target.copy_(source)),
         Implementation("kernel", lambda source, target: torch.neg(source, out=target)),
     ]
-    times = [t for t in measure(copies, sets, rounds).values() if isinstance(t, Timing)]
+    times = [t.p50 for t in measure(copies, sets, rounds).values() if isinstance(t, Timing)]
     if not times:
         raise RuntimeError("no copy could be timed")
-    return gbps(2 * half, min(t.p50 for t in times))
+    return gbps(2 * half, min(times))
 
 
 def gbps(nbytes: int, milliseconds: float) -> float:

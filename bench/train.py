@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,7 +26,6 @@ from bench.figures import COLOURS, GREY, legend, new
 from bench.harness import Job
 from bench.inputs import random_model
 from bench.tables import Result, Table, left_out, of_entries, share, timed, value
-from sfmodel import ranges
 from sfmodel.config import PRESETS, Preset
 from sfmodel.cost import clip_chunks, training_flops
 from sfmodel.dit import SelfAttention
@@ -111,17 +109,12 @@ def batch_of(run: Run, row: str) -> Batch:
     return batch if row in IN_FULL else dataclasses.replace(batch, exit_step=exit_step_of(row))
 
 
-def iteration(run: Run, row: str) -> tuple[float, dict[str, float]]:
-    """Milliseconds of one update: in all, and of each phase."""
-    device, learner = run.ranks.device, learner_of(row)
-    timing.wait(device)
-    began = time.perf_counter()
-    with ranges.timed(device) as phases:
-        run.update(learner, batch_of(run, row))
-        timing.wait(device)
-    whole = 1e3 * (time.perf_counter() - began)
+def iteration(run: Run, row: str) -> timing.Timed:
+    """One update: in all, and each phase."""
+    learner = learner_of(row)
+    ms = timing.clocked(lambda: run.update(learner, batch_of(run, row)), run.ranks.device)
     run.learners[learner].zero_grad()
-    return whole, phases
+    return ms
 
 
 def results(run: Run, row: str) -> dict[str, Tensor]:
@@ -175,7 +168,7 @@ def run(job: Job) -> Result:
 
     def measured(name: str, impls: Sequence[str]) -> Result:
         nonlocal current
-        recipe = {"TF": "tf", "DF": "df"}.get(name, "sf+dmd")
+        recipe = name.lower() if name in IN_FULL else "sf+dmd"
         if current is None or current.config.recipe != recipe:
             job.tick(f"{recipe}: random weights")
             current = None
@@ -201,63 +194,55 @@ def flops(preset: Preset, row: str) -> float:
 
 def measure(run: Run, row: Result, job: Job, result: Result, impls: Sequence[str]) -> None:
     """Checks all contestants of a row, then times those that are right, in turn: once at least, and
-    again while there is time. Each round is saved."""
+    again while there is time. Each round but the last, which ends the row, is saved."""
     name, entries = row["case"], row["contestants"]
-    want: dict[str, Tensor] = {}
-    right: list[str] = []
-    for impl in impls:
+    times: dict[str, list[timing.Timed]] = {impl: [] for impl in impls}
+    rounds, row["rounds"] = min(job.rounds, ROUNDS), 0
+
+    def free() -> None:
+        for learner in run.learners.values():
+            learner.zero_grad()
+        timing.free(job.device)
+
+    def found_by(impl: str) -> dict[str, Tensor]:
         job.tick(f"{name}: is {impl} right?")
         try:
             attend_by(run, impl)
-            got = results(run, name)
-            want = want or got
-            check(got, want, half=not job.tiny)
-            right.append(impl)
+            return results(run, name)
+        finally:
+            free()
+
+    def agrees(impl: str) -> None:
+        check(want if impl == impls[0] else found_by(impl), want, half=not job.tiny)
+
+    def once(impl: str) -> None:
+        job.tick(f"{name}: round {row['rounds']} of {rounds}, {impl}")
+        try:
+            attend_by(run, impl)
+            with timing.peak_memory(job.device) as peak:
+                times[impl].append(iteration(run, name))
         except Exception as error:
-            if not want:
-                raise
-            entries[impl] = timing.failed(error)
-        _free(run)
+            entries[impl] = {"failed": timing.reason(error)}
+            free()
+            raise
+        whole = timing.summary([whole for whole, _ in times[impl]])
+        whole.peak_mib = peak[0]
+        each_ms = {p: [phases[p] for _, phases in times[impl]] for p in times[impl][0][1]}
+        phases = {p: timing.middle_and_tail(ms) for p, ms in each_ms.items()}
+        tflops = row["flops"] / whole.p50 / 1e9
+        entries[impl] = timing.entry(whole, flops=row["flops"], tflops=tflops, phases=phases)
 
-    times: dict[str, list[tuple[float, dict[str, float]]]] = {impl: [] for impl in right}
-    rounds = min(job.rounds, ROUNDS)
-    for i in range(rounds):
-        if i and job.left <= 0:
-            break
-        for impl in [*right]:
-            job.tick(f"{name}: round {i + 1} of {rounds}, {impl}")
-            try:
-                attend_by(run, impl)
-                with ranges.phase(impl), timing.peak_memory(job.device) as peak:
-                    whole, phases = iteration(run, name)
-                times[impl].append((whole, phases))
-            except Exception as error:
-                entries[impl] = {"failed": timing.reason(error)}
-                right.remove(impl)
-                _free(run)
-                continue
-            found = timing.summary([whole for whole, _ in times[impl]])
-            found.peak_mib = peak[0]
-            entries[impl] = timing.entry(
-                found,
-                flops=row["flops"],
-                tflops=row["flops"] / found.p50 / 1e9,
-                phases={p: _phase([each[p] for _, each in times[impl]]) for p in phases},
-            )
-        row["rounds"] = i + 1
-        others = [other for other in result["rows"] if other["case"] != name]
-        job.save(result | {"rows": [*others, row]})
+    def goes_on(i: int) -> bool:
+        if i:
+            others = [other for other in result["rows"] if other["case"] != name]
+            job.save(result | {"rows": [*others, row]})
+        more = i == 0 or job.left > 0
+        row["rounds"] += more
+        return more
 
-
-def _phase(milliseconds: Sequence[float]) -> dict[str, float]:
-    found = timing.summary(milliseconds)
-    return {"ms": found.p50, "p99_ms": found.p99}
-
-
-def _free(run: Run) -> None:
-    for learner in run.learners.values():
-        learner.zero_grad()
-    timing.free(run.ranks.device)
+    want = found_by(impls[0])
+    right = timing.right({impl: functools.partial(agrees, impl) for impl in impls}, entries)
+    timing.in_turn({impl: functools.partial(once, impl) for impl in right}, rounds, goes_on)
 
 
 def tables(result: Result) -> list[Table]:
@@ -284,8 +269,7 @@ def _beside_published(rows: Sequence[Result]) -> Table:
     """Seconds and their ratio to SF-1's, published and of the fastest here."""
     fastest = {
         row["case"]: min((e["ms"] / 1e3, impl) for impl, e in timed(row).items())
-        for row in rows
-        if timed(row)
+        for row in filter(timed, rows)
     }
     lines = []
     for name, published in PAPER.items():
@@ -309,18 +293,18 @@ def _beside_published(rows: Sequence[Result]) -> Table:
 
 def figures(result: Result) -> Iterator[tuple[str, Any]]:
     """Stacked bars of the phases, in Figure 6's order, the critics after the generators."""
-    found = {row["case"]: row for row in result["rows"] if timed(row)}
     order = [*PAPER, *(f"{name} critic" for name in PAPER)]
-    rows = [found[name] for name in order if name in found]
+    rows = sorted(filter(timed, result["rows"]), key=lambda row: order.index(row["case"]))
     if not rows:
         return
     parts = "from below: forward (in SF: rollout, scores), backward, optimiser; dashed: the floor"
     title = f"{result['sizes']}, batch 1, {describe(result['machine'])}\n{parts}"
     figure, (ax,) = new(title, 4 + 0.4 * sum(len(timed(row)) for row in rows), 4.6)
     at, ticks = 0.0, {}
+    present = {impl: COLOURS[impl] for impl in COLOURS if any(impl in timed(row) for row in rows)}
     for row in rows:
         start, entries = at, timed(row)
-        for impl in (name for name in COLOURS if name in entries):
+        for impl in (name for name in present if name in entries):
             bottom = 0.0
             for name, one in entries[impl]["phases"].items():
                 seconds, look = one["ms"] / 1e3, {"color": COLOURS[impl], "alpha": SHADES[name]}
@@ -335,6 +319,5 @@ def figures(result: Result) -> Iterator[tuple[str, Any]]:
     ax.set_xticks([*ticks], [*ticks.values()])
     ax.margins(y=0.15)
     ax.set_ylabel("seconds of an iteration")
-    present = {impl for row in rows for impl in timed(row)}
-    legend(figure, {impl: colour for impl, colour in COLOURS.items() if impl in present})
+    legend(figure, present)
     yield "train", figure

@@ -18,7 +18,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -35,6 +35,7 @@ from sfkernels.launch import Flat, RowTile, Setting, Tile
 from sfmodel.files import atomic
 from sfmodel.machine import machine
 
+ROUNDS = 10
 BATCH = 24  # candidates timed in turn, with the default among them
 SMALLEST_TILE, LARGEST_TILE = 512, 16384  # elements
 
@@ -106,21 +107,20 @@ def candidates(
 ) -> list[Setting]:
     """The default, then all others that make a program of their own. sums: the kernel keeps sums
     over its tiles, so that every program must loop. specialised: warps are."""
-    found: list[Setting] = [default]
+    same = replace(default, why="")
     if isinstance(default, Flat):
         flats = [Flat(b, w) for b in (256, 512, 1024, 2048, 4096) for w in (1, 2, 4, 8)]
-        return found + [f for f in flats if (f.block, f.warps) != (default.block, default.warps)]
+        return [default, *(flat for flat in flats if flat != same)]
     if isinstance(default, Tile):
-        same = replace(default, why="")
         # Where warps are specialised, a consumer has four and there are two of 64 tokens.
         fixed = (128,), (32, 64, 128), (4,), (2, 3, 4), (0, 1)
         free = (64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4), (0,)
-        tiles = itertools.product(*(fixed if specialised else free))
-        return found + [tile for t in tiles if (tile := Tile(*t)) != same]
+        tiles = itertools.starmap(Tile, itertools.product(*(fixed if specialised else free)))
+        return [default, *(tile for tile in tiles if tile != same)]
     block = 2 ** math.ceil(math.log2(channels))
     few = [rows for rows in (1, 2, 4) if rows * block >= SMALLEST_TILE]
     more = [rows for rows in (8, 16, 32, 64) if rows * block <= LARGEST_TILE // 2]
-    seen = {replace(default, why="")}
+    found: dict[Setting, None] = {same: None}  # in order
     for rows, per_thread, stages, warps_per_sm in itertools.product(
         few + more, (8, 16, 32), (1, 2, 3, 4), (0, 8, 16, 32, 64)
     ):
@@ -131,11 +131,8 @@ def candidates(
             continue
         if not warps_per_sm and (sums or stages > 1):
             continue  # one tile a program has no next one to load, and no sums to keep
-        setting = replace(setting, per_sm=warps_per_sm // warps)
-        if setting not in seen:
-            seen.add(setting)
-            found.append(setting)
-    return found
+        found[replace(setting, per_sm=warps_per_sm // warps)] = None
+    return [default, *[*found][1:]]
 
 
 def within_bounds(search: Search, settings: Sequence[Setting], arch: int) -> list[Setting]:
@@ -179,9 +176,7 @@ def _holds_bounds(kernel: str, channels: int, arch: int, setting: Setting) -> bo
     return fine
 
 
-def tune(
-    search: Search, device: torch.device, deadline: float, rounds: int = 10
-) -> dict[str, Any] | None:
+def tune(search: Search, device: torch.device, deadline: float) -> dict[str, Any] | None:
     """The entry for tuned/sm_XX.json, or None where no candidate was timed before `deadline` (of
     time.monotonic) or the default fails."""
     default = untuned(search.kernel, device, search.channels)
@@ -195,9 +190,9 @@ def tune(
     for case in search.cases:
         if of_copy and time.monotonic() > deadline:
             break  # what is known of the first case decides
-        measured = time_in(case, search, [*times], device, deadline, rounds, bool(of_copy))
+        measured = time_in(case, search, [*times], device, deadline, bool(of_copy))
         times = {s: [*times[s], measured[s]] for s in times if s in measured}
-        of_copy.append(timing.copy_bandwidth(device, case.nbytes, rounds))
+        of_copy.append(timing.copy_bandwidth(device, case.nbytes, ROUNDS))
         timing.free(device)
     if not times:
         return None
@@ -225,7 +220,6 @@ def time_in(
     settings: Sequence[Setting],
     device: torch.device,
     deadline: float,
-    rounds: int,
     compiled: bool,
 ) -> dict[Setting, float]:
     """Milliseconds of those settings that agree with the first, the default; of none if that
@@ -243,15 +237,25 @@ def time_in(
         with under(setting):
             return testing.results(op, sets[0], upstream)
 
+    def agrees(setting: Setting) -> bool:
+        """True where one computes what the default does, to a few roundings of the dtype and the
+        order of sums."""
+        try:
+            for ours, theirs in zip(results(setting), want, strict=True):
+                eps = torch.finfo(theirs.dtype).eps if theirs.is_floating_point() else 0.0
+                allowed = max(4 * eps, 1e-4) * float(theirs.float().abs().max())
+                worst = float((ours.float() - theirs.float()).abs().max())
+                assert worst <= allowed, f"{worst:.1e} from the default"  # NaN fails too
+        except Exception as error:
+            print(f"  {_said(setting)}: {timing.reason(error)}", file=sys.stderr)
+            return False
+        return True
+
     want = results(default)
     if case.backward:
         upstream += [torch.randn_like(out) for out in want]
         want = results(default)
-    right = [
-        s
-        for s in settings[1:]
-        if (compiled or time.monotonic() < deadline) and _agrees(s, results, want)
-    ]
+    right = [s for s in settings[1:] if (compiled or time.monotonic() < deadline) and agrees(s)]
     grads = [upstream] * len(sets) if case.backward else None
     measured: dict[Setting, float] = {}
     for start in range(0, max(len(right), 1), BATCH):
@@ -262,38 +266,20 @@ def time_in(
             timing.Implementation(name, op, grads, functools.partial(under, setting))
             for name, setting in group.items()
         ]
-        found = timing.measure(several, sets, rounds)
+        found = timing.measure(several, sets, ROUNDS)
         anchor = found["0"]
         if isinstance(anchor, str):
             return {}
         # What the clocks did between two groups shows in the default, which is in both.
         drift = anchor.p50 / measured.setdefault(default, anchor.p50)
-        for name, setting in group.items():
-            timed = found[name]
+        for name, timed in found.items():
             if not isinstance(timed, str):
-                measured[setting] = timed.p50 / drift
+                measured[group[name]] = timed.p50 / drift
     return measured
 
 
 def _said(setting: Setting) -> str:
     return " ".join(f"{k}={v}" for k, v in vars(setting).items() if k != "why")
-
-
-def _agrees(
-    setting: Setting, results: Callable[[Setting], list[Tensor]], want: list[Tensor]
-) -> bool:
-    """True where a candidate computes what the default does, to a few roundings of the dtype and
-    the order of sums."""
-    try:
-        for ours, theirs in zip(results(setting), want, strict=True):
-            eps = torch.finfo(theirs.dtype).eps if theirs.is_floating_point() else 0.0
-            allowed = max(4 * eps, 1e-4) * float(theirs.float().abs().max())
-            worst = float((ours.float() - theirs.float()).abs().max())
-            assert worst <= allowed, f"{worst:.1e} from the default"  # NaN fails too
-    except Exception as error:
-        print(f"  {_said(setting)}: {timing.reason(error)}", file=sys.stderr)
-        return False
-    return True
 
 
 def write(folder: Path, arch: int, here: dict[str, Any], found: dict[str, list[Any]]) -> Path:
@@ -324,15 +310,14 @@ def run(
         if time.monotonic() > deadline:
             print(f"no time for {name}", flush=True)
             continue
-        said: Any = "the default setting could not be timed"
         try:
-            if entry := tune(search, device, deadline):
+            entry = tune(search, device, deadline)
+            if entry:
                 found.setdefault(search.kernel, []).append(entry)
                 write(folder, arch, here, found)
-                said = entry
+            print(f"{name}: {entry or 'the default setting could not be timed'}", flush=True)
         except RuntimeError as error:
-            said = timing.reason(error)
-        print(f"{name}: {said}", flush=True)
+            print(f"{name}: {timing.reason(error)}", flush=True)
     return found
 
 

@@ -17,8 +17,9 @@ from bench import codecs, harness, inputs, peers, stream, stream_report, tables,
 from bench.harness import Job
 from bench.inputs import StreamInputs
 from bench.peers import PEERS
-from bench.stream import Measured, Timed, Variant, without_each
+from bench.stream import Measured, Variant, without_each
 from bench.tables import Result
+from bench.timing import Timed
 from sfmodel import graphs
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
@@ -166,7 +167,7 @@ def test_figures_by_hand(setting: StreamInputs) -> None:
     prompt = {"text encoding": 4.0, "prompt keys and values": 6.0}
     first = {name: ms for name, ms in chunk.items() if name != "cache update"} | prompt
     steady = [Timed(100.0, chunk), Timed(110.0, chunk | {"decode": 40.0}), Timed(90.0, chunk)]
-    entry = stream.entry(mine, [Timed(85.0, first)], [Timed(100.0, chunk)] * 3, 7, steady)
+    entry = stream.entry(mine, 25, [Timed(85.0, first)], [Timed(100.0, chunk)] * 3, steady)
     assert entry["ms"] == 100 and entry["phases_sum_ms"] == 80
     assert entry["phases"]["decode"] == {"ms": 10.0, "p99_ms": 40.0}
     assert entry["phases"]["text encoding"] == {"ms": 4.0, "p99_ms": 4.0}

@@ -22,6 +22,7 @@ from sfkernels import cases, reference, testing
 from sfkernels.cases import CHUNK, AttentionCase, Heads
 from sfkernels.testing import Op, close_as_eager, interpreted
 
+Tensors = Sequence[Tensor]
 SLICE = 1024  # queries at once in float64
 # Operations beyond which unfused attention is left out: the scores of more do not fit in memory.
 MATH = 2e12
@@ -37,7 +38,7 @@ FLASH_ATTN = ("flash_attn_interface", "flash_attn")  # version 3; 2 and 4
 @dataclass(frozen=True)
 class Sizes:
     """rings, clips: latent frames of each, the most telling first. window, sink: of a layout whose
-    window moves. wide: heads of the larger model, 0 for none. text: keys of a prompt."""
+    window moves. wide: heads of the larger model. text: keys of a prompt."""
 
     of: Heads
     wide: int = 40
@@ -55,18 +56,17 @@ TINY = Sizes(Heads(8, 1, 16, torch.float32), 2, 7, (6, 3, 1), (6, 3), 5, 1)
 def rows(sizes: Sizes) -> Iterator[tuple[AttentionCase, bool]]:
     """The cases, the most telling first, and whether FlexAttention takes part, which compiles for
     each."""
-    of, both = sizes.of, (False, True)
+    of = sizes.of
     ring, *rings = sizes.rings
     clip, *clips = sizes.clips
     yield cases.ring_attention(of, CHUNK, ring), True
     yield cases.ring_attention(of, 1, ring), False
     yield from _training(of, clip)
-    for backward in both:
+    for backward in (False, True):
         yield cases.self_forcing(of, clip, backward), True
-    if sizes.wide:
-        for frames in (CHUNK, 1):
-            case = cases.ring_attention(replace(of, heads=sizes.wide), frames, ring)
-            yield replace(case, size=f"{case.size}, {sizes.wide} heads"), False
+    for frames in (CHUNK, 1):
+        case = cases.ring_attention(replace(of, heads=sizes.wide), frames, ring)
+        yield replace(case, size=f"{case.size}, {sizes.wide} heads"), False
     yield cases.cross_attention(of, CHUNK * of.frame_tokens, sizes.text), False
     yield cases.ring_attention(of, CHUNK, ring, valid=CHUNK * -(-ring // (2 * CHUNK))), False
     yield from _training(of, clip, window=sizes.window, sink=sizes.sink)
@@ -90,13 +90,11 @@ def implementations(
     case: AttentionCase, device: torch.device, compiled: bool
 ) -> list[Implementation]:
     """Ours first. compiled: FlexAttention takes part."""
-    found: list[Implementation] = []
     cuda = device.type == "cuda"
-    if cuda or interpreted():
-        found.append(Implementation("triton", case.by("triton")))
+    found = [Implementation("triton", case.by("triton"))] if cuda or interpreted() else []
     if not cuda:
-        found.append(Implementation(EAGER, case.by("reference")))
-        return [*found, Implementation("sdpa", plainly(case, "sdpa"))]
+        eager = Implementation(EAGER, case.by("reference"))
+        return [*found, eager, Implementation("sdpa", plainly(case, "sdpa"))]
     if torch.cuda.get_device_capability(device)[0] == 9:
         found.append(Implementation("gluon", case.by("gluon")))
     backends = dict(SDPA)
@@ -134,7 +132,7 @@ class Judge:
 
     upstream: the gradients of its outputs, of a backward pass."""
 
-    def __init__(self, case: AttentionCase, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, case: AttentionCase, inputs: Tensors) -> None:
         self.case, self.inputs = case, inputs
         self.upstream = [torch.randn_like(inputs[0])] if case.backward else []
         self.head = int(torch.randint(inputs[0].shape[2], ()))
@@ -154,9 +152,7 @@ class Judge:
         return [dq, *(t[:, -self.case.own :] for t in others)]
 
 
-def exact(
-    case: AttentionCase, inputs: Sequence[Tensor], upstream: Sequence[Tensor], head: int
-) -> list[Tensor]:
+def exact(case: AttentionCase, inputs: Tensors, upstream: Tensors, head: int) -> list[Tensor]:
     """The results of one head, in float64, by slices of the queries: the pattern at full size in a
     fraction of its memory."""
     q, k, v = (t[:, :, head : head + 1].double() for t in case.plain(*inputs))
@@ -179,17 +175,13 @@ def exact(
     return [out, dk[:, -case.own :], dv[:, -case.own :]] if case.backward else [out]
 
 
-def compare(
-    got: Sequence[Tensor], eager: Sequence[Tensor], want: Sequence[Tensor], head: int,
-    slack: float = 1.0,
-) -> None:  # fmt: skip
+def compare(got: Tensors, eager: Tensors, want: Tensors, head: int, slack: float = 1.0) -> None:
     """See `Judge`. Raises AssertionError."""
-    one = slice(head, head + 1)
     names = ("o",) if len(got) == 1 else ("dq", "dk", "dv")
     for name, ours, theirs, exactly in zip(names, got, eager, want, strict=True):
-        one_of = ours[:, :, one], theirs[:, :, one], exactly
-        close_as_eager(f"{name} of head {head}", *one_of, slack=slack)
-        eager_error = float((theirs[:, :, one] - exactly).abs().max())
+        mine, eager_s = (t[:, :, head : head + 1] for t in (ours, theirs))
+        close_as_eager(f"{name} of head {head}", mine, eager_s, exactly, slack=slack)
+        eager_error = float((eager_s - exactly).abs().max())
         eps = torch.finfo(theirs.dtype).eps
         allowed = 4 * slack * (eager_error + eps * float(exactly.abs().max()))
         worst = float((ours.float() - theirs.float()).abs().max())

@@ -12,13 +12,11 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from bench import timing
 from bench.figures import race
@@ -44,12 +42,6 @@ STREAMED = 61  # pixel frames
 RECIPES = ("tf", "sf+dmd")
 
 
-def sizes(dtype: torch.dtype, tiny: bool) -> memory_bound.Sizes:
-    if tiny:
-        return memory_bound.TINY
-    return memory_bound.Sizes((CHUNK,), (CHUNK,), LEVELS, dtype)
-
-
 def run(job: Job) -> Result:
     if cpp.MISSING:
         raise ValueError(f"there are no ops in C++ to measure: {cpp.MISSING}")
@@ -59,29 +51,28 @@ def run(job: Job) -> Result:
     result = job.begin("cpu", torch.float32)
     result["instructions"] = cpp.LOADED
     copies: dict[int, dict[int, float]] = {count: {} for count in THREADS}
+    threads_name = {count: f"{count} thread{'s' * (count > 1)}" for count in THREADS}
     try:
         for dtype in DTYPES[:1] if job.tiny else DTYPES:
+            full = memory_bound.Sizes((CHUNK,), (CHUNK,), LEVELS, dtype)
+            cases = [case for case, _ in memory_bound.rows(memory_bound.TINY if job.tiny else full)]
             for count in THREADS:
                 torch.set_num_threads(count)
-                label = f", {str(dtype).removeprefix('torch.')}, {threads_name(count)}"
-                for case, _ in memory_bound.rows(sizes(dtype, job.tiny)):
+                label = f", {str(dtype).removeprefix('torch.')}, {threads_name[count]}"
+                for case in cases:
                     row = functools.partial(
                         kernels.row, case, job, result, copies[count], not job.tiny
                     )
                     job.add(result, case.label + label, row)
         for count in THREADS:
             torch.set_num_threads(count)
-            job.add(result, f"toy stream, {threads_name(count)}", functools.partial(_stream, job))
+            job.add(result, f"toy stream, {threads_name[count]}", functools.partial(_stream, job))
             for recipe in RECIPES:
-                name = f"toy training step, {recipe}, {threads_name(count)}"
+                name = f"toy training step, {recipe}, {threads_name[count]}"
                 job.add(result, name, functools.partial(_train, recipe, count, job))
     finally:
         torch.set_num_threads(threads)
     return job.end(result)
-
-
-def threads_name(count: int) -> str:
-    return f"{count} thread{'s' * (count > 1)}"
 
 
 def _stream(job: Job) -> Result:
@@ -90,7 +81,9 @@ def _stream(job: Job) -> Result:
     runs = {}
     for name, impl in ((CPP, "auto"), (EAGER, "reference")):
         model, codec, text = load_toy(device=job.device)
-        _choose(model, impl)
+        for module in model.modules():  # attention is PyTorch's in both
+            if hasattr(module, "impl"):
+                vars(module)["impl"] = impl
         embedding = text(["a large red ball moves up slowly"], model.device)
         runs[name] = functools.partial(_frames, model, codec, embedding, preset)
     return _timed(runs, job, STREAMED)
@@ -99,13 +92,6 @@ def _stream(job: Job) -> Result:
 def _frames(*args: Any) -> None:
     for _ in stream(*args, frames=STREAMED, seed=0):
         pass
-
-
-def _choose(model: nn.Module, impl: str) -> None:
-    """`impl` for all of a model's ops but attention, which is PyTorch's in both."""
-    for module in model.modules():
-        if hasattr(module, "impl"):
-            vars(module)["impl"] = impl
 
 
 def _train(recipe: str, threads: int, job: Job) -> Result:
@@ -128,17 +114,11 @@ def _train(recipe: str, threads: int, job: Job) -> Result:
 
 def _timed(runs: Mapping[str, Callable[[], Any]], job: Job, count: int) -> Result:
     """Milliseconds of one of the `count` that a run makes, all in turn."""
-
-    def clocked(run: Callable[[], Any]) -> float:
-        began = time.perf_counter()
-        run()
-        return 1e3 * (time.perf_counter() - began) / count
-
-    calls = {name: functools.partial(clocked, run) for name, run in runs.items()}
+    calls = {name: functools.partial(timing.once, run, job.device) for name, run in runs.items()}
     times, errors = timing.in_turn(calls, 1 + (2 if job.tiny else job.rounds))
     entries = {name: timing.failed(error) for name, error in errors.items()}
     for name, values in times.items():  # the first only warms up
-        entries[name] = timing.entry(timing.summary(values[1:]))
+        entries[name] = timing.entry(timing.summary([ms / count for ms in values[1:]]))
     return {"contestants": entries}
 
 

@@ -13,25 +13,13 @@ from typing import Any
 
 import torch
 
+from bench import tables as show
 from bench import timing
 from bench.figures import BLUE, GREY, ORANGE, new, race
 from bench.harness import OURS, Job
 from bench.ops import attention, memory_bound
 from bench.ops.measure import best, run_case
-from bench.tables import (
-    PEAK_MIB,
-    Result,
-    Table,
-    left_out,
-    microseconds,
-    number,
-    of_entries,
-    percent,
-    product_unit,
-    share,
-    timed,
-    value,
-)
+from bench.tables import Result, Table, timed
 from sfkernels.cases import AttentionCase, Case
 from sfkernels.testing import interpreted
 from sfmodel.machine import describe
@@ -61,7 +49,9 @@ def run(job: Job) -> Result:
     for case, _ in every:
         job.add(result, case.label, functools.partial(row, case, job, result, copies, False))
     again = [case for case, compiled in every if compiled and job.cuda]
-    for case in sorted(again, key=_is_not_a_pattern):
+    # First the patterns that FlexAttention is made for, and of them the backward pass.
+    again.sort(key=lambda case: (getattr(case, "layout", None) is None, not case.backward))
+    for case in again:
         name = "flex" if isinstance(case, AttentionCase) else "compile"
         job.add(result, case.label, functools.partial(row, case, job, result, copies, True), name)
     return job.end(result)
@@ -77,22 +67,19 @@ def row(case: Case, job: Job, result: Result, copies: dict[int, float], compiled
     return out
 
 
-def _is_not_a_pattern(case: Case) -> tuple[bool, bool]:
-    """Key that sorts the patterns that FlexAttention is made for first, and of them their backward
-    pass."""
-    return not isinstance(case, AttentionCase) or case.layout is None, not case.backward
-
-
-def is_attention(row: dict[str, Any]) -> bool:
-    """Tells rows whose products take the time from those whose bytes do."""
-    return str(row["case"]).startswith("attention")
+def by_limit(result: Result) -> tuple[list[Result], list[Result]]:
+    """The rows whose bytes take the time, and those whose products do."""
+    found: tuple[list[Result], list[Result]] = [], []
+    for row in result["rows"]:
+        found[row["case"].startswith("attention")].append(row)
+    return found
 
 
 def tables(result: Result) -> list[Table]:
     ceilings = result["ceilings"]
     here = describe(result["machine"])
     product = ceilings.get("matmul_tflops")
-    unit, scale = product_unit(ceilings)
+    unit, scale = show.product_unit(ceilings)
     ours = {row["case"]: best(row.get("contestants", {}))["best_ours"] for row in result["rows"]}
 
     def over_ours(row: Result, e: Result) -> str:
@@ -100,50 +87,49 @@ def tables(result: Result) -> list[Table]:
         return f"{e['ms'] / row['contestants'][first]['ms']:.2f}" if first else ""
 
     common = {
-        "µs": value("ms", microseconds),
-        "p99": value("p99_ms", microseconds),
-        "with launch": value("launched_ms", microseconds),
+        "µs": show.value("ms", show.microseconds),
+        "p99": show.value("p99_ms", show.microseconds),
+        "with launch": show.value("launched_ms", show.microseconds),
     }
     of_bytes = {
-        "GB/s": value("gbps"),
-        "% of large copy": share("gbps", ceilings["copy_gbps"]),
-        "% of same-size copy": lambda row, e: percent(e["gbps"], row["copy_gbps"]),
+        "GB/s": show.value("gbps"),
+        "% of large copy": show.share("gbps", ceilings["copy_gbps"]),
+        "% of same-size copy": lambda row, e: show.percent(e["gbps"], row["copy_gbps"]),
     }
     of_products = {
-        unit: value("tflops", scale=scale),
-        "% of product": share("tflops", product),
-        "MiB": PEAK_MIB,
+        unit: show.value("tflops", scale=scale),
+        "% of product": show.share("tflops", product),
+        "MiB": show.PEAK_MIB,
     }
     last = "time / ours" if any(name in OURS for name in ours.values()) else "time / eager"
-    rate = f"{number(scale * product)} {unit}" if product else "not measured"
+    rate = f"{show.number(scale * product)} {unit}" if product else "not measured"
     found = []
-    for attention_too, title, columns in (
-        (False, f"bytes decide; a large copy: {ceilings['copy_gbps']:.0f} GB/s", of_bytes),
-        (True, f"arithmetic decides; a matrix product: {rate}", of_products),
+    by_bytes, by_products = by_limit(result)
+    for rows, title, columns in (
+        (by_bytes, f"bytes decide; a large copy: {ceilings['copy_gbps']:.0f} GB/s", of_bytes),
+        (by_products, f"arithmetic decides; a matrix product: {rate}", of_products),
     ):
-        rows = [row for row in result["rows"] if is_attention(row) == attention_too]
         if rows:
             columns = common | columns | {last: over_ours}
-            found.append(of_entries(f"{title} ({here})", rows, columns))
+            found.append(show.of_entries(f"{title} ({here})", rows, columns))
     if found:
-        found[-1] = found[-1]._replace(notes=[*found[-1].notes, *left_out(result)])
+        found[-1] = found[-1]._replace(notes=[*found[-1].notes, *show.left_out(result)])
     return found
 
 
 def bandwidth(row: Result, e: Result) -> tuple[float, str]:
     """A bar: % of the bandwidth of a copy of as many bytes."""
-    return 100 * e["gbps"] / row["copy_gbps"], f"{microseconds(e['ms'])} µs"
+    return 100 * e["gbps"] / row["copy_gbps"], f"{show.microseconds(e['ms'])} µs"
 
 
 def figures(result: Result) -> Iterator[tuple[str, Any]]:
-    unit, scale = product_unit(result["ceilings"])
+    unit, scale = show.product_unit(result["ceilings"])
 
     def rate(_: Result, e: Result) -> tuple[float, str]:
-        return scale * e["tflops"], f"{number(scale * e['tflops'])}  ({microseconds(e['ms'])} µs)"
+        reached = scale * e["tflops"]
+        return reached, f"{show.number(reached)}  ({show.microseconds(e['ms'])} µs)"
 
-    by_bytes, by_products = (
-        [row for row in result["rows"] if is_attention(row) == which] for which in (False, True)
-    )
+    by_bytes, by_products = by_limit(result)
     yield from race("kernels", result, by_bytes, bandwidth, 100, BANDWIDTH)
     product = scale * result["ceilings"].get("matmul_tflops", 0.0)
     label = f"{unit} (dashed: a matrix product)"

@@ -6,7 +6,8 @@ than ours with some slack; one that is wrong is reported and not timed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,17 +51,12 @@ def run_case(
     inputs = case.make(device)
     check = judge(case, inputs)
     upstream = check.upstream
-    entries: dict[str, dict[str, Any]] = {}
-    right: list[Implementation] = []
-    for one in implementations(case, device, compiled):
-        entries[one.name] = {}  # in this order in every table
-        try:
-            with one.context():
-                check(one.forward, slack=1.0 if one.name in OURS else SLACK)
-            right.append(one)
-        except Exception as error:
-            entries[one.name] = timing.failed(error)
-    del check
+
+    known = implementations(case, device, compiled)
+    entries: dict[str, dict[str, Any]] = {one.name: {} for one in known}  # so ordered in tables
+    checks = {one.name: functools.partial(_checked, one, check) for one in known}
+    right = [*timing.right(checks, entries).values()]
+    del check, checks
 
     count = timing.count_sets(case.nbytes, device)
     sets = [inputs, *(case.make(device) for _ in range(count - 1))]
@@ -74,17 +70,20 @@ def run_case(
             entries[name]["note"] = "in Triton's interpreter: right, and its time says nothing"
     floor = timing.floor_ms(case.flops, case.nbytes, ceilings)
     row = {"case": case.label, "flops": case.flops, "bytes": case.nbytes, "floor_ms": floor}
-    row |= {"sets": count, "rounds": rounds, "contestants": entries}
-    return row | best(entries)
+    return row | {"sets": count, "rounds": rounds, "contestants": entries} | best(entries)
+
+
+def _checked(one: Implementation, check: Callable[..., None]) -> Implementation:
+    with one.context():
+        check(one.forward, slack=1.0 if one.name in OURS else SLACK)
+    return one
 
 
 def rates(case: Case, timed: timing.Timing | str) -> dict[str, float]:
     if isinstance(timed, str):
         return {}
-    return {
-        "gbps": timing.gbps(case.nbytes, timed.p50),
-        "tflops": case.flops / timed.p50 / 1e9,
-    }
+    ms = timed.p50
+    return {"gbps": timing.gbps(case.nbytes, ms), "tflops": case.flops / ms / 1e9}
 
 
 def best(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -23,18 +23,14 @@ from sfkernels.testing import Op, interpreted
 EPS = 1e-6
 LIGER = "liger_kernel.transformers.functional"
 # Other libraries' kernels of an op: where they are imported from, and how they are called.
-PEERS: dict[str, tuple[tuple[str, str, str, Callable[..., Any]], ...]] = {
+PEERS: dict[str, tuple[tuple[str, str, Callable[..., Any]], ...]] = {
     "rms_norm": (
         # In place, its backward pass would write over the gradient that it is given.
-        ("liger", LIGER, "liger_rms_norm",
-         lambda rms, x, w: rms(x, w, EPS, in_place=False)),
-        ("quack", "quack", "rmsnorm", lambda rms, x, w: rms(x, w, eps=EPS)),
+        ("liger", LIGER, lambda liger, x, w: liger.liger_rms_norm(x, w, EPS, in_place=False)),
+        ("quack", "quack", lambda quack, x, w: quack.rmsnorm(x, w, eps=EPS)),
     ),
-    "layer_norm": (
-        ("liger", LIGER, "liger_layer_norm",
-         lambda norm, x, w, b: norm(x, w, b, EPS)),
-    ),
-}  # fmt: skip
+    "layer_norm": (("liger", LIGER, lambda liger, *xwb: liger.liger_layer_norm(*xwb, EPS)),),
+}
 # PyTorch's own op of the same tensors.
 NATIVE: dict[str, Op] = {
     "rms_norm": lambda x, w: F.rms_norm(x, w.shape, w, EPS),
@@ -61,20 +57,13 @@ class Sizes:
 
 LEVELS = ((12, 480 * 832, 96), (12, 240 * 416, 192), (3, 60 * 104, 384))
 _CHUNK, _CLIP = (CHUNK, FRAME, 1536), (WINDOW, FRAME, 1536)
-FULL = Sizes(
-    (
-        *(_CHUNK, _CLIP, (1, FRAME, 1536), (9, FRAME, 1536)),  # Wan2.1-1.3B
-        *((frames, FRAME, 5120) for frames in (3, 1, 9, WINDOW)),  # 14B
-    ),
-    (_CHUNK, _CLIP),
-    LEVELS,
-    torch.bfloat16,
-)
+_NARROW = _CHUNK, _CLIP, (1, FRAME, 1536), (9, FRAME, 1536)  # Wan2.1-1.3B
+_WIDE = tuple((frames, FRAME, 5120) for frames in (3, 1, 9, WINDOW))  # 14B
+FULL = Sizes(_NARROW + _WIDE, (_CHUNK, _CLIP), LEVELS, torch.bfloat16)
 # A frame: large enough for the C++ to show, on two cores in seconds.
 SMALL = Sizes(((1, FRAME, 1536),), ((1, FRAME, 1536),), ((1, 60 * 104, 384),), torch.float32)
-TINY = Sizes(
-    ((3, 16, 96),), ((3, 16, 96),), ((3, 16, 96),), torch.float32, 32, (4, 6, 8), (2, 3)
-)  # fmt: skip
+_TOY = ((3, 16, 96),)
+TINY = Sizes(_TOY, _TOY, _TOY, torch.float32, 32, (4, 6, 8), (2, 3))
 
 
 def rows(sizes: Sizes) -> Iterator[tuple[Case, bool]]:
@@ -100,18 +89,15 @@ def rows(sizes: Sizes) -> Iterator[tuple[Case, bool]]:
         yield cases.rope_table(grid=sizes.grid), False
         for level in sizes.levels:
             for backward in (False, True) if level == sizes.levels[-1] else (False,):
-                case = cases.rms_norm_silu(*level, dtype, backward)
-                yield case, level == sizes.levels[0]
+                yield cases.rms_norm_silu(*level, dtype, backward), level == sizes.levels[0]
 
 
 def implementations(case: Case, device: torch.device, compiled: bool) -> list[Implementation]:
     """Ours first. compiled: torch.compile takes part."""
     cuda = device.type == "cuda"
-    found = []
-    if not cuda and not cpp.MISSING:
-        found.append(Implementation(CPP, case.by("cpp")))
-    if cuda or interpreted():
-        found.append(Implementation("triton", case.by("triton")))
+    impls = [CPP] if not cuda and not cpp.MISSING else []
+    impls += ["triton"] if cuda or interpreted() else []
+    found = [Implementation(impl, case.by(impl)) for impl in impls]
     found.append(Implementation(EAGER, case.by("reference")))
     if compiled:
         torch._dynamo.reset()  # one entry for each op, not a growing list of guards
@@ -121,9 +107,9 @@ def implementations(case: Case, device: torch.device, compiled: bool) -> list[Im
         found.append(Implementation("compile", by_inductor))
     if case.op in NATIVE:
         found.append(Implementation("native", functools.partial(_as_list, NATIVE[case.op])))
-    for name, module, function, call in PEERS.get(case.op, ()):
+    for name, module, call in PEERS.get(case.op, ()):
         if cuda and importlib.util.find_spec(module.partition(".")[0]):
-            peer = functools.partial(_peer, module, function, call)
+            peer = functools.partial(_peer, module, call)
             found.append(Implementation(name, functools.partial(_as_list, peer)))
     return found
 
@@ -132,8 +118,8 @@ def _as_list(op: Op, *tensors: Tensor) -> list[Tensor]:
     return [op(*tensors)]
 
 
-def _peer(module: str, function: str, call: Callable[..., Any], *tensors: Tensor) -> Any:
-    return call(getattr(importlib.import_module(module), function), *tensors)
+def _peer(module: str, call: Callable[..., Any], *tensors: Tensor) -> Any:
+    return call(importlib.import_module(module), *tensors)
 
 
 class Judge:
@@ -162,7 +148,6 @@ class Judge:
 
         def restored(x: Tensor) -> Tensor:
             q, scale = op(x)
-            out: Tensor = q.to(scale.dtype) * scale[..., None]
-            return out
+            return torch.mul(q.to(scale.dtype), scale[..., None])
 
         return restored
