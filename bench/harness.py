@@ -23,15 +23,15 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from bench import PARTS, figures, timing
-from bench.tables import Result, Table, plain_console, show, untimed
+from bench.tables import Result, plain_console, show, untimed
 from sfmodel.files import atomic
 from sfmodel.machine import machine, state
 
@@ -40,16 +40,6 @@ EAGER, CPP = "eager", "cpp"
 OURS = ("triton", "gluon", CPP)
 PEERS = ("compile", "native", "liger", "quack", "sdpa", "flash", "flex", "diffusers")
 FULL_ON_CPU = ("cpu", "decode")  # at more than toy sizes
-
-
-class Part(Protocol):
-    def run(self, job: Job) -> Result: ...
-    def tables(self, result: Result) -> list[Table]: ...
-    def figures(self, result: Result) -> Iterable[tuple[str, Any]]: ...
-
-
-def nothing(_: Any) -> None:
-    """Tells nobody."""
 
 
 @dataclass
@@ -63,8 +53,8 @@ class Job:
     seconds: float = math.inf
     only: str = ""
     rounds: int = timing.ROUNDS
-    save: Callable[[Result], None] = nothing
-    tick: Callable[[str], None] = nothing
+    save: Callable[[Result], None] = lambda result: None
+    tick: Callable[[str], None] = lambda text: None
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -136,7 +126,7 @@ def write(file: Path, result: Result) -> None:
         part.write_text(json.dumps(result, indent=1))
 
 
-def draw(part: Part, result: Result, folder: Path) -> str:
+def draw(part: Any, result: Result, folder: Path) -> str:
     """Saves a part's figures; says what became of them."""
     if not importlib.util.find_spec("matplotlib"):
         return "no figures, which need matplotlib"

@@ -381,8 +381,4 @@ def copy_bandwidth(device: torch.device, nbytes: int, rounds: int = ROUNDS) -> f
     times = [t.p50 for t in measure(copies, sets, rounds).values() if isinstance(t, Timing)]
     if not times:
         raise RuntimeError("no copy could be timed")
-    return gbps(2 * half, min(times))
-
-
-def gbps(nbytes: int, milliseconds: float) -> float:
-    return nbytes / milliseconds / 1e6
+    return 2 * half / min(times) / 1e6

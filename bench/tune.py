@@ -204,7 +204,7 @@ def tune(search: Search, device: torch.device, deadline: float) -> dict[str, Any
     best, *others = sorted(score, key=score.__getitem__)
     why = []
     for case, ms, copied in zip(search.cases, times[best], of_copy, strict=False):
-        rate = f"{100 * timing.gbps(case.nbytes, ms) / copied:.0f}% of a copy"
+        rate = f"{100 * case.nbytes / ms / 1e6 / copied:.0f}% of a copy"
         if isinstance(case, AttentionCase):
             rate = f"{case.flops / ms / 1e9:.0f} TFLOP/s"
         why.append(f"{1e3 * ms:.1f} us at {case.size}, {rate}")

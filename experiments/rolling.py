@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import harness, timing
+from bench import timing
 from bench.figures import BLUE, GREY, LIGHT, ORANGE, new
 from bench.harness import Job
 from bench.inputs import random_model
@@ -113,7 +113,7 @@ def compare(
     chunks: int = 12,
     filled: bool = False,
     seconds: float = math.inf,
-    tick: Callable[[str], None] = harness.nothing,
+    tick: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Times the three ways on the same past, chunk by chunk in turn.
 

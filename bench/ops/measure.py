@@ -83,7 +83,7 @@ def rates(case: Case, timed: timing.Timing | str) -> dict[str, float]:
     if isinstance(timed, str):
         return {}
     ms = timed.p50
-    return {"gbps": timing.gbps(case.nbytes, ms), "tflops": case.flops / ms / 1e9}
+    return {"gbps": case.nbytes / ms / 1e6, "tflops": case.flops / ms / 1e9}
 
 
 def best(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
