@@ -145,7 +145,7 @@ def launch_every_kernel() -> None:
     rows = memory_bound.Sizes(shapes, shapes, levels, torch.bfloat16, 32, latents, (2, 3))
     # The head dim of the part before, so that most of these kernels are compiled already.
     heads = Heads(37, 2, 128, torch.bfloat16)
-    patterns = attention.Sizes(heads, 0, 77, (6, 3), (6,), 5, 1)
+    patterns = attention.Sizes(heads, 1, 77, (6, 3), (6,), 5, 1)
     odd = [
         *(case for case, _ in memory_bound.rows(rows)),
         *(case for case, _ in attention.rows(patterns)),
