@@ -364,7 +364,6 @@ def check(
 ) -> list[Compiled]:
     """Compiles and judges every case of the kernels (None: all) for the architectures (None: all),
     in as many processes as there are cores. Raises ValueError for unknown names."""
-    _prepare(tuned)
     every = ahead_of_time()
     known = list(dict.fromkeys(case.launcher for case in every))
     for name in kernels or ():
