@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("fresh_seed")
 SIZES: list[tuple[int, int, int, tuple[int, ...]]] = [
     (64, 2, 3, (4, 5, 7)),
     (256, 1, 2, (3, 85)),
-    (128, 3, 1, (1,)),
+    (128, 61, 1, (1,)),
     (1024, 2, 2, (2, 8, 8)),
 ]
 OF_CPP = [(1024, 1, 2, (7, 151))]  # of C++: blocks of a frame, the last of them cut
