@@ -67,7 +67,7 @@ def verdict(out: Result) -> str:
 
 
 def overview(content: Result) -> Table:
-    """What became of the parts of a run."""
+    """Table of the parts of a run: seconds, and how each ended."""
     rows = [
         [name, f"{out['seconds']:.0f}" if "seconds" in out else "", verdict(out)]
         for name, out in compare.parts(content).items()

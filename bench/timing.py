@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sfmodel import graphs, ranges
+from sfmodel.graphs import reason as reason
 
 ROUNDS = 30
 LAUNCHED_ROUNDS = 5
@@ -191,12 +192,6 @@ def failed(error: Exception) -> dict[str, str]:
     return {"failed": wrong + reason(error)}
 
 
-def reason(error: BaseException) -> str:
-    """One line for a table."""
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-
-
 def quantile(values: Sequence[float], q: float) -> float:
     """The smallest of `values` that at least a share q of them do not exceed."""
     ordered = sorted(values)
@@ -325,8 +320,7 @@ def _backward_only(forward: Callable[..., Any], upstream: Sets, sets: Sets, cuda
         first.replay()  # what the backward pass reads
     except RuntimeError as error:
         outs = run_forward()
-        note = f"no CUDA graph, launches included: {reason(error)}"
-        return Ready(lambda: run_backward(outs, True), None, note)
+        return Ready(lambda: run_backward(outs, True), None, graphs.why_none(error))
 
     def replay(_alive: object = (first, outs, grads)) -> None:
         second.replay()

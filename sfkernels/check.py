@@ -301,7 +301,7 @@ def _code(cubin: bytes) -> bytes:
 
 
 def _run(name: str, content: bytes, *options: str) -> str:
-    """What one of NVIDIA's tools that come with Triton says of a file with this content."""
+    """Output of one of NVIDIA's tools that come with Triton for a file with this content."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(content)
         file.flush()

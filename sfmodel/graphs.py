@@ -25,10 +25,19 @@ def captured(run: Callable[[], object], pool: Any = None) -> tuple[Callable[[], 
         with capture(graph, pool):
             run()
     except RuntimeError as error:
-        lines = str(error).splitlines()
-        why = f"{type(error).__name__}: {lines[0] if lines else ''}"
-        return None, f"no CUDA graph, launches included: {why}"[:300]
+        return None, why_none(error)
     return graph.replay, ""
+
+
+def why_none(error: BaseException) -> str:
+    """The note that stands beside a time which no graph has."""
+    return f"no CUDA graph, launches included: {reason(error)}"
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line for a table."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What a figure was measured on, and the state that it was in."""
+"""Description of the machine that a figure was measured on, and of the state that it was in."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _smi(device: torch.device, *queries: str) -> list[str]:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this file lies in, with a + where it was changed."""
+    """Commit of the checkout that this file lies in, with a + where it was changed."""
     here = ["git", "-C", str(Path(__file__).parent)]
     describe = ["describe", "--always", "--dirty=+", "--exclude=*"]
     try:

@@ -22,7 +22,7 @@ from sfmodel import graphs
 from sfmodel.config import Preset, check_seed
 from sfmodel.dit import DiT
 from sfmodel.ranges import phase
-from sfmodel.schedule import FlowSchedule
+from sfmodel.schedule import TRAIN_STEPS, FlowSchedule
 from sfmodel.vae.codec import VideoDecoder, to_bytes
 
 PROMPT, NOISE, STEP, DECODE = "prompt keys and values", "noise", "step ", "decode"
@@ -43,6 +43,12 @@ def few_step(
     i + 1 with fresh noise, `renoise(i + 1)`; after the last of the falling `sigmas` both are x0."""
     following = () if i + 1 == len(sigmas) else (sigmas[i + 1], renoise(i + 1))
     return sampler_step(x, flow, sigmas[i], *following, impl=impl)
+
+
+def check_euler(steps: int) -> None:
+    """Raises ValueError for a number of Euler steps that the schedule does not have; 0 is none."""
+    if not 0 <= steps <= TRAIN_STEPS:
+        raise ValueError(f"euler={steps}: must be 0 to {TRAIN_STEPS} steps")
 
 
 class Decoding:
@@ -129,11 +135,12 @@ class Stream:
         noise: Callable[[int], Tensor | Noise] | None = None,
     ) -> None:
         check_seed(seed, batch)
-        if not 0 <= euler <= 1000:
-            raise ValueError(f"euler={euler}: must be 0 to 1000 steps")
+        check_euler(euler)
         self.model, self.preset, self.batch, self.graph = model, preset.check(), batch, graph
         self.euler, self.noise = euler, noise
-        steps = [round(1000 * (1 - i / euler)) for i in range(euler)] if euler else preset.steps
+        steps = (
+            [round(TRAIN_STEPS * (1 - i / euler)) for i in range(euler)] if euler else preset.steps
+        )
         schedule, device = FlowSchedule(preset.shift), model.device
         t = schedule.warp(steps).to(device)
         self.sigmas = [*schedule.sigma(t)]
@@ -160,13 +167,16 @@ class Stream:
         model, preset = self.model, self.preset
         size = self.batch, frames, model.config.channels, preset.height, preset.width
         x = self.x[frames] = torch.zeros(size, device=model.device)
+        # Of the chunk's place in the ring, which stays until its update.
+        frame_F = torch.zeros(frames, dtype=torch.int32, device=model.device)
 
         def noise_of(i: int) -> Tensor | Noise:
             if self.noise is not None:
                 return self.noise(i)
-            return Noise(self.seed_B, self.cache.chunk(frames).frame_F, i)
+            return Noise(self.seed_B, frame_F, i)
 
         def draw() -> None:
+            frame_F.copy_(self.cache.chunk(frames).frame_F)
             noise = noise_of(0)
             x.copy_(noise if isinstance(noise, Tensor) else normal(noise, size, impl=model.impl))
 
@@ -230,9 +240,9 @@ class Stream:
         with phase(PROMPT):
             self._set_text()
 
-    def _run(self, name: str, frames: int) -> None:
+    def _run(self, name: str) -> None:
         with phase(name):
-            self.phases[frames][name]()
+            self.phases[self.size][name]()
 
     @torch.no_grad()
     def denoise(self) -> Tensor:
@@ -241,9 +251,9 @@ class Stream:
         if self.pending:
             self.update()
         self.size = self.next
-        self._run(NOISE, self.size)
+        self._run(NOISE)
         for i in range(len(self.sigmas)):
-            self._run(f"{STEP}{i + 1}", self.size)
+            self._run(f"{STEP}{i + 1}")
         self.pending = True
         return self.x[self.size]
 
@@ -252,14 +262,14 @@ class Stream:
         """The pixels [B, T, 3, H, W] of the chunk, about in [-1, 1], in memory that the next one
         may overwrite."""
         assert self.decoding is not None, "this stream has no codec"
-        self._run(DECODE, self.size)
+        self._run(DECODE)
         return self.decoding.pixels_BTCHW
 
     @torch.no_grad()
     def copy_to_host(self) -> Tensor:
         """The decoded chunk as bytes [B, T, H, W, 3] in host memory that the next one overwrites.
         On a GPU they are there once the device has been waited for."""
-        self._run(COPY, self.size)
+        self._run(COPY)
         return self.host_BTHWC
 
     def _copy_to_host(self) -> None:
@@ -277,7 +287,7 @@ class Stream:
         if clean_BFCHW is not None:
             self.size = self.next
             self.x[self.size].copy_(clean_BFCHW)
-        self._run(UPDATE, self.size)
+        self._run(UPDATE)
         self.pending, self.next = False, self.preset.chunk
 
     @torch.no_grad()

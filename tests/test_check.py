@@ -58,7 +58,7 @@ def test_every_launcher_has_a_case() -> None:
 
 
 def test_every_kernel_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the public functions on meta tensors; of a backward pass, none of its forward pass."""
+    """Public functions on meta tensors launch each; a backward pass none of its forward pass."""
     launched: list[str] = []
     monkeypatch.setattr(
         launch, "recorder", lambda kernel, *_, **__: launched.append(kernel_name(kernel))

@@ -1,4 +1,4 @@
-"""What tests.interpreter changes in Triton's interpreter: results and refusals stay."""
+"""Triton's interpreter as tests.interpreter changes it: results and refusals stay."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_ranks_have_a_folder_alone(done: Done) -> None:
 
 
 def share_fate(fate: str, said: Path, environment: dict[str, str]) -> None:
-    """What one rank does, in a process of its own, and says into a file."""
+    """Act as one rank, in a process of its own, and say into a file how it went."""
     os.environ.update(environment)
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
 

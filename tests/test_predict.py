@@ -17,8 +17,8 @@ from tests.test_cost import H100, H200, WAN, D
 
 
 def test_exchange() -> None:
-    """By hand on 3 GPUs: 1560 of 4680 tokens each, two thirds of whose q, k, v go to the others,
-    and of whose o as much comes back; each in every layer."""
+    """Bytes by hand on 3 GPUs: 1560 of 4680 tokens each, two thirds of whose q, k, v go to the
+    others, and of whose o as much comes back; each in every layer."""
     assert predict.exchange_bytes(WAN, 3) == 4 * 1560 * D * 2 * 2 / 3
     assert predict.exchange_bytes(WAN, 3, "8-bit") == (3 + 2) * 1560 * D * 2 / 3
     assert predict.exchange_bytes(WAN, 1) == 0
@@ -88,7 +88,7 @@ def _leaves(tree: Any) -> list[float]:
 
 
 def test_a_larger_model_costs_more() -> None:
-    """Of 14B at 720×1280, the cache alone takes 2 · 40 layers · 21 · 3600 tokens · 5120."""
+    """The cache of 14B at 720×1280 alone takes 2 · 40 layers · 21 · 3600 tokens · 5120."""
     large = setting("wan-14b", 720, 1280)
     memory = prediction(large, H200)["memory_gib"]
     assert memory["cache"] == pytest.approx(80 * (21 * 3600 + 512) * 5120 * 2 / 2**30)

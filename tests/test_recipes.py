@@ -408,7 +408,7 @@ def test_a_run_refuses_trajectories_of_another(make: Make) -> None:
 
 
 def test_guidance_leads_away_from_the_negative_prompt() -> None:
-    """Of constant flows, from σ = 1 to 0 in one step: noise − flow."""
+    """Constant flows, from σ = 1 to 0 in one step, give noise − flow."""
     noise, asked = torch.randn(2, 1, 4, 8, 8), []
 
     def against(x: Tensor, t: Tensor) -> Tensor:

@@ -242,11 +242,8 @@ def attention_fwd(
     """o [B, L, H, D] and lse [B, H, L] float32, of queries that see the spans of their row, and
     before them those of the prefix. Every query sees a key, and no span is empty."""
     setting = tile_setting("attention_fwd", q_BLHD)
-    table = tile_table(rows, prefix, setting.stationary, q_BLHD.device)
-    o_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
-    lse_BHL = by_row(q_BLHD)
+    work, o_BLHD, lse_BHL = pattern_work(setting, q_BLHD, rows, prefix)
     sources = k_BSHD, v_BSHD, k_prefix_BPHD, v_prefix_BPHD
-    work = Work(len(table.tiles), 1, len(prefix), table, None)
     _launch_forward(setting, q_BLHD, sources, o_BLHD, lse_BHL, work, scale)
     return o_BLHD, lse_BHL
 
@@ -276,6 +273,15 @@ class Work(NamedTuple):
     prefix: int
     tables: Sequence[Tensor | None]
     valid: Tensor | None
+
+
+def pattern_work(
+    setting: launch.Tile, q_BLHD: Tensor, rows: Pattern, prefix: tuple[Span, ...]
+) -> tuple[Work, Tensor, Tensor]:
+    """Work of a launch under a pattern, and its empty outputs: o [B, L, H, D] and lse [B, H, L]."""
+    table = tile_table(rows, prefix, setting.stationary, q_BLHD.device)
+    o_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
+    return Work(len(table.tiles), 1, len(prefix), table, None), o_BLHD, by_row(q_BLHD)
 
 
 def ring_work(

@@ -28,7 +28,7 @@ from torch import Tensor
 from sfmodel.config import Preset
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
-from sfmodel.stream import Stream
+from sfmodel.stream import Stream, check_euler
 from sfmodel.toy import world
 from sfmodel.toy.text import ToyTextEncoder
 from sfmodel.toy.vae import ToyVAE
@@ -126,8 +126,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         self.preset.check()
-        if not 0 <= self.euler <= 1000:
-            raise ValueError(f"euler={self.euler}: must be 0 to 1000 steps")
+        check_euler(self.euler)
 
 
 def generate(

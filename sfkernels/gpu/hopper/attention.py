@@ -29,7 +29,6 @@ A ring's keys are therefore split: into 2 parts for the chunk, 96% full, and 5 f
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -46,8 +45,8 @@ from sfkernels.gpu.attention import (
     LOG2E,
     Sources,
     Work,
-    by_row,
     combine_parts,
+    pattern_work,
     ring_work,
 )
 from sfkernels.gpu.hopper.launching import (
@@ -60,7 +59,7 @@ from sfkernels.gpu.hopper.launching import (
     launch_specialised,
     programs_of,
 )
-from sfkernels.gpu.tiles import Pattern, tile_table
+from sfkernels.gpu.tiles import Pattern
 from sfkernels.layout import Span
 
 
@@ -395,11 +394,8 @@ def attention_fwd(
     """o and lse as `sfkernels.gpu.attention_fwd` gives them. Raises ValueError for tensors that TMA
     cannot read."""
     setting = hopper_setting("hopper_fwd", q_BLHD)
-    table = tile_table(rows, prefix, setting.stationary, q_BLHD.device)
-    o_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
-    lse_BHL = by_row(q_BLHD)
+    work, o_BLHD, lse_BHL = pattern_work(setting, q_BLHD, rows, prefix)
     sources = k_BSHD, v_BSHD, k_prefix_BPHD, v_prefix_BPHD
-    work = Work(len(table.tiles), 1, len(prefix), table, None)
     _launch_forward(setting, q_BLHD, sources, o_BLHD, lse_BHL, work, scale)
     return o_BLHD, lse_BHL
 
