@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sfkernels as sf
 from sfkernels import BlockLayout
+from sfmodel.blocks import TextKeys
 from sfmodel.config import PRESETS, DiTConfig
 from sfmodel.cost import GIB, decoder_gib, kept_elements, training_gib
-from sfmodel.dit import DiT, TextKeys
+from sfmodel.dit import DiT
 from sfmodel.vae.taehv import TinyVAE
 from sfmodel.vae.wan import WanVAE
 

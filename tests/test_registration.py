@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sfkernels as sf
 from sfkernels import attention, norm, rope
+from sfmodel.blocks import Block, Context, TextKeys
 from sfmodel.config import DiTConfig
-from sfmodel.dit import Block, Context, DiT, TextKeys
+from sfmodel.dit import DiT
 from tests.oracle import DEVICE, each, each_and_reference
 
 B, F, GRID, HEADS, D = 2, 2, (2, 3), 2, 8

@@ -16,8 +16,9 @@ from torch import Tensor
 
 import sfkernels as sf
 from sfkernels import BlockLayout
+from sfmodel.blocks import Past
 from sfmodel.config import DiTConfig
-from sfmodel.dit import DiT, Past
+from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule, add_noise
 from sfmodel.stream import few_step
 from sfmodel.train.rollout import Rollout

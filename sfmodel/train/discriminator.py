@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import sfkernels as sf
 from sfkernels.arguments import check_shape
+from sfmodel.blocks import Context, CrossAttention, TextKeys
 from sfmodel.config import DiTConfig
-from sfmodel.dit import Context, CrossAttention, DiT, TextKeys
+from sfmodel.dit import DiT
 
 DEPTHS = 0.45, 0.72, 1.0  # of the blocks that are read, as shares of the backbone's layers
 

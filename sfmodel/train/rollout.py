@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from sfkernels import BlockLayout, sampler_step
-from sfmodel.dit import DiT, Past, TextKeys
+from sfmodel.blocks import Past, TextKeys
+from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule, add_noise
 from sfmodel.stream import few_step
 
