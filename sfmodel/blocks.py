@@ -23,14 +23,21 @@ class Past(NamedTuple):
 
     k, v [layers, B, S, heads, head dim]: keys and values of a whole clip, token after token, which
     take no gradient. spans: the half-open ranges of tokens that are seen. first: the latent frame
-    that the chunk begins with. keep: this pass leaves its own keys and values in k and v.
+    that the chunk begins with.
     """
 
     k: Tensor
     v: Tensor
     spans: tuple[tuple[int, int], ...]
     first: int
-    keep: bool = False
+
+
+class Place(NamedTuple):
+    """Place of a chunk in a stream: its slots in the ring and the rotations of its tokens. It stays
+    the same through all passes over the chunk."""
+
+    chunk: RingChunk
+    rope_LP2: Tensor
 
 
 class TextKeys(NamedTuple):
@@ -42,15 +49,21 @@ class TextKeys(NamedTuple):
 
 
 class Context(NamedTuple):
-    """Inputs that all blocks of one forward pass share. The prompt is either embedded, or its keys
-    and values are there."""
+    """Inputs that all blocks of one forward pass share.
 
-    rope_LP2: Tensor
+    text: embedded, or its keys and values. Without a cache: the tokens' rotations, the layout and
+    the past, if there is one. With a cache: the places of the chunks, one after the other.
+    appended: how many tokens, the first ones, are there to leave their keys and values behind: of
+    them nothing more is asked of the last layer.
+    """
+
     text: Tensor | TextKeys
-    layout: sf.BlockLayout | None
-    cache: sf.RingKVCache | None
-    chunk: RingChunk | None
+    rope_LP2: Tensor | None = None
+    layout: sf.BlockLayout | None = None
     past: Past | None = None
+    cache: sf.RingKVCache | None = None
+    places: Sequence[Place] = ()
+    appended: int = 0
 
 
 class SelfAttention(nn.Module):
@@ -65,33 +78,51 @@ class SelfAttention(nn.Module):
         self.norm_q = nn.Parameter(torch.ones(config.dim))
         self.norm_k = nn.Parameter(torch.ones(config.dim))
 
-    def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
-        qkv_BLC, norm = self.qkv(x_BLD), (self.norm_q, self.norm_k, context.rope_LP2)
-        if context.cache is not None and context.chunk is not None:
-            ring = context.cache.k[self.layer], context.cache.v[self.layer]
-            q = sf.qk_norm_rope_append(
-                qkv_BLC.to(ring[0].dtype),  # another one under autocast
-                *norm,
-                *ring,
-                context.chunk.slot_F,
+    def forward(self, x_BLD: Tensor, context: Context, skip: int = 0) -> Tensor | None:
+        """skip: tokens, the first ones, whose keys and values are left behind and whose output
+        nobody asks for, which are whole chunks. Returns None where these are all."""
+        qkv_BLC = self.qkv(x_BLD)
+        if context.cache is not None:
+            out = self._over_ring(qkv_BLC, context.cache, context.places, skip)
+        else:
+            out = self._under_layout(qkv_BLC, context, skip)
+        return out if out is None else self.o(out.flatten(2))
+
+    def _over_ring(
+        self, qkv_BLC: Tensor, cache: sf.RingKVCache, places: Sequence[Place], skip: int
+    ) -> Tensor | None:
+        """Each chunk is appended and then attends, so that it sees those before it and may take the
+        slots of frames that they were the last to see."""
+        ring = cache.k[self.layer], cache.v[self.layer]
+        qkv_BLC, end, outs = qkv_BLC.to(ring[0].dtype), 0, []  # another one under autocast
+        for (_, slot_F, valid), rope_LP2 in places:
+            begin, end = end, end + len(rope_LP2)
+            q_BLHD = sf.qk_norm_rope_append(
+                qkv_BLC[:, begin:end],
+                *(self.norm_q, self.norm_k, rope_LP2, *ring, slot_F),
                 eps=self.eps,
                 impl=self.impl,
             )
-            out = sf.ring_attention(q, *ring, context.chunk.valid, impl=self.attention_impl)
-        else:
-            assert context.layout is not None
-            q, k, v = sf.qk_norm_rope(qkv_BLC, *norm, eps=self.eps, impl=self.impl)
-            past, prefix = context.past, None
-            if past is not None:
-                prefix = sf.Prefix(past.k[self.layer], past.v[self.layer], past.spans)
-                if past.keep:
-                    at = past.first * context.layout.frame_tokens
-                    past.k[self.layer, :, at : at + k.shape[1]] = k
-                    past.v[self.layer, :, at : at + v.shape[1]] = v
-            out = sf.block_causal_attention(
-                q, k, v, context.layout, prefix=prefix, impl=self.attention_impl
-            )
-        return self.o(out.flatten(2))
+            if begin >= skip:
+                outs.append(sf.ring_attention(q_BLHD, *ring, valid, impl=self.attention_impl))
+        return torch.cat(outs, 1) if len(outs) > 1 else outs[0] if outs else None
+
+    def _under_layout(self, qkv_BLC: Tensor, context: Context, skip: int) -> Tensor | None:
+        assert context.layout is not None and context.rope_LP2 is not None
+        norm = self.norm_q, self.norm_k, context.rope_LP2
+        q, k, v = sf.qk_norm_rope(qkv_BLC, *norm, eps=self.eps, impl=self.impl)
+        past, prefix = context.past, None
+        if past is not None:
+            prefix = sf.Prefix(past.k[self.layer], past.v[self.layer], past.spans)
+            if context.appended:
+                at = past.first * context.layout.frame_tokens
+                past.k[self.layer, :, at : at + k.shape[1]] = k
+                past.v[self.layer, :, at : at + v.shape[1]] = v
+        if skip:
+            return None
+        return sf.block_causal_attention(
+            q, k, v, context.layout, prefix=prefix, impl=self.attention_impl
+        )
 
 
 class CrossAttention(nn.Module):
@@ -140,17 +171,19 @@ class Block(nn.Module):
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / math.sqrt(config.dim))
 
-    def modulate(self, blocks_BF6D: Tensor) -> tuple[Tensor, ...]:
-        """shift1, scale1, gate1, shift2, scale2, gate2: [B, F, D] each."""
-        return (blocks_BF6D + self.modulation.float()).unbind(2)
-
     def forward(
         self, x_BLD: Tensor, h_BLD: Tensor, modulation: tuple[Tensor, ...], context: Context
-    ) -> tuple[Tensor, Tensor]:
-        """h is the first norm of x. Returns x before the FFN's residual and the FFN's output: the
-        caller adds them in one pass with the norm that follows."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """h is the first norm of x; modulation: shift1, scale1, gate1, shift2, scale2, gate2,
+        [B, F, D] each. Returns x before the FFN's residual and the FFN's output: the caller adds
+        them in one pass with the norm that follows.
+
+        x and modulation may be those of h's last tokens alone: the others then only leave their
+        keys and values behind. Where all do there is no output: None."""
         _, _, gate1, shift2, scale2, _ = modulation
-        attended = self.self_attn(h_BLD, context)
+        attended = self.self_attn(h_BLD, context, h_BLD.shape[1] - x_BLD.shape[1])
+        if attended is None:
+            return x_BLD, None
         options: Any = {"eps": self.eps, "impl": self.impl}
         norm3 = (self.norm3.weight, self.norm3.bias)
         x_BLD, h_BLD = sf.gated_layer_norm(x_BLD, attended, gate1, *norm3, **options)
@@ -164,7 +197,3 @@ class Head(nn.Module):
         super().__init__()
         self.head = nn.Linear(config.dim, math.prod(config.patch) * config.channels)
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / math.sqrt(config.dim))
-
-    def modulate(self, head_BFD: Tensor) -> tuple[Tensor, ...]:
-        """shift, scale: [B, F, D] each."""
-        return (head_BFD[:, :, None] + self.modulation.float()).unbind(2)

@@ -14,22 +14,33 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import sfkernels as sf
 from sfkernels.arguments import check_shape
-from sfmodel.blocks import Block, Context, Head, Past, TextKeys
+from sfmodel.blocks import Block, Context, Head, Past, Place, TextKeys
 from sfmodel.config import DiTConfig
 from sfmodel.schedule import TRAIN_STEPS
 
 
 class Modulation(NamedTuple):
-    """Time embedding of each frame in float32: `t` [B, F], `head` [B, F, D], `blocks`
-    [B, F, 6, D]. B and F may be 1. Depends on t alone: a sampler computes it once per step."""
+    """Shifts, scales and gates of all layers at the timesteps `t` [B, F], in float32: of each block
+    [B, F, 6, D], of the head [B, F, 2, D]. B and F may be 1. Depends on t alone: a sampler computes
+    it once per step."""
 
     t: Tensor
     head: Tensor
-    blocks: Tensor
+    blocks: Sequence[Tensor]
+
+    def behind(self, clean: Modulation, frames: int, own: int) -> Modulation:
+        """Of a chunk of `own` frames behind one of `frames` frames under `clean`."""
+
+        def joined(clean_B1: Tensor, own_B1: Tensor) -> Tensor:
+            sizes = zip((clean_B1, own_B1), (frames, own), strict=True)
+            return torch.cat([t.expand(t.shape[0], n, *t.shape[2:]) for t, n in sizes], 1)
+
+        return Modulation(*pytree.tree_map(joined, tuple(clean), tuple(self)))
 
 
 class DiT(nn.Module):
@@ -91,6 +102,7 @@ class DiT(nn.Module):
         clean_BFCHW: Tensor | None = None,
         cache: sf.RingKVCache | None = None,
         past: Past | None = None,
+        places: Sequence[Place] = (),
     ) -> Tensor:
         """Predicts the flow ε − x0, [B, F, C, H, W] float32.
 
@@ -99,16 +111,20 @@ class DiT(nn.Module):
         what `text_keys` made of them, or None when `set_text` has put the prompt into the cache.
 
         Neither layout nor cache: bidirectional attention. layout: block-causal; one with
-        teacher_forcing takes the clean latents, same shape as x, and returns the noisy half. cache:
-        x is the next chunk of a stream; its keys and values are written in place, and the caller
-        commits them after the pass at t = 0 on the final latents. past: x is a chunk of a training
-        rollout, which sees itself and those keys and values.
+        teacher_forcing takes the clean latents, same shape as x, and returns the noisy half. past:
+        x is a chunk of a training rollout, which sees itself and those keys and values.
+
+        cache: x is the next chunk of a stream. Its keys and values are written in place, and are
+        past once `append` has written those of its final latents and the caller has committed them.
+        With clean latents [B, F', C, H, W] in front x is the chunk after them, and the pass appends
+        them as well: the caller commits F' frames. places: of the chunks, where the caller has them
+        from `place`.
 
         Raises ValueError for shapes or arguments that do not fit together.
         """
         grid, frames = self._check_latents(x_BFCHW), x_BFCHW.shape[1]
         tokens_BLD, modulation, context = self._inputs(
-            x_BFCHW, t, text_BTE, layout, clean_BFCHW, cache, past
+            x_BFCHW, t, text_BTE, layout, clean_BFCHW, cache, past, places
         )
         h_BLD, _ = self._run(tokens_BLD, modulation, context)
         out_BLE = self.head.head(h_BLD)
@@ -117,6 +133,34 @@ class DiT(nn.Module):
             sigma = (modulation.t[:, -frames:] / TRAIN_STEPS).clamp(min=1 / TRAIN_STEPS)
             out = (x_BFCHW.float() - out) / sigma[:, :, None, None, None]
         return out
+
+    @torch.no_grad()
+    def append(
+        self,
+        x_BFCHW: Tensor,
+        t: Tensor | Modulation,
+        text_BTE: Tensor | TextKeys | None,
+        *,
+        cache: sf.RingKVCache | None = None,
+        past: Past | None = None,
+        places: Sequence[Place] = (),
+    ) -> None:
+        """Leaves the keys and values of a chunk's final latents in the cache, which the caller
+        commits, or in the past: a pass that ends with those of the last layer. Arguments of
+        `forward`."""
+        tokens_BLD, modulation, context = self._inputs(
+            x_BFCHW, t, text_BTE, None, None, cache, past, places
+        )
+        self._run(tokens_BLD, modulation, context._replace(appended=tokens_BLD.shape[1]))
+
+    def place(
+        self, cache: sf.RingKVCache, frames: int, grid: tuple[int, int], after: int = 0
+    ) -> Place:
+        """Place of the next `frames` frames in a stream, or of those after the next `after`. grid:
+        (height, width) of a frame in tokens."""
+        chunk = cache.chunk(frames, after)
+        table = sf.rope_table(chunk.frame_F, grid, self.config.head_dim, impl=self.impl)
+        return Place(chunk, table)
 
     def features(
         self,
@@ -141,66 +185,68 @@ class DiT(nn.Module):
         clean_BFCHW: Tensor | None = None,
         cache: sf.RingKVCache | None = None,
         past: Past | None = None,
+        places: Sequence[Place] = (),
     ) -> tuple[Tensor, Modulation, Context]:
         """Arguments of `forward` as `_run` takes them: tokens, modulation and context."""
         grid = self._check_latents(x_BFCHW)
-        batch, frames = x_BFCHW.shape[:2]
-        if (clean_BFCHW is not None) != (layout is not None and layout.teacher_forcing):
-            raise ValueError("clean latents and a layout with teacher_forcing belong together")
+        batch, frames, *latent = x_BFCHW.shape
+        forced = layout is not None and layout.teacher_forcing
+        if forced != (clean_BFCHW is not None) and (forced or cache is None):
+            raise ValueError("clean latents go with a cache or a layout with teacher_forcing")
         if (text_BTE is None) != (cache is not None):
             raise ValueError("text is None exactly when a cache is given: set_text puts it there")
         if sum(one is not None for one in (layout, cache, past)) > 1:
             raise ValueError("give one of layout, cache and past")
-        if past is not None and past.keep and torch.is_grad_enabled():
-            raise ValueError("past.keep: keys and values are kept without gradient only")
 
-        chunk = None
+        # The sequence is [clean ‖ noisy], the clean latents at t = 0.
+        tokens_BLD, before = self._patchify(x_BFCHW), 0
+        if clean_BFCHW is not None:
+            before = frames if forced else clean_BFCHW.shape[1]
+            check_shape("clean", clean_BFCHW, (batch, before, *latent))
+            tokens_BLD = torch.cat([self._patchify(clean_BFCHW), tokens_BLD], 1)
+        if isinstance(t, Modulation):
+            if before and t.t.shape[1] != before + frames:
+                raise ValueError(
+                    f"modulation of {t.t.shape[1]} frames: must be of the {before} clean ones and "
+                    f"the {frames} of x"
+                )
+            modulation = t
+        else:
+            if before:
+                t_BF = _by_frame(t).expand(batch, frames)
+                t = torch.cat([t_BF.new_zeros(batch, before), t_BF], 1)
+            modulation = self.modulation(t)
+
         if cache is not None:
             if cache.frame_tokens != math.prod(grid):
                 raise ValueError(
                     f"x has {math.prod(grid)} tokens a frame: the cache has {cache.frame_tokens}"
                 )
-            chunk = cache.chunk(frames)
-            frame_F = chunk.frame_F
-        else:
-            if layout is None:
-                layout = sf.BlockLayout((frames,), math.prod(grid))
-            if (layout.frames, layout.frame_tokens) != (frames, math.prod(grid)):
-                raise ValueError(
-                    f"x has {frames} frames of {math.prod(grid)} tokens: the layout has "
-                    f"{layout.frames} of {layout.frame_tokens}"
-                )
-            frame_F = torch.arange(frames, dtype=torch.int32, device=x_BFCHW.device)
-            if past is not None:
-                frame_F += past.first
-
-        tokens_BLD = self._patchify(x_BFCHW)
-        if clean_BFCHW is not None:  # the sequence is [clean ‖ noisy], the clean half at t = 0
-            check_shape("clean", clean_BFCHW, tuple(x_BFCHW.shape))
-            if isinstance(t, Modulation):
-                raise ValueError("teacher forcing takes timesteps, not a Modulation")
-            t_BF = _by_frame(t).expand(batch, frames)
-            t = torch.cat([torch.zeros_like(t_BF), t_BF], 1)
-            tokens_BLD = torch.cat([self._patchify(clean_BFCHW), tokens_BLD], 1)
+            if not places:
+                first = [self.place(cache, before, grid)] if before else []
+                places = [*first, self.place(cache, frames, grid, before)]
+            keys, appended = TextKeys(cache.text_k, cache.text_v), before * math.prod(grid)
+            context = Context(keys, cache=cache, places=places, appended=appended)
+            return tokens_BLD, modulation, context
+        if layout is None:
+            layout = sf.BlockLayout((frames,), math.prod(grid))
+        if (layout.frames, layout.frame_tokens) != (frames, math.prod(grid)):
+            raise ValueError(
+                f"x has {frames} frames of {math.prod(grid)} tokens: the layout has "
+                f"{layout.frames} of {layout.frame_tokens}"
+            )
+        frame_F = torch.arange(frames, dtype=torch.int32, device=x_BFCHW.device)
+        if past is not None:
+            frame_F += past.first
+        if before:
             frame_F = frame_F.repeat(2)
-        modulation = t if isinstance(t, Modulation) else self.modulation(t)
-        if cache is not None:
-            text: Tensor | TextKeys = TextKeys(cache.text_k, cache.text_v)
-        else:
-            assert text_BTE is not None
-            text = text_BTE if isinstance(text_BTE, TextKeys) else self._embed_text(text_BTE)
-        context = Context(
-            sf.rope_table(frame_F, grid, self.config.head_dim, impl=self.impl),
-            text,
-            layout,
-            cache,
-            chunk,
-            past,
-        )
-        return tokens_BLD, modulation, context
+        assert text_BTE is not None
+        text = text_BTE if isinstance(text_BTE, TextKeys) else self._embed_text(text_BTE)
+        table = sf.rope_table(frame_F, grid, self.config.head_dim, impl=self.impl)
+        return tokens_BLD, modulation, Context(text, table, layout, past)
 
     def modulation(self, t: Tensor) -> Modulation:
-        """Time embedding of timesteps [], [B] or [B, F], in float32 whatever the model's dtype:
+        """Modulation at timesteps [], [B] or [B, F], in float32 whatever the model's dtype:
         bfloat16 would collapse the 1000 training timesteps to 294."""
         t_BF = _by_frame(t)
         half = self.config.freq_dim // 2
@@ -210,8 +256,9 @@ class DiT(nn.Module):
         with torch.autocast(t.device.type, enabled=False):
             hidden = F.silu(_linear32(sinusoid, self.time_embedding[0]))
             head = _linear32(hidden, self.time_embedding[2])
-            blocks = _linear32(F.silu(head), self.time_projection[1])
-        return Modulation(t_BF.float(), head, blocks.unflatten(-1, (6, -1)))
+            shared = _linear32(F.silu(head), self.time_projection[1]).unflatten(-1, (6, -1))
+        blocks = [shared + cast(Block, block).modulation.float() for block in self.blocks]
+        return Modulation(t_BF.float(), head[:, :, None] + self.head.modulation.float(), blocks)
 
     def text_keys(self, text_BTE: Tensor) -> TextKeys:
         """Keys and values of prompt embeddings [B or 1, T <= text_len, text_dim]."""
@@ -250,12 +297,13 @@ class DiT(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """All blocks, or those up to the last of `keep`: the head's norm of x, and x after each of
         `keep`. Each norm is computed in one pass with the residual before it, so that the first one
-        stands before the loop and the last one is the head's."""
+        stands before the loop and the last one is the head's. Tokens that are there for their keys
+        and values alone do not come out of the last block."""
         last = max(keep, default=self.config.layers - 1)
         blocks = [cast(Block, block) for block in self.blocks][: last + 1]
-        tables = [block.modulate(modulation.blocks) for block in blocks]
+        tables = [table.unbind(2) for table in modulation.blocks[: last + 1]]
         # The (shift, scale) of the norm that follows each block.
-        following = [(m[0], m[1]) for m in tables[1:]] + [self.head.modulate(modulation.head)]
+        following = [(m[0], m[1]) for m in tables[1:]] + [modulation.head.unbind(2)]
         shift, scale = tables[0][:2]
         h_BLD = sf.adaln(x_BLD, shift, scale, eps=self.config.eps, impl=self.impl)
 
@@ -264,6 +312,8 @@ class DiT(nn.Module):
             x_BLD: Tensor, h_BLD: Tensor,
         ) -> tuple[Tensor, Tensor]:  # fmt: skip
             x_BLD, y_BLD = block(x_BLD, h_BLD, table, context)
+            if y_BLD is None:
+                return x_BLD, x_BLD
             options: Any = {"eps": self.config.eps, "impl": self.impl}
             return sf.gated_adaln(x_BLD, y_BLD, table[5], *after, **options)
 
@@ -274,6 +324,13 @@ class DiT(nn.Module):
             run = functools.partial(checkpoint, through, **options)
         kept: dict[int, Tensor] = {}
         for i, (block, table, after) in enumerate(zip(blocks, tables, following, strict=True)):
+            if context.appended and i == self.config.layers - 1:
+                goes_on = x_BLD.shape[1] - context.appended
+                frames = table[0].shape[1] * goes_on // x_BLD.shape[1]
+                x_BLD = x_BLD[:, context.appended :]
+                table, after = (
+                    tuple(m[:, -frames:] if frames else m for m in of) for of in (table, after)
+                )
             x_BLD, h_BLD = run(block, table, after, x_BLD, h_BLD)
             if i in keep:
                 kept[i] = x_BLD

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sfkernels as sf
 from sfkernels import attention, norm, rope
-from sfmodel.blocks import Block, Context, TextKeys
+from sfmodel.blocks import Block, Context, Place, TextKeys
 from sfmodel.config import DiTConfig
 from sfmodel.dit import DiT
 from tests.oracle import DEVICE, each, each_and_reference
@@ -96,15 +96,15 @@ def block_and_inputs(impl: str) -> tuple[Block, Callable[..., Context], list[Ten
     model = DiT(config, impl, "auto" if impl == "cpp" else impl).to(DEVICE)
     (block,) = model.blocks
     assert isinstance(block, Block)
-    modulation = block.modulate(rand(1, F, 6, C))
+    modulation = model.modulation(rand(1, F)).blocks[0].detach().unbind(2)
     cache = model.new_cache(B, F + 2, GRID)
     model.set_text(cache, rand(1, 5, 8))
     keys = TextKeys(cache.text_k, cache.text_v)
 
     def context(cached: bool) -> Context:
         if cached:
-            return Context(table(), keys, None, cache, cache.chunk(F))
-        return Context(table(), rand(B, 5, C), sf.BlockLayout((1, 1), TOKENS // F), None, None)
+            return Context(keys, cache=cache, places=[Place(cache.chunk(F), table())])
+        return Context(rand(B, 5, C), table(), sf.BlockLayout((1, 1), TOKENS // F))
 
     return block, context, [rand(B, TOKENS, C), rand(B, TOKENS, C), *modulation]
 

@@ -19,7 +19,7 @@ from sfmodel.config import PRESETS, Preset, VAEConfig
 from sfmodel.dit import DiT
 from sfmodel.ranges import timed
 from sfmodel.schedule import FlowSchedule
-from sfmodel.stream import Decoding, Stream, few_step, stream, stream_latents
+from sfmodel.stream import Decoding, Stream, few_step, stream
 from sfmodel.toy.vae import ToyVAE
 from sfmodel.vae.wan import WanVAE
 
@@ -41,9 +41,18 @@ TEXT = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
 
 
 def take(
-    count: int, model: DiT, preset: Preset = SMALL, text: Tensor = TEXT[:1], **more: Any
+    count: int,
+    model: DiT,
+    preset: Preset = SMALL,
+    text: Tensor = TEXT[:1],
+    initial_BFCHW: Tensor | None = None,
+    **more: Any,
 ) -> Tensor:
-    return torch.cat([*itertools.islice(stream_latents(model, text, preset, **more), count)], 1)
+    """The latents of so many chunks, after the initial ones."""
+    mine = Stream(model, None, text, preset, **more)
+    if initial_BFCHW is not None:
+        mine.prefill(initial_BFCHW)
+    return torch.cat([*itertools.islice(mine.latents(), count)], 1)
 
 
 def test_a_seed_is_a_video(model: DiT) -> None:
@@ -63,25 +72,27 @@ def test_exactly_the_frames_asked_for(model: DiT, frames: int) -> None:
         assert [c.shape[1] for c in chunks[:-1]] == [pixels, *[12] * 9][: len(chunks) - 1]
 
 
+@pytest.mark.parametrize("merge", [False, True])
 def test_the_first_chunk_does_not_wait_for_the_cache(
-    model: DiT, monkeypatch: pytest.MonkeyPatch
+    model: DiT, merge: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A chunk comes after its steps, its cache update when the next one is asked for; the latents
-    are those of a loop that updates at once, past the wrap of the ring."""
+    """A chunk comes after its steps, its cache update when the next one is asked for, where it is
+    merged with the first step in the same pass; the latents are those of a loop that updates at
+    once, past the wrap of the ring."""
     passes = 0
-    forward = DiT.forward
+    run = DiT._run
 
-    def counted(*arguments: Any, **named: Any) -> Tensor:
+    def counted(*arguments: Any, **named: Any) -> Any:
         nonlocal passes
         passes += 1
-        return forward(*arguments, **named)
+        return run(*arguments, **named)
 
-    monkeypatch.setattr(DiT, "forward", counted)
-    chunks = stream_latents(model, TEXT[:1], SMALL)
+    monkeypatch.setattr(DiT, "_run", counted)
+    chunks = Stream(model, None, TEXT[:1], SMALL, merge=merge).latents()
     got = [next(chunks)]
     assert passes == len(SMALL.steps)
     got.append(next(chunks))
-    assert passes == 2 * len(SMALL.steps) + 1
+    assert passes == 2 * len(SMALL.steps) + (not merge)
     got.extend(itertools.islice(chunks, 2))
     passes = 0
     assert len([*stream(model, ToyVAE(), TEXT[:1], SMALL, frames=9)]) == 1
@@ -97,9 +108,36 @@ def test_the_first_chunk_does_not_wait_for_the_cache(
             for i in range(len(t)):
                 flow = model(x, t[i], None, cache=cache)
                 x = few_step(flow, x, i, schedule.sigma(t), noise)[1]
-            assert torch.equal(latents, x)
+            torch.testing.assert_close(latents, x, rtol=1e-6, atol=1e-6)
+            if not merge:
+                assert torch.equal(latents, x)
+            x = latents
             model(x, torch.tensor(0.0), None, cache=cache)
             cache.commit(3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(chunk=3, window=6),
+        dict(chunk=1, window=4, sink=2),
+        dict(chunk=3, window=8, sink=1, first=1),
+        dict(chunk=3, window=3),
+        dict(chunk=2, window=7, sink=2, first=3),
+    ],
+)
+@pytest.mark.parametrize("euler", [0, 3])
+def test_the_merged_pass_is_the_two_it_merges(model: DiT, settings: Any, euler: int) -> None:
+    """Three times around the ring, for a batch, after given frames and without."""
+    preset = replace(SMALL, **settings)
+    for initial in (None, torch.randn(2, preset.first or preset.chunk, 4, 8, 8)):
+        merged, apart = (
+            take(
+                20 // preset.chunk, model, preset, TEXT, initial, batch=2, euler=euler, merge=merge
+            )
+            for merge in (True, False)
+        )
+        torch.testing.assert_close(merged, apart, rtol=1e-6, atol=1e-6 * float(apart.abs().max()))
 
 
 def pretend_capture(run: Callable[[], object], pool: Any) -> tuple[Callable[[], object], str]:
@@ -227,7 +265,8 @@ def test_noise_does_not_depend_on_the_chunks(model: DiT, monkeypatch: pytest.Mon
     def noise_alone(self: Stream) -> Tensor:
         if self.pending:
             self.cache.commit(self.size)
-        self.size, self.pending, self.next = self.next, True, self.preset.chunk
+        self.size = self.pending = self.next
+        self.next = self.preset.chunk
         frame_F = self.cache.chunk(self.size).frame_F
         draws = (Noise(self.seed_B, frame_F, i) for i in range(3))
         return torch.cat([normal(noise, self.x[self.size].shape) for noise in draws], 2)
@@ -259,7 +298,7 @@ def test_the_past_matters_as_long_as_it_is_in_the_window(model: DiT) -> None:
 
 
 def test_memory_does_not_grow(model: DiT) -> None:
-    chunks = stream_latents(model, TEXT[:1], SMALL)
+    chunks = Stream(model, None, TEXT[:1], SMALL).latents()
     for _ in itertools.islice(chunks, 40):
         pass
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
