@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from sfmodel.config import Preset, check_seed
 from sfmodel.dit import DiT
 from sfmodel.ranges import phase
 from sfmodel.schedule import TRAIN_STEPS, FlowSchedule
-from sfmodel.vae.codec import VideoDecoder, to_bytes
+from sfmodel.vae.codec import NotFinite, VideoDecoder, finite_frames, to_bytes
 
 PROMPT, NOISE, STEP, DECODE = "prompt keys and values", "noise", "step ", "decode"
 COPY, UPDATE = "copy to host", "cache update"
@@ -102,6 +103,20 @@ class Decoding:
         return decode_or_replay
 
 
+class OnHost(NamedTuple):
+    """Frames as bytes [B, T, H, W, 3], and which of them hold finite numbers alone [B, T]."""
+
+    bytes_BTHWC: Tensor
+    finite_BT: Tensor
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """A copy in host memory that the device does not wait for."""
+    if not x.is_cuda:
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
 class Stream:
     """A model's stream, eager or in CUDA graphs, one for each phase of a chunk: noise, the steps,
     decoding, the copy to host memory. The first step of a chunk runs in one pass with the cache
@@ -160,7 +175,9 @@ class Stream:
         self.seed_B = torch.arange(seed, seed + batch, device=device)
         self.first = preset.first or preset.chunk
         self.notes: dict[str, None] = {}
-        self.host_BTHWC = torch.empty(0, dtype=torch.uint8)
+        self.lanes: tuple[Any, Any] | None = None  # streams of the device: decoding, copying
+        if graph and device.type == "cuda":
+            self.lanes = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
         config = model.config
         text_size = len(text_BTE), config.text_len, config.text_dim
@@ -168,7 +185,9 @@ class Stream:
         self._set_text = self.launch(lambda: model.set_text(self.cache, self.text_BTE))
         self.decoding: Decoding | None = None
         if codec is not None:
-            self.decoding = Decoding(codec, self.launch if graph else None)
+            # Its graphs run beside the others.
+            launch = functools.partial(self.launch, pool=DECODE) if graph else None
+            self.decoding = Decoding(codec, launch)
         # By a chunk's size: what is being denoised, x0, the place in the ring.
         self.x: dict[int, Tensor] = {}
         self.latents_BFCHW: dict[int, Tensor] = {}
@@ -251,13 +270,13 @@ class Stream:
             out = few_step(flow_BFCHW, x, i, self.sigmas, renoise, impl)[1]
         (self.latents_BFCHW[frames] if last else x).copy_(out)
 
-    def launch(self, run: Run) -> Run:
-        """`run`, or its CUDA graph. Before a capture it really runs, so that what it moves, the
-        place in the ring, is put back."""
+    def launch(self, run: Run, pool: str = "") -> Run:
+        """`run`, or its CUDA graph, in a pool of memory for those that do not run at once. Before a
+        capture it really runs, so that what it moves, the place in the ring, is put back."""
         if not self.graph:
             return run
         start = self.cache.start.clone()
-        replay, note = graphs.captured(run, graphs.shared_pool())
+        replay, note = graphs.captured(run, graphs.shared_pool(pool))
         self.cache.start.copy_(start)
         if note:
             self.notes[note] = None
@@ -297,11 +316,14 @@ class Stream:
         if self.pending and not self.merge:
             self.update()
         before, self.size = self.pending, self.next
-        for name, run in self.begin[self.size, before].items():
+        runs = self.begin[self.size, before] | {
+            name: run for name, run in self.phases[self.size].items() if name.startswith(STEP)
+        }
+        for i, (name, run) in enumerate(runs.items(), 1):
+            if self.lanes and i == len(runs):  # the last step overwrites what is decoded
+                torch.cuda.current_stream(self.model.device).wait_stream(self.lanes[0])
             with phase(name):
                 run()
-        for i in range(1, len(self.sigmas)):
-            self._run(f"{STEP}{i + 1}")
         self.pending, self.next = self.size, self.preset.chunk
         return self.latents_BFCHW[self.size]
 
@@ -323,19 +345,15 @@ class Stream:
         return self.decoding.pixels_BTCHW
 
     @torch.no_grad()
-    def copy_to_host(self) -> Tensor:
-        """The decoded pixels as bytes [B, T, H, W, 3] in host memory that the next ones overwrite.
-        On a GPU they are there once the device has been waited for."""
+    def copy_to_host(self) -> OnHost:
+        """The decoded pixels in host memory: on a GPU, once the device has come so far."""
         self._run(COPY)
-        return self.host_BTHWC
+        return self.on_host
 
     def _copy_to_host(self) -> None:
         assert self.decoding is not None
-        bytes_BTHWC = to_bytes(self.decoding.pixels_BTCHW)
-        if self.host_BTHWC.shape != bytes_BTHWC.shape:
-            pinned = bytes_BTHWC.is_cuda
-            self.host_BTHWC = torch.empty(bytes_BTHWC.shape, dtype=torch.uint8, pin_memory=pinned)
-        self.host_BTHWC.copy_(bytes_BTHWC, non_blocking=True)
+        pixels_BTCHW = self.decoding.pixels_BTCHW
+        self.on_host = OnHost(*map(_to_host, (to_bytes(pixels_BTCHW), finite_frames(pixels_BTCHW))))
 
     @torch.no_grad()
     def update(self, clean_BFCHW: Tensor | None = None) -> None:
@@ -366,6 +384,51 @@ class Stream:
         step is done."""
         while True:
             yield self.denoise().clone()
+
+    def frames(self, count: int | None = None) -> Iterator[Tensor]:
+        """Decoded video as bytes [B, T, H, W, 3] in host memory, a chunk or a piece of one at a
+        time; `count` pixel frames in all, endless if None. Memory does not grow.
+
+        In CUDA graphs, decoding and copies run on streams of the device of their own, and a chunk
+        is handed out when the next one has been launched: the device does not wait for whoever
+        takes them, and a new prompt is seen a chunk later. Raises `NotFinite` for a frame with NaN
+        or infinity."""
+        left, done = math.inf if count is None else count, 0
+        leaving: deque[tuple[OnHost, Any]] = deque()
+        while left > 0 or leaving:
+            launched = len(leaving)
+            if left > 0:
+                self.denoise()
+                for piece in range(self.pieces):
+                    if left > 0:
+                        on_host, event = self._leave(piece)
+                        wanted = OnHost(*(t[:, : int(min(left, t.shape[1]))] for t in on_host))
+                        leaving.append((wanted, event))
+                        left -= wanted.finite_BT.shape[1]
+            for _ in range(launched if self.lanes and left > 0 else len(leaving)):
+                (bytes_BTHWC, finite_BT), event = leaving.popleft()
+                if event is not None:
+                    event.synchronize()
+                if not finite_BT.all():
+                    frame, video = (~finite_BT).T.nonzero()[0].tolist()
+                    raise NotFinite(done + frame, video)
+                done += finite_BT.shape[1]
+                yield bytes_BTHWC
+
+    def _leave(self, piece: int) -> tuple[OnHost, Any]:
+        """A piece of the chunk on its way to the host, and the event of its arrival: none where it
+        is there."""
+        if not self.lanes:
+            self.decode(piece)
+            return self.copy_to_host(), None
+        decoding, copying = self.lanes
+        decoding.wait_stream(torch.cuda.current_stream(self.model.device))
+        decoding.wait_stream(copying)  # which reads what is overwritten now
+        with torch.cuda.stream(decoding):
+            self.decode(piece)
+        copying.wait_stream(decoding)
+        with torch.cuda.stream(copying):
+            return self.copy_to_host(), copying.record_event()
 
     def video(self, frames: int | None = None) -> Iterator[Tensor]:
         """Decoded video, a chunk or a piece of one [B, T, 3, H, W] at a time as soon as it is

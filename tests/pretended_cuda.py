@@ -66,6 +66,11 @@ class Stream:
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_stream(self, other: Stream) -> None: ...
     def wait_event(self, event: Event) -> None: ...
+    def record_event(self) -> Event:
+        event = Event()
+        event.record(self)
+        return event
+
     def synchronize(self) -> None:
         wait()
 
@@ -294,6 +299,7 @@ def patch_torch(lib: Any) -> None:
         "current_stream": lambda *_: Stream.current, "default_stream": always(DEFAULT),
         "set_stream": set_stream, "CUDAGraph": CUDAGraph, "graph_pool_handle": graph_pool_handle,
         "is_current_stream_capturing": lambda: lib.capturing(),
+        "set_sync_debug_mode": lambda mode: lib.sync_debug(mode == "error"),
         "default_generators": (torch.Generator("cuda"),),
     }  # fmt: skip
     for name, value in patches.items():
@@ -321,6 +327,7 @@ def install() -> None:
     lib.begin.restype = ctypes.c_void_p
     for name in ("end", "replay", "destroy"):
         getattr(lib, name).argtypes = [ctypes.c_void_p]
+    lib.sync_debug.argtypes = [ctypes.c_bool]
     lib.install()
     torch.set_num_threads(1)  # a second one waits longer than it computes
     CUDAGraph.lib = lib

@@ -24,7 +24,7 @@ from sfmodel import graphs
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
 from sfmodel.ranges import phase
-from sfmodel.stream import stream_latents
+from sfmodel.stream import Stream
 from sfmodel.toy.vae import ToyVAE
 
 CPU = torch.device("cpu")
@@ -69,20 +69,20 @@ def test_what_is_timed_is_the_stream(
 ) -> None:
     """Bit for bit, three times around the ring, whatever was run before."""
     monkeypatch.setattr(graphs, "captured", pretend_capture)
-    monkeypatch.setattr(graphs, "shared_pool", lambda: None)
+    monkeypatch.setattr(graphs, "shared_pool", lambda *_: None)
     both = replace(setting, tiny=ToyVAE(width=8))
     mine = Measured(both, SMALL, Variant("x", "auto", "auto", graph), seed=5)
     first = mine.first_frame()
     assert [*first.phases][:2] == ["text encoding", "prompt keys and values"]
-    chunks = stream_latents(setting.model, TEXT, SMALL, seed=5)
+    chunks = Stream(setting.model, None, TEXT, SMALL, seed=5).latents()
     for want in itertools.islice(chunks, 7):
         timed = mine.chunk()
-        assert torch.equal(mine.stream.x[mine.stream.size], want)
+        assert torch.equal(mine.stream.latents_BFCHW[mine.stream.size], want)
     assert [*timed.phases] == [*CHUNK, "decode, tiny VAE"]
     assert all(ms > 0 for ms in timed.phases.values())
     assert sum(timed.phases[name] for name in CHUNK) <= timed.whole
     again = mine.first_latents(2)
-    chunks = stream_latents(setting.model, TEXT, SMALL, seed=5)
+    chunks = Stream(setting.model, None, TEXT, SMALL, seed=5).latents()
     assert torch.equal(again, torch.cat([*itertools.islice(chunks, 2)], 1))
 
 

@@ -21,6 +21,7 @@ from sfmodel.ranges import timed
 from sfmodel.schedule import FlowSchedule
 from sfmodel.stream import Decoding, Stream, few_step, stream
 from sfmodel.toy.vae import ToyVAE
+from sfmodel.vae.codec import NotFinite, to_bytes
 from sfmodel.vae.wan import WanVAE
 
 TOY = PRESETS["toy"]
@@ -156,7 +157,7 @@ def test_graphs_are_the_eager_stream(
     """Bit for bit, three times around the ring, whatever was run before to warm up; then again from
     the start, of another prompt and another seed."""
     monkeypatch.setattr(graphs, "captured", pretend_capture)
-    monkeypatch.setattr(graphs, "shared_pool", lambda: None)
+    monkeypatch.setattr(graphs, "shared_pool", lambda *_: None)
     preset, codec = replace(SMALL, chunk=chunk, first=first), ToyVAE()
     mine = Stream(model, codec, TEXT[:1], preset, seed=5, graph=True)
     assert not mine.notes
@@ -166,14 +167,14 @@ def test_graphs_are_the_eager_stream(
         for _ in range(18 // chunk + 1):
             assert torch.equal(mine.denoise(), eager.denoise())
             assert torch.equal(mine.decode(), eager.decode())
-            assert torch.equal(mine.copy_to_host(), eager.copy_to_host())
+            assert all(map(torch.equal, mine.copy_to_host(), eager.copy_to_host()))
         got, want = mine.video(20), eager.video(20)
         assert all(torch.equal(*both) for both in zip(got, want, strict=True))
 
 
 def test_what_is_no_graph_is_said(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "captured", lambda run, pool: (None, "no CUDA graph: why"))
-    monkeypatch.setattr(graphs, "shared_pool", lambda: None)
+    monkeypatch.setattr(graphs, "shared_pool", lambda *_: None)
     mine = Stream(model, ToyVAE(), TEXT[:1], SMALL, graph=True)
     assert [*mine.notes] == ["no CUDA graph: why"]
     assert torch.equal(mine.denoise(), take(1, model))
@@ -201,7 +202,42 @@ def test_the_host_gets_the_pixels_as_bytes(model: DiT) -> None:
         pixels = mine.decode()
         assert pixels.shape[1] == frames
         expected = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        assert torch.equal(mine.copy_to_host(), expected.permute(0, 1, 3, 4, 2))
+        on_host = mine.copy_to_host()
+        assert torch.equal(on_host.bytes_BTHWC, expected.permute(0, 1, 3, 4, 2))
+        assert on_host.finite_BT.shape == (1, frames) and on_host.finite_BT.all()
+
+
+@pytest.mark.parametrize("low_latency", [False, True])
+@pytest.mark.parametrize("count", [1, 5, 9, 10, 30])
+def test_frames_are_those_of_the_video_as_bytes(model: DiT, count: int, low_latency: bool) -> None:
+    """Piece by piece, the first still alone where it is to leave early."""
+    codec = ToyVAE()
+    made = Stream(model, codec, TEXT, SMALL, batch=2, low_latency=low_latency)
+    pieces = [*made.frames(count)]
+    sizes = [1, *[4] * 9] if low_latency else [9, *[12] * 9]
+    assert [len(p[0]) for p in pieces[:-1]] == sizes[: len(pieces) - 1]
+    whole = torch.cat([*Stream(model, codec, TEXT, SMALL, batch=2).video(count)], 1)
+    want = to_bytes(whole).int()
+    assert torch.cat(pieces, 1).shape == want.shape == (2, count, 64, 64, 3)
+    assert (torch.cat(pieces, 1).int() - want).abs().max() <= low_latency  # rounding
+
+
+def test_a_frame_that_is_no_number_is_named(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = ToyVAE()
+    decode = codec.decode_chunk
+
+    def broken(latents: Tensor, state: Any = None) -> Any:
+        pixels, after = decode(latents, state)
+        if state is not None:
+            pixels[1, 4, 0, 3, 3] = torch.nan
+        return pixels, after
+
+    monkeypatch.setattr(codec, "decode_chunk", broken)
+    frames = Stream(model, codec, TEXT, SMALL, batch=2).frames()
+    assert next(frames).shape[1] == 9
+    with pytest.raises(NotFinite, match=r"^frame 13 holds NaN or infinity") as raised:
+        next(frames)
+    assert raised.value.video == 1
 
 
 @pytest.mark.parametrize("graph", [False, True])
@@ -344,3 +380,32 @@ def test_captured_and_eager_agree_bit_for_bit(model: DiT) -> None:
     for _ in range(7):
         assert torch.equal(mine.denoise(), eager.denoise())
         torch.testing.assert_close(mine.decode(), eager.decode(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("low_latency", [False, True])
+@torch.no_grad()
+def test_a_hundred_chunks_without_a_wait(model: DiT, low_latency: bool) -> None:
+    """The host waits for the frames that it hands out and for nothing else; memory stays; and what
+    overlaps is what comes one after the other."""
+    device = torch.device("cuda")
+    on_gpu = DiT(SMALL.dit).to(device).eval()
+    on_gpu.load_state_dict(model.state_dict())
+    codec, text = ToyVAE().to(device), TEXT[:1].to(device)
+    mine = Stream(on_gpu, codec, text, SMALL, graph=True, low_latency=low_latency)
+    eager = Stream(on_gpu, codec, text, SMALL, low_latency=low_latency)
+    assert not mine.notes
+    pieces = mine.frames(1200)
+    first = [next(pieces) for _ in range(12)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        before = torch.cuda.memory_allocated()
+        for _ in range(40):
+            next(pieces)
+        assert torch.cuda.memory_allocated() == before
+        for _ in pieces:
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for got, want in zip(first, eager.frames(), strict=False):
+        assert (got.int() - want.int()).abs().max() <= 1
