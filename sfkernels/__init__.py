@@ -8,6 +8,7 @@ from sfkernels.attention import (
 )
 from sfkernels.kv_cache import RingKVCache
 from sfkernels.layout import BlockLayout
+from sfkernels.linear import linear
 from sfkernels.norm import adaln, gated_adaln, gated_layer_norm, layer_norm, rms_norm, rms_norm_silu
 from sfkernels.quant import quantize_rows
 from sfkernels.rope import qk_norm_rope, qk_norm_rope_append, rope_table
@@ -28,6 +29,7 @@ __all__ = [
     "gated_adaln",
     "gated_layer_norm",
     "layer_norm",
+    "linear",
     "normal",
     "qk_norm_rope",
     "qk_norm_rope_append",

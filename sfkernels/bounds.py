@@ -23,6 +23,8 @@ SCALES = 4
 # The bounds of tiles and spans, and of each row of a tile in the tensor cores' layout the logarithm
 # of its sum and what is subtracted from it.
 LSE = 80
+# The bias of the outputs of a tile, as the tensor cores lay them out.
+BIAS = 32
 # The sigmas, seed, frame index or partial sums that a thread of the sampler's kernels loads.
 SCALARS = 6
 
@@ -63,6 +65,9 @@ def ahead_of_time() -> list[Bounded]:
         case = cases.rms_norm_silu(4, CHUNK * FRAME, channels, bf16, backward, residual)
         archs = launch.ARCHITECTURES if channels == 96 else FEW
         found.append(Bounded(_way("norm", backward), case, bf16, STATS, archs=archs))
+    for frames, outputs, gelu in ((3, 1536, False), (3, 8960, True), (1, 8960, True)):
+        case = cases.linear(frames * FRAME, 1536, outputs, gelu, bf16)
+        found.append(Bounded("linear", case, bf16, BIAS))
     others = [("sampler_step", cases.sampler_step(form)) for form in cases.SAMPLERS]
     others += [("normal", cases.normal()), ("dmd_gradient", cases.dmd_gradient())]
     others.append(("rope_table", cases.rope_table()))

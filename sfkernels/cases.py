@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sfkernels import attention, norm, quant, roofline, rope, sampler
 from sfkernels.layout import BlockLayout, Row
+from sfkernels.linear import linear as linear_layer
 
 GRID = (30, 52)  # tokens of a frame of Wan2.1 at 480×832
 FRAME = GRID[0] * GRID[1]
@@ -190,6 +191,19 @@ def quantize_rows(tokens: int, channels: int, dtype: torch.dtype, into: torch.dt
     function = functools.partial(quant.quantize_rows, dtype=into)
     name = f"quantize_rows, {'int8' if into == torch.int8 else 'e4m3'}"
     return Case(name, f"{tokens} x {channels}", function, make, flops, nbytes)
+
+
+def linear(tokens: int, channels: int, outputs: int, gelu: bool, dtype: torch.dtype) -> Case:
+    def make(device: torch.device) -> list[Tensor]:
+        x = torch.randn(1, tokens, channels, device=device)
+        weight = torch.randn(outputs, channels, device=device) * channels**-0.5
+        return [t.to(dtype) for t in (x, weight, torch.randn(outputs, device=device))]
+
+    flops = 2 * tokens * channels * outputs
+    nbytes = roofline.linear_bytes(tokens, channels, outputs, dtype.itemsize)
+    function = functools.partial(linear_layer, gelu=gelu)
+    name = "linear + GELU" if gelu else "linear"
+    return Case(name, f"{tokens} x {channels} to {outputs}", function, make, flops, nbytes)
 
 
 # By form of the sampler: the latents it takes beside x and the flow, and the tensors it moves.

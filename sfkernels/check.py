@@ -60,6 +60,8 @@ LIMITS = {
 
 # Kernels that are slow unless the softmax runs beside the products of matrices.
 OVERLAPPING = ("attention_fwd", "hopper_fwd", "hopper_dq", "hopper_dkdv")
+# Kernels that are a product of matrices and little else.
+PRODUCTS = ("linear",)
 # Kernels over so few bytes that the width of their loads does not matter.
 SMALL = ("rope_table", "sum_partials", "dmd_sum", "normal", "row_delta")
 
@@ -69,9 +71,10 @@ class Compiled:
     """Properties of one compiled kernel. loads, stores: instructions on global memory by bits.
     local: loads and stores of local memory, and looped: those of them inside a loop, which of loops
     that multiply matrices must be an innermost one, where their time goes. beside: exponentials
-    that are computed while a product of matrices is under way on Hopper. For kernels in Gluon,
-    waits: how many waits leave so many products under way; warned: what ptxas says of products that
-    it serialises; sets_registers: whether warps take registers from each other."""
+    that are computed while a product of matrices is under way on Hopper. tma: loads by TMA, which
+    are not among the others. For kernels in Gluon, and in Hopper's products of matrices, waits: how
+    many waits leave so many products under way; warned: what ptxas says of products that it
+    serialises; sets_registers: whether warps take registers from each other."""
 
     kernel: str
     case: str
@@ -88,6 +91,7 @@ class Compiled:
     tensor_core: int = 0
     fp64: int = 0
     beside: int = 0
+    tma: int = 0
     gluon: bool = False
     waits: dict[int, int] = dataclasses.field(default_factory=dict)
     warned: list[str] = dataclasses.field(default_factory=list)
@@ -134,6 +138,8 @@ def read_sass(sass: str, out: Compiled) -> None:
         at, name, suffixes, operands = int(found[1], 16), found[2], found[3], found[4]
         if name in ("LDG", "LDGSTS"):
             loads[_bits(suffixes)] += 1
+        elif name == "UTMALDG":
+            out.tma += 1
         elif name == "STG":
             stores[_bits(suffixes)] += 1
         elif name in ("LDL", "STL"):
@@ -188,13 +194,15 @@ def judge(
     overlaps = out.arch == 90 and out.kernel in OVERLAPPING and out.tensor_core > 0
     if overlaps and not (out.beside or may_serialise):
         broken.append("no exponential is computed while a product is under way")
-    if out.gluon:
+    if out.kernel in PRODUCTS and not out.tensor_core:
+        broken.append("no tensor core multiplies")
+    if _overlaps_products(out):
         if out.warned:
             broken.append(f"ptxas warns: {'; '.join(out.warned)}")
         if not any(out.waits):
             broken.append("every wait is for all products, so that none overlap")
-        if not out.sets_registers:
-            broken.append("the loading warp keeps its registers")
+    if out.gluon and not out.sets_registers:
+        broken.append("the loading warp keeps its registers")
     # In Gluon loads go by TMA, and results leave in the tensor cores' layout, once a tile.
     if out.kernel not in SMALL and not out.gluon:
         for what, widths in (("loads", out.loads), ("stores", out.stores)):
@@ -204,9 +212,14 @@ def judge(
                     f"{count} global {what} of less than 128 bits ({_counts(widths)}), at most "
                     f"{narrow} allowed"
                 )
-            if not any(bits >= 128 for bits in widths):
+            if not any(bits >= 128 for bits in widths) and not (what == "loads" and out.tma):
                 broken.append(f"no global {what} of 128 bits ({_counts(widths) or 'none at all'})")
     return broken
+
+
+def _overlaps_products(out: Compiled) -> bool:
+    """Tells whether it starts a product of matrices before it waits for the one before."""
+    return out.gluon or (out.kernel in PRODUCTS and out.arch == 90)
 
 
 def kernel_name(kernel: Any) -> str:
@@ -221,7 +234,7 @@ def examine(kernel: Any, binary: Any, sass: str, out: Compiled) -> None:
     read_sass(sass, out)
     ptx = binary.asm["ptx"]
     out.fp64 = out.fp64 or len(re.findall(r"\.f64\b", ptx))
-    if out.gluon:
+    if _overlaps_products(out):
         out.warps = binary.metadata.num_warps  # of all partitions
         read_ptx(ptx, out)
         out.warned = _warnings(ptx, out.arch)
@@ -261,7 +274,7 @@ def compile_cases(indices: Sequence[int], arch: int) -> list[tuple[int, Compiled
 
 
 def read_ptx(ptx: str, out: Compiled) -> None:
-    """Fills in what the text of a kernel in Gluon says of waits and registers."""
+    """Fills in what the text of a kernel says of waits for products and of registers."""
     waits = re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)
     out.waits = dict(Counter(map(int, waits)))
     out.sets_registers = "setmaxnreg.dec" in ptx and "setmaxnreg.inc" in ptx

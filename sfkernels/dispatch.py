@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 ATTENTION = ("attention", "ring_attention", "cross_attention")
 FUSED = ("norm", "rope_table", "qk_norm_rope", "sampler_step", "quantize_rows")
+LINEAR = "linear"
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALF)
 
@@ -77,11 +78,11 @@ class Implementation(NamedTuple):
 
 
 # "auto" takes the fastest on a device. To the few keys of text that is PyTorch's own attention,
-# until ours is measured to be faster, and on a CPU to all; "gluon" is not measured on a GPU yet and
-# runs only where it is asked for.
+# until ours is measured to be faster, and on a CPU to all; linear layers are cuBLASLt's until then
+# ("torch"); "gluon" is not measured on a GPU yet and runs only where it is asked for.
 IMPLEMENTATIONS = {
     "triton": Implementation(
-        (*ATTENTION, *FUSED), {"cuda": ("attention", "ring_attention", *FUSED)}, FLOATS,
+        (*ATTENTION, *FUSED, LINEAR), {"cuda": ("attention", "ring_attention", *FUSED)}, FLOATS,
         _needs_gpu_or_interpreter, "sfkernels.gpu",
     ),
     "gluon": Implementation(ATTENTION, {}, HALF, _needs_hopper, "sfkernels.gpu.hopper"),
@@ -89,7 +90,8 @@ IMPLEMENTATIONS = {
     "flash": Implementation(ATTENTION, {}, HALF, _needs_gpu),
     "flex": Implementation(ATTENTION),
     "cpp": Implementation(FUSED, {"cpu": FUSED}, FLOATS, _needs_cpu, "sfkernels.cpp"),
-    "reference": Implementation((*ATTENTION, *FUSED)),
+    "torch": Implementation((LINEAR,), {"cuda": (LINEAR,)}),
+    "reference": Implementation((*ATTENTION, *FUSED, LINEAR)),
 }  # fmt: skip
 IMPLS = ("auto", *IMPLEMENTATIONS)
 # By op and type of device.

@@ -76,7 +76,22 @@ class Tile:
     why: str = ""
 
 
-Setting = RowTile | Flat | Tile
+@dataclass(frozen=True)
+class Product:
+    """A product of matrices: a program loops over tiles of 128 rows × some outputs.
+
+    widths: outputs of a tile (256, 192, 128 or 64), of which one launch has one or two. warps,
+    stages: as of Tile. per_sm: programs per multiprocessor. why: reason or measurement.
+    """
+
+    widths: tuple[int, ...]
+    warps: int
+    stages: int
+    per_sm: int = 1
+    why: str = ""
+
+
+Setting = RowTile | Flat | Tile | Product
 
 _FEW_BYTES = "too few bytes to matter: latency of one launch"
 _AS_H200 = "won at this size on an H200, or came within 3% with less shared memory; measured there"
@@ -145,6 +160,8 @@ _DEFAULTS: dict[str, dict[int, Setting]] = {
         128: Tile(128, 128, 4, 4, why=_UNMEASURED),
     },
     "hopper_dq": {256: Tile(128, 64, 4, 4, why=_UNMEASURED)},
+    # By outputs.
+    "linear": {1536: Product((128,), 8, 4, why=_LARGEST)},
 }
 # Where tuned/ has no file, nothing was measured on that architecture: the same reasoning holds on
 # all four, whose register files are equal. What does not fit one of them is found by
@@ -163,6 +180,10 @@ DEFAULTS[90]["attention_dq"] = _DEFAULTS["attention_dq"] | {
     128: Tile(128, 128, 8, 2, why=_LARGEST),
     256: Tile(128, 64, 8, 2, why=_LARGEST),
 }
+for arch in (90, 100):
+    DEFAULTS[arch]["linear"] = {
+        1536: Product((256, 192), 8, 4, why="two widths fill all waves; " + _LARGEST)
+    }
 
 # Settings that come before all others, by kernel: the tuner's candidates, a test's odd sizes.
 overrides: dict[str, Setting] = {}
@@ -220,6 +241,13 @@ def tile(kernel: str, device: torch.device, head_bytes: int) -> Tile:
     """The setting of an attention kernel for heads whose rows have so many bytes."""
     setting = overrides.get(kernel) or _setting(kernel, architecture(device), head_bytes)
     assert isinstance(setting, Tile)
+    return setting
+
+
+def product(kernel: str, device: torch.device, outputs: int) -> Product:
+    """The setting of a product of matrices with so many outputs."""
+    setting = overrides.get(kernel) or _setting(kernel, architecture(device), outputs)
+    assert isinstance(setting, Product)
     return setting
 
 

@@ -1,10 +1,11 @@
 """Eager PyTorch of every op: the specification that all other implementations are tested against.
 
-Every function computes in float32 (float64 for float64 inputs) and returns its input's dtype.
+Every function computes in float32 (float64 for float64 inputs) and returns its input's dtype, but
+for `linear`, which is PyTorch's own in the dtype of its inputs.
 
 Shapes: B batch, L tokens = F frames × N tokens of a frame, C channels, H heads, D head dim,
-P = D/2 rotated pairs, S slots (tokens) of a ring; `x_BLC` names a tensor of shape [B, L, C]. B and
-F of a modulation may be 1.
+P = D/2 rotated pairs, S slots (tokens) of a ring, O outputs; `x_BLC` names a tensor of shape
+[B, L, C]. B and F of a modulation may be 1.
 """
 
 from __future__ import annotations
@@ -96,6 +97,11 @@ def rms_norm_silu(
     normed_BLC = F.rms_norm(_wide(x_BLC), x_BLC.shape[-1:], _wide(weight_C), eps)
     out_BLC = F.silu(normed_BLC).to(dtype)
     return x_BLC, out_BLC if before_BPC is None else torch.cat([before_BPC, out_BLC], 1)
+
+
+def linear(x_BLC: Tensor, weight_OC: Tensor, bias_O: Tensor | None, gelu: bool) -> Tensor:
+    y_BLO = F.linear(x_BLC, weight_OC, bias_O)
+    return F.gelu(y_BLO, approximate="tanh") if gelu else y_BLO
 
 
 def rope_table(frame_F: Tensor, grid: tuple[int, int], head_dim: int, theta: float) -> Tensor:

@@ -18,6 +18,11 @@ def attention_bytes(queries: int, keys: int, heads: int, head_dim: int, size: in
     return 2 * (queries + keys) * heads * head_dim * size
 
 
+def linear_bytes(rows: int, channels: int, outputs: int, size: int) -> int:
+    """Bytes of x, the weight and y, with elements of `size` bytes."""
+    return (rows * channels + outputs * channels + rows * outputs) * size
+
+
 def norm_bytes(rows: int, channels: int, tensors: int, size: int) -> int:
     """Bytes of `tensors` activations [rows, channels] with elements of `size` bytes. Modulations
     and weights are a thousandth of that and left out."""

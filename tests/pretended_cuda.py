@@ -227,6 +227,12 @@ def flash_attention(
     return out_LHD, *(q_LHD.new_empty(0) for _ in range(4))
 
 
+def addmm_activation(bias: Tensor, a: Tensor, b: Tensor, *, use_gelu: bool = False) -> Tensor:
+    """The tanh approximation of GELU, which on a CPU is GELU itself."""
+    out = torch.addmm(bias, a, b)
+    return torch.nn.functional.gelu(out, approximate="tanh") if use_gelu else out.relu()
+
+
 def patch_triton() -> None:
     import triton.language as tl
     from triton.experimental.gluon._runtime import GluonJITFunction
@@ -313,6 +319,7 @@ def patch_torch(lib: Any) -> None:
     anything.UntypedStorage.clone = lambda s: torch.empty(
         s.nbytes(), dtype=torch.uint8, device=s.device).untyped_storage().copy_(s)  # fmt: skip
     OPS.impl("_flash_attention_forward", flash_attention, "CUDA")
+    OPS.impl("_addmm_activation", addmm_activation, "CUDA")
 
 
 def install() -> None:

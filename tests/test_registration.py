@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sfkernels as sf
 from sfkernels import attention, norm, rope
+from sfkernels.linear import _linear
 from sfmodel.blocks import Block, Context, Place, TextKeys
 from sfmodel.config import DiTConfig
 from sfmodel.dit import DiT
@@ -78,7 +79,10 @@ def test_opcheck(grad: bool, impl: str) -> None:
         if impl == "triton":
             by_table = dq, *rings, slots[0], rand(2 * TOKENS, D // 2, 2), 0.3, impl
             lse = rand(B, HEADS, TOKENS)
+            layer = x.half(), rand(5, C).half()
             calls += [
+                (_linear, (*layer, rand(5).half(), True, impl)),
+                (_linear, (*layer, None, False, impl)),
                 (attention._ring_attention, (dq, *rings, slots[0], None, 0.3, impl)),
                 (attention._ring_attention, by_table),
                 (

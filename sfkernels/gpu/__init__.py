@@ -1,12 +1,13 @@
 """Triton kernels with their launchers. The public functions are in sfkernels; a launcher takes
 checked arguments, allocates its outputs and runs one or two kernels.
 
-All but attention read each of their tensors once and write each once. Every kernel computes in
-float32 and stores in the tensor's dtype.
+All but attention and linear layers read each of their tensors once and write each once. Every
+kernel computes in float32 and stores in the tensor's dtype.
 """
 
 from sfkernels.gpu.attention import attention_fwd, combine_parts, ring_attention
 from sfkernels.gpu.attention_backward import attention_bwd, row_delta
+from sfkernels.gpu.linear import linear
 from sfkernels.gpu.norm import norm_bwd, norm_fwd
 from sfkernels.gpu.quant import quantize_rows
 from sfkernels.gpu.rope import qk_norm_rope_bwd, qk_norm_rope_fwd, rope_table, rotate_ring
@@ -17,6 +18,7 @@ __all__ = [
     "attention_fwd",
     "combine_parts",
     "dmd_gradient",
+    "linear",
     "norm_bwd",
     "norm_fwd",
     "normal",
