@@ -2,7 +2,8 @@
 through which every kernel is launched.
 
 A setting that was searched for on a GPU lives in tuned/sm_XX.json (written by `python -m bench
-tune`) and comes before the defaults here. Nothing is tuned at import or in a hot path.
+tune`) and comes before the defaults here; beside it, which implementation of an op was fastest.
+Nothing is tuned at import or in a hot path.
 """
 
 from __future__ import annotations
@@ -268,11 +269,21 @@ def _setting(kernel: str, arch: int, channels: int) -> Setting:
 def tuned(arch: int) -> dict[str, list[dict[str, Any]]]:
     """Measured settings of an architecture: for each kernel, one per number of channels (1 for
     elementwise kernels). Empty where nothing was measured."""
-    file = TUNED / f"sm_{arch}.json"
-    if not file.exists():
-        return {}
-    kernels: dict[str, list[dict[str, Any]]] = json.loads(file.read_text())["kernels"]
+    kernels: dict[str, list[dict[str, Any]]] = _measured(arch)["kernels"]
     return kernels
+
+
+@functools.cache
+def ranking(arch: int) -> dict[str, list[str]]:
+    """Implementations of ops that were timed on an architecture, the fastest first, by op."""
+    ranked: dict[str, list[str]] = _measured(arch).get("impl", {})
+    return ranked
+
+
+def _measured(arch: int) -> dict[str, Any]:
+    file = TUNED / f"sm_{arch}.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"kernels": {}}
+    return found
 
 
 def outer_strides(*tensors: Tensor | None) -> list[int]:
