@@ -333,6 +333,8 @@ def patch_torch(lib: Any) -> None:
         s.nbytes(), dtype=torch.uint8, device=s.device).untyped_storage().copy_(s)  # fmt: skip
     OPS.impl("_flash_attention_forward", flash_attention, "CUDA")
     OPS.impl("_scaled_dot_product_cudnn_attention", cudnn_attention, "CUDA")
+    OPS.impl("_scaled_dot_product_flash_attention", lambda q, k, v, *_, scale, **__:
+             cudnn_attention(q, k, v, None, True, scale=scale), "CUDA")  # fmt: skip
 
 
 def install() -> None:

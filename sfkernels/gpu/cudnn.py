@@ -5,9 +5,12 @@ chunk of Wan2.1-1.3B (4680 queries, 12 heads) and 55% with a frame (1560). A rin
 also, as a view, a batch of its parts, [B·parts, S/parts, H, D]: two parts of a chunk fill 95%, five
 of a frame 92%. The queries are the same for all parts; no key is copied.
 
-Shapes: B batch, H heads, D head dim, L queries, S slots, P parts. Bytes of joining P parts: each is
-written and read in the dtype of the queries, and cuDNN rounds to it: an error of half a unit in the
-last place of a part, which the mean over parts cannot exceed. Not measured on a GPU yet.
+cuDNN rounds the parts to the dtype of the queries before they are joined. With its arithmetic
+emulated on a CPU, over 32,760 keys and in two or five parts, the result is at most 1.9 times as far
+from float64 as unsplit, 1.4 times in the root mean square: in bfloat16 1.4e-2 instead of 7.7e-3 of
+outputs up to 3, where eager PyTorch's 7.7e-3 would allow 6.4e-2. Not measured on a GPU yet.
+
+Shapes: B batch, H heads, D head dim, L queries, S slots, P parts.
 """
 
 from __future__ import annotations
