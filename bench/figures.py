@@ -20,6 +20,7 @@ COLOURS = {
     "quack": "#a99bc7",
     "sdpa": "#8aa86b",
     "sdpa cudnn": "#4f7a3a",
+    "sdpa cudnn split": "#2f5220",
     "sdpa flash": "#8aa86b",
     "sdpa efficient": "#c3d6a8",
     "sdpa math": "#dddddd",

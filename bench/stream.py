@@ -305,7 +305,8 @@ def entry(made: Measured, frames: int, firsts: Times, clip: Times, steady: Times
         for name in names
     }
     first_ms = statistics.median(t.whole for t in firsts)
-    sums = {name: sum(t.phases[name] for t in clip) for name in full}
+    names = {name for t in clip for name in t.phases}  # the first chunk has other ones
+    sums = {name: sum(t.phases.get(name, 0.0) for t in clip) for name in names}
     sums |= {name: first[name] for name in prompt}
     whole = sum(first[name] for name in prompt) + sum(t.whole for t in clip)
     chunk_frames = PIXEL_FRAMES * made.stream.preset.chunk
@@ -334,7 +335,7 @@ def predicted(preset: Preset, ceilings: Mapping[str, float], device: torch.devic
         cores = torch.cuda.get_device_properties(device).multi_processor_count
     here = cost.Gpu("here", cores, *rates, memory_gib=math.inf, link_gbps=0)
     frames, fps = PIXEL_FRAMES * preset.chunk, {}
-    for variant in variants(device):
+    for variant in variants(device, False):
         rows = cost.dit(preset, here, preset.window, way=variant.way).values()
         ms = {key.removesuffix("_ms"): cost.total(rows)[key] for key in cost.TIMES}
         fps[variant.name] = per_second(frames, ms)

@@ -52,7 +52,8 @@ class Context(NamedTuple):
     """Inputs that all blocks of one forward pass share.
 
     text: embedded, or its keys and values. Without a cache: the tokens' rotations, the layout and
-    the past, if there is one. With a cache: the places of the chunks, one after the other.
+    the past, if there is one. With a cache: the places of the chunks, one after the other, and
+    whether the first of them, and so all, is known to fill the ring.
     appended: how many tokens, the first ones, are there to leave their keys and values behind: of
     them nothing more is asked of the last layer.
     """
@@ -63,6 +64,7 @@ class Context(NamedTuple):
     past: Past | None = None
     cache: sf.RingKVCache | None = None
     places: Sequence[Place] = ()
+    full: bool = False
     appended: int = 0
 
 
@@ -83,19 +85,22 @@ class SelfAttention(nn.Module):
         nobody asks for, which are whole chunks. Returns None where these are all."""
         qkv_BLC = self.qkv(x_BLD)
         if context.cache is not None:
-            out = self._over_ring(qkv_BLC, context.cache, context.places, skip)
+            out = self._over_ring(qkv_BLC, context.cache, context, skip)
         else:
             out = self._under_layout(qkv_BLC, context, skip)
         return out if out is None else self.o(out.flatten(2))
 
     def _over_ring(
-        self, qkv_BLC: Tensor, cache: sf.RingKVCache, places: Sequence[Place], skip: int
+        self, qkv_BLC: Tensor, cache: sf.RingKVCache, context: Context, skip: int
     ) -> Tensor | None:
         """Each chunk is appended and then attends, so that it sees those before it and may take the
         slots of frames that they were the last to see."""
         ring = cache.k[self.layer], cache.v[self.layer]
+        impl = self.attention_impl
+        if impl == "cudnn" and not context.full:  # which reads every slot
+            impl = "auto"
         qkv_BLC, end, outs = qkv_BLC.to(ring[0].dtype), 0, []  # another one under autocast
-        for (_, slot_F, valid), rope_LP2 in places:
+        for (_, slot_F, valid), rope_LP2 in context.places:
             begin, end = end, end + len(rope_LP2)
             q_BLHD = sf.qk_norm_rope_append(
                 qkv_BLC[:, begin:end],
@@ -104,7 +109,7 @@ class SelfAttention(nn.Module):
                 impl=self.impl,
             )
             if begin >= skip:
-                outs.append(sf.ring_attention(q_BLHD, *ring, valid, impl=self.attention_impl))
+                outs.append(sf.ring_attention(q_BLHD, *ring, valid, full=context.full, impl=impl))
         return torch.cat(outs, 1) if len(outs) > 1 else outs[0] if outs else None
 
     def _under_layout(self, qkv_BLC: Tensor, context: Context, skip: int) -> Tensor | None:
@@ -157,18 +162,33 @@ class CrossAttention(nn.Module):
         return self.o(out.flatten(2))
 
 
+class FeedForward(nn.Sequential):
+    """Two linear layers with GELU between them, which the first one applies where it can."""
+
+    def __init__(self, config: DiTConfig, impl: str) -> None:
+        super().__init__(
+            nn.Linear(config.dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_dim, config.dim),
+        )
+        self.impl = impl
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        first: Any = self[0]
+        y: Tensor = self[2](sf.linear(x_BLD, first.weight, first.bias, gelu=True, impl=self.impl))
+        return y
+
+
 class Block(nn.Module):
-    def __init__(self, config: DiTConfig, layer: int, impl: str, attention_impl: str) -> None:
+    def __init__(
+        self, config: DiTConfig, layer: int, impl: str, attention_impl: str, linear_impl: str
+    ) -> None:
         super().__init__()
         self.eps, self.impl = config.eps, impl
         self.self_attn = SelfAttention(config, layer, impl, attention_impl)
         self.norm3 = nn.LayerNorm(config.dim, config.eps)
         self.cross_attn = CrossAttention(config, layer, impl, attention_impl)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(config.ffn_dim, config.dim),
-        )
+        self.ffn = FeedForward(config, linear_impl)
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / math.sqrt(config.dim))
 
     def forward(

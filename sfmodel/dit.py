@@ -48,8 +48,8 @@ class DiT(nn.Module):
 
     Parameters carry the official names, except that q, k, v (and k, v of the prompt) are one
     projection each; checkpoint.py maps both ways. impl: the implementation of the sfkernels ops;
-    attention_impl: that of the attention ops. recompute: recompute each block's activations in the
-    backward pass instead of keeping them.
+    attention_impl, linear_impl: that of attention and of the FFN's first layer. recompute:
+    recompute each block's activations in the backward pass instead of keeping them.
     """
 
     def __init__(
@@ -57,10 +57,12 @@ class DiT(nn.Module):
         config: DiTConfig,
         impl: str = "auto",
         attention_impl: str = "auto",
+        linear_impl: str = "auto",
         recompute: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.impl, self.recompute = config, impl, recompute
+        self.attention_impl = attention_impl
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.channels, dim, config.patch, config.patch)
         self.text_embedding = nn.Sequential(
@@ -71,7 +73,7 @@ class DiT(nn.Module):
         )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(
-            Block(config, i, impl, attention_impl) for i in range(config.layers)
+            Block(config, i, impl, attention_impl, linear_impl) for i in range(config.layers)
         )
         self.head = Head(config)
         self._initialise()
@@ -103,6 +105,7 @@ class DiT(nn.Module):
         cache: sf.RingKVCache | None = None,
         past: Past | None = None,
         places: Sequence[Place] = (),
+        full: bool = False,
     ) -> Tensor:
         """Predicts the flow ε − x0, [B, F, C, H, W] float32.
 
@@ -118,7 +121,8 @@ class DiT(nn.Module):
         past once `append` has written those of its final latents and the caller has committed them.
         With clean latents [B, F', C, H, W] in front x is the chunk after them, and the pass appends
         them as well: the caller commits F' frames. places: of the chunks, where the caller has them
-        from `place`.
+        from `place`. full: whether the caller knows that the first of them fills the ring, as
+        `sfkernels.ring_attention` says.
 
         Raises ValueError for shapes or arguments that do not fit together.
         """
@@ -126,7 +130,7 @@ class DiT(nn.Module):
         tokens_BLD, modulation, context = self._inputs(
             x_BFCHW, t, text_BTE, layout, clean_BFCHW, cache, past, places
         )
-        h_BLD, _ = self._run(tokens_BLD, modulation, context)
+        h_BLD, _ = self._run(tokens_BLD, modulation, context._replace(full=full))
         out_BLE = self.head.head(h_BLD)
         out = self._unpatchify(out_BLE[:, -frames * math.prod(grid) :].float(), grid)
         if self.config.prediction == "x0":

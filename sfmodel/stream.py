@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from sfkernels import Noise, euler_step, normal, sampler_step
 from sfkernels.arguments import check_shape
+from sfkernels.attention import differs_when_full
 from sfmodel import graphs
 from sfmodel.blocks import Place
 from sfmodel.config import Preset, check_seed
@@ -197,14 +198,20 @@ class Stream:
             shape = batch, frames, config.channels, preset.height, preset.width
             self.x[frames], self.latents_BFCHW[frames] = torch.zeros(2, *shape, device=device)
             self.places[frames] = model.place(self.cache, frames, preset.grid)
-        before = {(frames, 0) for frames in sizes}
+        behind = [(frames, 0) for frames in sizes]
         if merge:
-            before |= {(preset.chunk, frames) for frames in sizes}
-        self.begin = {each: self._begin(*each) for each in sorted(before)}
+            behind += [(preset.chunk, frames) for frames in sizes]
+        # Some attention computes otherwise once the ring is full, which the host knows.
+        fullness = [False] + [True] * differs_when_full(model.attention_impl, device)
+        self.can_be_full = len(fullness) > 1
+        self.begin = {(*each, full): self._begin(*each, full)
+                      for each in behind for full in fullness}  # fmt: skip
+        self.steps = {(frames, full): self._steps(frames, full)
+                      for frames in sizes for full in fullness}  # fmt: skip
         self.phases = {frames: self._phases(frames) for frames in sizes}
         self.restart(text_BTE, seed)
 
-    def _begin(self, frames: int, before: int) -> dict[str, Run]:
+    def _begin(self, frames: int, before: int, full: bool) -> dict[str, Run]:
         """Noise and the first step of a chunk, behind one of `before` frames whose cache update is
         merged with it; 0: behind none."""
         model, cache, grid = self.model, self.cache, self.preset.grid
@@ -222,32 +229,35 @@ class Stream:
             x.copy_(noise if isinstance(noise, Tensor) else normal(noise, x.shape, impl=model.impl))
 
         def step() -> None:
-            flow = model(
-                x, modulation, None, clean_BFCHW=clean, cache=cache, places=[*places, place]
-            )
+            flow = model(x, modulation, None, clean_BFCHW=clean, cache=cache,
+                         places=[*places, place], full=full)  # fmt: skip
             self._advance(frames, 0, flow)
             if before:
                 cache.commit(before)
 
         return {NOISE: self.launch(draw), MERGED if before else f"{STEP}1": self.launch(step)}
 
-    def _phases(self, frames: int) -> dict[str, Run]:
-        """What follows the first step of a chunk."""
-        model, cache, x = self.model, self.cache, self.x[frames]
-        latents, places = self.latents_BFCHW[frames], [self.places[frames]]
+    def _steps(self, frames: int, full: bool) -> dict[str, Run]:
+        """The steps of a chunk after the first one."""
+        model, x, places = self.model, self.x[frames], [self.places[frames]]
 
         def step(i: int) -> None:
-            flow = model(x, self.modulations[i], None, cache=cache, places=places)
+            modulation = self.modulations[i]
+            flow = model(x, modulation, None, cache=self.cache, places=places, full=full)
             self._advance(frames, i, flow)
+
+        later = range(1, len(self.sigmas))
+        return {f"{STEP}{i + 1}": self.launch(functools.partial(step, i)) for i in later}
+
+    def _phases(self, frames: int) -> dict[str, Run]:
+        """What may follow the steps of a chunk."""
+        model, cache, latents = self.model, self.cache, self.latents_BFCHW[frames]
 
         def update() -> None:
             model.append(latents, self.clean, None, cache=cache)
             cache.commit(frames)
 
-        phases = {}
-        for i in range(1, len(self.sigmas)):
-            phases[f"{STEP}{i + 1}"] = self.launch(functools.partial(step, i))
-        phases[UPDATE] = self.launch(update)
+        phases = {UPDATE: self.launch(update)}
         if self.decoding is not None:
             for i, piece in enumerate(latents.split(1 if self.low_latency else frames, 1)):
                 phases[f"{DECODE}{i}"] = self.decoding.of(piece)
@@ -302,6 +312,7 @@ class Stream:
             self.decoding.state = None
         self.next = self.size = self.first  # of the next chunk, and of the one that is there
         self.pending = 0  # frames of the one that is there, while its cache update is to come
+        self.past = 0  # frames that are past
 
     @torch.no_grad()
     def set_text(self) -> None:
@@ -316,16 +327,20 @@ class Stream:
         if self.pending and not self.merge:
             self.update()
         before, self.size = self.pending, self.next
-        runs = self.begin[self.size, before] | {
-            name: run for name, run in self.phases[self.size].items() if name.startswith(STEP)
-        }
+        seen = self.past + (before or self.size)  # by the first chunk of the first pass
+        runs = dict(self.begin[self.size, before, self._full(seen)])
+        runs |= self.steps[self.size, self._full(self.past + before + self.size)]
         for i, (name, run) in enumerate(runs.items(), 1):
             if self.lanes and i == len(runs):  # the last step overwrites what is decoded
                 torch.cuda.current_stream(self.model.device).wait_stream(self.lanes[0])
             with phase(name):
                 run()
+        self.past += before
         self.pending, self.next = self.size, self.preset.chunk
         return self.latents_BFCHW[self.size]
+
+    def _full(self, seen: int) -> bool:
+        return self.can_be_full and seen >= self.preset.window
 
     def _run(self, name: str, which: str = "") -> None:
         with phase(name):
@@ -363,6 +378,7 @@ class Stream:
         if clean_BFCHW is not None:
             self.latents_BFCHW[self.size].copy_(clean_BFCHW)
         self._run(UPDATE)
+        self.past += self.size
         self.pending, self.next = 0, self.preset.chunk
 
     @torch.no_grad()

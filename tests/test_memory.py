@@ -27,7 +27,7 @@ FRAMES, GRID = 2, 4
 def kept(config: DiTConfig, recompute: bool) -> float:
     """Elements that autograd keeps of one token, weights and prompt left out."""
     torch.manual_seed(0)
-    model = DiT(config, "triton", "triton", recompute)
+    model = DiT(config, "triton", "triton", recompute=recompute)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     sizes: dict[int, int] = {}
     alive: list[Tensor] = []  # a freed storage's address may come again

@@ -77,13 +77,13 @@ def test_opcheck(grad: bool, impl: str) -> None:
             (rope._qk_norm_rope_append, (*rope_args, *rings, slots, 1e-6, True, impl)),
         ]
         if impl == "triton":
-            by_table = dq, *rings, slots[0], rand(2 * TOKENS, D // 2, 2), 0.3, impl
+            by_table = dq, *rings, slots[0], rand(2 * TOKENS, D // 2, 2), False, 0.3, impl
             lse = rand(B, HEADS, TOKENS)
             layer = x.half(), rand(5, C).half()
             calls += [
                 (_linear, (*layer, rand(5).half(), True, impl)),
                 (_linear, (*layer, None, False, impl)),
-                (attention._ring_attention, (dq, *rings, slots[0], None, 0.3, impl)),
+                (attention._ring_attention, (dq, *rings, slots[0], None, False, 0.3, impl)),
                 (attention._ring_attention, by_table),
                 (
                     attention._attention_bwd,
