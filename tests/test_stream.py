@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import sfkernels
 from sfkernels import Noise, normal
 from sfmodel import graphs
 from sfmodel.config import PRESETS, Preset, VAEConfig
@@ -380,6 +381,37 @@ def test_captured_and_eager_agree_bit_for_bit(model: DiT) -> None:
     for _ in range(7):
         assert torch.equal(mine.denoise(), eager.denoise())
         torch.testing.assert_close(mine.decode(), eager.decode(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_cudnn_takes_the_full_ring(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In graphs of their own, from the chunk on that fills the ring."""
+    device, seen = torch.device("cuda"), []
+    ring_attention = sfkernels.ring_attention
+
+    def noted(*args: Any, full: bool, impl: str, **more: Any) -> Tensor:
+        seen.append((full, impl))
+        return ring_attention(*args, full=full, impl=impl, **more)
+
+    monkeypatch.setattr(sfkernels, "ring_attention", noted)
+    streams, preset = [], replace(SMALL, first=1, chunk=2)
+    for attention, graph in (("cudnn", True), ("cudnn", False), ("sdpa", False)):
+        on_gpu = DiT(SMALL.dit, attention_impl=attention)
+        on_gpu.load_state_dict(model.state_dict())
+        half, text = on_gpu.to(device, torch.bfloat16).eval(), TEXT[:1].to(device)
+        streams.append(Stream(half, None, text, preset, graph=graph))
+    assert not streams[0].notes
+    seen.clear()
+    for chunk in range(7):
+        graphed, eager, want = (stream.denoise() for stream in streams)
+        assert torch.equal(graphed, eager)
+        torch.testing.assert_close(eager, want, rtol=0.1, atol=0.1)
+        used = {each for each in seen if each[1] != "sdpa"}
+        # After 1, 3, 5 and 7 frames; the first pass is still behind a ring of 5.
+        full, filling = (True, "cudnn"), (False, "auto")
+        assert used == ({filling} if chunk < 3 else {full, filling} if chunk == 3 else {full})
+        seen.clear()
 
 
 @pytest.mark.gpu
