@@ -47,12 +47,13 @@ from sfmodel import cost, stream
 from sfmodel.config import Preset
 from sfmodel.cost import CLIP, PIXEL_FRAMES, Way
 from sfmodel.dit import DiT
+from sfmodel.frames import COPY, DECODE, Decoding
 from sfmodel.ranges import phase
-from sfmodel.stream import Decoding, Stream
+from sfmodel.stream import Stream
 
 # Parts that a figure is also given without.
 PARTS: dict[str, tuple[str, ...]] = {"text": (ENCODING, stream.PROMPT)}
-PARTS |= {name: (name,) for name in (stream.UPDATE, stream.DECODE, stream.COPY)}
+PARTS |= {name: (name,) for name in (stream.UPDATE, DECODE, COPY)}
 
 CASES = {"chunk-wise": 3, "frame-wise": 1}  # latent frames of a chunk
 COMPILED = "chunk-wise, compiled"  # torch.compile takes minutes, so it comes last
@@ -204,7 +205,7 @@ def without_each(whole: float, ms: Mapping[str, float], have: Collection[str]) -
         if any(each in have for each in phases):
             out[f"without {name}"] = whole - sum(ms.get(each, 0.0) for each in phases)
     if TINY_DECODE in have:
-        out["with the tiny VAE"] = whole - ms.get(stream.DECODE, 0.0) + ms.get(TINY_DECODE, 0.0)
+        out["with the tiny VAE"] = whole - ms.get(DECODE, 0.0) + ms.get(TINY_DECODE, 0.0)
     out["denoising alone"] = sum(ms[name] for name in ms if name.startswith(stream.STEP))
     return out
 

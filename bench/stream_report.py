@@ -9,8 +9,9 @@ from bench.figures import BLUE, LIGHT, legend, new
 from bench.peers import ANCHORS
 from bench.tables import PEAK_MIB, Result, Table, left_out, timed, value
 from sfmodel.cost import PIXEL_FRAMES
+from sfmodel.frames import COPY, DECODE
 from sfmodel.machine import describe, describe_state
-from sfmodel.stream import COPY, DECODE, MERGED, NOISE, PROMPT, STEP, UPDATE
+from sfmodel.stream import MERGED, NOISE, PROMPT, STEP, UPDATE
 
 ENCODING, TINY_DECODE = "text encoding", "decode, tiny VAE"
 ABSENT = {ENCODING: "no text encoder here"}

@@ -8,10 +8,7 @@ E text dim.
 from __future__ import annotations
 
 import functools
-import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,19 +17,16 @@ from torch.utils import _pytree as pytree
 from sfkernels import Noise, euler_step, normal, sampler_step
 from sfkernels.arguments import check_shape
 from sfkernels.attention import differs_when_full
-from sfmodel import graphs
 from sfmodel.blocks import Place
 from sfmodel.config import Preset, check_seed
 from sfmodel.dit import DiT
+from sfmodel.frames import FrameStream, Run, copy_all
 from sfmodel.ranges import phase
 from sfmodel.schedule import TRAIN_STEPS, FlowSchedule
-from sfmodel.vae.codec import NotFinite, VideoDecoder, finite_frames, to_bytes
+from sfmodel.vae.codec import VideoDecoder
 
-PROMPT, NOISE, STEP, DECODE = "prompt keys and values", "noise", "step ", "decode"
-COPY, UPDATE = "copy to host", "cache update"
+PROMPT, NOISE, STEP, UPDATE = "prompt keys and values", "noise", "step ", "cache update"
 MERGED = f"{STEP}1 and {UPDATE}"
-
-Run = Callable[[], None]
 
 
 def few_step(
@@ -55,70 +49,7 @@ def check_euler(steps: int) -> None:
         raise ValueError(f"euler={steps}: must be 0 to {TRAIN_STEPS} steps")
 
 
-def copy_all(kept: Any, new: Any) -> None:
-    """Copies the tensors of a tree into those of another that is like it."""
-    for old, other in zip(pytree.tree_leaves(kept), pytree.tree_leaves(new), strict=True):
-        old.copy_(other)
-
-
-class Decoding:
-    """A clip's decoding, chunk by chunk. pixels [B, T, 3, H, W]: of the last chunk.
-
-    launch: makes a CUDA graph of a function; None to run eagerly. A clip's first chunk is never
-    part of a graph, since it does what others do not: no convolution sees anything before it. The
-    others find the state where they left it."""
-
-    def __init__(self, codec: VideoDecoder, launch: Callable[[Run], Run] | None = None) -> None:
-        self.codec, self.launch = codec, launch
-        self.state: Any = None
-        self.kept: Any = None  # where a graph finds the state
-        self.pixels_BTCHW = torch.empty(0)
-
-    def of(self, x_BFCHW: Tensor) -> Run:
-        """Function that decodes the chunk that lies in x, each time that it is called."""
-
-        def decode() -> None:
-            self.pixels_BTCHW, self.state = self.codec.decode_chunk(x_BFCHW, self.state)
-
-        if self.launch is None:
-            return decode
-        self.kept = self.codec.decode_chunk(x_BFCHW)[1] if self.kept is None else self.kept
-        made_BTCHW = self.pixels_BTCHW
-
-        def in_place() -> None:
-            nonlocal made_BTCHW
-            made_BTCHW, state = self.codec.decode_chunk(x_BFCHW, self.kept)
-            copy_all(self.kept, state)
-
-        replay = self.launch(in_place)
-
-        def decode_or_replay() -> None:
-            if self.state is None:
-                decode()
-                copy_all(self.kept, self.state)
-                self.state = self.kept
-            else:
-                replay()
-                self.pixels_BTCHW = made_BTCHW
-
-        return decode_or_replay
-
-
-class OnHost(NamedTuple):
-    """Frames as bytes [B, T, H, W, 3], and which of them hold finite numbers alone [B, T]."""
-
-    bytes_BTHWC: Tensor
-    finite_BT: Tensor
-
-
-def _to_host(x: Tensor) -> Tensor:
-    """A copy in host memory that the device does not wait for."""
-    if not x.is_cuda:
-        return x
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-
-
-class Stream:
+class Stream(FrameStream):
     """A model's stream, eager or in CUDA graphs, one for each phase of a chunk: noise, the steps,
     decoding, the copy to host memory. The first step of a chunk runs in one pass with the cache
     update of the chunk before, which leaves the clean keys and values of that in the cache: its
@@ -162,8 +93,8 @@ class Stream:
     ) -> None:
         check_seed(seed, batch)
         check_euler(euler)
-        self.model, self.preset, self.batch, self.graph = model, preset.check(), batch, graph
-        self.euler, self.merge, self.low_latency, self.noise = euler, merge, low_latency, noise
+        self.model, self.preset, self.batch = model, preset.check(), batch
+        self.euler, self.merge, self.noise = euler, merge, noise
         steps = (
             [round(TRAIN_STEPS * (1 - i / euler)) for i in range(euler)] if euler else preset.steps
         )
@@ -175,29 +106,20 @@ class Stream:
         self.cache = model.new_cache(batch, preset.window, preset.grid, preset.sink)
         self.seed_B = torch.arange(seed, seed + batch, device=device)
         self.first = preset.first or preset.chunk
-        self.notes: dict[str, None] = {}
-        self.lanes: tuple[Any, Any] | None = None  # streams of the device: decoding, copying
-        if graph and device.type == "cuda":
-            self.lanes = torch.cuda.Stream(device), torch.cuda.Stream(device)
-
         config = model.config
         text_size = len(text_BTE), config.text_len, config.text_dim
         self.text_BTE = torch.zeros(text_size, device=device)
-        self._set_text = self.launch(lambda: model.set_text(self.cache, self.text_BTE))
-        self.decoding: Decoding | None = None
-        if codec is not None:
-            # Its graphs run beside the others.
-            launch = functools.partial(self.launch, pool=DECODE) if graph else None
-            self.decoding = Decoding(codec, launch)
         # By a chunk's size: what is being denoised, x0, the place in the ring.
         self.x: dict[int, Tensor] = {}
-        self.latents_BFCHW: dict[int, Tensor] = {}
+        latents: dict[int, Tensor] = {}
         self.places: dict[int, Place] = {}
         sizes = {self.first, preset.chunk}
         for frames in sizes:
             shape = batch, frames, config.channels, preset.height, preset.width
-            self.x[frames], self.latents_BFCHW[frames] = torch.zeros(2, *shape, device=device)
+            self.x[frames], latents[frames] = torch.zeros(2, *shape, device=device)
             self.places[frames] = model.place(self.cache, frames, preset.grid)
+        super().__init__(codec, latents, graph, low_latency)
+        self._set_text = self.launch(lambda: model.set_text(self.cache, self.text_BTE))
         behind = [(frames, 0) for frames in sizes]
         if merge:
             behind += [(preset.chunk, frames) for frames in sizes]
@@ -208,7 +130,7 @@ class Stream:
                       for each in behind for full in fullness}  # fmt: skip
         self.steps = {(frames, full): self._steps(frames, full)
                       for frames in sizes for full in fullness}  # fmt: skip
-        self.phases = {frames: self._phases(frames) for frames in sizes}
+        self.updates = {frames: self._update(frames) for frames in sizes}
         self.restart(text_BTE, seed)
 
     def _begin(self, frames: int, before: int, full: bool) -> dict[str, Run]:
@@ -249,20 +171,14 @@ class Stream:
         later = range(1, len(self.sigmas))
         return {f"{STEP}{i + 1}": self.launch(functools.partial(step, i)) for i in later}
 
-    def _phases(self, frames: int) -> dict[str, Run]:
-        """What may follow the steps of a chunk."""
+    def _update(self, frames: int) -> Run:
         model, cache, latents = self.model, self.cache, self.latents_BFCHW[frames]
 
         def update() -> None:
             model.append(latents, self.clean, None, cache=cache)
             cache.commit(frames)
 
-        phases = {UPDATE: self.launch(update)}
-        if self.decoding is not None:
-            for i, piece in enumerate(latents.split(1 if self.low_latency else frames, 1)):
-                phases[f"{DECODE}{i}"] = self.decoding.of(piece)
-            phases[COPY] = self._copy_to_host
-        return phases
+        return self.launch(update)
 
     def _noise(self, frames: int, i: int) -> Tensor | Noise:
         if self.noise is not None:
@@ -281,16 +197,11 @@ class Stream:
         (self.latents_BFCHW[frames] if last else x).copy_(out)
 
     def launch(self, run: Run, pool: str = "") -> Run:
-        """`run`, or its CUDA graph, in a pool of memory for those that do not run at once. Before a
-        capture it really runs, so that what it moves, the place in the ring, is put back."""
-        if not self.graph:
-            return run
+        """As `FrameStream.launch`; what a run moves, the place in the ring, is put back."""
         start = self.cache.start.clone()
-        replay, note = graphs.captured(run, graphs.shared_pool(pool))
+        launched = super().launch(run, pool)
         self.cache.start.copy_(start)
-        if note:
-            self.notes[note] = None
-        return replay or run
+        return launched
 
     @torch.no_grad()
     def restart(self, text_BTE: Tensor | None = None, seed: int | None = None) -> None:
@@ -308,8 +219,7 @@ class Stream:
             self.text_BTE.zero_()[:, : text_BTE.shape[1]].copy_(text_BTE)
             self.set_text()
         self.cache.reset()
-        if self.decoding is not None:
-            self.decoding.state = None
+        super().restart()
         self.next = self.size = self.first  # of the next chunk, and of the one that is there
         self.pending = 0  # frames of the one that is there, while its cache update is to come
         self.past = 0  # frames that are past
@@ -342,34 +252,6 @@ class Stream:
     def _full(self, seen: int) -> bool:
         return self.can_be_full and seen >= self.preset.window
 
-    def _run(self, name: str, which: str = "") -> None:
-        with phase(name):
-            self.phases[self.size][name + which]()
-
-    @property
-    def pieces(self) -> int:
-        """Pieces in which the chunk is decoded."""
-        return self.size if self.low_latency else 1
-
-    @torch.no_grad()
-    def decode(self, piece: int = 0) -> Tensor:
-        """The pixels [B, T, 3, H, W] of a piece of the chunk, one after the other, about in
-        [-1, 1], in memory that the next one may overwrite."""
-        assert self.decoding is not None, "this stream has no codec"
-        self._run(DECODE, str(piece))
-        return self.decoding.pixels_BTCHW
-
-    @torch.no_grad()
-    def copy_to_host(self) -> OnHost:
-        """The decoded pixels in host memory: on a GPU, once the device has come so far."""
-        self._run(COPY)
-        return self.on_host
-
-    def _copy_to_host(self) -> None:
-        assert self.decoding is not None
-        pixels_BTCHW = self.decoding.pixels_BTCHW
-        self.on_host = OnHost(*map(_to_host, (to_bytes(pixels_BTCHW), finite_frames(pixels_BTCHW))))
-
     @torch.no_grad()
     def update(self, clean_BFCHW: Tensor | None = None) -> None:
         """The chunk's cache update as a pass of its own. With clean latents of a chunk these are
@@ -377,7 +259,8 @@ class Stream:
         self.size = self.pending or self.next
         if clean_BFCHW is not None:
             self.latents_BFCHW[self.size].copy_(clean_BFCHW)
-        self._run(UPDATE)
+        with phase(UPDATE):
+            self.updates[self.size]()
         self.past += self.size
         self.pending, self.next = 0, self.preset.chunk
 
@@ -400,65 +283,6 @@ class Stream:
         step is done."""
         while True:
             yield self.denoise().clone()
-
-    def frames(self, count: int | None = None) -> Iterator[Tensor]:
-        """Decoded video as bytes [B, T, H, W, 3] in host memory, a chunk or a piece of one at a
-        time; `count` pixel frames in all, endless if None. Memory does not grow.
-
-        In CUDA graphs, decoding and copies run on streams of the device of their own, and a chunk
-        is handed out when the next one has been launched: the device does not wait for whoever
-        takes them, and a new prompt is seen a chunk later. Raises `NotFinite` for a frame with NaN
-        or infinity."""
-        left, done = math.inf if count is None else count, 0
-        leaving: deque[tuple[OnHost, Any]] = deque()
-        while left > 0 or leaving:
-            launched = len(leaving)
-            if left > 0:
-                self.denoise()
-                for piece in range(self.pieces):
-                    if left > 0:
-                        on_host, event = self._leave(piece)
-                        wanted = OnHost(*(t[:, : int(min(left, t.shape[1]))] for t in on_host))
-                        leaving.append((wanted, event))
-                        left -= wanted.finite_BT.shape[1]
-            for _ in range(launched if self.lanes and left > 0 else len(leaving)):
-                (bytes_BTHWC, finite_BT), event = leaving.popleft()
-                if event is not None:
-                    event.synchronize()
-                if not finite_BT.all():
-                    frame, video = (~finite_BT).T.nonzero()[0].tolist()
-                    raise NotFinite(done + frame, video)
-                done += finite_BT.shape[1]
-                yield bytes_BTHWC
-
-    def _leave(self, piece: int) -> tuple[OnHost, Any]:
-        """A piece of the chunk on its way to the host, and the event of its arrival: none where it
-        is there."""
-        if not self.lanes:
-            self.decode(piece)
-            return self.copy_to_host(), None
-        decoding, copying = self.lanes
-        decoding.wait_stream(torch.cuda.current_stream(self.model.device))
-        decoding.wait_stream(copying)  # which reads what is overwritten now
-        with torch.cuda.stream(decoding):
-            self.decode(piece)
-        copying.wait_stream(decoding)
-        with torch.cuda.stream(copying):
-            return self.copy_to_host(), copying.record_event()
-
-    def video(self, frames: int | None = None) -> Iterator[Tensor]:
-        """Decoded video, a chunk or a piece of one [B, T, 3, H, W] at a time as soon as it is
-        ready; `frames` pixel frames in all, endless if None. Memory does not grow."""
-        left = math.inf if frames is None else frames
-        while left > 0:
-            self.denoise()
-            for piece in range(self.pieces):
-                pixels = self.decode(piece)
-                pixels = pixels[:, : int(min(left, pixels.shape[1]))]
-                yield pixels.clone() if self.graph else pixels
-                left -= pixels.shape[1]
-                if left <= 0:
-                    return
 
 
 def stream(

@@ -18,9 +18,10 @@ from sfkernels import Noise, normal
 from sfmodel import graphs
 from sfmodel.config import PRESETS, Preset, VAEConfig
 from sfmodel.dit import DiT
+from sfmodel.frames import Decoding
 from sfmodel.ranges import timed
 from sfmodel.schedule import FlowSchedule
-from sfmodel.stream import Decoding, Stream, few_step, stream
+from sfmodel.stream import Stream, few_step, stream
 from sfmodel.toy.vae import ToyVAE
 from sfmodel.vae.codec import NotFinite, to_bytes
 from sfmodel.vae.wan import WanVAE

@@ -1,0 +1,227 @@
+"""Frames of a video whose latents come chunk by chunk: decoded, copied to host memory, handed out.
+
+Shapes: B samples, F latent frames of a chunk, T pixel frames, C channels, h×w latents, H×W pixels.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sfmodel import graphs
+from sfmodel.ranges import phase
+from sfmodel.vae.codec import NotFinite, VideoDecoder, finite_frames, to_bytes
+
+DECODE, COPY = "decode", "copy to host"
+
+Run = Callable[[], None]
+
+
+def copy_all(kept: Any, new: Any) -> None:
+    """Copies the tensors of a tree into those of another that is like it."""
+    for old, other in zip(pytree.tree_leaves(kept), pytree.tree_leaves(new), strict=True):
+        old.copy_(other)
+
+
+class Decoding:
+    """A clip's decoding, chunk by chunk. pixels [B, T, 3, H, W]: of the last chunk.
+
+    launch: makes a CUDA graph of a function; None to run eagerly. A clip's first chunk is never
+    part of a graph, since it does what others do not: no convolution sees anything before it. The
+    others find the state where they left it."""
+
+    def __init__(self, codec: VideoDecoder, launch: Callable[[Run], Run] | None = None) -> None:
+        self.codec, self.launch = codec, launch
+        self.state: Any = None
+        self.kept: Any = None  # where a graph finds the state
+        self.pixels_BTCHW = torch.empty(0)
+
+    def of(self, x_BFCHW: Tensor) -> Run:
+        """Function that decodes the chunk that lies in x, each time that it is called."""
+
+        def decode() -> None:
+            self.pixels_BTCHW, self.state = self.codec.decode_chunk(x_BFCHW, self.state)
+
+        if self.launch is None:
+            return decode
+        self.kept = self.codec.decode_chunk(x_BFCHW)[1] if self.kept is None else self.kept
+        made_BTCHW = self.pixels_BTCHW
+
+        def in_place() -> None:
+            nonlocal made_BTCHW
+            made_BTCHW, state = self.codec.decode_chunk(x_BFCHW, self.kept)
+            copy_all(self.kept, state)
+
+        replay = self.launch(in_place)
+
+        def decode_or_replay() -> None:
+            if self.state is None:
+                decode()
+                copy_all(self.kept, self.state)
+                self.state = self.kept
+            else:
+                replay()
+                self.pixels_BTCHW = made_BTCHW
+
+        return decode_or_replay
+
+
+class OnHost(NamedTuple):
+    """Frames as bytes [B, T, H, W, 3], and which of them hold finite numbers alone [B, T]."""
+
+    bytes_BTHWC: Tensor
+    finite_BT: Tensor
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """A copy in host memory that the device does not wait for."""
+    if not x.is_cuda:
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
+class FrameStream(abc.ABC):
+    """Frames of whoever puts the next chunk's latents into `latents_BFCHW` in `denoise`.
+
+    codec: None for latents alone. latents [B, F, C, h, w]: by a chunk's size, where they lie.
+    graph: decoding becomes CUDA graphs now, but for a clip's first chunk; not measured on a GPU
+    yet. low_latency: the latent frames of a chunk are decoded one by one.
+
+    size: latent frames of the chunk that is there. notes: why a phase is no graph, where that was
+    asked for."""
+
+    size: int
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        codec: VideoDecoder | None,
+        latents_BFCHW: Mapping[int, Tensor],
+        graph: bool = False,
+        low_latency: bool = False,
+    ) -> None:
+        self.latents_BFCHW, self.graph, self.low_latency = latents_BFCHW, graph, low_latency
+        self.notes: dict[str, None] = {}
+        self.device = next(iter(latents_BFCHW.values())).device
+        self.lanes: tuple[Any, Any] | None = None  # streams of the device: decoding, copying
+        if graph and self.device.type == "cuda":
+            self.lanes = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
+        self.decoding: Decoding | None = None
+        self.decoders: dict[int, list[Run]] = {}
+        if codec is not None:
+            # Its graphs run beside the others.
+            launch = functools.partial(self.launch, pool=DECODE) if graph else None
+            self.decoding = Decoding(codec, launch)
+            for frames, latents in latents_BFCHW.items():
+                pieces = latents.split(1 if low_latency else frames, 1)
+                self.decoders[frames] = [self.decoding.of(piece) for piece in pieces]
+
+    @abc.abstractmethod
+    def denoise(self) -> Tensor:
+        """The next chunk's clean latents x0 [B, F, C, h, w] in float32, in memory that the next one
+        overwrites."""
+
+    def launch(self, run: Run, pool: str = "") -> Run:
+        """`run`, or its CUDA graph, in a pool of memory for those that do not run at once. Before a
+        capture it really runs."""
+        if not self.graph:
+            return run
+        replay, note = graphs.captured(run, graphs.shared_pool(pool))
+        if note:
+            self.notes[note] = None
+        return replay or run
+
+    def restart(self) -> None:
+        """Goes back to before the first chunk."""
+        if self.decoding is not None:
+            self.decoding.state = None
+
+    @property
+    def pieces(self) -> int:
+        """Pieces in which the chunk is decoded."""
+        return self.size if self.low_latency else 1
+
+    @torch.no_grad()
+    def decode(self, piece: int = 0) -> Tensor:
+        """The pixels [B, T, 3, H, W] of a piece of the chunk, one after the other, about in
+        [-1, 1], in memory that the next one may overwrite."""
+        assert self.decoding is not None, "this stream has no codec"
+        with phase(DECODE):
+            self.decoders[self.size][piece]()
+        return self.decoding.pixels_BTCHW
+
+    @torch.no_grad()
+    def copy_to_host(self) -> OnHost:
+        """The decoded pixels in host memory: on a GPU, once the device has come so far."""
+        assert self.decoding is not None, "this stream has no codec"
+        pixels_BTCHW = self.decoding.pixels_BTCHW
+        with phase(COPY):
+            both = to_bytes(pixels_BTCHW), finite_frames(pixels_BTCHW)
+            return OnHost(*map(_to_host, both))
+
+    def frames(self, count: int | None = None) -> Iterator[Tensor]:
+        """Decoded video as bytes [B, T, H, W, 3] in host memory, a chunk or a piece of one at a
+        time; `count` pixel frames in all, endless if None. Memory does not grow.
+
+        In CUDA graphs, decoding and copies run on streams of the device of their own, and a chunk
+        is handed out when the next one has been launched: the device does not wait for whoever
+        takes them, and a new prompt is seen a chunk later. Raises `NotFinite` for a frame with NaN
+        or infinity."""
+        left, done = math.inf if count is None else count, 0
+        leaving: deque[tuple[OnHost, Any]] = deque()
+        while left > 0 or leaving:
+            launched = len(leaving)
+            if left > 0:
+                self.denoise()
+                for piece in range(self.pieces):
+                    if left > 0:
+                        on_host, event = self._leave(piece)
+                        wanted = OnHost(*(t[:, : int(min(left, t.shape[1]))] for t in on_host))
+                        leaving.append((wanted, event))
+                        left -= wanted.finite_BT.shape[1]
+            for _ in range(launched if self.lanes and left > 0 else len(leaving)):
+                (bytes_BTHWC, finite_BT), event = leaving.popleft()
+                if event is not None:
+                    event.synchronize()
+                if not finite_BT.all():
+                    frame, video = (~finite_BT).T.nonzero()[0].tolist()
+                    raise NotFinite(done + frame, video)
+                done += finite_BT.shape[1]
+                yield bytes_BTHWC
+
+    def _leave(self, piece: int) -> tuple[OnHost, Any]:
+        """A piece of the chunk on its way to the host, and the event of its arrival: none where it
+        is there."""
+        if not self.lanes:
+            self.decode(piece)
+            return self.copy_to_host(), None
+        decoding, copying = self.lanes
+        decoding.wait_stream(torch.cuda.current_stream(self.device))
+        decoding.wait_stream(copying)  # which reads what is overwritten now
+        with torch.cuda.stream(decoding):
+            self.decode(piece)
+        copying.wait_stream(decoding)
+        with torch.cuda.stream(copying):
+            return self.copy_to_host(), copying.record_event()
+
+    def video(self, frames: int | None = None) -> Iterator[Tensor]:
+        """Decoded video, a chunk or a piece of one [B, T, 3, H, W] at a time as soon as it is
+        ready; `frames` pixel frames in all, endless if None. Memory does not grow."""
+        left = math.inf if frames is None else frames
+        while left > 0:
+            self.denoise()
+            for piece in range(self.pieces):
+                pixels = self.decode(piece)
+                pixels = pixels[:, : int(min(left, pixels.shape[1]))]
+                yield pixels.clone() if self.graph else pixels
+                left -= pixels.shape[1]
+                if left <= 0:
+                    return
