@@ -30,13 +30,13 @@ from sfmodel.blocks import SelfAttention
 from sfmodel.config import PRESETS, Preset
 from sfmodel.cost import clip_chunks, training_flops
 from sfmodel.machine import describe
+from sfmodel.ranks import Ranks
 from sfmodel.train.batch import Batch
 from sfmodel.train.config import TrainConfig
 from sfmodel.train.data import Clips
 from sfmodel.train.loop import Run
 from sfmodel.train.models import Models
 from sfmodel.train.objectives import Distillation
-from sfmodel.train.parallel import Ranks
 
 IN_FULL = {"TF": "teacher forcing", "DF": "diffusion forcing"}
 GENERATORS = ("TF", "SF-4", "DF", "SF-1", "SF-2", "SF-3")  # the most telling first

@@ -19,7 +19,7 @@ import pytest
 from safetensors.torch import load_file
 
 from sfmodel.cli.main import run_command
-from sfmodel.train import parallel
+from sfmodel.ranks import started
 from sfmodel.train.loop import train
 from sfmodel.weights import checkpoint
 from tests.tiny_runs import apart, config, saved, tiny
@@ -115,7 +115,7 @@ def share_fate(fate: str, said: Path, environment: dict[str, str]) -> None:
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
 
     def share() -> None:
-        with parallel.started(device="cpu", patience=3) as ranks:
+        with started(device="cpu", patience=3) as ranks:
             ranks.wait()
             if ranks.first:
                 ranks.any(True)

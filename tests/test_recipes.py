@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from sfkernels import BlockLayout
 from sfmodel.dit import DiT
+from sfmodel.ranks import Ranks
 from sfmodel.schedule import FlowSchedule
 from sfmodel.train import objectives
 from sfmodel.train.batch import Batch, Draw, MicroBatch, seed_of
 from sfmodel.train.config import RECIPES
 from sfmodel.train.loop import Run
-from sfmodel.train.parallel import Ranks
 from sfmodel.train.rollout import Rollout
 from sfmodel.train.trajectories import IN_FILE, Trajectories, solve
 from tests.tiny_runs import TINY, config, tiny

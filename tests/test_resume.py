@@ -19,6 +19,7 @@ import torch
 
 from sfmodel import process
 from sfmodel.files import alone
+from sfmodel.ranks import Ranks
 from sfmodel.train import loop, parallel, report
 from sfmodel.train.batch import MicroBatch
 from sfmodel.train.config import RECIPES
@@ -449,7 +450,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_once(
 
 
 def test_checkpoints_are_in_the_order_of_updates_and_only_a_runs_own(tmp_path: Path) -> None:
-    ranks = parallel.Ranks(0, 1, torch.device("cpu"))
+    ranks = Ranks(0, 1, torch.device("cpu"))
 
     def save(step: int) -> None:
         parallel.save(tmp_path, step, {"a": torch.ones(2)}, {}, ranks)

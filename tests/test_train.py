@@ -18,7 +18,8 @@ from torch import nn
 
 from sfmodel.cli import main
 from sfmodel.dit import DiT
-from sfmodel.train import loop, parallel
+from sfmodel.ranks import Ranks, started
+from sfmodel.train import loop
 from sfmodel.train.config import RECIPES, defaults
 from sfmodel.train.loop import train
 from sfmodel.train.models import Models
@@ -187,7 +188,7 @@ def test_prompts_are_enough_without_clips(tmp_path: Path) -> None:
 def test_models_and_data_may_be_ready_ones(tmp_path: Path) -> None:
     """They are learned as those that the settings name."""
     settings = config(tmp_path / "run", "sf+dmd")
-    ranks = parallel.Ranks(0, 1, torch.device("cpu"))
+    ranks = Ranks(0, 1, torch.device("cpu"))
     named, ready = loop.Run(settings, ranks), Models.load(settings, ranks)
     bare = replace(settings, init=None, teacher=None, output=Path("/proc/none"))
     given = loop.Run(bare, ranks, source=named.source, models=ready)
@@ -281,7 +282,7 @@ def test_what_sees_whole_clips_is_compiled(
     """Not a generator that rolls out: each of its chunks would be a graph of its own."""
     compiled: list[DiT] = []
     monkeypatch.setattr(DiT, "compile", lambda self: compiled.append(self))
-    with tiny(), parallel.started(device="cpu") as ranks:
+    with tiny(), started(device="cpu") as ranks:
         run = loop.Run(config(tmp_path / "run", recipe, compile=True), ranks)
     models = run.models._asdict()
     assert {id(model) for model in compiled} == {id(models[name]) for name in names}
@@ -308,7 +309,7 @@ def test_a_gpu_trains_as_the_cpu(recipe: str, tmp_path: Path) -> None:
     """The losses of the first two updates, with the kernels, forward and backward."""
     losses = {}
     for device in ("cpu", "cuda"):
-        with tiny(), parallel.started(device=device) as ranks:
+        with tiny(), started(device=device) as ranks:
             run = loop.Run(config(tmp_path / device, recipe), ranks)
             losses[device] = [run.train_step() for _ in range(2)]
     for cpu, cuda in zip(losses["cpu"], losses["cuda"], strict=True):

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 
 from sfmodel.files import alone
+from sfmodel.ranks import started
 from sfmodel.train import parallel, report
 from sfmodel.train.batch import MicroBatch
 from sfmodel.train.config import TrainConfig
@@ -65,7 +66,7 @@ def stopped(config: TrainConfig, second: bool) -> None:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     said: dict[str, str] = {}
-    with parallel.started(device=CPU) as ranks, tiny():
+    with started(device=CPU) as ranks, tiny():
         for recipe in RECIPES:
             train(config(folder / f"two {recipe}", recipe, **SHORT), device=CPU)
             resumed = config(folder / f"one then two {recipe}", recipe, **SHORT)

@@ -28,10 +28,10 @@ from sfkernels.cases import FRAME
 from sfmodel.config import PRESETS
 from sfmodel.machine import describe
 from sfmodel.pretrained import TOY_WEIGHTS, load_toy
+from sfmodel.ranks import started
 from sfmodel.stream import stream
 from sfmodel.train.config import defaults
 from sfmodel.train.loop import Run
-from sfmodel.train.parallel import started
 
 ROUNDS = 10
 DTYPES = (torch.float32, torch.bfloat16)

@@ -17,6 +17,7 @@ from sfkernels.dispatch import IMPLS
 from sfmodel.config import PRESETS, Preset, check_seed
 from sfmodel.dit import DiT
 from sfmodel.files import check_writable
+from sfmodel.ranks import PATIENCE
 from sfmodel.train.objectives import Objective
 from sfmodel.train.objectives.dmd import DMD
 from sfmodel.train.objectives.flow import FlowMatching
@@ -25,7 +26,6 @@ from sfmodel.train.objectives.ode import ODERegression
 from sfmodel.train.objectives.sid import SiD
 from sfmodel.weights import checkpoint
 
-PATIENCE = 600.0  # seconds
 # The least and the most that settings may be.
 _RANGES: dict[tuple[float, float], tuple[str, ...]] = {
     (1, math.inf): (

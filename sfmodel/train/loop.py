@@ -27,6 +27,7 @@ from sfmodel.dit import DiT
 from sfmodel.files import atomic
 from sfmodel.process import noting
 from sfmodel.ranges import phase
+from sfmodel.ranks import Ranks, started
 from sfmodel.schedule import FlowSchedule
 from sfmodel.toy.text import ToyTextEncoder
 from sfmodel.toy.vae import ToyVAE
@@ -35,7 +36,6 @@ from sfmodel.train.batch import Batch, Draw, TrainContext, seed_of
 from sfmodel.train.config import TrainConfig
 from sfmodel.train.data import Prompts, Source, open_source
 from sfmodel.train.models import Models, load
-from sfmodel.train.parallel import Ranks
 from sfmodel.train.report import Record, Report, means
 from sfmodel.train.trajectories import Trajectories, solve
 from sfmodel.weights import checkpoint
@@ -388,7 +388,7 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     with (
-        parallel.started(config.shard, device, config.patience) as ranks,
+        started(config.shard, device, config.patience) as ranks,
         parallel.alone(config.output, ranks),
     ):
         return _train(config, resume, ranks)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from sfmodel.config import PRESETS, DiTConfig
 from sfmodel.dit import DiT
+from sfmodel.ranks import Ranks
 from sfmodel.train import parallel
 from sfmodel.train.batch import seed_of
 from sfmodel.train.config import TrainConfig
 from sfmodel.train.discriminator import Discriminator
-from sfmodel.train.parallel import Ranks
 from sfmodel.weights import checkpoint
 
 Model = TypeVar("Model", DiT, Discriminator)

@@ -8,7 +8,6 @@ that whatever carries that name can be resumed, on any number of ranks.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import io
 import json
 import os
@@ -18,12 +17,10 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
@@ -36,7 +33,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load as read
 from torch.distributed.checkpoint.state_dict_saver import save as write
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
@@ -47,96 +43,12 @@ from torch.distributed.tensor import DTensor
 from sfmodel import files
 from sfmodel.dit import DiT
 from sfmodel.files import cannot_write
-from sfmodel.train.config import PATIENCE
+from sfmodel.ranks import Ranks, lost
 
 Model = TypeVar("Model", bound=nn.Module)
 FACTS = "run.json"  # of a checkpoint: its step and the settings of its run
 _NAME = re.compile(r"step-([0-9]{6}|[1-9][0-9]{6,})")
 _PART = re.compile(rf"\.(failed-)?{_NAME.pattern}\.part")
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Place of this process among all of a run. mesh: what models are cut over; None alone."""
-
-    rank: int
-    world: int
-    device: torch.device
-    mesh: DeviceMesh | None = None
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The mean of each value over all ranks."""
-        means = self._reduce([*values.values()], dist.ReduceOp.SUM, self.world)
-        return dict(zip(values, means, strict=True))
-
-    def any(self, flag: bool) -> bool:
-        """Tells whether the flag is set on any rank."""
-        return bool(self._reduce([float(flag)], dist.ReduceOp.MAX)[0])
-
-    def _reduce(self, values: list[float], how: Any, divisor: int = 1) -> list[float]:
-        if self.world == 1:
-            return values
-        shared = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(shared, how)
-        return (shared / divisor).tolist()
-
-    def wait(self) -> None:
-        if self.world > 1:
-            dist.barrier()
-
-
-@contextlib.contextmanager
-def started(
-    shard: int = 0, device: torch.device | str | None = None, patience: float = PATIENCE
-) -> Iterator[Ranks]:
-    """The ranks that torchrun started; without it, one alone. shard: how many ranks share a copy of
-    the weights (0: all; fewer, such as those of a node: copies of it are kept equal). patience:
-    seconds that a rank waits for another. Raises ConnectionError where one ended or hangs."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
-    here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0)
-    here = torch.device(device or "cpu") if not cuda else here
-    if world == 1:
-        yield Ranks(0, 1, here)
-        return
-    size = shard or world
-    if world % size:
-        raise ValueError(f"shard={shard}: must divide the {world} ranks")
-    if cuda:
-        torch.cuda.set_device(here)
-    own = not dist.is_initialized()
-    # Outputs that are views are read here, never written.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
-    try:
-        if own:
-            backend, wait = "cpu:gloo,cuda:nccl" if cuda else "gloo", datetime.timedelta
-            dist.init_process_group(backend, timeout=wait(seconds=patience))
-        shape, names = ((world,), ("shard",)) if size == world else (
-            (world // size, size), ("replicate", "shard"))  # fmt: skip
-        mesh = init_device_mesh(here.type, shape, mesh_dim_names=names)
-        yield Ranks(dist.get_rank(), world, here, mesh)
-        dist.barrier()  # a rank that leaves while another one still works would take it down
-    except RuntimeError as error:
-        if not _lost(error):
-            raise
-        raise ConnectionError(
-            f"rank {os.environ['RANK']} of {world}: another rank ended, or did not answer for "
-            f"{patience:g} seconds"
-        ) from None
-    finally:
-        if own and dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _lost(error: BaseException) -> bool:
-    """Tells whether an error says that another rank is not there. gloo's are plain ones."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error)
-    )
 
 
 @contextlib.contextmanager
@@ -234,7 +146,7 @@ def save(
                 os.replace(old, going)
                 shutil.rmtree(going, ignore_errors=True)
     except (OSError, RuntimeError, CheckpointException) as error:
-        if _lost(error):
+        if lost(error):
             raise
         shutil.rmtree(part, ignore_errors=True)
         raise cannot_write(path, _cause(error)) from error
@@ -280,7 +192,7 @@ def load(path: Path, state: dict[str, Any], ranks: Ranks) -> None:
                 no_dist=ranks.world == 1,
             )  # fmt: skip
     except (Exception, CheckpointException) as error:
-        if _lost(error):
+        if lost(error):
             raise
         raise damaged(path, _cause(error)) from None
 

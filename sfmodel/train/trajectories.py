@@ -19,8 +19,8 @@ from torch import Tensor
 
 from sfkernels import euler_step
 from sfmodel.files import atomic
+from sfmodel.ranks import Ranks
 from sfmodel.schedule import TRAIN_STEPS, FlowSchedule
-from sfmodel.train.parallel import Ranks
 from sfmodel.weights.saving import save_tensors
 
 IN_FILE = 64  # trajectories
