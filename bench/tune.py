@@ -30,8 +30,8 @@ from torch import Tensor
 
 from bench import timing
 from sfkernels import cases, check, launch, testing
-from sfkernels.cases import CHUNK, FRAME, WINDOW, AttentionCase, Case, Heads
-from sfkernels.launch import Flat, RowTile, Setting, Tile
+from sfkernels.cases import CHUNK, FRAME, WINDOW, Case, Heads
+from sfkernels.launch import Flat, Product, RowTile, Setting, Tile
 from sfmodel.files import atomic
 from sfmodel.machine import machine
 
@@ -42,7 +42,7 @@ SMALLEST_TILE, LARGEST_TILE = 512, 16384  # elements
 
 class Search(NamedTuple):
     """A kernel's setting for a number of channels (1 for elementwise kernels, for attention the
-    bytes of a head's row), and the cases that it is timed in."""
+    bytes of a head's row, for linear layers outputs), and the cases that it is timed in."""
 
     kernel: str
     channels: int
@@ -51,17 +51,10 @@ class Search(NamedTuple):
 
 
 # Of kernels over rows: the op whose setting it is.
-ROWS = {
-    "residual_norm_fwd": "gated_adaln",
-    "qk_norm_rope_fwd": "qk_norm_rope",
-    "norm_fwd": "rms_norm",
-    "residual_norm_bwd": "gated_adaln",
-    "qk_norm_rope_bwd": "qk_norm_rope",
-    "norm_bwd": "rms_norm",
-    "adaln_fwd": "adaln",
-    "adaln_bwd": "adaln",
-    "quantize_rows": "quantize_rows",
-}
+_FORMS = {"residual_norm": "gated_adaln", "qk_norm_rope": "qk_norm_rope", "norm": "rms_norm",
+          "adaln": "adaln"}  # fmt: skip
+ROWS = {f"{form}_{way}": op for way in ("fwd", "bwd") for form, op in _FORMS.items()}
+ROWS["quantize_rows"] = "quantize_rows"
 # Of the video decoder: frames and pixels of a frame in a chunk, channels.
 LEVELS = ((12, 480 * 832, 96), (12, 240 * 416, 192), (6, 120 * 208, 384))
 
@@ -76,6 +69,10 @@ def searches(device: torch.device) -> Iterator[Search]:
             yield Search(f"{prefix}_fwd", 256, streams, impl)
             yield Search(f"{prefix}_dkdv", 256, clip, impl)
             yield Search(f"{prefix}_dq", 256, clip, impl)
+    for outputs, inputs in ((8960, (1536,)), (1536, (8960, 1536)), (4608, (1536,))):
+        layer = functools.partial(cases.linear, gelu=outputs == 8960, dtype=torch.bfloat16)
+        sizes = itertools.product((CHUNK * FRAME, 2 * CHUNK * FRAME), inputs)
+        yield Search("linear", outputs, tuple(layer(*size, outputs) for size in sizes))
     for channels in (1536, 5120):
         for kernel, op in ROWS.items():
             backward = kernel.endswith("_bwd")
@@ -111,6 +108,11 @@ def candidates(
     if isinstance(default, Flat):
         flats = [Flat(b, w) for b in (256, 512, 1024, 2048, 4096) for w in (1, 2, 4, 8)]
         return [default, *(flat for flat in flats if flat != same)]
+    if isinstance(default, Product):
+        whole = itertools.product(((256, 192), (256,), (256, 128)), (8,), (3, 4), (1,))
+        halves = itertools.product(((128,), (128, 64)), (4, 8), (2, 3), (2,))
+        products = itertools.starmap(Product, (*whole, *halves))
+        return [default, *(product for product in products if product != same)]
     if isinstance(default, Tile):
         # Where warps are specialised, a consumer has four and there are two of 64 tokens.
         fixed = (128,), (32, 64, 128), (4,), (2, 3, 4), (0, 1)
@@ -205,7 +207,7 @@ def tune(search: Search, device: torch.device, deadline: float) -> dict[str, Any
     why = []
     for case, ms, copied in zip(search.cases, times[best], of_copy, strict=False):
         rate = f"{100 * case.nbytes / ms / 1e6 / copied:.0f}% of a copy"
-        if isinstance(case, AttentionCase):
+        if case.op.startswith(("attention", "linear")):
             rate = f"{case.flops / ms / 1e9:.0f} TFLOP/s"
         why.append(f"{1e3 * ms:.1f} us at {case.size}, {rate}")
     if others:

@@ -25,7 +25,7 @@ from bench.tables import plain_console, show
 from bench.tune import Search, searches
 from sfkernels import cpp, launch, roofline
 from sfkernels.cases import Case
-from sfkernels.launch import Flat, RowTile, Tile
+from sfkernels.launch import Flat, Product, RowTile, Tile
 from sfmodel import graphs, machine
 
 CPU = torch.device("cpu")
@@ -267,6 +267,17 @@ def test_candidates_are_all_different_programs() -> None:
         assert tiles[0] == tile and len(tiles) == len(set(tiles)) > 10
         assert replace(tile, why="") not in tiles
     assert all(isinstance(s, Tile) and s.stationary == 128 and s.warps == 4 for s in tiles)
+
+
+def test_candidates_of_products_fit_a_gpu() -> None:
+    """Two of those that share a multiprocessor leave each other half of its shared memory."""
+    default = tune.untuned("linear", torch.device("meta"), 8960)
+    found = tune.candidates(default, 8960)
+    assert found[0] == default and len({replace(s, why="") for s in found}) == len(found) > 8
+    for setting in found:
+        assert isinstance(setting, Product)
+        stage_kib = (128 + max(setting.widths)) * 64 * 2 / 1024
+        assert setting.per_sm * (setting.stages * stage_kib + 1) < 228
 
 
 def test_the_tuner_calls_launchers_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
