@@ -182,7 +182,7 @@ DEFAULTS[90]["attention_dq"] = _DEFAULTS["attention_dq"] | {
 }
 for arch in (90, 100):
     DEFAULTS[arch]["linear"] = {
-        1536: Product((256, 192), 8, 4, why="two widths fill all waves; " + _LARGEST)
+        1536: Product((256, 192), 8, 4, why="two widths share the last wave; " + _LARGEST)
     }
 
 # Settings that come before all others, by kernel: the tuner's candidates, a test's odd sizes.

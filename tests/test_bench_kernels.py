@@ -26,6 +26,7 @@ from bench.tune import Search, searches
 from sfkernels import cpp, launch, roofline
 from sfkernels.cases import Case
 from sfkernels.launch import Flat, Product, RowTile, Tile
+from sfkernels.testing import interpreted
 from sfmodel import graphs, machine
 
 CPU = torch.device("cpu")
@@ -194,6 +195,12 @@ def test_libraries_take_part_where_they_are_installed(monkeypatch: pytest.Monkey
     assert entries["quack"]["ms"] > 0
     assert entries["liger"] == {"failed": "RuntimeError: no driver"}
     assert (1e-6, {"in_place": False}) in called and (1e-6, {}) in called
+
+
+def test_a_linear_layer_by_ours_and_by_both_ways_of_pytorch() -> None:
+    entries = run_case(find("linear + GELU"), CPU, CEILINGS, rounds=1)["contestants"]
+    assert [*entries] == [*["triton"] * interpreted(), "eager", "cublaslt"]
+    assert all(entry["ms"] > 0 for entry in entries.values())
 
 
 def test_all_rows_run_on_a_cpu(

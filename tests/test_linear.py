@@ -48,7 +48,7 @@ def test_linear(size: tuple[Any, ...], dtype: torch.dtype, gelu: bool) -> None:
 
 
 def test_rows_may_be_views_that_tma_cannot_read() -> None:
-    """Each row begins where 16 bytes do not, and each sample inside a longer one."""
+    """Each row begins where 16 bytes do not, and each sample inside a longer one; all are one."""
     x, weight, bias = layer(2, 9, 41, 30)
 
     def of_views(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str) -> Tensor:
@@ -56,6 +56,11 @@ def test_rows_may_be_views_that_tma_cannot_read() -> None:
 
     with launch.using(linear=Product((64,), 4, 2)):
         check(of_views, (x, weight, bias), HALF[0], gradients=False)
+
+        def expanded(x: Tensor, *rest: Tensor, impl: str) -> Tensor:
+            return sf.linear(x[:1, :1].expand(1, 70, -1), *rest, impl=impl)
+
+        check(expanded, layer(1, 1, 16, 30), HALF[0], gradients=False)
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference", "torch", "triton"])

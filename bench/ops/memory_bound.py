@@ -104,8 +104,8 @@ def rows(sizes: Sizes) -> Iterator[tuple[Case, bool]]:
 
 def implementations(case: Case, device: torch.device, compiled: bool) -> list[Implementation]:
     """Ours first. compiled: torch.compile takes part."""
-    cuda = device.type == "cuda"
-    impls = [CPP] if not cuda and not cpp.MISSING else []
+    cuda, layer = device.type == "cuda", case.op.startswith("linear")
+    impls = [] if cuda or cpp.MISSING or layer else [CPP]
     impls += ["triton"] if cuda or interpreted() else []
     found = [Implementation(impl, case.by(impl)) for impl in impls]
     found.append(Implementation(EAGER, case.by("reference")))
@@ -115,7 +115,7 @@ def implementations(case: Case, device: torch.device, compiled: bool) -> list[Im
         mode = "max-autotune-no-cudagraphs" if cuda else None
         by_inductor = torch.compile(case.by("reference"), mode=mode, dynamic=False)
         found.append(Implementation("compile", by_inductor))
-    if case.op.startswith("linear"):
+    if layer:
         found.append(Implementation("cublaslt", case.by("torch")))
     if case.op in NATIVE:
         found.append(Implementation("native", functools.partial(_as_list, NATIVE[case.op])))
