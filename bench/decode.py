@@ -13,7 +13,7 @@ is not timed. PSNR: by the range of the float32 result, which is 2 for pixels, c
 
 All take turns, each with cuDNN's algorithms searched for its sizes. One set of inputs is enough: a
 call reads and writes far more than any cache holds. FLOPs are those of the public decoder, by
-`cost.decode_flops`; "folded", the convolutions after up-samplings count four of nine taps.
+`sfmodel/vae/flops.py`; "folded", the convolutions after up-samplings count four of nine taps.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from bench.codecs import WanCodec
 from bench.figures import BLUE, ORANGE, race
 from bench.harness import Job
 from bench.tables import Result, Table, timed
-from sfmodel import cost
 from sfmodel.config import VAEConfig
 from sfmodel.cost import PIXEL_FRAMES, VAE_STRIDE
 from sfmodel.machine import describe
+from sfmodel.vae.flops import decode_flops, encode_flops
 
 OURS, REFERENCE, TINY, PEER = "wan", "reference", "tiny vae", "diffusers"
 WHOLE, LAST = ", whole", ", channels last"
@@ -84,9 +84,9 @@ class Case:
     def flops(self, dim: int, folded: bool = False) -> int:
         size = self.frames, self.height, self.width
         if self.encode:
-            return cost.encode_flops(*size, dim)
+            return encode_flops(*size, dim)
         which = "taehv" if self.tiny else "wan"
-        return cost.decode_flops(which, *size, self.first, folded, dim)
+        return decode_flops(which, *size, self.first, folded, dim)
 
     def step(self, codec: Any) -> Callable[..., Any]:
         return codec.encode_chunk if self.encode else codec.decode_chunk

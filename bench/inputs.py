@@ -74,9 +74,9 @@ def toy() -> StreamInputs:
     return StreamInputs(PRESETS["toy"], model, encode(), codec, encode)
 
 
-def shared(model: DiT, impl: str, attention: str) -> DiT:
+def shared(model: DiT, impl: str, attention: str, linear: str = "auto") -> DiT:
     """The same parameters, not copies, under other implementations."""
     with torch.device("meta"):
-        twin = DiT(model.config, impl, attention)
+        twin = DiT(model.config, impl, attention, linear)
     twin.load_state_dict(model.state_dict(), assign=True)
     return twin.eval()

@@ -46,6 +46,14 @@ BASELINES = (
     Baseline("Pyramid Flow", 6.7, 2.5),
 )  # fmt: skip
 
+# Name, FPS, what that includes, and the figure of a variant here that is its like.
+ANCHORS = (
+    ("Self Forcing", 17.0, "dense attention, Wan2.1's VAE", "all"),
+    ("Light Forcing, dense", 21.7, "fused kernels, Wan2.1's VAE", "all"),
+    ("Light Forcing", 33.9, "sparse attention, 8 bits, a small VAE", "with the tiny VAE"),
+    ("FlashDreams", 34.9, "the transformer's four steps alone", "denoising alone"),
+)
+
 STEPS = 3  # of the timed call; the first one is not counted
 
 _WAN = dict(

@@ -5,17 +5,21 @@ Chunks of Wan2.1-1.3B at 480×832 with random weights in bfloat16, 3 latent fram
 (chunk-wise) and 1 (frame-wise), four steps, decoded by Wan2.1's VAE, the text encoded by
 transformers' UMT5 where it is installed: not measured on a GPU yet. At toy sizes the toy model,
 with its own video decoder and text encoder. What is timed is `sfmodel.stream.Stream`, in variants
-that differ in the implementation of attention and in who launches a chunk's kernels: Python, or a
-CUDA graph for each phase. They share one set of weights, and the latents of each are compared with
+that differ in the implementation of attention, in who launches a chunk's kernels, Python or a CUDA
+graph for each phase, and in what makes it fast, one thing more each: "apart" has a cache update and
+a GELU of their own, "merged" the update in the next chunk's first step, the others GELU in the
+matrix product before it. They share one set of weights, and the latents of each are compared with
 the reference's before it is timed; then they take turns, chunk by chunk.
 
 Times: "whole" is wall-clock time from an idle device to an idle device. The phases of the same
 chunk are CUDA events around them, without waiting, so that a launch which comes too late counts
-where the device waited for it; on a CPU the wall clock. A clip is the text and all chunks up to 21
-latent frames; the steady state is a full window; the first frame is the text and the first chunk
-without its cache update. "Without decode" and the like are the whole minus that phase's median (in
-a clip: its sum), "with the tiny VAE" TAEHV's decoding of the same chunks in the place of Wan2.1's,
-timed apart, "denoising alone" the steps and nothing else.
+where the device waited for it; on a CPU the wall clock. A chunk begins with the cache update of the
+one before. A clip is the text and all chunks up to 21 latent frames; the steady state is a full
+window; the first frame is the text and the first chunk, the reaction the same of a new prompt at a
+full window. "Without decode" and the like are the whole minus that phase's median (in a clip: its
+sum), "with the tiny VAE" TAEHV's decoding of the same chunks in the place of Wan2.1's, timed apart,
+"denoising alone" the steps and what is merged with them. "Overlapped" is `Stream.frames` at work,
+which decodes and copies beside the next chunk: a clip without its text, and chunks in a row.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -40,7 +45,7 @@ from bench.tables import Result, timed
 from bench.timing import Timed
 from sfmodel import cost, stream
 from sfmodel.config import Preset
-from sfmodel.cost import CLIP, PIXEL_FRAMES
+from sfmodel.cost import CLIP, PIXEL_FRAMES, Way
 from sfmodel.dit import DiT
 from sfmodel.ranges import phase
 from sfmodel.stream import Decoding, Stream
@@ -58,13 +63,15 @@ FIRST_FRAMES, ROUNDS = 3, 10  # times to the first frame, and chunks with a full
 
 class Variant(NamedTuple):
     """impl: of all ops but attention. graph: a CUDA graph launches each phase. compiled: the model
-    is compiled as a whole by torch.compile."""
+    is compiled as a whole by torch.compile. low_latency: of `Stream`. way: what makes it fast."""
 
     name: str
     impl: str
     attention: str
     graph: bool = False
     compiled: bool = False
+    low_latency: bool = False
+    way: Way = Way()
 
 
 Times = Sequence[Timed]
@@ -73,15 +80,20 @@ REFERENCE = Variant("reference", "reference", "reference")
 
 def variants(device: torch.device, compiled: bool = False) -> tuple[Variant, ...]:
     """The most telling first; compiled: those of the row that torch.compile is in."""
+    apart = Way(merged=False, epilogue=False)
     if device.type != "cuda":
-        return REFERENCE, Variant("sdpa", "auto", "sdpa")
-    impls = ("triton", "sdpa", "gluon")
-    ours, sdpa, gluon = (Variant(f"{name}, graph", "auto", name, graph=True) for name in impls)
+        sdpa = Variant("sdpa", "auto", "sdpa")
+        return REFERENCE, sdpa, sdpa._replace(name="sdpa, apart", way=apart)
+    impls = ("triton", "cudnn", "sdpa", "gluon")
+    ours, cudnn, sdpa, gluon = (Variant(f"{n}, graph", "auto", n, graph=True) for n in impls)
     if compiled:
         whole = Variant("compile, graph", "reference", "sdpa", graph=True, compiled=True)
         return ours, whole, sdpa, REFERENCE
-    launched, launched_sdpa = (Variant(name, "auto", name) for name in impls[:2])
-    return ours, sdpa, gluon, launched, REFERENCE, launched_sdpa
+    slower = [ours._replace(name="apart, graph", way=apart)]
+    slower.append(ours._replace(name="merged, graph", way=Way(epilogue=False)))
+    quick = ours._replace(name="low latency, graph", low_latency=True)
+    launched = [each._replace(name=each.attention, graph=False) for each in (ours, sdpa)]
+    return ours, *slower, cudnn, sdpa, gluon, quick, launched[0], REFERENCE, launched[1]
 
 
 def clocked(run: Callable[[], object], device: torch.device) -> Timed:
@@ -96,20 +108,23 @@ class Measured:
     def __init__(
         self, inputs: StreamInputs, preset: Preset, variant: Variant, seed: int = 0
     ) -> None:
-        model = shared(inputs.model, variant.impl, variant.attention)
+        linear = "auto" if variant.way.epilogue else "reference"
+        model = shared(inputs.model, variant.impl, variant.attention, linear)
         if variant.compiled:
             model.forward = torch.compile(  # type: ignore[method-assign]
                 model.forward, mode="max-autotune-no-cudagraphs", dynamic=False
             )
         self.device, self.encode = model.device, inputs.encode
-        options: Any = {"seed": seed, "graph": variant.graph}
+        options: Any = {"seed": seed, "graph": variant.graph, "merge": variant.way.merged}
+        options["low_latency"] = variant.low_latency
         with codecs.searched():
             self.stream = Stream(model, inputs.codec, inputs.text_BTE, preset, **options)
             self.tiny: Decoding | None = None
             if inputs.tiny is not None:
                 launch = self.stream.launch if variant.graph else None
                 self.tiny = Decoding(inputs.tiny, launch)
-                self.decode_tiny = {size: self.tiny.of(x) for size, x in self.stream.x.items()}
+                latents = self.stream.latents_BFCHW.items()
+                self.decode_tiny = {size: self.tiny.of(x) for size, x in latents}
         self.peak_mib: float | None = None
 
     def _restart(self) -> None:
@@ -126,8 +141,9 @@ class Measured:
 
     def _frames(self) -> None:
         self.stream.denoise()
-        self.stream.decode()
-        self.stream.copy_to_host()
+        for piece in range(self.stream.pieces):
+            self.stream.decode(piece)
+            self.stream.copy_to_host()
 
     def _clocked(self, *steps: Callable[[], object]) -> Timed:
         """The chunk is decoded by the tiny VAE too, which is no part of the whole."""
@@ -143,15 +159,30 @@ class Measured:
 
     @torch.no_grad()
     def chunk(self) -> Timed:
-        return self._clocked(self._frames, self.stream.update)
+        return self._clocked(self._frames)
 
     @torch.no_grad()
     def first_frame(self) -> Timed:
         """From the prompt to the first frames; the stream then stands before its first chunk."""
         self._restart()
-        timed = self._clocked(self._prompt, self._frames)
+        timed = self.reaction()
         self._restart()
         return timed
+
+    @torch.no_grad()
+    def reaction(self) -> Timed:
+        """From a prompt to the first frames under it, wherever the stream is."""
+        return self._clocked(self._prompt, lambda: next(self.stream.frames(1)))
+
+    @torch.no_grad()
+    def overlapped(self, frames: int) -> Timed:
+        """So many frames, without waiting for the device between chunks."""
+        return clocked(lambda: deque(self.stream.frames(frames), maxlen=0), self.device)
+
+    @torch.no_grad()
+    def overlapped_clip(self, frames: int) -> Timed:
+        self._restart()
+        return self.overlapped(frames)
 
     @torch.no_grad()
     def first_latents(self, chunks: int) -> Tensor:
@@ -160,7 +191,7 @@ class Measured:
         latents = []
         for _ in range(chunks):
             self._frames()
-            latents.append(self.stream.x[self.stream.size].clone())
+            latents.append(self.stream.latents_BFCHW[self.stream.size].clone())
         self._restart()
         return torch.cat(latents, 1)
 
@@ -217,26 +248,37 @@ def run_case(job: Job, inputs: StreamInputs, name: str) -> Result:
                 raise
             entries[variant.name] = timing.failed(error)
 
-    def turns(of: Callable[[Measured], Timed], count: int) -> dict[str, list[Timed]]:
+    def turns(of: Callable[..., Timed], count: int, *args: int) -> dict[str, list[Timed]]:
         def goes_on(i: int) -> bool:
             job.tick(f"{name}: {of.__name__} {i + 1} of {count}")
             return job.left > 0
 
-        calls = {v.name: functools.partial(of, streams[v.name]) for v in known if v.name in streams}
+        calls = {v.name: functools.partial(of, streams[v.name], *args) for v in known
+                 if v.name in streams}  # fmt: skip
         found, errors = timing.in_turn(calls, count, goes_on)
         for each, error in errors.items():
             entries[each] = timing.failed(error)
             del streams[each]
         return found
 
-    firsts = turns(Measured.first_frame, min(FIRST_FRAMES, job.rounds))
-    later = turns(Measured.chunk, chunks + min(ROUNDS, job.rounds))
+    few, many = min(FIRST_FRAMES, job.rounds), min(ROUNDS, job.rounds)
+    firsts = turns(Measured.first_frame, few)
+    later = turns(Measured.chunk, chunks + many)
+    reactions = turns(Measured.reaction, few)
+    clips = turns(Measured.overlapped_clip, 1, frames)
+    rows = turns(Measured.overlapped, 1, many * PIXEL_FRAMES * preset.chunk)
     for each, made in streams.items():
         if len(later[each]) <= chunks:
             entries[each] = timing.entry(NO_TIME)
-        else:
-            clip, steady = later[each][:chunks], later[each][chunks:]
-            entries[each] = entry(made, frames, firsts[each], clip, steady)
+            continue
+        clip, steady = later[each][:chunks], later[each][chunks:]
+        entries[each] = entry(made, frames, firsts[each], clip, steady)
+        fps, reacted = entries[each]["fps"], [t.whole for t in reactions[each]]
+        if rows[each]:
+            chunk_ms = rows[each][0].whole / many
+            fps["full window"] |= per_second(PIXEL_FRAMES * preset.chunk, {"overlapped": chunk_ms})
+            fps["clip"] |= per_second(frames, {"overlapped": clips[each][0].whole})
+            entries[each]["reaction_ms"] = {"all": statistics.median(reacted)}
     return {
         "case": name,
         "chunk": preset.chunk,
@@ -263,7 +305,8 @@ def entry(made: Measured, frames: int, firsts: Times, clip: Times, steady: Times
         for name in names
     }
     first_ms = statistics.median(t.whole for t in firsts)
-    sums = {name: sum(t.phases[name] for t in clip) for name in full}
+    names = {name for t in clip for name in t.phases}  # the first chunk has other ones
+    sums = {name: sum(t.phases.get(name, 0.0) for t in clip) for name in names}
     sums |= {name: first[name] for name in prompt}
     whole = sum(first[name] for name in prompt) + sum(t.whole for t in clip)
     chunk_frames = PIXEL_FRAMES * made.stream.preset.chunk
@@ -285,14 +328,19 @@ def entry(made: Measured, frames: int, firsts: Times, clip: Times, steady: Times
 
 
 def predicted(preset: Preset, ceilings: Mapping[str, float], device: torch.device) -> Result:
-    """Predicts by arithmetic the transformer's passes at this machine's ceilings, in 16 bits."""
+    """Predicts by arithmetic the transformer's passes, in 16 bits at this machine's ceilings."""
     rates = ceilings["matmul_tflops"], ceilings["copy_gbps"] / 1e3
     cores = 1
     if device.type == "cuda":
         cores = torch.cuda.get_device_properties(device).multi_processor_count
     here = cost.Gpu("here", cores, *rates, memory_gib=math.inf, link_gbps=0)
+    frames, fps = PIXEL_FRAMES * preset.chunk, {}
+    for variant in variants(device, False):
+        rows = cost.dit(preset, here, preset.window, way=variant.way).values()
+        ms = {key.removesuffix("_ms"): cost.total(rows)[key] for key in cost.TIMES}
+        fps[variant.name] = per_second(frames, ms)
     return {
-        "fps": cost.fps(preset, here, [preset.window], "bf16", "none"),
+        "fps": fps,
         "first_frame_ms": cost.latency_ms(preset, here, "bf16", "none")["first_frame"],
     }
 

@@ -6,20 +6,22 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from bench.figures import BLUE, LIGHT, legend, new
+from bench.peers import ANCHORS
 from bench.tables import PEAK_MIB, Result, Table, left_out, timed, value
 from sfmodel.cost import PIXEL_FRAMES
 from sfmodel.machine import describe, describe_state
-from sfmodel.stream import COPY, DECODE, NOISE, PROMPT, STEP, UPDATE
+from sfmodel.stream import COPY, DECODE, MERGED, NOISE, PROMPT, STEP, UPDATE
 
 ENCODING, TINY_DECODE = "text encoding", "decode, tiny VAE"
 ABSENT = {ENCODING: "no text encoder here"}
 COLOURS = {NOISE: "#999999", DECODE: "#5b9e62", COPY: "#8d6cab", UPDATE: "#e08a3c"}
+COLOURS[MERGED] = "#c9663a"
 BLUES = ("#1f4e79", "#3b6ea5", "#6d9bc9", "#a3c4e3")
 
 
 def chunk_phases(steps: int) -> list[str]:
-    """In order."""
-    return [NOISE, *(f"{STEP}{i + 1}" for i in range(steps)), DECODE, COPY, UPDATE]
+    """In order. The first step has the cache update with it, or that came before."""
+    return [UPDATE, NOISE, MERGED, *(f"{STEP}{i + 1}" for i in range(steps)), DECODE, COPY]
 
 
 def tables(result: Result) -> list[Table]:
@@ -41,7 +43,7 @@ def tables(result: Result) -> list[Table]:
     ]
     state = describe_state(result.get("before", {}), result.get("after", {}))
     notes = [*filter(None, [describe(result["machine"]), state]), *left_out(result)]
-    out = [Table(title, ("", *figures, "how"), lines, notes)]
+    out = [Table(title, ("", *figures, "how"), lines, notes), anchors(result)]
     for row in result["rows"]:
         if "failed" in row:
             out.append(Table(row["case"], ("", ""), [("failed", row["failed"])]))
@@ -50,6 +52,17 @@ def tables(result: Result) -> list[Table]:
         if "predicted" in row:
             out.append(beside_prediction(row))
     return out
+
+
+def anchors(result: Result) -> Table:
+    """What others have published for this model, and the like of it here."""
+    rows = {row["case"]: timed(row) for row in result["rows"]}
+    lines = []
+    for name, fps, what, like in ANCHORS:
+        found = [e["fps"]["clip"].get(like, 0.0) for e in rows.get("chunk-wise", {}).values()]
+        lines.append([name, f"{fps}", what, f"{max(found):.3g}" if any(found) else "–"])
+    title = "published for Wan2.1-1.3B in few steps at 480×832 on one H100, and its like here"
+    return Table(title, ("", "FPS", "what it includes", "FPS here, clip"), lines)
 
 
 def line(row: Result, label: str, cell: Callable[[Result], str]) -> list[str]:
@@ -69,9 +82,10 @@ def breakdown(row: Result) -> Table:
     for name in (ENCODING, PROMPT, *chunk_phases(row["steps"]), TINY_DECODE):
         if name in have:
             label = f"beside it: {name}" if name == TINY_DECODE else name
-            lines.append(line(row, label, lambda e, name=name: p50_p99(e["phases"][name])))  # type: ignore[misc]
-        elif name != TINY_DECODE:
-            lines.append([f"{name}: {ABSENT.get(name, 'none')}", *("–" for _ in entries)])
+            lines.append(line(row, label, lambda e, name=name: (  # type: ignore[misc]
+                p50_p99(e["phases"][name]) if name in e["phases"] else "–")))  # fmt: skip
+        elif name in ABSENT:
+            lines.append([f"{name}: {ABSENT[name]}", *("–" for _ in entries)])
     lines += [
         line(row, "sum of a chunk's phases", lambda e: f"{e['phases_sum_ms']:.2f}"),
         line(row, "whole chunk", p50_p99),
@@ -93,7 +107,8 @@ def with_and_without(row: Result) -> Table:
         fps = entry.get("fps", {"full window": {}, "clip": {}})
         kinds = {"FPS, full window": fps["full window"],
                  f"FPS, clip of {row['frames']}": fps["clip"],
-                 "ms to the first frame": entry.get("latency_ms", {})}  # fmt: skip
+                 "ms to the first frame": entry.get("latency_ms", {}),
+                 "ms to a new prompt's first frame": entry.get("reaction_ms", {})}  # fmt: skip
         columns.append({f"{k}, {n}": f"{v:.4g}" for k, of in kinds.items() for n, v in of.items()})
     labels = dict.fromkeys(label for column in columns for label in column)
     lines = [[label, *(column.get(label, "–") for column in columns)] for label in labels]
@@ -104,23 +119,27 @@ def with_and_without(row: Result) -> Table:
 
 
 def beside_prediction(row: Result) -> Table:
-    def passes_fps(entry: Result) -> str:
+    """A line for each variant: the passes alone, predicted and measured, and all that is there."""
+
+    def passes_fps(entry: Result) -> float:
         ms = sum(entry["phases"][name]["ms"] for name in entry["phases"]
                  if name.startswith(STEP) or name == UPDATE)  # fmt: skip
-        return f"{1e3 * PIXEL_FRAMES * row['chunk'] / ms:.4g}"
+        return 1e3 * PIXEL_FRAMES * row["chunk"] / ms
 
     lines = []
-    for key, label, cell in (
-        ("fps", "FPS, full window, steps and cache update", passes_fps),
-        ("first_frame_ms", "ms to the first frame, steps alone",
-         lambda e: f"{e['latency_ms']['denoising alone']:.4g}"),
-    ):  # fmt: skip
-        bounds = (f"{row['predicted'][key][which]:.4g}" for which in ("floor", "whole_waves"))
-        name, *measured = line(row, label, cell)
-        lines.append([name, *bounds, *measured])
-    columns = ("", "predicted floor", "in whole waves", *row["contestants"])
+    for name, entry in timed(row).items():
+        bounds, fps = row["predicted"]["fps"].get(name, {}), entry["fps"]["full window"]
+        cells = [bounds.get("floor"), bounds.get("whole_waves"), passes_fps(entry)]
+        cells += [fps.get(which) for which in ("all", "overlapped")]
+        lines.append([name, *(f"{cell:.4g}" if cell else "–" for cell in cells)])
+    first = row["predicted"]["first_frame_ms"]
+    alone = [f"{e['latency_ms']['denoising alone']:.4g} {n}" for n, e in timed(row).items()]
+    notes = [f"ms to the first frame, steps alone: predicted {first['floor']:.4g}, in whole waves "
+             f"{first['whole_waves']:.4g}; measured {', '.join(alone)}"]  # fmt: skip
+    columns = ("FPS at a full window", "passes alone, floor", "in whole waves", "measured",
+               "all, measured", "overlapped")  # fmt: skip
     title = f"{row['case']}: predicted from this machine's ceilings, and measured"
-    return Table(title, columns, lines)
+    return Table(title, columns, lines, notes)
 
 
 def figures(result: Result) -> Iterator[tuple[str, Any]]:

@@ -26,7 +26,7 @@ pytest.importorskip("pytest_benchmark")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ENTRIES = [
-    pytest.param(case, one.name, id=f"{case.label}-{one.name}")
+    pytest.param(case, one, id=f"{case.label}-{one.name}")
     for case, _ in kernels.rows(tiny=DEVICE.type == "cpu")
     for one in measure.implementations(case, DEVICE, compiled=False)
 ]
@@ -48,11 +48,9 @@ def prepared(request: pytest.FixtureRequest) -> Iterator[Prepared]:
     timing.free(DEVICE)
 
 
-@pytest.mark.parametrize(("prepared", "name"), ENTRIES, indirect=["prepared"])
-def test_kernel(prepared: Prepared, name: str, benchmark: Any) -> None:
+@pytest.mark.parametrize(("prepared", "one"), ENTRIES, indirect=["prepared"])
+def test_kernel(prepared: Prepared, one: timing.Implementation, benchmark: Any) -> None:
     case, inputs, judge = prepared
-    every = measure.implementations(case, DEVICE, compiled=False)
-    one = next(one for one in every if one.name == name)
     with one.context():
         judge(one.forward)
         count = timing.count_sets(case.nbytes, DEVICE)

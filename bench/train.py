@@ -26,9 +26,9 @@ from bench.figures import COLOURS, GREY, legend, new
 from bench.harness import Job
 from bench.inputs import random_model
 from bench.tables import Result, Table, left_out, of_entries, share, timed, value
+from sfmodel.blocks import SelfAttention
 from sfmodel.config import PRESETS, Preset
 from sfmodel.cost import clip_chunks, training_flops
-from sfmodel.dit import SelfAttention
 from sfmodel.machine import describe
 from sfmodel.train.batch import Batch
 from sfmodel.train.config import TrainConfig

@@ -1,4 +1,5 @@
-"""`python -m bench tune`: searches the launch settings of every kernel on this GPU.
+"""`python -m bench tune`: searches the launch settings of every kernel on this GPU, and finds which
+implementation of attention "auto" shall take, each under the settings that were there before.
 
 Candidates are compared with what the default setting computes, then timed in turn at the sizes of
 Wan2.1. The best by its mean time relative to each case's best goes into tuned/sm_XX.json, with what
@@ -29,15 +30,16 @@ import torch
 from torch import Tensor
 
 from bench import timing
-from sfkernels import cases, check, launch, testing
+from bench.ops.measure import run_case
+from sfkernels import cases, check, dispatch, launch, testing
 from sfkernels.cases import CHUNK, FRAME, WINDOW, Case, Heads
-from sfkernels.launch import Flat, Product, RowTile, Setting, Tile
+from sfkernels.launch import RowTile, Setting
 from sfmodel.files import atomic
 from sfmodel.machine import machine
 
 ROUNDS = 10
+NO_LIMITS = dict.fromkeys(("matmul_tflops", "copy_gbps"), math.inf)
 BATCH = 24  # candidates timed in turn, with the default among them
-SMALLEST_TILE, LARGEST_TILE = 512, 16384  # elements
 
 
 class Search(NamedTuple):
@@ -57,16 +59,21 @@ ROWS = {f"{form}_{way}": op for way in ("fwd", "bwd") for form, op in _FORMS.ite
 ROWS["quantize_rows"] = "quantize_rows"
 # Of the video decoder: frames and pixels of a frame in a chunk, channels.
 LEVELS = ((12, 480 * 832, 96), (12, 240 * 416, 192), (6, 120 * 208, 384))
+STREAMS = tuple(cases.ring_attention(Heads(), frames, WINDOW) for frames in (CHUNK, 1))
+# By op: where its implementations are timed.
+CONTESTS = {
+    "cross_attention": tuple(cases.cross_attention(Heads(), n * FRAME, 512) for n in (CHUNK, 1)),
+    "ring_attention": STREAMS,
+}
 
 
 def searches(device: torch.device) -> Iterator[Search]:
     """The most valuable first: what runs most often per frame."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    streams = tuple(cases.ring_attention(Heads(), frames, WINDOW) for frames in (CHUNK, 1))
     clip = (cases.training(Heads(), 9, backward=True),)
     for prefix, impl in (("attention", "triton"), ("hopper", "gluon")):
         if impl == "triton" or launch.architecture(device) == 90:
-            yield Search(f"{prefix}_fwd", 256, streams, impl)
+            yield Search(f"{prefix}_fwd", 256, STREAMS, impl)
             yield Search(f"{prefix}_dkdv", 256, clip, impl)
             yield Search(f"{prefix}_dq", 256, clip, impl)
     for outputs, inputs in ((8960, (1536,)), (1536, (8960, 1536)), (4608, (1536,))):
@@ -91,50 +98,6 @@ def _rows(op: str, frames: int, channels: int, dtype: torch.dtype, backward: boo
     if op == "qk_norm_rope":
         return cases.qk_norm_rope(frames, FRAME, channels, 128, dtype, backward)
     return cases.normalisation(op, frames, FRAME, channels, dtype, backward)
-
-
-def untuned(kernel: str, device: torch.device, channels: int) -> Setting:
-    """The default for the nearest number of channels, whatever was measured before."""
-    settings = launch.DEFAULTS[launch.architecture(device)][kernel]
-    return settings[min(settings, key=lambda n: abs(math.log2(n / channels)))]
-
-
-def candidates(
-    default: Setting, channels: int, sums: bool = False, specialised: bool = False
-) -> list[Setting]:
-    """The default, then all others that make a program of their own. sums: the kernel keeps sums
-    over its tiles, so that every program must loop. specialised: warps are."""
-    same = replace(default, why="")
-    if isinstance(default, Flat):
-        flats = [Flat(b, w) for b in (256, 512, 1024, 2048, 4096) for w in (1, 2, 4, 8)]
-        return [default, *(flat for flat in flats if flat != same)]
-    if isinstance(default, Product):
-        whole = itertools.product(((256, 192), (256,), (256, 128)), (8,), (3, 4), (1,))
-        halves = itertools.product(((128,), (128, 64)), (4, 8), (2, 3), (2,))
-        products = itertools.starmap(Product, (*whole, *halves))
-        return [default, *(product for product in products if product != same)]
-    if isinstance(default, Tile):
-        # Where warps are specialised, a consumer has four and there are two of 64 tokens.
-        fixed = (128,), (32, 64, 128), (4,), (2, 3, 4), (0, 1)
-        free = (64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4), (0,)
-        tiles = itertools.starmap(Tile, itertools.product(*(fixed if specialised else free)))
-        return [default, *(tile for tile in tiles if tile != same)]
-    block = 2 ** math.ceil(math.log2(channels))
-    few = [rows for rows in (1, 2, 4) if rows * block >= SMALLEST_TILE]
-    more = [rows for rows in (8, 16, 32, 64) if rows * block <= LARGEST_TILE // 2]
-    found: dict[Setting, None] = {same: None}  # in order
-    for rows, per_thread, stages, warps_per_sm in itertools.product(
-        few + more, (8, 16, 32), (1, 2, 3, 4), (0, 8, 16, 32, 64)
-    ):
-        setting = RowTile(rows, per_thread, 1, stages)
-        warps = setting.warps(block)
-        whole = warps * 32 * per_thread == rows * block  # not clamped
-        if not whole or rows * block > LARGEST_TILE or warps_per_sm % warps:
-            continue
-        if not warps_per_sm and (sums or stages > 1):
-            continue  # one tile a program has no next one to load, and no sums to keep
-        found[replace(setting, per_sm=warps_per_sm // warps)] = None
-    return [default, *[*found][1:]]
 
 
 def within_bounds(search: Search, settings: Sequence[Setting], arch: int) -> list[Setting]:
@@ -181,9 +144,9 @@ def _holds_bounds(kernel: str, channels: int, arch: int, setting: Setting) -> bo
 def tune(search: Search, device: torch.device, deadline: float) -> dict[str, Any] | None:
     """The entry for tuned/sm_XX.json, or None where no candidate was timed before `deadline` (of
     time.monotonic) or the default fails."""
-    default = untuned(search.kernel, device, search.channels)
+    default = launch.untuned(search.kernel, device, search.channels)
     sums, specialised = search.kernel.endswith("_bwd"), search.kernel.startswith("hopper")
-    every = candidates(default, search.channels, sums, specialised)
+    every = launch.candidates(default, search.channels, sums, specialised)
     if device.type == "cuda" and search.channels > 1:
         every = within_bounds(search, every, launch.architecture(device))
     # Milliseconds of each candidate in each case; one that is wrong or fails drops out.
@@ -198,11 +161,7 @@ def tune(search: Search, device: torch.device, deadline: float) -> dict[str, Any
         timing.free(device)
     if not times:
         return None
-    best_of_size = [min(column) for column in zip(*times.values(), strict=True)]
-    score = {
-        s: statistics.mean(t / b for t, b in zip(column, best_of_size, strict=True))
-        for s, column in times.items()
-    }
+    score = scores(times)
     best, *others = sorted(score, key=score.__getitem__)
     why = []
     for case, ms, copied in zip(search.cases, times[best], of_copy, strict=False):
@@ -214,6 +173,28 @@ def tune(search: Search, device: torch.device, deadline: float) -> dict[str, Any
         why.append(f"next best {_said(others[0])} {score[others[0]] / score[best]:.3f} x")
     why.append(f"default {score[default] / score[best]:.3f} x of {len(score)} timed")
     return {"channels": search.channels, **vars(replace(best, why="; ".join(why)))}
+
+
+def scores(times: dict[Any, list[float]]) -> dict[Any, float]:
+    """The mean over the cases of each one's time relative to the best."""
+    best = [min(column) for column in zip(*times.values(), strict=True)]
+    return {
+        one: statistics.mean(t / b for t, b in zip(column, best, strict=True))
+        for one, column in times.items()
+    }
+
+
+def rank(op: str, device: torch.device) -> list[str]:
+    """Implementations of an op that are right in every case of CONTESTS, the fastest first."""
+    times: dict[str, list[float]] = {
+        name: [] for name in dispatch.RANKED if name in dispatch.implementations(op)
+    }
+    for case in CONTESTS[op]:
+        known = [timing.Implementation(name, case.by(name)) for name in times]
+        entries = run_case(case, device, NO_LIMITS, ROUNDS, known=known)["contestants"]
+        times = {n: [*times[n], e["ms"]] for n, e in entries.items() if "ms" in e}
+        timing.free(device)
+    return sorted(times, key=scores(times).__getitem__)
 
 
 def time_in(
@@ -284,27 +265,38 @@ def _said(setting: Setting) -> str:
     return " ".join(f"{k}={v}" for k, v in vars(setting).items() if k != "why")
 
 
-def write(folder: Path, arch: int, here: dict[str, Any], found: dict[str, list[Any]]) -> Path:
-    """Writes sm_XX.json; kernels that were not searched keep what the file said."""
+def write(
+    folder: Path, arch: int, here: dict[str, Any], found: dict[str, list[Any]], **order: list[str]
+) -> Path:
+    """Writes sm_XX.json: entries of kernels, and the order of an op's implementations; others keep
+    what the file said."""
     file = folder / f"sm_{arch}.json"
-    kernels = json.loads(file.read_text())["kernels"] if file.exists() else {}
+    said = json.loads(file.read_text()) if file.exists() else {"kernels": {}}
+    kernels = said["kernels"]
     for kernel, entries in found.items():
         channels = {entry["channels"] for entry in entries}
         kept = [e for e in kernels.get(kernel, []) if e["channels"] not in channels]
         kernels[kernel] = sorted([*kept, *entries], key=lambda e: int(e["channels"]))
     with atomic(file) as part:
-        part.write_text(json.dumps({"machine": here, "kernels": kernels}, indent=1) + "\n")
+        said |= {"machine": here, "kernels": kernels, "impl": said.get("impl", {}) | order}
+        part.write_text(json.dumps(said, indent=1) + "\n")
     return file
 
 
 def run(
     device: torch.device, folder: Path, seconds: float, only: Sequence[str] = ()
 ) -> dict[str, list[Any]]:
-    """Searches kernel after kernel until `seconds` are over, and writes after each."""
+    """Ranks implementations, searches kernel after kernel until `seconds` are over, and writes
+    after each."""
     deadline = time.monotonic() + seconds
     gc.freeze()  # capturing a graph collects garbage first, hundreds of times here
     arch, here = launch.architecture(device), machine(device)
     found: dict[str, list[Any]] = {}
+    for op in CONTESTS:
+        if not only or op in only:
+            order = rank(op, device)
+            write(folder, arch, here, {}, **{op: order})
+            print(f"{op}: {', '.join(order)}", flush=True)
     for search in searches(device):
         if only and search.kernel not in only:
             continue
@@ -327,11 +319,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench tune", description=__doc__)
     parser.add_argument("--seconds", type=float, default=240.0, help="in total")
     parser.add_argument("--out", type=Path, default=launch.TUNED, help="folder of sm_XX.json")
-    parser.add_argument("--kernel", action="append", default=[], help="only this one")
+    parser.add_argument("--kernel", action="append", default=[], help="only this, or this op")
     chosen = parser.parse_args(arguments)
-    if unknown := set(chosen.kernel) - set(launch.DEFAULTS[90]):
-        known = ", ".join(launch.DEFAULTS[90])
-        raise ValueError(f"kernel {min(unknown)!r}: must be one of {known}")
+    names = *launch.DEFAULTS[90], *CONTESTS
+    if unknown := set(chosen.kernel) - {*names}:
+        raise ValueError(f"kernel {min(unknown)!r}: must be one of {', '.join(names)}")
     if not torch.cuda.is_available():
         raise ValueError("needs a GPU that PyTorch can use")
     run(torch.device("cuda"), chosen.out, chosen.seconds, chosen.kernel)

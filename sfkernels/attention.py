@@ -19,7 +19,7 @@ from sfkernels.arguments import (
     check_tensor,
     numbers,
 )
-from sfkernels.dispatch import choose, kernel, registered
+from sfkernels.dispatch import choose, kernel, ranking, registered
 from sfkernels.layout import (
     BlockLayout,
     Row,
@@ -29,6 +29,8 @@ from sfkernels.layout import (
     in_order,
     unflattened,
 )
+
+_RING_KERNELS = ("triton", "gluon", "cudnn")  # behind the registered op
 
 
 class Prefix(NamedTuple):
@@ -68,7 +70,7 @@ def block_causal_attention(
     scale = _scale(scale, q_BLHD)
     past_k, past_v = (prefix.k_BPHD, prefix.v_BPHD) if prefix and spans else (None, None)
     named = dict(k=k_BLHD, v=v_BLHD, prefix_k=past_k, prefix_v=past_v)
-    impl = _choose("attention", impl, q_BLHD, **named)
+    impl = _choose("attention", impl, q_BLHD, "", **named)
     if impl == "reference":
         return reference.block_causal_attention(
             q_BLHD, k_BLHD, v_BLHD, layout, scale, past_k, past_v, spans
@@ -88,6 +90,7 @@ def ring_attention(
     v_ring_BSHD: Tensor,
     valid: Tensor,
     *,
+    full: bool = False,
     k_table_SP2: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
@@ -100,13 +103,17 @@ def ring_attention(
     A valid out of range raises ValueError; on a GPU, where looking would make the host wait, and
     under torch.compile it counts as the nearest in range.
 
+    full: whether the caller knows on the host that every slot is valid and stays so in each replay
+    of a CUDA graph that is being captured. cuDNN takes no length from the device, so that "cudnn"
+    needs it; a graph to be replayed while the ring fills needs another implementation.
+
     k_table: the rotation [S, D/2, 2] (see `rope_table`) of the position that each slot has now, for
     rings whose keys are stored unrotated and positions move with the window; the queries come
     rotated. Raises ValueError for shapes that do not fit. For training, see `Prefix`: this function
     has a gradient under impl="reference" and "sdpa" only."""
-    impl = _choose_ring(impl, q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, k_table_SP2)
+    impl = _choose_ring(impl, q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, k_table_SP2, full)
     scale = _scale(scale, q_BLHD)
-    if impl in ("reference", *library_attention.IMPLS):
+    if impl not in _RING_KERNELS:
         if k_table_SP2 is not None:
             k_ring_BSHD = reference.rope(k_ring_BSHD, k_table_SP2)
         if impl == "reference":
@@ -114,7 +121,12 @@ def ring_attention(
         return library_attention.ring_attention(
             q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, scale, impl
         )
-    return _ring_attention(q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, k_table_SP2, scale, impl)
+    return _ring_attention(q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, k_table_SP2, full, scale, impl)
+
+
+def differs_when_full(impl: str, device: torch.device) -> bool:
+    """Tells whether `ring_attention` computes otherwise once `full` is known."""
+    return impl == "cudnn" or (impl == "auto" and "cudnn" in ranking("ring_attention", device))
 
 
 def cross_attention(
@@ -129,7 +141,7 @@ def cross_attention(
     [B, S, H, D]. Returns [B, L, H, D]. Raises ValueError for shapes that do not fit."""
     _check_heads(q_BLHD, k_BSHD, v_BSHD)
     scale = _scale(scale, q_BLHD)
-    impl = _choose("cross_attention", impl, q_BLHD, k=k_BSHD, v=v_BSHD)
+    impl = _choose("cross_attention", impl, q_BLHD, "", k=k_BSHD, v=v_BSHD)
     if impl == "reference":
         return reference.attention(q_BLHD, k_BSHD, v_BSHD, scale)
     if impl in library_attention.IMPLS:
@@ -145,6 +157,7 @@ def _choose_ring(
     v_ring_BSHD: Tensor,
     valid: Tensor,
     k_table_SP2: Tensor | None,
+    full: bool,
 ) -> str:
     """Chooses the implementation; raises ValueError for what `ring_attention` does not take."""
     _check_heads(q_BLHD, k_ring_BSHD, v_ring_BSHD, "k_ring", "v_ring")
@@ -158,14 +171,23 @@ def _choose_ring(
     for count in numbers(valid) or ():
         if not 1 <= count <= slots:
             raise ValueError(f"valid is {count}: must be 1 to {slots}, the tokens of the ring")
+        if full and count < slots:
+            raise ValueError(
+                f"full=True: valid is {count}, must be {slots}, the tokens of the ring"
+            )
     if k_table_SP2 is not None:
         if q_BLHD.shape[3] % 2:
             raise ValueError(f"heads of {q_BLHD.shape[3]}: must be even to be rotated by k_table")
         check_shape("k_table", k_table_SP2, (slots, q_BLHD.shape[3] // 2, 2))
     named = dict(k_ring=k_ring_BSHD, v_ring=v_ring_BSHD, k_table=k_table_SP2)
-    impl = _choose("ring_attention", impl, q_BLHD, **named)
-    if impl in ("reference", *library_attention.IMPLS):
+    impl = _choose("ring_attention", impl, q_BLHD, "" if full else "cudnn", **named)
+    if impl not in _RING_KERNELS:
         return impl
+    if impl == "cudnn" and not full:
+        raise ValueError(
+            "impl='cudnn' reads every slot of a ring: pass full=True once all are valid, and use "
+            "'triton' before"
+        )
     side_by_side = k_ring_BSHD.stride(2) == k_ring_BSHD.shape[3]
     if k_table_SP2 is not None and not (k_table_SP2.is_contiguous() and side_by_side):
         raise ValueError(
@@ -214,20 +236,13 @@ def _check_prefix(prefix: Prefix | None, q_BLHD: Tensor) -> tuple[Span, ...]:
     return spans
 
 
-def _choose(op: str, impl: str, q_BLHD: Tensor, **others: Tensor | None) -> str:
-    """Chooses the implementation; raises ValueError for heads that our kernels do not take. What
-    they are not made for, longer heads and float32, which they multiply exactly and slowly, is for
-    "sdpa" to take under "auto" on a GPU."""
-    head_dim = q_BLHD.shape[3]
-    made_for = head_dim <= 128 and q_BLHD.dtype in (torch.bfloat16, torch.float16)
+def _choose(op: str, impl: str, q_BLHD: Tensor, without: str, **others: Tensor | None) -> str:
+    """Chooses the implementation. What our kernels are not made for, longer heads and float32,
+    which they multiply exactly and slowly, is for "sdpa" to take under "auto" on a GPU."""
+    made_for = q_BLHD.shape[3] <= 128 and q_BLHD.dtype in (torch.bfloat16, torch.float16)
     if impl == "auto" and q_BLHD.device.type == "cuda" and not made_for:
         impl = "sdpa"
-    impl = choose(op, impl, q_BLHD.device, q=q_BLHD, **others)
-    if impl == "triton" and head_dim > 128:
-        raise ValueError(f"heads of {head_dim}: impl='triton' takes at most 128; use 'sdpa'")
-    if impl == "gluon" and head_dim not in (64, 128):
-        raise ValueError(f"heads of {head_dim}: impl='gluon' takes 64 and 128; use 'triton'")
-    return impl
+    return choose(op, impl, q_BLHD.device, "", without, q=q_BLHD, **others)
 
 
 def _scale(scale: float | None, q_BLHD: Tensor) -> float:
@@ -334,10 +349,11 @@ def _ring_attention(
     v_ring: Tensor,
     valid: Tensor,
     k_table: Tensor | None,
+    full: bool,
     scale: float,
     impl: str,
 ) -> Tensor:
-    _choose_ring(impl, q, k_ring, v_ring, valid, k_table)
+    _choose_ring(impl, q, k_ring, v_ring, valid, k_table, full)
     check_positive("scale", scale)
     if k_table is not None:
         k_ring = kernel("triton", "rotate_ring")(k_ring, k_table, valid)
@@ -369,7 +385,7 @@ def _check_pattern(
     elif prefix or k_prefix is not None or v_prefix is not None:
         raise ValueError("k_prefix, v_prefix and the spans of prefix belong together")
     check_positive("scale", scale)
-    _choose("attention", impl, q, k=k, v=v, prefix_k=k_prefix, prefix_v=v_prefix)
+    _choose("attention", impl, q, "", k=k, v=v, prefix_k=k_prefix, prefix_v=v_prefix)
     return unflattened(tuple(rows), q.shape[1], k.shape[1])
 
 

@@ -329,7 +329,8 @@ def ring_attention(
     def function(
         q: Tensor, k: Tensor, v: Tensor, valid: Tensor, table: Tensor | None = None, *, impl: str
     ) -> Tensor:
-        return attention.ring_attention(q, k, v, valid, k_table_SP2=table, impl=impl)
+        full = count == slots
+        return attention.ring_attention(q, k, v, valid, full=full, k_table_SP2=table, impl=impl)
 
     size = f"{queries} queries, ring of {capacity} frame{'s' if capacity > 1 else ''}"
     size += "" if valid is None else f", {valid} valid"

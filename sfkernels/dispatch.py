@@ -8,7 +8,7 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -45,6 +45,17 @@ def _needs_gpu_or_interpreter(device: torch.device) -> str:
     return "" if os.environ.get("TRITON_INTERPRET") == "1" else _needs_gpu(device)
 
 
+def _needs_ampere(device: torch.device) -> str:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return (
+                f"runs on GPUs of compute capability 8.0 and later; {device} has {major}.{minor}: "
+                "use 'sdpa'"
+            )
+    return _needs_gpu(device)
+
+
 def _needs_hopper(device: torch.device) -> str:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -67,7 +78,8 @@ class Implementation(NamedTuple):
 
     ops: those it has. auto: those that "auto" takes it for, by type of device. dtypes: of tensors
     that it takes, which must have a contiguous last dimension; none if it takes all. refusal: why
-    it does not run on a device, empty where it does. launchers: the module with ours.
+    it does not run on a device, empty where it does. launchers: the module with ours. heads: their
+    dimensions that its attention takes, None for all.
     """
 
     ops: tuple[str, ...]
@@ -75,18 +87,27 @@ class Implementation(NamedTuple):
     dtypes: tuple[torch.dtype, ...] = ()
     refusal: Callable[[torch.device], str] = _runs_anywhere
     launchers: str = ""
+    heads: range | None = None
 
 
-# "auto" takes the fastest on a device. To the few keys of text that is PyTorch's own attention,
-# until ours is measured to be faster, and on a CPU to all; linear layers are cuBLASLt's until then
-# ("torch"); "gluon" is not measured on a GPU yet and runs only where it is asked for.
+# "auto" takes the fastest on a device: for attention on a GPU what tuned/sm_XX.json says was
+# measured there. Where it says nothing, that is PyTorch's own to the few keys of text, and on a CPU
+# to all. Linear layers are cuBLASLt's ("torch") until ours is measured to be faster.
 IMPLEMENTATIONS = {
     "triton": Implementation(
         (*ATTENTION, *FUSED, LINEAR), {"cuda": ("attention", "ring_attention", *FUSED)}, FLOATS,
-        _needs_gpu_or_interpreter, "sfkernels.gpu",
+        _needs_gpu_or_interpreter, "sfkernels.gpu", range(1, 129),
     ),
-    "gluon": Implementation(ATTENTION, {}, HALF, _needs_hopper, "sfkernels.gpu.hopper"),
+    "gluon": Implementation(
+        ATTENTION, {}, HALF, _needs_hopper, "sfkernels.gpu.hopper", range(64, 129, 64)
+    ),
+    "cudnn": Implementation(
+        ATTENTION, {}, HALF, _needs_ampere, "sfkernels.gpu.cudnn", range(8, 129, 8)
+    ),
     "sdpa": Implementation(ATTENTION, {"cuda": ("cross_attention",)}),
+    "sdpa_flash": Implementation(
+        ("attention", "cross_attention"), {}, HALF, _needs_ampere, heads=range(8, 129, 8)
+    ),
     "flash": Implementation(ATTENTION, {}, HALF, _needs_gpu),
     "flex": Implementation(ATTENTION),
     "cpp": Implementation(FUSED, {"cpu": FUSED}, FLOATS, _needs_cpu, "sfkernels.cpp"),
@@ -94,6 +115,9 @@ IMPLEMENTATIONS = {
     "reference": Implementation((*ATTENTION, *FUSED, LINEAR)),
 }  # fmt: skip
 IMPLS = ("auto", *IMPLEMENTATIONS)
+# Those of attention that need no other library and compile for no single size: a file of measured
+# settings may rank them.
+RANKED = ("triton", "gluon", "cudnn", "sdpa", "sdpa_flash")
 # By op and type of device.
 _AUTO = {
     (op, device): name
@@ -106,17 +130,23 @@ _FLOATING = frozenset({torch.float64, *FLOATS})
 
 
 def choose(
-    op: str, impl: str, device: torch.device, refused: str = "", /, **tensors: Tensor | None
+    op: str,
+    impl: str,
+    device: torch.device,
+    refused: str = "",
+    without: str = "",
+    /,
+    **tensors: Tensor | None,
 ) -> str:
     """The implementation that computes `op` for these tensors: `impl` itself, or under "auto" the
-    best one for the device. refused: what no kernel of this op takes of them beside what is said
-    below, if there is such.
+    best one for the device that takes them. refused: what no kernel of this op takes of them beside
+    what is said below, if there is such. without: an implementation that "auto" leaves out.
 
     Raises ValueError for a name that does not exist, an implementation that lacks the op, and
     tensors it cannot take: they must be dense, of floating-point numbers and on one device; kernels
     want float32 (not all), bfloat16 or float16 on a device that they run on, with a contiguous last
-    dimension. On a CPU "auto" leaves others to the reference, and all of them where the C++ is not
-    built."""
+    dimension, and heads of at most 128. On a CPU "auto" leaves others to the reference, and all of
+    them where the C++ is not built."""
     for name, t in tensors.items():
         if t is None:
             continue
@@ -128,6 +158,9 @@ def choose(
         impl = _AUTO.get((op, device.type), "reference")
         if impl == "cpp":
             return "reference" if _refusal(impl, device, tensors) or refused else impl
+        for name in ranking(op, device) if impl != "reference" else ():
+            if name != without and not _refusal(name, device, tensors):
+                return name
     elif impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r}: must be one of {', '.join(IMPLS)}")
     elif op not in IMPLEMENTATIONS[impl].ops:
@@ -142,14 +175,43 @@ def implementations(op: str) -> tuple[str, ...]:
     return tuple(name for name, one in IMPLEMENTATIONS.items() if op in one.ops)
 
 
+def ranking(op: str, device: torch.device) -> Sequence[str]:
+    """Implementations of an op that were timed on GPUs like this one, the fastest first."""
+    return _rankings(device).get(op, ())
+
+
+# As `flat_rows` of layout.py.
+ranking._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _rankings(device: torch.device) -> Mapping[str, Sequence[str]]:
+    """What tuned/ says of such GPUs, by op; nothing of other devices. Raises ValueError for a file
+    that ranks what cannot be ranked."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return {}
+    arch = launch.architecture(device)
+    file, found = launch.TUNED / f"sm_{arch}.json", launch.ranking(arch)
+    for op, names in found.items():
+        can = [n for n in RANKED if op in ATTENTION and n in implementations(op)]
+        if not can or not isinstance(names, list) or not all(name in can for name in names):
+            must = f"a list of {', '.join(can)}" if can else f"by op, of {', '.join(ATTENTION)}"
+            raise ValueError(f"{file}: impl of {op} is {names!r}: must be {must}")
+    return found
+
+
 def kernel(impl: str, launcher: str) -> Callable[..., Any]:
     """The launcher of an implementation of ours. Raises ValueError for another name, which a
     registered op may be called with."""
     module = IMPLEMENTATIONS[impl].launchers if impl in IMPLEMENTATIONS else ""
-    if not module:
+    found = getattr(importlib.import_module(module), launcher, None) if module else None
+    if found is None:
         taken = ", ".join(name for name, one in IMPLEMENTATIONS.items() if one.launchers)
-        raise ValueError(f"impl={impl!r}: a registered op takes {taken}; its function takes others")
-    return getattr(importlib.import_module(module), launcher)
+        raise ValueError(
+            f"impl={impl!r}: a registered op takes {taken} where it has a kernel {launcher}; its "
+            "function takes others"
+        )
+    return cast(Callable[..., Any], found)
 
 
 class Op:
@@ -198,6 +260,8 @@ def _refusal(impl: str, device: torch.device, tensors: dict[str, Tensor | None])
     one = IMPLEMENTATIONS[impl]
     if why := one.refusal(device):
         return f"impl={impl!r} {why}"
+    if not one.dtypes:
+        return ""
     for name, t in tensors.items():
         if t is None:
             continue
@@ -209,6 +273,10 @@ def _refusal(impl: str, device: torch.device, tensors: dict[str, Tensor | None])
                 f"{name} has stride {t.stride(-1)} in its last dimension: impl={impl!r} takes a "
                 "contiguous one; call .contiguous()"
             )
+    q, heads = tensors.get("q"), one.heads
+    if q is not None and heads is not None and q.shape[-1] not in heads:
+        taken = f"{heads[0]} to {heads[-1]}" + f" in steps of {heads.step}" * (heads.step > 1)
+        return f"heads of {q.shape[-1]}: impl={impl!r} takes {taken}; use 'sdpa'"
     return ""
 
 

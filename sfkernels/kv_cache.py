@@ -116,11 +116,13 @@ class RingKVCache:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.k, self.v, self.text_k, self.text_v))
 
-    def chunk(self, frames: int) -> RingChunk:
-        """Places the next `frames` frames, computed on the device. Raises ValueError where there
-        are none or they do not fit beside the sink."""
+    def chunk(self, frames: int, after: int = 0) -> RingChunk:
+        """Places the next `frames` frames, computed on the device; after: how many come before
+        them that are not past yet. Raises ValueError where there are none or they do not fit beside
+        the sink."""
         check_window(self.window, self.sink, frames)
-        start = self._wrapped_start()
+        check_count("after", after, least=0, most=self.window)
+        start = self._wrapped_start() + after
         frame_F = start + torch.arange(frames, dtype=torch.int32, device=start.device)
         rolling = self.sink + (frame_F - self.sink) % (self.window - self.sink)
         slot_F = torch.where(frame_F < self.sink, frame_F, rolling)

@@ -2,7 +2,8 @@
 through which every kernel is launched.
 
 A setting that was searched for on a GPU lives in tuned/sm_XX.json (written by `python -m bench
-tune`) and comes before the defaults here. Nothing is tuned at import or in a hot path.
+tune`) and comes before the defaults here; beside it, which implementation of an op was fastest.
+Nothing is tuned at import or in a hot path.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ MULTIPROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148}
 ARCHITECTURES = tuple(MULTIPROCESSORS)
 TUNED = Path(__file__).parent / "tuned"
 LARGEST_ROW = 16384  # channels: 512 threads with 32 elements each
+SMALLEST_TILE, LARGEST_TILE = 512, 16384  # elements, of candidates
 
 
 @dataclass(frozen=True)
@@ -289,18 +292,75 @@ def _setting(kernel: str, arch: int, channels: int) -> Setting:
     names = {f.name for f in dataclasses.fields(kind)}
     for entry in tuned(arch).get(kernel, []):
         settings[entry["channels"]] = kind(**{k: v for k, v in entry.items() if k in names})
+    return _nearest(settings, channels)
+
+
+def _nearest(settings: dict[int, Setting], channels: int) -> Setting:
     return settings[min(settings, key=lambda n: abs(math.log2(n / channels)))]
+
+
+def untuned(kernel: str, device: torch.device, channels: int) -> Setting:
+    """The default for the nearest number of channels, whatever was measured before."""
+    return _nearest(DEFAULTS[architecture(device)][kernel], channels)
 
 
 @functools.cache
 def tuned(arch: int) -> dict[str, list[dict[str, Any]]]:
     """Measured settings of an architecture: for each kernel, one per number of channels (1 for
     elementwise kernels). Empty where nothing was measured."""
-    file = TUNED / f"sm_{arch}.json"
-    if not file.exists():
-        return {}
-    kernels: dict[str, list[dict[str, Any]]] = json.loads(file.read_text())["kernels"]
+    kernels: dict[str, list[dict[str, Any]]] = _measured(arch)["kernels"]
     return kernels
+
+
+@functools.cache
+def ranking(arch: int) -> dict[str, list[str]]:
+    """Implementations of ops that were timed on an architecture, the fastest first, by op."""
+    ranked: dict[str, list[str]] = _measured(arch).get("impl", {})
+    return ranked
+
+
+def _measured(arch: int) -> dict[str, Any]:
+    file = TUNED / f"sm_{arch}.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"kernels": {}}
+    return found
+
+
+def candidates(
+    default: Setting, channels: int, sums: bool = False, specialised: bool = False
+) -> list[Setting]:
+    """The default, then all others that make a program of their own. sums: the kernel keeps sums
+    over its tiles, so that every program must loop. specialised: warps are."""
+    same = replace(default, why="")
+    if isinstance(default, Flat):
+        flats = [Flat(b, w) for b in (256, 512, 1024, 2048, 4096) for w in (1, 2, 4, 8)]
+        return [default, *(flat for flat in flats if flat != same)]
+    if isinstance(default, Product):
+        whole = itertools.product(((256, 192), (256,), (256, 128)), (8,), (3, 4), (1,))
+        halves = itertools.product(((128,), (128, 64)), (4, 8), (2, 3), (2,))
+        products = itertools.starmap(Product, (*whole, *halves))
+        return [default, *(product for product in products if product != same)]
+    if isinstance(default, Tile):
+        # Where warps are specialised, a consumer has four and there are two of 64 tokens.
+        fixed = (128,), (32, 64, 128), (4,), (2, 3, 4), (0, 1)
+        free = (64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4), (0,)
+        tiles = itertools.starmap(Tile, itertools.product(*(fixed if specialised else free)))
+        return [default, *(tile for tile in tiles if tile != same)]
+    block = 2 ** math.ceil(math.log2(channels))
+    few = [rows for rows in (1, 2, 4) if rows * block >= SMALLEST_TILE]
+    more = [rows for rows in (8, 16, 32, 64) if rows * block <= LARGEST_TILE // 2]
+    found: dict[Setting, None] = {same: None}  # in order
+    for rows, per_thread, stages, warps_per_sm in itertools.product(
+        few + more, (8, 16, 32), (1, 2, 3, 4), (0, 8, 16, 32, 64)
+    ):
+        setting = RowTile(rows, per_thread, 1, stages)
+        warps = setting.warps(block)
+        whole = warps * 32 * per_thread == rows * block  # not clamped
+        if not whole or rows * block > LARGEST_TILE or warps_per_sm % warps:
+            continue
+        if not warps_per_sm and (sums or stages > 1):
+            continue  # one tile a program has no next one to load, and no sums to keep
+        found[replace(setting, per_sm=warps_per_sm // warps)] = None
+    return [default, *[*found][1:]]
 
 
 def outer_strides(*tensors: Tensor | None) -> list[int]:

@@ -1,9 +1,10 @@
 """Attention by other libraries' kernels: PyTorch's own (impl="sdpa", which picks cuDNN, flash or
-another backend), its FlexAttention (impl="flex") and flash-attn (impl="flash": version 3, 4 or 2,
-the first that is installed).
+another backend; "cudnn" and "sdpa_flash", which are these two), its FlexAttention (impl="flex") and
+flash-attn (impl="flash": version 3, 4 or 2, the first that is installed). A ring under "cudnn" is
+in gpu/cudnn.py.
 
-To "sdpa" and "flash" a pattern is one call for each of its rows, without a mask, on slices of the
-keys. FlexAttention takes it whole, as a BlockMask. Shapes are named as in reference.py.
+To all but FlexAttention a pattern is one call for each of its rows, without a mask, on slices of
+the keys. That one takes it whole, as a BlockMask. Shapes are named as in reference.py.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sfkernels import reference
 from sfkernels.dispatch import cached_tensors
 from sfkernels.layout import Row, Span
 
-IMPLS = ("sdpa", "flash", "flex")
+IMPLS = ("sdpa", "cudnn", "sdpa_flash", "flash", "flex")
 FLEX_BLOCK = 128  # queries, and keys, that FlexAttention skips, masks or computes whole
 
 
@@ -31,6 +32,17 @@ def attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float, impl
         return reference.attention(q_BLHD, k_BSHD, v_BSHD, scale)
     if impl == "flex":
         return _flex(q_BLHD, k_BSHD, v_BSHD, scale, None)
+    if impl in ("cudnn", "sdpa_flash"):
+        # By the ops themselves: to choose a backend for a while is a setting of the whole process.
+        q, k, v = (t.transpose(1, 2) for t in (q_BLHD, k_BSHD, v_BSHD))
+        if impl == "cudnn":
+            learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+            found = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                q, k, v, None, learns, scale=scale
+            )
+        else:
+            found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+        return _first(found).transpose(1, 2)
     out = _flash()[0](q_BLHD, k_BSHD, v_BSHD, softmax_scale=scale)
     return _first(out)
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from sfkernels.roofline import attention_bytes, attention_flops, norm_bytes, qk_norm_rope_bytes
 from sfmodel.config import DiTConfig, Preset
+from sfmodel.vae.flops import WAN_DECODER, decode_flops
 
 GIB = 2**30
 VAE_STRIDE = 8  # pixels of a latent, each way
@@ -23,6 +25,7 @@ PIXEL_FRAMES = 4  # of a latent frame; the very first one makes a single one
 CLIP = 21  # latent frames of the clips that Wan2.1 is trained on: 81 pixel frames
 TILE = 128  # rows, and columns, of one multiprocessor's share of a matrix product
 MOST_SPLITS = 8  # of the keys of attention
+QKV, PATCHES, HEAD = "q, k, v", "patch embedding", "head"
 
 # --- The diffusion transformer
 
@@ -33,12 +36,12 @@ def linears(config: DiTConfig) -> list[tuple[str, int, int, int]]:
     a frame: neither counts."""
     d, ends = config.dim, math.prod(config.patch) * config.channels
     return [
-        ("q, k, v", config.layers, d, 3 * d),
+        (QKV, config.layers, d, 3 * d),
         ("attention's output, cross-attention's q and output", 3 * config.layers, d, d),
         ("FFN's first", config.layers, d, config.ffn_dim),
         ("FFN's second", config.layers, config.ffn_dim, d),
-        ("patch embedding", 1, ends, d),
-        ("head", 1, d, ends),
+        (PATCHES, 1, ends, d),
+        (HEAD, 1, d, ends),
     ]
 
 
@@ -103,123 +106,6 @@ def memory_gib(preset: Preset, batch: int = 1, precision: str = "bf16") -> dict[
     weights = parameters(config) * size / GIB
     cache = 2 * config.layers * batch * rows * config.dim * size / GIB
     return {"weights": weights, "cache": cache, "total": weights + cache}
-
-
-# --- Decoders: (count, channels in, channels out, taps, times the latents' height and width, times
-# their frames) of each convolution, by its output.
-
-# Wan2.1's VAE (dim 96, multiples 1, 2, 4, 4, two and one residual blocks a stage). The 2× up-
-# samplings in space halve the channels; those in time double them first and deal them to frames.
-# The convolution after an up-sampling counts all its nine taps, unless it is "folded": as four 2×2
-# kernels of what is not upsampled it needs four.
-WAN_DECODER = (
-    (1, 16, 16, 1, 1, 1),
-    (1, 16, 384, 27, 1, 1),
-    (10, 384, 384, 27, 1, 1),  # two residual blocks of the middle, three of the first stage
-    (1, 384, 4 * 384, 1, 1, 1),  # the middle's attention: q, k, v and output
-    (1, 384, 768, 3, 1, 1),
-    (1, 384, 192, 9, 2, 2),
-    (1, 192, 384, 27, 2, 2),
-    (1, 192, 384, 1, 2, 2),
-    (5, 384, 384, 27, 2, 2),
-    (1, 384, 768, 3, 2, 2),
-    (1, 384, 192, 9, 4, 4),
-    (6, 192, 192, 27, 4, 4),
-    (1, 192, 96, 9, 8, 4),
-    (6, 96, 96, 27, 8, 4),
-    (1, 96, 3, 27, 8, 4),
-)
-# Of the encoder, by the same measures: four pixel frames make a latent one. Each 2× down-sampling
-# in space is a convolution of nine taps, in time one of three.
-WAN_ENCODER = (
-    (1, 3, 96, 27, 8, 4),
-    (4, 96, 96, 27, 8, 4),
-    (1, 96, 96, 9, 4, 4),
-    (1, 96, 192, 27, 4, 4),
-    (1, 96, 192, 1, 4, 4),
-    (3, 192, 192, 27, 4, 4),
-    (1, 192, 192, 9, 2, 4),
-    (1, 192, 192, 3, 2, 2),
-    (1, 192, 384, 27, 2, 2),
-    (1, 192, 384, 1, 2, 2),
-    (3, 384, 384, 27, 2, 2),
-    (1, 384, 384, 9, 1, 2),
-    (1, 384, 384, 3, 1, 1),
-    (8, 384, 384, 27, 1, 1),  # two residual blocks of the last stage, two of the middle
-    (1, 384, 4 * 384, 1, 1, 1),
-    (1, 384, 32, 27, 1, 1),
-    (1, 32, 32, 1, 1, 1),
-)
-# TAEHV (taew2_1), a distilled one: three blocks a stage, each of three 3×3 convolutions of which
-# the first takes its input beside that of the frame before.
-TAEHV_DECODER = (
-    (1, 16, 256, 9, 1, 1),
-    (3, 2 * 256, 256, 9, 1, 1),
-    (6, 256, 256, 9, 1, 1),
-    (1, 256, 256, 1, 2, 1),
-    (1, 256, 128, 9, 2, 1),
-    (3, 2 * 128, 128, 9, 2, 1),
-    (6, 128, 128, 9, 2, 1),
-    (1, 128, 256, 1, 4, 1),  # makes two frames of one
-    (1, 128, 64, 9, 4, 2),
-    (3, 2 * 64, 64, 9, 4, 2),
-    (6, 64, 64, 9, 4, 2),
-    (1, 64, 128, 1, 8, 2),  # and again
-    (1, 64, 64, 9, 8, 4),
-    (1, 64, 3, 9, 8, 4),
-)
-DECODERS = {"wan": WAN_DECODER, "taehv": TAEHV_DECODER, "none": ()}
-
-
-def convolution_flops(pixels: int, channels_in: int, channels_out: int, taps: int) -> int:
-    """FLOPs of a convolution. pixels: of the output, in all frames; taps: 27 for a 3×3×3 kernel."""
-    return 2 * pixels * channels_in * channels_out * taps
-
-
-def decode_flops(
-    decoder: str,
-    frames: int,
-    height: int,
-    width: int,
-    first: bool = False,
-    folded: bool = False,
-    dim: int = 96,
-) -> int:
-    """FLOPs of decoding `frames` latent frames of height × width latents. first: they begin the
-    video; Wan's VAE then makes 1 + 4·(frames − 1) pixel frames, while TAEHV decodes them all and
-    drops three. folded: of Wan's VAE with four of nine taps after each up-sampling. dim: its
-    channels at full resolution."""
-    if decoder != "wan":
-        dim, first, folded = 96, False, False
-    flops = _vae_attention_flops(frames, height * width, dim) * (decoder == "wan")
-    for count, a, b, taps, space, times in DECODERS[decoder]:
-        # The convolutions that make two frames of one have three taps and skip the first frame.
-        made = times * frames - (times if taps == 3 else times - 1) * first
-        taps = 4 if folded and taps == 9 else taps
-        a, b = _widened(a, dim), _widened(b, dim)
-        flops += count * convolution_flops(made * height * width * space**2, a, b, taps)
-    return flops
-
-
-def encode_flops(frames: int, height: int, width: int, dim: int = 96) -> int:
-    """FLOPs of encoding 4 · frames pixel frames after a video's first one to `frames` latent frames
-    of height × width by Wan's VAE."""
-    flops = _vae_attention_flops(frames, height * width, dim)
-    for count, a, b, taps, space, times in WAN_ENCODER:
-        made = times * frames * height * width * space**2
-        a, b = _widened(a, dim), _widened(b, dim)
-        flops += count * convolution_flops(made, a, b, taps)
-    return flops
-
-
-def _widened(channels: int, dim: int) -> int:
-    """Channels at another dim than the 96 of the tables above, whose multiples change with it."""
-    return channels if channels % 96 else channels * dim // 96
-
-
-def _vae_attention_flops(frames: int, latents: int, dim: int) -> int:
-    """FLOPs of attention inside each latent frame, one head."""
-    return attention_flops(frames * latents**2, 1, 4 * dim)
 
 
 # --- Machines
@@ -304,41 +190,71 @@ def total(rows: Iterable[Row]) -> Row:
     return {key: sum(row[key] for row in rows) for key in ("tflop", "gb", *TIMES)}
 
 
+class Way(NamedTuple):
+    """Way to run a chunk's passes. merged: the cache update with the next chunk's first step, as
+    one pass of twice the rows. epilogue: GELU in the matrix product before it, else a pass of its
+    own. split: the keys of attention, where that fills its waves."""
+
+    merged: bool = True
+    epilogue: bool = True
+    split: bool = True
+
+
 def dit(
-    preset: Preset, gpu: Gpu, visible: int, precision: str = "bf16", passes: int | None = None
+    preset: Preset,
+    gpu: Gpu,
+    visible: int,
+    precision: str = "bf16",
+    update: bool = True,
+    way: Way | None = None,
 ) -> dict[str, Row]:
-    """The components of `passes` forward passes over a chunk that sees `visible` latent frames,
-    its own included. None: all of a chunk, its steps and the pass that writes its clean keys and
-    values."""
-    passes = len(preset.steps) + 1 if passes is None else passes
-    config, n, sms = preset.dit, math.prod(preset.grid), gpu.multiprocessors
+    """The components of the passes over a chunk that sees `visible` latent frames, its own
+    included: its steps and, with `update`, the cache update, of whose last layer only q, k and v
+    are computed. way: the fastest if None."""
+    way = way or Way()
+    config, n, sms, steps = preset.dit, math.prod(preset.grid), gpu.multiprocessors, preset.steps
     tokens, keys, d, heads = preset.chunk * n, visible * n, config.dim, config.heads
+    layers = config.layers * len(steps) + (config.layers - 1) * update
     size = 1 if precision == "8-bit" else 2  # of operands; outputs have two bytes in both
 
-    products, attended, crossed = (passes * x for x in pass_parts(config, tokens, tokens * keys))
-    operands = waved = 0.0
-    for _, count, a, b in linears(config):
-        operands += passes * count * ((tokens + b) * a * size + tokens * b * 2)
-        waved += passes * count * 2 * tokens * a * b / waves(tokens, b / TILE, sms)
-    split = best_split(tokens, heads, sms)
+    products = operands = waved = 0.0
+    for name, count, a, b in linears(config):
+        updates = count * update
+        if name not in (QKV, PATCHES):
+            updates = updates // config.layers * (config.layers - 1)  # none of the head
+        merged = updates if way.merged else 0
+        calls = ((len(steps) * count + updates - 2 * merged, tokens), (merged, 2 * tokens))
+        for times, m in calls:
+            products += times * 2 * m * a * b
+            operands += times * ((m + b) * a * size + m * b * 2)
+            waved += times * 2 * m * a * b / waves(m, b / TILE, sms)
+    attended, crossed = (
+        layers * attention_flops(tokens * seen, heads, config.head_dim)
+        for seen in (keys, config.text_len)
+    )
+    split = best_split(tokens, heads, sms) if way.split else 1
 
     def qkvo(keys: int) -> int:
         nbytes = attention_bytes(tokens, keys, heads, config.head_dim, size)
-        return passes * config.layers * (nbytes + (2 - size) * tokens * d)
+        return layers * (nbytes + (2 - size) * tokens * d)
 
     # Two gated AdaLN and the gated norm of cross-attention read and write two activations each.
     # That of cross-attention's query is free: the factor of its row commutes with the product and
     # its weight folds into the keys. In 8-bit the three normed outputs and q, k, v are one byte.
     pointwise = 3 * norm_bytes(tokens, d, 4, 2) + qk_norm_rope_bytes(tokens, d, config.head_dim, 2)
     pointwise -= (2 - size) * 6 * tokens * d
-    return {
+    rows = {
         "self-attention": _row(
             gpu, precision, attended, qkvo(keys), waves(tokens, heads, sms, split=split)
         ),
         "linears": _row(gpu, precision, products, operands, products / waved),
         "cross-attention": _row(gpu, precision, crossed, qkvo(config.text_len)),
-        "norms, RoPE": _row(gpu, precision, 0, passes * config.layers * pointwise),
+        "norms, RoPE": _row(gpu, precision, 0, layers * pointwise),
     }
+    if not way.epilogue:
+        activations = norm_bytes(tokens, config.ffn_dim, 2, 2)
+        rows["GELU"] = _row(gpu, precision, 0, layers * activations)
+    return rows
 
 
 def decode(
@@ -374,7 +290,7 @@ def latency_ms(preset: Preset, gpu: Gpu, precision: str, decoder: str) -> dict[s
         ("first_frame", first, first.chunk),
         ("reaction", preset, preset.window),
     ):
-        rows = dit(one, gpu, seen, precision, len(preset.steps)).values()
+        rows = dit(one, gpu, seen, precision, update=False).values()
         decoded = decode(one, gpu, precision, decoder, first=name == "first_frame")
         both = total([*rows, decoded])
         out[name] = {key.removesuffix("_ms"): both[key] for key in TIMES}

@@ -14,174 +14,33 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import sfkernels as sf
 from sfkernels.arguments import check_shape
-from sfkernels.kv_cache import RingChunk
+from sfmodel.blocks import Block, Context, Head, Past, Place, TextKeys
 from sfmodel.config import DiTConfig
 from sfmodel.schedule import TRAIN_STEPS
 
 
-class Past(NamedTuple):
-    """Past of a chunk in a training rollout: the frames before it, and where it lies itself.
-
-    k, v [layers, B, S, heads, head dim]: keys and values of a whole clip, token after token, which
-    take no gradient. spans: the half-open ranges of tokens that are seen. first: the latent frame
-    that the chunk begins with. keep: this pass leaves its own keys and values in k and v.
-    """
-
-    k: Tensor
-    v: Tensor
-    spans: tuple[tuple[int, int], ...]
-    first: int
-    keep: bool = False
-
-
-class TextKeys(NamedTuple):
-    """A prompt's cross-attention keys and values [layers][B or 1, T, heads, head dim]. They depend
-    on the prompt alone: who runs many passes on one computes them once."""
-
-    k: Sequence[Tensor] | Tensor
-    v: Sequence[Tensor] | Tensor
-
-
-class Context(NamedTuple):
-    """Inputs that all blocks of one forward pass share. The prompt is either embedded, or its keys
-    and values are there."""
-
-    rope_LP2: Tensor
-    text: Tensor | TextKeys
-    layout: sf.BlockLayout | None
-    cache: sf.RingKVCache | None
-    chunk: RingChunk | None
-    past: Past | None = None
-
-
 class Modulation(NamedTuple):
-    """Time embedding of each frame in float32: `t` [B, F], `head` [B, F, D], `blocks`
-    [B, F, 6, D]. B and F may be 1. Depends on t alone: a sampler computes it once per step."""
+    """Shifts, scales and gates of all layers at the timesteps `t` [B, F], in float32: of each block
+    [B, F, 6, D], of the head [B, F, 2, D]. B and F may be 1. Depends on t alone: a sampler computes
+    it once per step."""
 
     t: Tensor
     head: Tensor
-    blocks: Tensor
+    blocks: Sequence[Tensor]
 
+    def behind(self, clean: Modulation, frames: int, own: int) -> Modulation:
+        """Of a chunk of `own` frames behind one of `frames` frames under `clean`."""
 
-class SelfAttention(nn.Module):
-    """Attention between frames: under a layout, or of a chunk over the ring."""
+        def joined(clean_B1: Tensor, own_B1: Tensor) -> Tensor:
+            sizes = zip((clean_B1, own_B1), (frames, own), strict=True)
+            return torch.cat([t.expand(t.shape[0], n, *t.shape[2:]) for t, n in sizes], 1)
 
-    def __init__(self, config: DiTConfig, layer: int, impl: str, attention_impl: str) -> None:
-        super().__init__()
-        self.layer, self.eps = layer, config.eps
-        self.impl, self.attention_impl = impl, attention_impl
-        self.qkv = nn.Linear(config.dim, 3 * config.dim)
-        self.o = nn.Linear(config.dim, config.dim)
-        self.norm_q = nn.Parameter(torch.ones(config.dim))
-        self.norm_k = nn.Parameter(torch.ones(config.dim))
-
-    def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
-        qkv_BLC, norm = self.qkv(x_BLD), (self.norm_q, self.norm_k, context.rope_LP2)
-        if context.cache is not None and context.chunk is not None:
-            ring = context.cache.k[self.layer], context.cache.v[self.layer]
-            q = sf.qk_norm_rope_append(
-                qkv_BLC.to(ring[0].dtype),  # another one under autocast
-                *norm,
-                *ring,
-                context.chunk.slot_F,
-                eps=self.eps,
-                impl=self.impl,
-            )
-            out = sf.ring_attention(q, *ring, context.chunk.valid, impl=self.attention_impl)
-        else:
-            assert context.layout is not None
-            q, k, v = sf.qk_norm_rope(qkv_BLC, *norm, eps=self.eps, impl=self.impl)
-            past, prefix = context.past, None
-            if past is not None:
-                prefix = sf.Prefix(past.k[self.layer], past.v[self.layer], past.spans)
-                if past.keep:
-                    at = past.first * context.layout.frame_tokens
-                    past.k[self.layer, :, at : at + k.shape[1]] = k
-                    past.v[self.layer, :, at : at + v.shape[1]] = v
-            out = sf.block_causal_attention(
-                q, k, v, context.layout, prefix=prefix, impl=self.attention_impl
-            )
-        return self.o(out.flatten(2))
-
-
-class CrossAttention(nn.Module):
-    """Attention to the prompt. Its keys and values depend on the prompt alone."""
-
-    def __init__(self, config: DiTConfig, layer: int, impl: str, attention_impl: str) -> None:
-        super().__init__()
-        self.layer, self.heads, self.eps = layer, config.heads, config.eps
-        self.impl, self.attention_impl = impl, attention_impl
-        self.q = nn.Linear(config.dim, config.dim)
-        self.kv = nn.Linear(config.dim, 2 * config.dim)
-        self.o = nn.Linear(config.dim, config.dim)
-        self.norm_q = nn.Parameter(torch.ones(config.dim))
-        self.norm_k = nn.Parameter(torch.ones(config.dim))
-
-    def keys_values(self, text_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, [B, T, heads, head dim] each."""
-        k, v = self.kv(text_BTD).chunk(2, dim=-1)
-        k = sf.rms_norm(k, self.norm_k, eps=self.eps, impl=self.impl)
-        return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
-
-    def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
-        q = sf.rms_norm(self.q(x_BLD), self.norm_q, eps=self.eps, impl=self.impl)
-        if isinstance(context.text, TextKeys):
-            keys = context.text.k[self.layer], context.text.v[self.layer]
-        else:
-            # By the class: under FSDP the module's own gathers weights that are here already.
-            keys = CrossAttention.keys_values(self, context.text)
-        k, v = (each.expand(len(x_BLD), -1, -1, -1) for each in keys)
-        q = q.unflatten(-1, (self.heads, -1)).to(k.dtype)
-        out = sf.cross_attention(q, k, v, impl=self.attention_impl)
-        return self.o(out.flatten(2))
-
-
-class Block(nn.Module):
-    def __init__(self, config: DiTConfig, layer: int, impl: str, attention_impl: str) -> None:
-        super().__init__()
-        self.eps, self.impl = config.eps, impl
-        self.self_attn = SelfAttention(config, layer, impl, attention_impl)
-        self.norm3 = nn.LayerNorm(config.dim, config.eps)
-        self.cross_attn = CrossAttention(config, layer, impl, attention_impl)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(config.ffn_dim, config.dim),
-        )
-        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / math.sqrt(config.dim))
-
-    def modulate(self, blocks_BF6D: Tensor) -> tuple[Tensor, ...]:
-        """shift1, scale1, gate1, shift2, scale2, gate2: [B, F, D] each."""
-        return (blocks_BF6D + self.modulation.float()).unbind(2)
-
-    def forward(
-        self, x_BLD: Tensor, h_BLD: Tensor, modulation: tuple[Tensor, ...], context: Context
-    ) -> tuple[Tensor, Tensor]:
-        """h is the first norm of x. Returns x before the FFN's residual and the FFN's output: the
-        caller adds them in one pass with the norm that follows."""
-        _, _, gate1, shift2, scale2, _ = modulation
-        attended = self.self_attn(h_BLD, context)
-        options: Any = {"eps": self.eps, "impl": self.impl}
-        norm3 = (self.norm3.weight, self.norm3.bias)
-        x_BLD, h_BLD = sf.gated_layer_norm(x_BLD, attended, gate1, *norm3, **options)
-        attended = self.cross_attn(h_BLD, context)
-        x_BLD, h_BLD = sf.gated_adaln(x_BLD, attended, None, shift2, scale2, **options)
-        return x_BLD, self.ffn(h_BLD)
-
-
-class Head(nn.Module):
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.head = nn.Linear(config.dim, math.prod(config.patch) * config.channels)
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / math.sqrt(config.dim))
-
-    def modulate(self, head_BFD: Tensor) -> tuple[Tensor, ...]:
-        """shift, scale: [B, F, D] each."""
-        return (head_BFD[:, :, None] + self.modulation.float()).unbind(2)
+        return Modulation(*pytree.tree_map(joined, tuple(clean), tuple(self)))
 
 
 class DiT(nn.Module):
@@ -189,8 +48,8 @@ class DiT(nn.Module):
 
     Parameters carry the official names, except that q, k, v (and k, v of the prompt) are one
     projection each; checkpoint.py maps both ways. impl: the implementation of the sfkernels ops;
-    attention_impl: that of the attention ops. recompute: recompute each block's activations in the
-    backward pass instead of keeping them.
+    attention_impl, linear_impl: that of attention and of the FFN's first layer. recompute:
+    recompute each block's activations in the backward pass instead of keeping them.
     """
 
     def __init__(
@@ -198,10 +57,12 @@ class DiT(nn.Module):
         config: DiTConfig,
         impl: str = "auto",
         attention_impl: str = "auto",
+        linear_impl: str = "auto",
         recompute: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.impl, self.recompute = config, impl, recompute
+        self.attention_impl = attention_impl
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.channels, dim, config.patch, config.patch)
         self.text_embedding = nn.Sequential(
@@ -212,7 +73,7 @@ class DiT(nn.Module):
         )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(
-            Block(config, i, impl, attention_impl) for i in range(config.layers)
+            Block(config, i, impl, attention_impl, linear_impl) for i in range(config.layers)
         )
         self.head = Head(config)
         self._initialise()
@@ -243,6 +104,8 @@ class DiT(nn.Module):
         clean_BFCHW: Tensor | None = None,
         cache: sf.RingKVCache | None = None,
         past: Past | None = None,
+        places: Sequence[Place] = (),
+        full: bool = False,
     ) -> Tensor:
         """Predicts the flow ε − x0, [B, F, C, H, W] float32.
 
@@ -251,24 +114,57 @@ class DiT(nn.Module):
         what `text_keys` made of them, or None when `set_text` has put the prompt into the cache.
 
         Neither layout nor cache: bidirectional attention. layout: block-causal; one with
-        teacher_forcing takes the clean latents, same shape as x, and returns the noisy half. cache:
-        x is the next chunk of a stream; its keys and values are written in place, and the caller
-        commits them after the pass at t = 0 on the final latents. past: x is a chunk of a training
-        rollout, which sees itself and those keys and values.
+        teacher_forcing takes the clean latents, same shape as x, and returns the noisy half. past:
+        x is a chunk of a training rollout, which sees itself and those keys and values.
+
+        cache: x is the next chunk of a stream. Its keys and values are written in place, and are
+        past once `append` has written those of its final latents and the caller has committed them.
+        With clean latents [B, F', C, H, W] in front x is the chunk after them, and the pass appends
+        them as well: the caller commits F' frames. places: of the chunks, where the caller has them
+        from `place`. full: whether the caller knows that the first of them fills the ring, as
+        `sfkernels.ring_attention` says.
 
         Raises ValueError for shapes or arguments that do not fit together.
         """
         grid, frames = self._check_latents(x_BFCHW), x_BFCHW.shape[1]
         tokens_BLD, modulation, context = self._inputs(
-            x_BFCHW, t, text_BTE, layout, clean_BFCHW, cache, past
+            x_BFCHW, t, text_BTE, layout, clean_BFCHW, cache, past, places
         )
-        h_BLD, _ = self._run(tokens_BLD, modulation, context)
+        h_BLD, _ = self._run(tokens_BLD, modulation, context._replace(full=full))
         out_BLE = self.head.head(h_BLD)
         out = self._unpatchify(out_BLE[:, -frames * math.prod(grid) :].float(), grid)
         if self.config.prediction == "x0":
             sigma = (modulation.t[:, -frames:] / TRAIN_STEPS).clamp(min=1 / TRAIN_STEPS)
             out = (x_BFCHW.float() - out) / sigma[:, :, None, None, None]
         return out
+
+    @torch.no_grad()
+    def append(
+        self,
+        x_BFCHW: Tensor,
+        t: Tensor | Modulation,
+        text_BTE: Tensor | TextKeys | None,
+        *,
+        cache: sf.RingKVCache | None = None,
+        past: Past | None = None,
+        places: Sequence[Place] = (),
+    ) -> None:
+        """Leaves the keys and values of a chunk's final latents in the cache, which the caller
+        commits, or in the past: a pass that ends with those of the last layer. Arguments of
+        `forward`."""
+        tokens_BLD, modulation, context = self._inputs(
+            x_BFCHW, t, text_BTE, None, None, cache, past, places
+        )
+        self._run(tokens_BLD, modulation, context._replace(appended=tokens_BLD.shape[1]))
+
+    def place(
+        self, cache: sf.RingKVCache, frames: int, grid: tuple[int, int], after: int = 0
+    ) -> Place:
+        """Place of the next `frames` frames in a stream, or of those after the next `after`. grid:
+        (height, width) of a frame in tokens."""
+        chunk = cache.chunk(frames, after)
+        table = sf.rope_table(chunk.frame_F, grid, self.config.head_dim, impl=self.impl)
+        return Place(chunk, table)
 
     def features(
         self,
@@ -293,66 +189,68 @@ class DiT(nn.Module):
         clean_BFCHW: Tensor | None = None,
         cache: sf.RingKVCache | None = None,
         past: Past | None = None,
+        places: Sequence[Place] = (),
     ) -> tuple[Tensor, Modulation, Context]:
         """Arguments of `forward` as `_run` takes them: tokens, modulation and context."""
         grid = self._check_latents(x_BFCHW)
-        batch, frames = x_BFCHW.shape[:2]
-        if (clean_BFCHW is not None) != (layout is not None and layout.teacher_forcing):
-            raise ValueError("clean latents and a layout with teacher_forcing belong together")
+        batch, frames, *latent = x_BFCHW.shape
+        forced = layout is not None and layout.teacher_forcing
+        if forced != (clean_BFCHW is not None) and (forced or cache is None):
+            raise ValueError("clean latents go with a cache or a layout with teacher_forcing")
         if (text_BTE is None) != (cache is not None):
             raise ValueError("text is None exactly when a cache is given: set_text puts it there")
         if sum(one is not None for one in (layout, cache, past)) > 1:
             raise ValueError("give one of layout, cache and past")
-        if past is not None and past.keep and torch.is_grad_enabled():
-            raise ValueError("past.keep: keys and values are kept without gradient only")
 
-        chunk = None
+        # The sequence is [clean ‖ noisy], the clean latents at t = 0.
+        tokens_BLD, before = self._patchify(x_BFCHW), 0
+        if clean_BFCHW is not None:
+            before = frames if forced else clean_BFCHW.shape[1]
+            check_shape("clean", clean_BFCHW, (batch, before, *latent))
+            tokens_BLD = torch.cat([self._patchify(clean_BFCHW), tokens_BLD], 1)
+        if isinstance(t, Modulation):
+            if before and t.t.shape[1] != before + frames:
+                raise ValueError(
+                    f"modulation of {t.t.shape[1]} frames: must be of the {before} clean ones and "
+                    f"the {frames} of x"
+                )
+            modulation = t
+        else:
+            if before:
+                t_BF = _by_frame(t).expand(batch, frames)
+                t = torch.cat([t_BF.new_zeros(batch, before), t_BF], 1)
+            modulation = self.modulation(t)
+
         if cache is not None:
             if cache.frame_tokens != math.prod(grid):
                 raise ValueError(
                     f"x has {math.prod(grid)} tokens a frame: the cache has {cache.frame_tokens}"
                 )
-            chunk = cache.chunk(frames)
-            frame_F = chunk.frame_F
-        else:
-            if layout is None:
-                layout = sf.BlockLayout((frames,), math.prod(grid))
-            if (layout.frames, layout.frame_tokens) != (frames, math.prod(grid)):
-                raise ValueError(
-                    f"x has {frames} frames of {math.prod(grid)} tokens: the layout has "
-                    f"{layout.frames} of {layout.frame_tokens}"
-                )
-            frame_F = torch.arange(frames, dtype=torch.int32, device=x_BFCHW.device)
-            if past is not None:
-                frame_F += past.first
-
-        tokens_BLD = self._patchify(x_BFCHW)
-        if clean_BFCHW is not None:  # the sequence is [clean ‖ noisy], the clean half at t = 0
-            check_shape("clean", clean_BFCHW, tuple(x_BFCHW.shape))
-            if isinstance(t, Modulation):
-                raise ValueError("teacher forcing takes timesteps, not a Modulation")
-            t_BF = _by_frame(t).expand(batch, frames)
-            t = torch.cat([torch.zeros_like(t_BF), t_BF], 1)
-            tokens_BLD = torch.cat([self._patchify(clean_BFCHW), tokens_BLD], 1)
+            if not places:
+                first = [self.place(cache, before, grid)] if before else []
+                places = [*first, self.place(cache, frames, grid, before)]
+            keys, appended = TextKeys(cache.text_k, cache.text_v), before * math.prod(grid)
+            context = Context(keys, cache=cache, places=places, appended=appended)
+            return tokens_BLD, modulation, context
+        if layout is None:
+            layout = sf.BlockLayout((frames,), math.prod(grid))
+        if (layout.frames, layout.frame_tokens) != (frames, math.prod(grid)):
+            raise ValueError(
+                f"x has {frames} frames of {math.prod(grid)} tokens: the layout has "
+                f"{layout.frames} of {layout.frame_tokens}"
+            )
+        frame_F = torch.arange(frames, dtype=torch.int32, device=x_BFCHW.device)
+        if past is not None:
+            frame_F += past.first
+        if before:
             frame_F = frame_F.repeat(2)
-        modulation = t if isinstance(t, Modulation) else self.modulation(t)
-        if cache is not None:
-            text: Tensor | TextKeys = TextKeys(cache.text_k, cache.text_v)
-        else:
-            assert text_BTE is not None
-            text = text_BTE if isinstance(text_BTE, TextKeys) else self._embed_text(text_BTE)
-        context = Context(
-            sf.rope_table(frame_F, grid, self.config.head_dim, impl=self.impl),
-            text,
-            layout,
-            cache,
-            chunk,
-            past,
-        )
-        return tokens_BLD, modulation, context
+        assert text_BTE is not None
+        text = text_BTE if isinstance(text_BTE, TextKeys) else self._embed_text(text_BTE)
+        table = sf.rope_table(frame_F, grid, self.config.head_dim, impl=self.impl)
+        return tokens_BLD, modulation, Context(text, table, layout, past)
 
     def modulation(self, t: Tensor) -> Modulation:
-        """Time embedding of timesteps [], [B] or [B, F], in float32 whatever the model's dtype:
+        """Modulation at timesteps [], [B] or [B, F], in float32 whatever the model's dtype:
         bfloat16 would collapse the 1000 training timesteps to 294."""
         t_BF = _by_frame(t)
         half = self.config.freq_dim // 2
@@ -362,8 +260,9 @@ class DiT(nn.Module):
         with torch.autocast(t.device.type, enabled=False):
             hidden = F.silu(_linear32(sinusoid, self.time_embedding[0]))
             head = _linear32(hidden, self.time_embedding[2])
-            blocks = _linear32(F.silu(head), self.time_projection[1])
-        return Modulation(t_BF.float(), head, blocks.unflatten(-1, (6, -1)))
+            shared = _linear32(F.silu(head), self.time_projection[1]).unflatten(-1, (6, -1))
+        blocks = [shared + cast(Block, block).modulation.float() for block in self.blocks]
+        return Modulation(t_BF.float(), head[:, :, None] + self.head.modulation.float(), blocks)
 
     def text_keys(self, text_BTE: Tensor) -> TextKeys:
         """Keys and values of prompt embeddings [B or 1, T <= text_len, text_dim]."""
@@ -402,12 +301,13 @@ class DiT(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """All blocks, or those up to the last of `keep`: the head's norm of x, and x after each of
         `keep`. Each norm is computed in one pass with the residual before it, so that the first one
-        stands before the loop and the last one is the head's."""
+        stands before the loop and the last one is the head's. Tokens that are there for their keys
+        and values alone do not come out of the last block."""
         last = max(keep, default=self.config.layers - 1)
         blocks = [cast(Block, block) for block in self.blocks][: last + 1]
-        tables = [block.modulate(modulation.blocks) for block in blocks]
+        tables = [table.unbind(2) for table in modulation.blocks[: last + 1]]
         # The (shift, scale) of the norm that follows each block.
-        following = [(m[0], m[1]) for m in tables[1:]] + [self.head.modulate(modulation.head)]
+        following = [(m[0], m[1]) for m in tables[1:]] + [modulation.head.unbind(2)]
         shift, scale = tables[0][:2]
         h_BLD = sf.adaln(x_BLD, shift, scale, eps=self.config.eps, impl=self.impl)
 
@@ -416,6 +316,8 @@ class DiT(nn.Module):
             x_BLD: Tensor, h_BLD: Tensor,
         ) -> tuple[Tensor, Tensor]:  # fmt: skip
             x_BLD, y_BLD = block(x_BLD, h_BLD, table, context)
+            if y_BLD is None:
+                return x_BLD, x_BLD
             options: Any = {"eps": self.config.eps, "impl": self.impl}
             return sf.gated_adaln(x_BLD, y_BLD, table[5], *after, **options)
 
@@ -426,6 +328,13 @@ class DiT(nn.Module):
             run = functools.partial(checkpoint, through, **options)
         kept: dict[int, Tensor] = {}
         for i, (block, table, after) in enumerate(zip(blocks, tables, following, strict=True)):
+            if context.appended and i == self.config.layers - 1:
+                goes_on = x_BLD.shape[1] - context.appended
+                frames = table[0].shape[1] * goes_on // x_BLD.shape[1]
+                x_BLD = x_BLD[:, context.appended :]
+                table, after = (
+                    tuple(m[:, -frames:] if frames else m for m in of) for of in (table, after)
+                )
             x_BLD, h_BLD = run(block, table, after, x_BLD, h_BLD)
             if i in keep:
                 kept[i] = x_BLD

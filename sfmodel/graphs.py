@@ -11,8 +11,9 @@ import torch
 
 
 @functools.cache
-def shared_pool() -> Any:
-    """A memory pool for graphs of which no two run at once, and none reads what another left."""
+def shared_pool(of: str = "") -> Any:
+    """A memory pool for graphs of which no two run at once, and none reads what another left: one
+    for each name."""
     return torch.cuda.graph_pool_handle()
 
 
@@ -26,7 +27,8 @@ def captured(run: Callable[[], object], pool: Any = None) -> tuple[Callable[[], 
             run()
     except RuntimeError as error:
         return None, why_none(error)
-    return graph.replay, ""
+    # The graph reads what `run` refers to by address: both live as long.
+    return lambda run=run: graph.replay(), ""
 
 
 def why_none(error: BaseException) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,15 +19,18 @@ from torch.utils import _pytree as pytree
 
 from sfkernels import Noise, euler_step, normal, sampler_step
 from sfkernels.arguments import check_shape
+from sfkernels.attention import differs_when_full
 from sfmodel import graphs
+from sfmodel.blocks import Place
 from sfmodel.config import Preset, check_seed
 from sfmodel.dit import DiT
 from sfmodel.ranges import phase
 from sfmodel.schedule import TRAIN_STEPS, FlowSchedule
-from sfmodel.vae.codec import VideoDecoder, to_bytes
+from sfmodel.vae.codec import NotFinite, VideoDecoder, finite_frames, to_bytes
 
 PROMPT, NOISE, STEP, DECODE = "prompt keys and values", "noise", "step ", "decode"
 COPY, UPDATE = "copy to host", "cache update"
+MERGED = f"{STEP}1 and {UPDATE}"
 
 Run = Callable[[], None]
 
@@ -49,6 +53,12 @@ def check_euler(steps: int) -> None:
     """Raises ValueError for a number of Euler steps that the schedule does not have; 0 is none."""
     if not 0 <= steps <= TRAIN_STEPS:
         raise ValueError(f"euler={steps}: must be 0 to {TRAIN_STEPS} steps")
+
+
+def copy_all(kept: Any, new: Any) -> None:
+    """Copies the tensors of a tree into those of another that is like it."""
+    for old, other in zip(pytree.tree_leaves(kept), pytree.tree_leaves(new), strict=True):
+        old.copy_(other)
 
 
 class Decoding:
@@ -78,14 +88,14 @@ class Decoding:
         def in_place() -> None:
             nonlocal made_BTCHW
             made_BTCHW, state = self.codec.decode_chunk(x_BFCHW, self.kept)
-            self._keep(state)
+            copy_all(self.kept, state)
 
         replay = self.launch(in_place)
 
         def decode_or_replay() -> None:
             if self.state is None:
                 decode()
-                self._keep(self.state)
+                copy_all(self.kept, self.state)
                 self.state = self.kept
             else:
                 replay()
@@ -93,28 +103,42 @@ class Decoding:
 
         return decode_or_replay
 
-    def _keep(self, state: Any) -> None:
-        pairs = zip(pytree.tree_leaves(self.kept), pytree.tree_leaves(state), strict=True)
-        for kept, new in pairs:
-            kept.copy_(new)
+
+class OnHost(NamedTuple):
+    """Frames as bytes [B, T, H, W, 3], and which of them hold finite numbers alone [B, T]."""
+
+    bytes_BTHWC: Tensor
+    finite_BT: Tensor
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """A copy in host memory that the device does not wait for."""
+    if not x.is_cuda:
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 class Stream:
     """A model's stream, eager or in CUDA graphs, one for each phase of a chunk: noise, the steps,
-    decoding, the copy to host memory, and the cache update, the pass that leaves the chunk's clean
-    keys and values in the cache. The update comes last, because the frames are out by then.
+    decoding, the copy to host memory. The first step of a chunk runs in one pass with the cache
+    update of the chunk before, which leaves the clean keys and values of that in the cache: its
+    frames are out by then.
 
     Each phase works on tensors that stay where they are; what changes from chunk to chunk, the
-    place in the ring and with it the noise, is read on the device. A clip's first decoding and the
-    copy are never part of a graph. `sfmodel.ranges.timed` times the phases.
+    place in the ring and with it the noise, is read on the device. What is the same for all passes
+    is computed once: for good the modulations, for a prompt its keys and values, for a chunk its
+    place. A clip's first decoding and the copy are never part of a graph. `sfmodel.ranges.timed`
+    times the phases.
 
     codec: None for latents alone. text [1 or batch, T, E]: prompt embeddings. preset: sizes,
     chunks, window, sink, steps. Sample b is the video of seed + b, the same on any device, in any
     batch and by any implementation, up to rounding. euler: so many equal Euler steps, for models
     that are not distilled, instead of the preset's few steps with fresh noise in between. graph:
-    phases become CUDA graphs now, which takes seconds; not measured on a GPU yet. noise: `noise(i)`
-    gives the next chunk's initial noise (i = 0) and the fresh noise before step i; None draws it
-    from the seed.
+    phases become CUDA graphs now, which takes seconds; not measured on a GPU yet. merge: False runs
+    the cache update as a pass of its own, which gives the same video up to rounding. low_latency:
+    the latent frames of a chunk are decoded one by one, so that the first ones leave earlier.
+    noise: `noise(i)` gives the next chunk's initial noise (i = 0) and the fresh noise before step
+    i; None draws it from the seed.
 
     notes: why a phase is no graph, where that was asked for. Raises ValueError where sizes do not
     fit together and MemoryError where the cache does not fit.
@@ -132,12 +156,14 @@ class Stream:
         batch: int = 1,
         euler: int = 0,
         graph: bool = False,
+        merge: bool = True,
+        low_latency: bool = False,
         noise: Callable[[int], Tensor | Noise] | None = None,
     ) -> None:
         check_seed(seed, batch)
         check_euler(euler)
         self.model, self.preset, self.batch, self.graph = model, preset.check(), batch, graph
-        self.euler, self.noise = euler, noise
+        self.euler, self.merge, self.low_latency, self.noise = euler, merge, low_latency, noise
         steps = (
             [round(TRAIN_STEPS * (1 - i / euler)) for i in range(euler)] if euler else preset.steps
         )
@@ -150,7 +176,9 @@ class Stream:
         self.seed_B = torch.arange(seed, seed + batch, device=device)
         self.first = preset.first or preset.chunk
         self.notes: dict[str, None] = {}
-        self.host_BTHWC = torch.empty(0, dtype=torch.uint8)
+        self.lanes: tuple[Any, Any] | None = None  # streams of the device: decoding, copying
+        if graph and device.type == "cuda":
+            self.lanes = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
         config = model.config
         text_size = len(text_BTE), config.text_len, config.text_dim
@@ -158,56 +186,107 @@ class Stream:
         self._set_text = self.launch(lambda: model.set_text(self.cache, self.text_BTE))
         self.decoding: Decoding | None = None
         if codec is not None:
-            self.decoding = Decoding(codec, self.launch if graph else None)
-        self.x: dict[int, Tensor] = {}  # of a chunk's size: its latents
-        self.phases = {size: self._phases(size) for size in {self.first, preset.chunk}}
+            # Its graphs run beside the others.
+            launch = functools.partial(self.launch, pool=DECODE) if graph else None
+            self.decoding = Decoding(codec, launch)
+        # By a chunk's size: what is being denoised, x0, the place in the ring.
+        self.x: dict[int, Tensor] = {}
+        self.latents_BFCHW: dict[int, Tensor] = {}
+        self.places: dict[int, Place] = {}
+        sizes = {self.first, preset.chunk}
+        for frames in sizes:
+            shape = batch, frames, config.channels, preset.height, preset.width
+            self.x[frames], self.latents_BFCHW[frames] = torch.zeros(2, *shape, device=device)
+            self.places[frames] = model.place(self.cache, frames, preset.grid)
+        behind = [(frames, 0) for frames in sizes]
+        if merge:
+            behind += [(preset.chunk, frames) for frames in sizes]
+        # Some attention computes otherwise once the ring is full, which the host knows.
+        fullness = [False] + [True] * differs_when_full(model.attention_impl, device)
+        self.can_be_full = len(fullness) > 1
+        self.begin = {(*each, full): self._begin(*each, full)
+                      for each in behind for full in fullness}  # fmt: skip
+        self.steps = {(frames, full): self._steps(frames, full)
+                      for frames in sizes for full in fullness}  # fmt: skip
+        self.phases = {frames: self._phases(frames) for frames in sizes}
         self.restart(text_BTE, seed)
 
-    def _phases(self, frames: int) -> dict[str, Run]:
-        model, preset = self.model, self.preset
-        size = self.batch, frames, model.config.channels, preset.height, preset.width
-        x = self.x[frames] = torch.zeros(size, device=model.device)
-        # Of the chunk's place in the ring, which stays until its update.
-        frame_F = torch.zeros(frames, dtype=torch.int32, device=model.device)
-
-        def noise_of(i: int) -> Tensor | Noise:
-            if self.noise is not None:
-                return self.noise(i)
-            return Noise(self.seed_B, frame_F, i)
+    def _begin(self, frames: int, before: int, full: bool) -> dict[str, Run]:
+        """Noise and the first step of a chunk, behind one of `before` frames whose cache update is
+        merged with it; 0: behind none."""
+        model, cache, grid = self.model, self.cache, self.preset.grid
+        x, place, places, modulation = self.x[frames], self.places[frames], [], self.modulations[0]
+        clean = self.latents_BFCHW[before] if before else None
+        if clean is not None:
+            places = [pytree.tree_map(torch.clone, self.places[before])]
+            modulation = modulation.behind(self.clean, before, frames)
 
         def draw() -> None:
-            frame_F.copy_(self.cache.chunk(frames).frame_F)
-            noise = noise_of(0)
-            x.copy_(noise if isinstance(noise, Tensor) else normal(noise, size, impl=model.impl))
+            if before:
+                copy_all(places[0], self.places[before])
+            copy_all(place, model.place(cache, frames, grid, before))
+            noise = self._noise(frames, 0)
+            x.copy_(noise if isinstance(noise, Tensor) else normal(noise, x.shape, impl=model.impl))
+
+        def step() -> None:
+            flow = model(x, modulation, None, clean_BFCHW=clean, cache=cache,
+                         places=[*places, place], full=full)  # fmt: skip
+            self._advance(frames, 0, flow)
+            if before:
+                cache.commit(before)
+
+        return {NOISE: self.launch(draw), MERGED if before else f"{STEP}1": self.launch(step)}
+
+    def _steps(self, frames: int, full: bool) -> dict[str, Run]:
+        """The steps of a chunk after the first one."""
+        model, x, places = self.model, self.x[frames], [self.places[frames]]
 
         def step(i: int) -> None:
-            flow = model(x, self.modulations[i], None, cache=self.cache)
-            if not self.euler:
-                x.copy_(few_step(flow, x, i, self.sigmas, noise_of, model.impl)[1])
-                return
-            after = self.sigmas[i + 1 :] or [torch.zeros_like(self.sigmas[0])]
-            x.copy_(euler_step(x, flow, self.sigmas[i], after[0], impl=model.impl))
+            modulation = self.modulations[i]
+            flow = model(x, modulation, None, cache=self.cache, places=places, full=full)
+            self._advance(frames, i, flow)
+
+        later = range(1, len(self.sigmas))
+        return {f"{STEP}{i + 1}": self.launch(functools.partial(step, i)) for i in later}
+
+    def _phases(self, frames: int) -> dict[str, Run]:
+        """What may follow the steps of a chunk."""
+        model, cache, latents = self.model, self.cache, self.latents_BFCHW[frames]
 
         def update() -> None:
-            model(x, self.clean, None, cache=self.cache)
-            self.cache.commit(frames)
+            model.append(latents, self.clean, None, cache=cache)
+            cache.commit(frames)
 
-        phases = {NOISE: self.launch(draw)}
-        for i in range(len(self.sigmas)):
-            phases[f"{STEP}{i + 1}"] = self.launch(functools.partial(step, i))
-        phases[UPDATE] = self.launch(update)
+        phases = {UPDATE: self.launch(update)}
         if self.decoding is not None:
-            phases[DECODE] = self.decoding.of(x)
+            for i, piece in enumerate(latents.split(1 if self.low_latency else frames, 1)):
+                phases[f"{DECODE}{i}"] = self.decoding.of(piece)
             phases[COPY] = self._copy_to_host
         return phases
 
-    def launch(self, run: Run) -> Run:
-        """`run`, or its CUDA graph. Before a capture it really runs, so that what it moves, the
-        place in the ring, is put back."""
+    def _noise(self, frames: int, i: int) -> Tensor | Noise:
+        if self.noise is not None:
+            return self.noise(i)
+        return Noise(self.seed_B, self.places[frames].chunk.frame_F, i)
+
+    def _advance(self, frames: int, i: int, flow_BFCHW: Tensor) -> None:
+        """Step i of the sampler: x, or after the last one the chunk's latents."""
+        x, last, impl = self.x[frames], i + 1 == len(self.sigmas), self.model.impl
+        if self.euler:
+            after = torch.zeros_like(self.sigmas[0]) if last else self.sigmas[i + 1]
+            out = euler_step(x, flow_BFCHW, self.sigmas[i], after, impl=impl)
+        else:
+            renoise = functools.partial(self._noise, frames)
+            out = few_step(flow_BFCHW, x, i, self.sigmas, renoise, impl)[1]
+        (self.latents_BFCHW[frames] if last else x).copy_(out)
+
+    def launch(self, run: Run, pool: str = "") -> Run:
+        """`run`, or its CUDA graph, in a pool of memory for those that do not run at once. Before a
+        capture it really runs, so that what it moves, the place in the ring, is put back."""
         if not self.graph:
             return run
         start = self.cache.start.clone()
-        replay, note = graphs.captured(run, graphs.shared_pool())
+        replay, note = graphs.captured(run, graphs.shared_pool(pool))
         self.cache.start.copy_(start)
         if note:
             self.notes[note] = None
@@ -232,7 +311,8 @@ class Stream:
         if self.decoding is not None:
             self.decoding.state = None
         self.next = self.size = self.first  # of the next chunk, and of the one that is there
-        self.pending = False  # whether its cache update is still to come
+        self.pending = 0  # frames of the one that is there, while its cache update is to come
+        self.past = 0  # frames that are past
 
     @torch.no_grad()
     def set_text(self) -> None:
@@ -240,55 +320,66 @@ class Stream:
         with phase(PROMPT):
             self._set_text()
 
-    def _run(self, name: str) -> None:
-        with phase(name):
-            self.phases[self.size][name]()
-
     @torch.no_grad()
     def denoise(self) -> Tensor:
         """The next chunk's clean latents x0 [B, F, C, h, w] in float32, after the cache update of
         the one before, in memory that the next one overwrites."""
-        if self.pending:
+        if self.pending and not self.merge:
             self.update()
-        self.size = self.next
-        self._run(NOISE)
-        for i in range(len(self.sigmas)):
-            self._run(f"{STEP}{i + 1}")
-        self.pending = True
-        return self.x[self.size]
+        before, self.size = self.pending, self.next
+        seen = self.past + (before or self.size)  # by the first chunk of the first pass
+        runs = dict(self.begin[self.size, before, self._full(seen)])
+        runs |= self.steps[self.size, self._full(self.past + before + self.size)]
+        for i, (name, run) in enumerate(runs.items(), 1):
+            if self.lanes and i == len(runs):  # the last step overwrites what is decoded
+                torch.cuda.current_stream(self.model.device).wait_stream(self.lanes[0])
+            with phase(name):
+                run()
+        self.past += before
+        self.pending, self.next = self.size, self.preset.chunk
+        return self.latents_BFCHW[self.size]
+
+    def _full(self, seen: int) -> bool:
+        return self.can_be_full and seen >= self.preset.window
+
+    def _run(self, name: str, which: str = "") -> None:
+        with phase(name):
+            self.phases[self.size][name + which]()
+
+    @property
+    def pieces(self) -> int:
+        """Pieces in which the chunk is decoded."""
+        return self.size if self.low_latency else 1
 
     @torch.no_grad()
-    def decode(self) -> Tensor:
-        """The pixels [B, T, 3, H, W] of the chunk, about in [-1, 1], in memory that the next one
-        may overwrite."""
+    def decode(self, piece: int = 0) -> Tensor:
+        """The pixels [B, T, 3, H, W] of a piece of the chunk, one after the other, about in
+        [-1, 1], in memory that the next one may overwrite."""
         assert self.decoding is not None, "this stream has no codec"
-        self._run(DECODE)
+        self._run(DECODE, str(piece))
         return self.decoding.pixels_BTCHW
 
     @torch.no_grad()
-    def copy_to_host(self) -> Tensor:
-        """The decoded chunk as bytes [B, T, H, W, 3] in host memory that the next one overwrites.
-        On a GPU they are there once the device has been waited for."""
+    def copy_to_host(self) -> OnHost:
+        """The decoded pixels in host memory: on a GPU, once the device has come so far."""
         self._run(COPY)
-        return self.host_BTHWC
+        return self.on_host
 
     def _copy_to_host(self) -> None:
         assert self.decoding is not None
-        bytes_BTHWC = to_bytes(self.decoding.pixels_BTCHW)
-        if self.host_BTHWC.shape != bytes_BTHWC.shape:
-            pinned = bytes_BTHWC.is_cuda
-            self.host_BTHWC = torch.empty(bytes_BTHWC.shape, dtype=torch.uint8, pin_memory=pinned)
-        self.host_BTHWC.copy_(bytes_BTHWC, non_blocking=True)
+        pixels_BTCHW = self.decoding.pixels_BTCHW
+        self.on_host = OnHost(*map(_to_host, (to_bytes(pixels_BTCHW), finite_frames(pixels_BTCHW))))
 
     @torch.no_grad()
     def update(self, clean_BFCHW: Tensor | None = None) -> None:
-        """The chunk's cache-update pass, or, where clean latents of the next chunk's size are
-        given, that of those in its place."""
+        """The chunk's cache update as a pass of its own. With clean latents of a chunk these are
+        taken: in the place of the chunk whose update is to come, else as the next chunk."""
+        self.size = self.pending or self.next
         if clean_BFCHW is not None:
-            self.size = self.next
-            self.x[self.size].copy_(clean_BFCHW)
+            self.latents_BFCHW[self.size].copy_(clean_BFCHW)
         self._run(UPDATE)
-        self.pending, self.next = False, self.preset.chunk
+        self.past += self.size
+        self.pending, self.next = 0, self.preset.chunk
 
     @torch.no_grad()
     def prefill(self, latents_BFCHW: Tensor) -> None:
@@ -310,41 +401,64 @@ class Stream:
         while True:
             yield self.denoise().clone()
 
+    def frames(self, count: int | None = None) -> Iterator[Tensor]:
+        """Decoded video as bytes [B, T, H, W, 3] in host memory, a chunk or a piece of one at a
+        time; `count` pixel frames in all, endless if None. Memory does not grow.
+
+        In CUDA graphs, decoding and copies run on streams of the device of their own, and a chunk
+        is handed out when the next one has been launched: the device does not wait for whoever
+        takes them, and a new prompt is seen a chunk later. Raises `NotFinite` for a frame with NaN
+        or infinity."""
+        left, done = math.inf if count is None else count, 0
+        leaving: deque[tuple[OnHost, Any]] = deque()
+        while left > 0 or leaving:
+            launched = len(leaving)
+            if left > 0:
+                self.denoise()
+                for piece in range(self.pieces):
+                    if left > 0:
+                        on_host, event = self._leave(piece)
+                        wanted = OnHost(*(t[:, : int(min(left, t.shape[1]))] for t in on_host))
+                        leaving.append((wanted, event))
+                        left -= wanted.finite_BT.shape[1]
+            for _ in range(launched if self.lanes and left > 0 else len(leaving)):
+                (bytes_BTHWC, finite_BT), event = leaving.popleft()
+                if event is not None:
+                    event.synchronize()
+                if not finite_BT.all():
+                    frame, video = (~finite_BT).T.nonzero()[0].tolist()
+                    raise NotFinite(done + frame, video)
+                done += finite_BT.shape[1]
+                yield bytes_BTHWC
+
+    def _leave(self, piece: int) -> tuple[OnHost, Any]:
+        """A piece of the chunk on its way to the host, and the event of its arrival: none where it
+        is there."""
+        if not self.lanes:
+            self.decode(piece)
+            return self.copy_to_host(), None
+        decoding, copying = self.lanes
+        decoding.wait_stream(torch.cuda.current_stream(self.model.device))
+        decoding.wait_stream(copying)  # which reads what is overwritten now
+        with torch.cuda.stream(decoding):
+            self.decode(piece)
+        copying.wait_stream(decoding)
+        with torch.cuda.stream(copying):
+            return self.copy_to_host(), copying.record_event()
+
     def video(self, frames: int | None = None) -> Iterator[Tensor]:
-        """Decoded video, one chunk [B, T, 3, H, W] at a time as soon as it is ready; `frames` pixel
-        frames in all, endless if None. Memory does not grow."""
+        """Decoded video, a chunk or a piece of one [B, T, 3, H, W] at a time as soon as it is
+        ready; `frames` pixel frames in all, endless if None. Memory does not grow."""
         left = math.inf if frames is None else frames
         while left > 0:
             self.denoise()
-            pixels = self.decode()
-            pixels = pixels[:, : int(min(left, pixels.shape[1]))]
-            yield pixels.clone() if self.graph else pixels
-            left -= pixels.shape[1]
-
-
-def stream_latents(
-    model: DiT,
-    text_BTE: Tensor,
-    preset: Preset,
-    *,
-    seed: int = 0,
-    batch: int = 1,
-    initial_BFCHW: Tensor | None = None,
-) -> Iterator[Tensor]:
-    """Endless clean latents, one chunk [batch, F, C, h, w] in float32 at a time, as soon as its
-    last step is done: its cache-update pass runs when the next chunk is asked for.
-
-    text: prompt embeddings [1 or batch, T, text_dim]. preset: sizes, chunks, window, sink, steps.
-    initial: latents that come before the first one generated (image-to-video, continuation), whole
-    chunks; they are not yielded.
-    Sample b of the batch is the video of seed + b, the same on any device, in any batch and by any
-    implementation, up to rounding. Raises ValueError where sizes do not fit together and
-    MemoryError where the cache does not fit.
-    """
-    made = Stream(model, None, text_BTE, preset, seed=seed, batch=batch)
-    if initial_BFCHW is not None:
-        made.prefill(initial_BFCHW)
-    yield from made.latents()
+            for piece in range(self.pieces):
+                pixels = self.decode(piece)
+                pixels = pixels[:, : int(min(left, pixels.shape[1]))]
+                yield pixels.clone() if self.graph else pixels
+                left -= pixels.shape[1]
+                if left <= 0:
+                    return
 
 
 def stream(

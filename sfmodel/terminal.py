@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TextIO
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,7 +29,10 @@ class TerminalPlayer:
         self._due = time.perf_counter()
 
     def show(self, frames: Tensor, status: str) -> None:
-        """frames: float [T, 3, H, W] in [-1, 1]; status: a line under them."""
+        """frames: float [T, 3, H, W] in [-1, 1], or bytes [T, H, W, 3]; status: a line under
+        them."""
+        if frames.dtype == torch.uint8:
+            frames = frames.movedim(-1, 1) / 127.5 - 1
         columns, rows = shutil.get_terminal_size()
         for frame in frames:
             picture = draw(frame, columns, rows - 2)

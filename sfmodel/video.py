@@ -1,11 +1,12 @@
 """Video files: write frames as they are generated, draw contact sheets. `footage.py` reads them.
 
-Frames are float tensors [T, 3, H, W] with values in [-1, 1] (red, green, blue). Shape suffixes:
-T frames, H height and W width in pixels, C the three colours.
+Frames are float tensors [T, 3, H, W] with values in [-1, 1] (red, green, blue), or bytes
+[T, H, W, 3]. Shape suffixes: T frames, H height and W width in pixels, C the three colours.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import textwrap
@@ -17,6 +18,7 @@ from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import av
 import numpy as np
@@ -30,37 +32,55 @@ from sfmodel.footage import Images
 from sfmodel.footage import covering_frames as covering_frames
 from sfmodel.footage import opened_video as opened_video
 from sfmodel.footage import to_pixels as to_pixels
-from sfmodel.vae.codec import to_bytes
+from sfmodel.vae.codec import NotFinite, finite_frames, to_bytes
 
 BT709 = 1  # the code of HD television in ITU-T H.273, for primaries and transfer alike
 MIN_SHORT_SIDE = 256  # px: smaller videos are enlarged, players would blur them on a screen
 
 
 def _to_images(frames: Tensor, numbers: Sequence[int], name: str = "") -> Images:
-    """Float frames [T, 3, H, W] in [-1, 1] on any device to bytes [T, H, W, 3].
+    """Float frames [T, 3, H, W] in [-1, 1] on any device to bytes [T, H, W, 3]; bytes are copied.
 
     Raises FloatingPointError, with the name and the frame's number, for one that holds NaN or
     infinity. Whether it does comes in one copy with the bytes: the host waits once."""
+    if frames.dtype == torch.uint8 and frames.ndim == 4 and frames.shape[3] == 3:
+        copied: Images = frames.cpu().numpy().copy()
+        return copied
     if frames.ndim != 4 or frames.shape[1] != 3 or 0 in frames.shape[2:]:
-        raise ValueError(f"frames: shape {list(frames.shape)}, expected [T, 3, H, W]")
+        raise ValueError(
+            f"frames: shape {list(frames.shape)}, expected [T, 3, H, W] or bytes [T, H, W, 3]"
+        )
     if not frames.is_floating_point():
-        raise ValueError(f"frames: dtype {frames.dtype}, expected floating point in [-1, 1]")
+        raise ValueError(
+            f"frames: dtype {frames.dtype}, expected floating point in [-1, 1] or bytes"
+        )
     T, C, H, W = frames.shape
     frames = frames.detach()
-    finite_T1 = frames.isfinite().flatten(1).all(1, keepdim=True)
-    both_TN = torch.cat([to_bytes(frames).flatten(1), finite_T1.byte()], 1)
+    both_TN = torch.cat([to_bytes(frames).flatten(1), finite_frames(frames).byte()[:, None]], 1)
     rows_TN: Images = both_TN.cpu().numpy()
     for number, row_N in zip(numbers, rows_TN, strict=True):
         if not row_N[-1]:
-            raise FloatingPointError(
-                f"{name}{': ' * bool(name)}frame {number} holds NaN or infinity: the weights are "
-                "damaged, or the arithmetic overflows"
-            )
+            raise FloatingPointError(f"{name}{': ' * bool(name)}{NotFinite(number)}")
     return rows_TN[:, :-1].reshape(T, H, W, C)
 
 
 def _enlarge(images_THWC: Images, scale: int) -> Images:
     return images_THWC.repeat(scale, axis=1).repeat(scale, axis=2) if scale > 1 else images_THWC
+
+
+NVENC = "h264_nvenc"
+
+
+@functools.cache
+def _encoder() -> Any:
+    """Name of the H.264 encoder: that of the GPU where it has one (an H100 has none), else x264."""
+    with suppress(av.FFmpegError, ValueError):
+        context: Any = av.CodecContext.create(NVENC, "w")
+        context.width = context.height = MIN_SHORT_SIDE
+        context.pix_fmt, context.time_base = "yuv420p", Fraction(1, 16)
+        context.open()
+        return NVENC
+    return "libx264"
 
 
 def check_name(path: Path) -> None:
@@ -119,7 +139,8 @@ class VideoWriter:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="video")
 
     def write(self, frames: Tensor) -> None:
-        """Append float frames [T, 3, H, W] in [-1, 1]; values beyond are clamped.
+        """Append float frames [T, 3, H, W] in [-1, 1], values beyond are clamped, or bytes
+        [T, H, W, 3].
 
         Returns when the frames given before are encoded, so that at most one batch waits. The
         tensor may be overwritten afterwards. Raises ValueError for another shape than before, and
@@ -178,10 +199,13 @@ class VideoWriter:
         self._container = av.open(
             str(self._part.path), "w", format="mp4", options={"movflags": "+faststart"}
         )
-        stream = self._container.add_stream("libx264", rate=self.fps)
+        stream = self._container.add_stream(_encoder(), rate=self.fps)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        # veryfast keeps up with real-time generation; at a fixed crf it costs file size.
-        stream.options = {"crf": str(self.crf), "preset": "veryfast"}
+        if stream.codec_context.name == NVENC:
+            stream.options = {"rc": "vbr", "cq": str(self.crf), "preset": "p4"}
+        else:
+            # veryfast keeps up with real-time generation; at a fixed crf it costs file size.
+            stream.options = {"crf": str(self.crf), "preset": "veryfast"}
         # Said in the file, because players otherwise guess the colours from the height.
         context = stream.codec_context
         context.colorspace = Colorspace.ITU709
@@ -263,7 +287,8 @@ class ContactSheet:
         return [index for index, _ in self._kept]
 
     def add(self, frames: Tensor) -> None:
-        """Take the next frames of the stream, float [T, 3, H, W] in [-1, 1]."""
+        """Take the next frames of the stream, float [T, 3, H, W] in [-1, 1] or bytes
+        [T, H, W, 3]."""
         first = -self.seen % self.every
         indices = range(self.seen + first, self.seen + len(frames), self.every)
         # One copy for the batch, of what may be kept: on a GPU each copy makes the host wait.

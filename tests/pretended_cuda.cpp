@@ -37,7 +37,10 @@ struct Graph {
 };
 Graph* recorded = nullptr;
 
-void refuse_in_capture(const std::string& what) {
+bool waits_are_errors = false;  // torch.cuda.set_sync_debug_mode("error")
+
+void refuse_wait(const std::string& what) {
+  TORCH_CHECK(recorded || !waits_are_errors, "called a synchronizing CUDA operation (", what, ")");
   if (!recorded) return;
   recorded->refused = what;
   TORCH_CHECK(false, "CUDA error: operation not permitted when stream is capturing (", what, ")");
@@ -133,7 +136,7 @@ void fallback(const c10::OperatorHandle& op, Stack* stack) {
   std::vector<Tensor> apart;
   std::vector<at::Generator> drawn;
   bool anything = false, written = false, made = false;
-  if (WAITS.contains(name)) refuse_in_capture(name);
+  if (WAITS.contains(name)) refuse_wait(name);
   for (size_t i = 0; i < count; i++) {
     IValue& value = (*stack)[first + i];
     const auto* alias = schema.arguments()[i].alias_info();
@@ -145,7 +148,7 @@ void fallback(const c10::OperatorHandle& op, Stack* stack) {
     }
     each(value, [&](const Tensor& t) {
       if (indexes && (t.scalar_type() == at::kBool || t.scalar_type() == at::kByte) && i == 1)
-        refuse_in_capture(name + " by a mask");
+        refuse_wait(name + " by a mask");
       if (!t.is_cuda()) {
         TORCH_CHECK(t.is_cpu(), name, " of tensors on cuda:0 and ", t.device());
         if (t.dim() || copies) apart.push_back(t);
@@ -161,7 +164,7 @@ void fallback(const c10::OperatorHandle& op, Stack* stack) {
   }
   if (copies && !apart.empty()) {
     const bool waits = !(*stack)[first + 2].toBool() || !apart[0].is_pinned();
-    if (waits) refuse_in_capture("a copy between host and device that waits, or is not of pinned memory");
+    if (waits) refuse_wait("a copy between host and device that waits, or is not of pinned memory");
     if (recorded && (*stack)[first].toTensor().is_same(apart[0])) recorded->writes(apart[0].storage());
   } else {
     TORCH_CHECK(apart.empty() || !anything || indexes, "Expected all tensors to be on the same device, "
@@ -279,6 +282,7 @@ int64_t peak(bool reset) {
   return Counted::most;
 }
 bool capturing() { return recorded; }
+void sync_debug(bool error) { waits_are_errors = error; }
 void refuse() { recorded->refused = "a wait"; }
 void* begin() { return recorded = new Graph; }
 // Puts back what the capture wrote: nothing has run. False where something was refused.

@@ -66,6 +66,11 @@ class Stream:
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_stream(self, other: Stream) -> None: ...
     def wait_event(self, event: Event) -> None: ...
+    def record_event(self) -> Event:
+        event = Event()
+        event.record(self)
+        return event
+
     def synchronize(self) -> None:
         wait()
 
@@ -228,6 +233,31 @@ def addmm_activation(bias: Tensor, a: Tensor, b: Tensor, *, use_gelu: bool = Fal
     return torch.nn.functional.gelu(out, approximate="tanh") if use_gelu else out.relu()
 
 
+def cudnn_attention(
+    q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, bias: Tensor | None, sums: bool, *_: Any,
+    scale: float, **__: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """As cuDNN computes: sums in float32, what the values are multiplied by in their dtype, natural
+    logarithms [B, H, L, 1], and an output laid out like the queries."""
+    assert bias is None and all(t.stride(-1) == 1 for t in (q_BHLD, k_BHSD, v_BHSD))
+
+    def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        scores = scale * q.float() @ k.float().mT
+        lse_BHL1 = scores.logsumexp(-1, keepdim=True)
+        most = scores.amax(-1, keepdim=True)
+        weights = (scores - most).exp().to(v.dtype).float()
+        out.copy_(weights @ v.float() / (lse_BHL1 - most).exp())
+        if sums:
+            lse.copy_(lse_BHL1)
+
+    out = torch.empty_like(q_BHLD)
+    lse = q_BHLD.new_empty(*q_BHLD.shape[:3], 1, dtype=torch.float32) if sums else None
+    none = q_BHLD.new_empty(0)
+    launched(run, (q_BHLD, k_BHSD, v_BHSD, out, none if lse is None else lse))
+    rest = none, none, q_BHLD.shape[2], k_BHSD.shape[2], none, none, none
+    return out, none if lse is None else lse, *rest
+
+
 def patch_triton() -> None:
     import triton.language as tl
     from triton.experimental.gluon._runtime import GluonJITFunction
@@ -300,6 +330,7 @@ def patch_torch(lib: Any) -> None:
         "current_stream": lambda *_: Stream.current, "default_stream": always(DEFAULT),
         "set_stream": set_stream, "CUDAGraph": CUDAGraph, "graph_pool_handle": graph_pool_handle,
         "is_current_stream_capturing": lambda: lib.capturing(),
+        "set_sync_debug_mode": lambda mode: lib.sync_debug(mode == "error"),
         "default_generators": (torch.Generator("cuda"),),
     }  # fmt: skip
     for name, value in patches.items():
@@ -314,6 +345,9 @@ def patch_torch(lib: Any) -> None:
         s.nbytes(), dtype=torch.uint8, device=s.device).untyped_storage().copy_(s)  # fmt: skip
     OPS.impl("_flash_attention_forward", flash_attention, "CUDA")
     OPS.impl("_addmm_activation", addmm_activation, "CUDA")
+    OPS.impl("_scaled_dot_product_cudnn_attention", cudnn_attention, "CUDA")
+    OPS.impl("_scaled_dot_product_flash_attention", lambda q, k, v, *_, scale, **__:
+             cudnn_attention(q, k, v, None, True, scale=scale), "CUDA")  # fmt: skip
 
 
 def install() -> None:
@@ -328,6 +362,7 @@ def install() -> None:
     lib.begin.restype = ctypes.c_void_p
     for name in ("end", "replay", "destroy"):
         getattr(lib, name).argtypes = [ctypes.c_void_p]
+    lib.sync_debug.argtypes = [ctypes.c_bool]
     lib.install()
     torch.set_num_threads(1)  # a second one waits longer than it computes
     CUDAGraph.lib = lib

@@ -171,6 +171,7 @@ def test_who_takes_part_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names(KINDS[0], (9, 0), False) == [
         *("triton", "gluon", *forced, "sdpa math", "sdpa varlen", "flash-attn")
     ]
+    assert "sdpa cudnn split" in names("24 queries, ring of 6 frames", (9, 0), False)
     assert names(KINDS[2], (8, 0), True) == ["triton", *forced, "flash-attn", "flex"]
 
 

@@ -23,7 +23,7 @@ from bench.ops import cpu, kernels, measure, memory_bound
 from bench.ops.measure import run_case
 from bench.tables import plain_console, show
 from bench.tune import Search, searches
-from sfkernels import cpp, launch, roofline
+from sfkernels import cases, cpp, launch, roofline
 from sfkernels.cases import Case
 from sfkernels.launch import Flat, Product, RowTile, Tile
 from sfkernels.testing import interpreted
@@ -255,22 +255,22 @@ def test_spread_and_floor() -> None:
 
 
 def test_candidates_are_all_different_programs() -> None:
-    default = tune.untuned("norm_bwd", CPU, 1536)
+    default = launch.untuned("norm_bwd", CPU, 1536)
     assert isinstance(default, RowTile)
-    found = tune.candidates(default, 1536, sums=True)
+    found = launch.candidates(default, 1536, sums=True)
     assert found[0] is default
     rows = [s for s in found if isinstance(s, RowTile)]
     keys = [(s.rows, s.warps(2048), s.per_sm, s.stages) for s in rows]
     assert len(keys) == len(set(keys)) > 20
-    assert all(s.rows * 2048 <= tune.LARGEST_TILE and s.per_sm for s in rows)
-    assert any(s.per_sm == 0 for s in tune.candidates(default, 1536, sums=False))  # type: ignore[union-attr]
-    assert all(isinstance(s, Flat) for s in tune.candidates(Flat(1024, 4), 1, sums=False))
+    assert all(s.rows * 2048 <= launch.LARGEST_TILE and s.per_sm for s in rows)
+    assert any(s.per_sm == 0 for s in launch.candidates(default, 1536, sums=False))  # type: ignore[union-attr]
+    assert all(isinstance(s, Flat) for s in launch.candidates(Flat(1024, 4), 1, sums=False))
     for channels, counts in ((96, {4, 8, 16, 32, 64}), (384, {1, 2, 4, 8, 16}), (5120, {1, 2})):
-        silu = tune.candidates(tune.untuned("norm_silu_fwd", CPU, channels), channels)
+        silu = launch.candidates(launch.untuned("norm_silu_fwd", CPU, channels), channels)
         assert {s.rows for s in silu[1:] if isinstance(s, RowTile)} == counts
     tile = Tile(128, 64, 4, 2, why="measured")
     for specialised in (False, True):
-        tiles = tune.candidates(tile, 256, specialised=specialised)
+        tiles = launch.candidates(tile, 256, specialised=specialised)
         assert tiles[0] == tile and len(tiles) == len(set(tiles)) > 10
         assert replace(tile, why="") not in tiles
     assert all(isinstance(s, Tile) and s.stationary == 128 and s.warps == 4 for s in tiles)
@@ -278,8 +278,8 @@ def test_candidates_are_all_different_programs() -> None:
 
 def test_candidates_of_products_fit_a_gpu() -> None:
     """Two of those that share a multiprocessor leave each other half of its shared memory."""
-    default = tune.untuned("linear", torch.device("meta"), 8960)
-    found = tune.candidates(default, 8960)
+    default = launch.untuned("linear", torch.device("meta"), 8960)
+    found = launch.candidates(default, 8960)
     assert found[0] == default and len({replace(s, why="") for s in found}) == len(found) > 8
     for setting in found:
         assert isinstance(setting, Product)
@@ -329,6 +329,8 @@ def test_the_tuner_writes_what_launch_reads(
         for n in (1, 2)
     )
     monkeypatch.setattr(tune, "searches", lambda _: [Search("norm_fwd", 1536, sizes)])
+    monkeypatch.setattr(tune, "CONTESTS", {"attention": ()})
+    monkeypatch.setattr(tune, "rank", lambda op, device: ["sdpa", "triton"])
     arch = launch.architecture(CPU)
     tune.write(tmp_path, arch, {}, {"norm_fwd": [{"channels": 5120, "rows": 1, "per_thread": 32}]})
     found = tune.run(CPU, tmp_path, seconds=60)
@@ -348,6 +350,25 @@ def test_the_tuner_writes_what_launch_reads(
         launch._setting.cache_clear()
     written = json.loads((tmp_path / f"sm_{arch}.json").read_text())
     assert written["machine"]["torch"] == torch.__version__
+    assert written["impl"] == {"attention": ["sdpa", "triton"]}
+
+
+def test_the_tuner_ranks_who_is_right_by_all_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With times made up; one that is wrong and one that fails in a case are left out."""
+    ms = {
+        "4 queries, text of 3": {"triton": 1.0, "gluon": 2.0, "cudnn": 9.0, "sdpa_flash": 0.1},
+        "2 queries, text of 3": {"triton": 3.0, "gluon": 1.0, "cudnn": 9.0, "sdpa": 0.1},
+    }
+
+    def run_case(case: Case, *_: Any, known: Sequence[timing.Implementation]) -> Any:
+        entries: dict[str, Any] = {one.name: {"failed": timing.WRONG} for one in known}
+        timed = {n: {"ms": t} for n, t in ms[case.size].items() if n in entries}
+        return {"contestants": entries | timed}
+
+    monkeypatch.setattr(tune, "run_case", run_case)
+    contest = tuple(cases.cross_attention(cases.Heads(1, 1, 8), n, 3) for n in (4, 2))
+    monkeypatch.setattr(tune, "CONTESTS", {"cross_attention": contest})
+    assert tune.rank("cross_attention", CPU) == ["gluon", "triton", "cudnn"]
 
 
 class FakeGraph:

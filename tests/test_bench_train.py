@@ -16,9 +16,10 @@ from bench import harness, timing, train
 from bench.train import attend_by, batch_of, check, iteration, new_run, results
 from sfkernels import BlockLayout
 from sfkernels.dispatch import IMPLS
+from sfmodel.blocks import SelfAttention
 from sfmodel.config import PRESETS
 from sfmodel.cost import training_flops
-from sfmodel.dit import DiT, SelfAttention
+from sfmodel.dit import DiT
 from sfmodel.train.loop import Run
 from sfmodel.train.objectives.flow import diffusion_forcing_loss
 

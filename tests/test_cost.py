@@ -17,8 +17,9 @@ from sfmodel import cost
 from sfmodel.cli import predict
 from sfmodel.cli.predict import prediction, setting
 from sfmodel.config import PRESETS, DiTConfig
-from sfmodel.cost import GPUS, Gpu, waves
+from sfmodel.cost import GPUS, Gpu, Way, waves
 from sfmodel.dit import DiT
+from sfmodel.vae import flops
 
 H200, H100 = GPUS["h200"], GPUS["h100"]
 WAN = setting("wan-1.3b", 480, 832)
@@ -59,7 +60,7 @@ def test_pointwise_ops() -> None:
 
 def test_convolution() -> None:
     """6 pixels, 2 channels to 3, 9 taps: 6 · 3 outputs of 2 · 9 multiply-adds."""
-    assert cost.convolution_flops(6, 2, 3, 9) == 6 * 3 * 2 * 9 * 2
+    assert flops.convolution_flops(6, 2, 3, 9) == 6 * 3 * 2 * 9 * 2
 
 
 def test_pass() -> None:
@@ -79,9 +80,9 @@ def test_causal_pairs_are_those_of_the_layout(frames: int, chunk: int, first: in
 
 def test_rolling() -> None:
     """A window of 3 chunks of 2 frames of 4 tokens, 2 steps."""
-    flops = cost.rolling_flops(SMALL, 4, 6, 2, 2)
+    found = cost.rolling_flops(SMALL, 4, 6, 2, 2)
     cached = [cost.pass_flops(SMALL, 8, 8 * 4 * seen) for seen in (2, 4, 6)]
-    assert flops == {
+    assert found == {
         "recompute window": 2 * cost.pass_flops(SMALL, 24, BlockLayout((4, 2), 4).pairs),
         "recompute cache": cached[0] + cached[1] + 2 * cached[2],
         "ring cache": 3 * cached[2],
@@ -169,9 +170,9 @@ def taehv_decoder(frames: int, height: int, width: int) -> int:
 
 @pytest.mark.parametrize("size", [(3, 60, 104), (1, 90, 160)])
 def test_decoders(size: tuple[int, int, int]) -> None:
-    assert cost.decode_flops("wan", *size) == 2 * wan_decoder(*size)
-    assert cost.decode_flops("taehv", *size) == 2 * taehv_decoder(*size)
-    assert cost.decode_flops("none", *size) == 0
+    assert flops.decode_flops("wan", *size) == 2 * wan_decoder(*size)
+    assert flops.decode_flops("taehv", *size) == 2 * taehv_decoder(*size)
+    assert flops.decode_flops("none", *size) == 0
 
 
 def test_parts_of_the_wan_decoder() -> None:
@@ -180,8 +181,8 @@ def test_parts_of_the_wan_decoder() -> None:
 
     def tflop(channels: int) -> float:
         return sum(
-            n * cost.convolution_flops(3 * t * 60 * 104 * s**2, a, b, taps) / 1e12
-            for n, a, b, taps, s, t in cost.WAN_DECODER
+            n * flops.convolution_flops(3 * t * 60 * 104 * s**2, a, b, taps) / 1e12
+            for n, a, b, taps, s, t in flops.WAN_DECODER
             if b == channels and taps == 27
         )
 
@@ -192,16 +193,16 @@ def test_parts_of_the_wan_decoder() -> None:
 def test_the_first_latent_frame_makes_one_pixel_frame() -> None:
     """All convolutions but those in time take one frame, whatever the rate further on."""
     one = sum(
-        n * cost.convolution_flops(60 * 104 * s**2, a, b, taps)
-        for n, a, b, taps, s, _ in cost.WAN_DECODER
+        n * flops.convolution_flops(60 * 104 * s**2, a, b, taps)
+        for n, a, b, taps, s, _ in flops.WAN_DECODER
         if taps != 3
     )
-    first = cost.decode_flops("wan", 1, 60, 104, first=True)
+    first = flops.decode_flops("wan", 1, 60, 104, first=True)
     assert first == one + roofline.attention_flops((60 * 104) ** 2, 1, 384)
-    later = cost.decode_flops("wan", 2, 60, 104)
-    assert cost.decode_flops("wan", 3, 60, 104, first=True) == first + later
-    again = cost.decode_flops("taehv", 3, 60, 104, first=True)
-    assert again == cost.decode_flops("taehv", 3, 60, 104)
+    later = flops.decode_flops("wan", 2, 60, 104)
+    assert flops.decode_flops("wan", 3, 60, 104, first=True) == first + later
+    again = flops.decode_flops("taehv", 3, 60, 104, first=True)
+    assert again == flops.decode_flops("taehv", 3, 60, 104)
 
 
 def test_waves() -> None:
@@ -223,21 +224,29 @@ def test_waves() -> None:
 
 
 def test_components_by_hand() -> None:
-    """FLOPs and bytes of a chunk: five passes of 30 layers."""
-    rows, passes, tokens = cost.dit(WAN, H200, 21), 5 * 30, 3 * N
+    """FLOPs and bytes of a chunk: four passes of 30 layers and one of 29, of whose last layer q, k
+    and v are computed."""
+    rows, passes, tokens = cost.dit(WAN, H200, 21), 4 * 30 + 29, 3 * N
     assert rows["self-attention"]["tflop"] == passes * 4 * D * tokens * 21 * N / 1e12
     activations = passes * tokens * D * 2
     table = passes * tokens * 128 * 4
     # Twice a gated AdaLN of four, a gated norm of four, QK-norm with RoPE of six.
     assert rows["norms, RoPE"]["gb"] == pytest.approx((18 * activations + table) / 1e9)
-    kept = 5 * 30 * (2 * tokens + 2 * 21 * N) * D * 2
+    kept = passes * (2 * tokens + 2 * 21 * N) * D * 2
     assert rows["self-attention"]["gb"] == pytest.approx(kept / 1e9)
     eight = cost.dit(WAN, H200, 21, "8-bit")
     assert eight["norms, RoPE"]["gb"] == pytest.approx((15 * activations + table) / 1e9)
     qkv, out = (tokens + 2 * 21 * N) * D, tokens * D * 2
     assert eight["self-attention"]["gb"] == pytest.approx(passes * (qkv + out) / 1e9)
     every = sum(row["tflop"] for row in rows.values())
-    assert every == pytest.approx(5 * cost.pass_flops(WAN.dit, tokens, tokens * 21 * N) / 1e12)
+    last = 3 * D * D + 2 * D * 8960 + 2 * D * (21 * N + 512) + D * 64  # the head too
+    five = 5 * cost.pass_flops(WAN.dit, tokens, tokens * 21 * N)
+    assert every == pytest.approx((five - 2 * tokens * last) / 1e12)
+    apart = cost.dit(WAN, H200, 21, way=Way(merged=False, epilogue=False, split=False))
+    assert apart["GELU"]["gb"] == passes * tokens * 8960 * 2 * 2 / 1e9
+    for name in ("self-attention", "linears"):
+        assert apart[name]["tflop"] == rows[name]["tflop"]
+        assert apart[name]["whole_waves_ms"] > rows[name]["whole_waves_ms"]
 
 
 def test_a_row_takes_the_longer_of_arithmetic_and_copy() -> None:
@@ -251,7 +260,7 @@ def test_a_row_takes_the_longer_of_arithmetic_and_copy() -> None:
     tiny = replace(setting("wan-1.3b", 16, 16, chunk=1))
     linears = cost.dit(tiny, H200, 21)["linears"]
     assert linears["floor_ms"] == pytest.approx(linears["gb"] / H200.copy_tbps)
-    assert linears["gb"] > 5 * 30 * 2 * (6 * D * D + 2 * D * 8960) / 1e9
+    assert linears["gb"] > 4 * 30 * 2 * (6 * D * D + 2 * D * 8960) / 1e9
 
 
 def test_linears_in_whole_waves() -> None:
@@ -260,7 +269,7 @@ def test_linears_in_whole_waves() -> None:
     def padded(columns: int) -> float:
         return math.ceil(37 * columns / 132) * 132 / (4680 / 128 * columns)
 
-    row = cost.dit(WAN, H200, 21)["linears"]
+    row = cost.dit(WAN, H200, 21, way=Way(merged=False))["linears"]
     macs = ((3, 36), (3, 12), (8960 / D, 70), (8960 / D, 12))  # in units of D²
     ratio = sum(m * padded(c) for m, c in macs) / sum(m for m, _ in macs)
     assert row["whole_waves_ms"] / row["floor_ms"] == pytest.approx(ratio, rel=0.002)  # the ends
@@ -317,7 +326,7 @@ def test_latency() -> None:
         rows = cost.latency_ms(preset, H200, "8-bit", "taehv")
         assert agrees(rows["reaction"]["floor"], said)
         assert rows["first_frame"]["floor"] < rows["reaction"]["floor"] / 2
-    four = cost.total(cost.dit(WAN, H200, 3, passes=4).values())["floor_ms"]
+    four = cost.total(cost.dit(WAN, H200, 3, update=False).values())["floor_ms"]
     latency = cost.latency_ms(WAN, H200, "bf16", "none")
     assert latency["first_frame"]["floor"] == four
     independent = cost.latency_ms(replace(WAN, first=1), H200, "bf16", "wan")
@@ -366,8 +375,8 @@ def test_training_by_hand() -> None:
     forcing would take 791 in attention where its blocks take 226."""
     tokens, layout = 21 * N, BlockLayout.causal(21, 3, N)
     parts = cost.pass_parts(WAN.dit, tokens, layout.pairs)
-    for flops, said in zip(parts, ("81.9", "113", "3.1"), strict=True):
-        assert agrees(flops / 1e12, said)
+    for each, said in zip(parts, ("81.9", "113", "3.1"), strict=True):
+        assert agrees(each / 1e12, said)
     linears, attended, crossed = parts
     twice = BlockLayout.causal(21, 3, N, teacher_forcing=True)
     assert agrees(30 * roofline.attention_flops(twice.pairs, 12, 128) / 1e12, "226")

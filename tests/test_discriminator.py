@@ -78,7 +78,7 @@ def test_features_are_what_the_next_block_is_given(keep: tuple[int, ...]) -> Non
         if i + 1 < CONFIG.layers:
             torch.testing.assert_close(hidden, entered[i + 1], rtol=0, atol=0)
         else:
-            shift, scale = model.head.modulate(model.modulation(t).head)
+            shift, scale = model.modulation(t).head.unbind(2)
             want = nn.functional.layer_norm(hidden, hidden.shape[-1:], eps=CONFIG.eps)
             torch.testing.assert_close(after[0], want * (1 + scale) + shift)
     torch.testing.assert_close(model(x, t, text), flow, rtol=0, atol=0)

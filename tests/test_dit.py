@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -74,7 +75,15 @@ def test_cached_chunks_equal_one_teacher_forcing_pass(
         model(latents(batch, size), t[:, here], None, cache=cache)  # overwritten by the next pass
         flow = model(x[:, here], t[:, here], None, cache=cache)
         torch.testing.assert_close(flow, whole[:, here], rtol=1e-5, atol=1e-5 * whole.std().item())
-        model(clean[:, here], torch.zeros(()), None, cache=cache)
+        # The next chunk behind this one's clean latents, in the pass that appends these.
+        after = slice(here.stop, here.stop + chunk)
+        if after.stop <= frames:
+            held = copy.deepcopy(cache)
+            behind = clean[:, here]
+            flow = model(x[:, after], t[:, after], None, clean_BFCHW=behind, cache=held)
+            close = dict(rtol=1e-5, atol=1e-5 * whole.std().item())
+            torch.testing.assert_close(flow, whole[:, after], **close)
+        model.append(clean[:, here], torch.zeros(()), None, cache=cache)
         cache.commit(size)
         at += size
 
@@ -177,7 +186,18 @@ TF = BlockLayout.causal(4, 2, N, teacher_forcing=True)
         (lambda: MODEL(X, torch.tensor(1.0), torch.zeros(1, 7, 8)), "at most 6"),
         (lambda: MODEL(X, torch.tensor(1.0), torch.zeros(1, 5, 9)), "text has shape"),
         (lambda: MODEL(X, torch.tensor(1.0), None), "text is None exactly when"),
-        (lambda: MODEL(X, torch.tensor(1.0), TEXT, layout=TF), "belong together"),
+        (lambda: MODEL(X, torch.tensor(1.0), TEXT, layout=TF), "clean latents go with"),
+        (lambda: MODEL(X, torch.tensor(1.0), TEXT, clean_BFCHW=X), "clean latents go with"),
+        (
+            lambda: MODEL(
+                X,
+                MODEL.modulation(torch.ones(1, 4)),
+                None,
+                clean_BFCHW=X[:, :2],
+                cache=MODEL.new_cache(1, 6, GRID),
+            ),
+            "modulation of 4 frames: must be of the 2 clean ones and the 4 of x",
+        ),
         (
             lambda: MODEL(X, torch.tensor(1.0), TEXT, layout=BlockLayout((3,), N)),
             "x has 4 frames of 6 tokens: the layout has 3",

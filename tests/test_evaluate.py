@@ -17,7 +17,7 @@ from sfmodel.cli import main
 from sfmodel.config import PRESETS, DiTConfig, Preset
 from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule
-from sfmodel.stream import Stream, stream_latents
+from sfmodel.stream import Stream
 from sfmodel.toy import evaluate, world
 from sfmodel.toy.evaluate import Sampling, frechet, generate, held_out, measure, score, seen_in
 from sfmodel.toy.vae import ToyVAE
@@ -153,7 +153,7 @@ def model() -> DiT:
 def test_on_its_own_past_a_model_streams(model: DiT) -> None:
     text = torch.randn(2, 3, 32)
     got = generate(model, Sampling(SMALL), text, 9, seed=3)
-    chunks = stream_latents(model, text, SMALL, seed=3, batch=2)
+    chunks = Stream(model, None, text, SMALL, seed=3, batch=2).latents()
     want = torch.cat([next(chunks) for _ in range(4)], 1)[:, :9]
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 

@@ -173,6 +173,37 @@ def test_ring_attention_at_real_shapes(
         check(op, [queries, *rings], dtype, impl=impl, gradients=False)
 
 
+@pytest.mark.usefixtures("fresh_seed")
+@pytest.mark.parametrize(("frames", "batch"), [(1, 1), (3, 1), (3, 2)])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_cudnn_over_a_full_ring(dtype: torch.dtype, frames: int, batch: int) -> None:
+    """Split by view, in a graph too."""
+    slots = 9 * WAN_TOKENS
+    valid = torch.tensor(slots, dtype=torch.int32, device="cuda")
+
+    def op(q: Tensor, k: Tensor, v: Tensor, impl: str) -> Tensor:
+        return ring_attention(q, k[1], v[1], valid, full=True, impl=impl)
+
+    queries = rand(batch, frames * WAN_TOKENS, WAN_HEADS, WAN_DIM)
+    rings = rand(2, 2, batch, slots, WAN_HEADS, WAN_DIM)
+    check(op, [queries, *rings], dtype, impl="cudnn", gradients=False)
+    q, k, v = queries.to(dtype), *rings.to(dtype)
+    want = op(q, k, v, "cudnn")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = op(q, k, v, "cudnn")
+    graph.replay()
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("fresh_seed")
+@pytest.mark.parametrize("impl", ["cudnn", "sdpa_flash"])
+def test_backends_to_text(impl: str) -> None:
+    tensors = rand(2, WAN_TOKENS, WAN_HEADS, WAN_DIM), *rand(2, 2, 512, WAN_HEADS, WAN_DIM)
+    check(sf.cross_attention, tensors, DTYPES[-1], gradients=False, impl=impl)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_ring_attention_replays_past_the_wrap(impl: str) -> None:
     """The length and the slots are read when the graph runs; nothing waits for the host."""

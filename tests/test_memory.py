@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sfkernels as sf
 from sfkernels import BlockLayout
+from sfmodel.blocks import TextKeys
 from sfmodel.config import PRESETS, DiTConfig
 from sfmodel.cost import GIB, decoder_gib, kept_elements, training_gib
-from sfmodel.dit import DiT, TextKeys
+from sfmodel.dit import DiT
 from sfmodel.vae.taehv import TinyVAE
 from sfmodel.vae.wan import WanVAE
 
@@ -26,7 +27,7 @@ FRAMES, GRID = 2, 4
 def kept(config: DiTConfig, recompute: bool) -> float:
     """Elements that autograd keeps of one token, weights and prompt left out."""
     torch.manual_seed(0)
-    model = DiT(config, "triton", "triton", recompute)
+    model = DiT(config, "triton", "triton", recompute=recompute)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     sizes: dict[int, int] = {}
     alive: list[Tensor] = []  # a freed storage's address may come again

@@ -90,6 +90,17 @@ WAITS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@pytest.mark.parametrize("wait", [name for name in WAITS if name != "synchronize"])
+def test_waits_are_errors_in_debug_mode(x: Tensor, wait: str) -> None:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="called a synchronizing CUDA operation"):
+            WAITS[wait](x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    WAITS[wait](x)
+
+
 @pytest.mark.parametrize("wait", WAITS)
 def test_a_capture_does_not_wait(x: Tensor, wait: str) -> None:
     """And after one that failed the next one succeeds, as memory can be given back."""

@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import sfkernels as sf
 from sfkernels import attention, norm, rope
 from sfkernels.linear import _linear
+from sfmodel.blocks import Block, Context, Place, TextKeys
 from sfmodel.config import DiTConfig
-from sfmodel.dit import Block, Context, DiT, TextKeys
+from sfmodel.dit import DiT
 from tests.oracle import DEVICE, each, each_and_reference
 
 B, F, GRID, HEADS, D = 2, 2, (2, 3), 2, 8
@@ -76,13 +77,13 @@ def test_opcheck(grad: bool, impl: str) -> None:
             (rope._qk_norm_rope_append, (*rope_args, *rings, slots, 1e-6, True, impl)),
         ]
         if impl == "triton":
-            by_table = dq, *rings, slots[0], rand(2 * TOKENS, D // 2, 2), 0.3, impl
+            by_table = dq, *rings, slots[0], rand(2 * TOKENS, D // 2, 2), False, 0.3, impl
             lse = rand(B, HEADS, TOKENS)
             layer = x.half(), rand(5, C).half()
             calls += [
                 (_linear, (*layer, rand(5).half(), True, impl)),
                 (_linear, (*layer, None, False, impl)),
-                (attention._ring_attention, (dq, *rings, slots[0], None, 0.3, impl)),
+                (attention._ring_attention, (dq, *rings, slots[0], None, False, 0.3, impl)),
                 (attention._ring_attention, by_table),
                 (
                     attention._attention_bwd,
@@ -99,15 +100,15 @@ def block_and_inputs(impl: str) -> tuple[Block, Callable[..., Context], list[Ten
     model = DiT(config, impl, "auto" if impl == "cpp" else impl).to(DEVICE)
     (block,) = model.blocks
     assert isinstance(block, Block)
-    modulation = block.modulate(rand(1, F, 6, C))
+    modulation = model.modulation(rand(1, F)).blocks[0].detach().unbind(2)
     cache = model.new_cache(B, F + 2, GRID)
     model.set_text(cache, rand(1, 5, 8))
     keys = TextKeys(cache.text_k, cache.text_v)
 
     def context(cached: bool) -> Context:
         if cached:
-            return Context(table(), keys, None, cache, cache.chunk(F))
-        return Context(table(), rand(B, 5, C), sf.BlockLayout((1, 1), TOKENS // F), None, None)
+            return Context(keys, cache=cache, places=[Place(cache.chunk(F), table())])
+        return Context(rand(B, 5, C), table(), sf.BlockLayout((1, 1), TOKENS // F))
 
     return block, context, [rand(B, TOKENS, C), rand(B, TOKENS, C), *modulation]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import sfkernels as sf
 from sfkernels import BlockLayout
 from sfmodel.config import DiTConfig
-from sfmodel.dit import DiT, Past
+from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule, add_noise
 from sfmodel.stream import few_step
 from sfmodel.train.rollout import Rollout
@@ -245,7 +245,3 @@ def test_what_does_not_fit(model: DiT) -> None:
     with pytest.raises(ValueError, match=r"renoise has shape .* must be \[1, 4, 3, 4, 4, 6\]"):
         Rollout(model, layout, FlowSchedule(), STEPS, 0, torch.zeros(1, 4, 4, 4, 6),
                 torch.zeros(1, 4, 2, 4, 4, 6), torch.zeros(1, 1, 8))  # fmt: skip
-    k, v = torch.zeros(2, 2, 1, 4 * TOKENS, 2, 16)
-    past = Past(k, v, (), 0, keep=True)
-    with pytest.raises(ValueError, match="kept without gradient only"):
-        model(torch.zeros(1, 2, 4, 4, 6), torch.tensor(0.0), torch.zeros(1, 1, 8), past=past)

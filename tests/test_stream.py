@@ -13,14 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
+import sfkernels
 from sfkernels import Noise, normal
 from sfmodel import graphs
 from sfmodel.config import PRESETS, Preset, VAEConfig
 from sfmodel.dit import DiT
 from sfmodel.ranges import timed
 from sfmodel.schedule import FlowSchedule
-from sfmodel.stream import Decoding, Stream, few_step, stream, stream_latents
+from sfmodel.stream import Decoding, Stream, few_step, stream
 from sfmodel.toy.vae import ToyVAE
+from sfmodel.vae.codec import NotFinite, to_bytes
 from sfmodel.vae.wan import WanVAE
 
 TOY = PRESETS["toy"]
@@ -41,9 +43,18 @@ TEXT = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
 
 
 def take(
-    count: int, model: DiT, preset: Preset = SMALL, text: Tensor = TEXT[:1], **more: Any
+    count: int,
+    model: DiT,
+    preset: Preset = SMALL,
+    text: Tensor = TEXT[:1],
+    initial_BFCHW: Tensor | None = None,
+    **more: Any,
 ) -> Tensor:
-    return torch.cat([*itertools.islice(stream_latents(model, text, preset, **more), count)], 1)
+    """The latents of so many chunks, after the initial ones."""
+    mine = Stream(model, None, text, preset, **more)
+    if initial_BFCHW is not None:
+        mine.prefill(initial_BFCHW)
+    return torch.cat([*itertools.islice(mine.latents(), count)], 1)
 
 
 def test_a_seed_is_a_video(model: DiT) -> None:
@@ -63,25 +74,27 @@ def test_exactly_the_frames_asked_for(model: DiT, frames: int) -> None:
         assert [c.shape[1] for c in chunks[:-1]] == [pixels, *[12] * 9][: len(chunks) - 1]
 
 
+@pytest.mark.parametrize("merge", [False, True])
 def test_the_first_chunk_does_not_wait_for_the_cache(
-    model: DiT, monkeypatch: pytest.MonkeyPatch
+    model: DiT, merge: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A chunk comes after its steps, its cache update when the next one is asked for; the latents
-    are those of a loop that updates at once, past the wrap of the ring."""
+    """A chunk comes after its steps, its cache update when the next one is asked for, where it is
+    merged with the first step in the same pass; the latents are those of a loop that updates at
+    once, past the wrap of the ring."""
     passes = 0
-    forward = DiT.forward
+    run = DiT._run
 
-    def counted(*arguments: Any, **named: Any) -> Tensor:
+    def counted(*arguments: Any, **named: Any) -> Any:
         nonlocal passes
         passes += 1
-        return forward(*arguments, **named)
+        return run(*arguments, **named)
 
-    monkeypatch.setattr(DiT, "forward", counted)
-    chunks = stream_latents(model, TEXT[:1], SMALL)
+    monkeypatch.setattr(DiT, "_run", counted)
+    chunks = Stream(model, None, TEXT[:1], SMALL, merge=merge).latents()
     got = [next(chunks)]
     assert passes == len(SMALL.steps)
     got.append(next(chunks))
-    assert passes == 2 * len(SMALL.steps) + 1
+    assert passes == 2 * len(SMALL.steps) + (not merge)
     got.extend(itertools.islice(chunks, 2))
     passes = 0
     assert len([*stream(model, ToyVAE(), TEXT[:1], SMALL, frames=9)]) == 1
@@ -97,9 +110,36 @@ def test_the_first_chunk_does_not_wait_for_the_cache(
             for i in range(len(t)):
                 flow = model(x, t[i], None, cache=cache)
                 x = few_step(flow, x, i, schedule.sigma(t), noise)[1]
-            assert torch.equal(latents, x)
+            torch.testing.assert_close(latents, x, rtol=1e-6, atol=1e-6)
+            if not merge:
+                assert torch.equal(latents, x)
+            x = latents
             model(x, torch.tensor(0.0), None, cache=cache)
             cache.commit(3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(chunk=3, window=6),
+        dict(chunk=1, window=4, sink=2),
+        dict(chunk=3, window=8, sink=1, first=1),
+        dict(chunk=3, window=3),
+        dict(chunk=2, window=7, sink=2, first=3),
+    ],
+)
+@pytest.mark.parametrize("euler", [0, 3])
+def test_the_merged_pass_is_the_two_it_merges(model: DiT, settings: Any, euler: int) -> None:
+    """Three times around the ring, for a batch, after given frames and without."""
+    preset = replace(SMALL, **settings)
+    for initial in (None, torch.randn(2, preset.first or preset.chunk, 4, 8, 8)):
+        merged, apart = (
+            take(
+                20 // preset.chunk, model, preset, TEXT, initial, batch=2, euler=euler, merge=merge
+            )
+            for merge in (True, False)
+        )
+        torch.testing.assert_close(merged, apart, rtol=1e-6, atol=1e-6 * float(apart.abs().max()))
 
 
 def pretend_capture(run: Callable[[], object], pool: Any) -> tuple[Callable[[], object], str]:
@@ -118,7 +158,7 @@ def test_graphs_are_the_eager_stream(
     """Bit for bit, three times around the ring, whatever was run before to warm up; then again from
     the start, of another prompt and another seed."""
     monkeypatch.setattr(graphs, "captured", pretend_capture)
-    monkeypatch.setattr(graphs, "shared_pool", lambda: None)
+    monkeypatch.setattr(graphs, "shared_pool", lambda *_: None)
     preset, codec = replace(SMALL, chunk=chunk, first=first), ToyVAE()
     mine = Stream(model, codec, TEXT[:1], preset, seed=5, graph=True)
     assert not mine.notes
@@ -128,14 +168,14 @@ def test_graphs_are_the_eager_stream(
         for _ in range(18 // chunk + 1):
             assert torch.equal(mine.denoise(), eager.denoise())
             assert torch.equal(mine.decode(), eager.decode())
-            assert torch.equal(mine.copy_to_host(), eager.copy_to_host())
+            assert all(map(torch.equal, mine.copy_to_host(), eager.copy_to_host()))
         got, want = mine.video(20), eager.video(20)
         assert all(torch.equal(*both) for both in zip(got, want, strict=True))
 
 
 def test_what_is_no_graph_is_said(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "captured", lambda run, pool: (None, "no CUDA graph: why"))
-    monkeypatch.setattr(graphs, "shared_pool", lambda: None)
+    monkeypatch.setattr(graphs, "shared_pool", lambda *_: None)
     mine = Stream(model, ToyVAE(), TEXT[:1], SMALL, graph=True)
     assert [*mine.notes] == ["no CUDA graph: why"]
     assert torch.equal(mine.denoise(), take(1, model))
@@ -163,7 +203,42 @@ def test_the_host_gets_the_pixels_as_bytes(model: DiT) -> None:
         pixels = mine.decode()
         assert pixels.shape[1] == frames
         expected = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        assert torch.equal(mine.copy_to_host(), expected.permute(0, 1, 3, 4, 2))
+        on_host = mine.copy_to_host()
+        assert torch.equal(on_host.bytes_BTHWC, expected.permute(0, 1, 3, 4, 2))
+        assert on_host.finite_BT.shape == (1, frames) and on_host.finite_BT.all()
+
+
+@pytest.mark.parametrize("low_latency", [False, True])
+@pytest.mark.parametrize("count", [1, 5, 9, 10, 30])
+def test_frames_are_those_of_the_video_as_bytes(model: DiT, count: int, low_latency: bool) -> None:
+    """Piece by piece, the first still alone where it is to leave early."""
+    codec = ToyVAE()
+    made = Stream(model, codec, TEXT, SMALL, batch=2, low_latency=low_latency)
+    pieces = [*made.frames(count)]
+    sizes = [1, *[4] * 9] if low_latency else [9, *[12] * 9]
+    assert [len(p[0]) for p in pieces[:-1]] == sizes[: len(pieces) - 1]
+    whole = torch.cat([*Stream(model, codec, TEXT, SMALL, batch=2).video(count)], 1)
+    want = to_bytes(whole).int()
+    assert torch.cat(pieces, 1).shape == want.shape == (2, count, 64, 64, 3)
+    assert (torch.cat(pieces, 1).int() - want).abs().max() <= low_latency  # rounding
+
+
+def test_a_frame_that_is_no_number_is_named(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = ToyVAE()
+    decode = codec.decode_chunk
+
+    def broken(latents: Tensor, state: Any = None) -> Any:
+        pixels, after = decode(latents, state)
+        if state is not None:
+            pixels[1, 4, 0, 3, 3] = torch.nan
+        return pixels, after
+
+    monkeypatch.setattr(codec, "decode_chunk", broken)
+    frames = Stream(model, codec, TEXT, SMALL, batch=2).frames()
+    assert next(frames).shape[1] == 9
+    with pytest.raises(NotFinite, match=r"^frame 13 holds NaN or infinity") as raised:
+        next(frames)
+    assert raised.value.video == 1
 
 
 @pytest.mark.parametrize("graph", [False, True])
@@ -227,7 +302,8 @@ def test_noise_does_not_depend_on_the_chunks(model: DiT, monkeypatch: pytest.Mon
     def noise_alone(self: Stream) -> Tensor:
         if self.pending:
             self.cache.commit(self.size)
-        self.size, self.pending, self.next = self.next, True, self.preset.chunk
+        self.size = self.pending = self.next
+        self.next = self.preset.chunk
         frame_F = self.cache.chunk(self.size).frame_F
         draws = (Noise(self.seed_B, frame_F, i) for i in range(3))
         return torch.cat([normal(noise, self.x[self.size].shape) for noise in draws], 2)
@@ -259,7 +335,7 @@ def test_the_past_matters_as_long_as_it_is_in_the_window(model: DiT) -> None:
 
 
 def test_memory_does_not_grow(model: DiT) -> None:
-    chunks = stream_latents(model, TEXT[:1], SMALL)
+    chunks = Stream(model, None, TEXT[:1], SMALL).latents()
     for _ in itertools.islice(chunks, 40):
         pass
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -305,3 +381,63 @@ def test_captured_and_eager_agree_bit_for_bit(model: DiT) -> None:
     for _ in range(7):
         assert torch.equal(mine.denoise(), eager.denoise())
         torch.testing.assert_close(mine.decode(), eager.decode(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_cudnn_takes_the_full_ring(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In graphs of their own, from the chunk on that fills the ring."""
+    device, seen = torch.device("cuda"), []
+    ring_attention = sfkernels.ring_attention
+
+    def noted(*args: Any, full: bool, impl: str, **more: Any) -> Tensor:
+        seen.append((full, impl))
+        return ring_attention(*args, full=full, impl=impl, **more)
+
+    monkeypatch.setattr(sfkernels, "ring_attention", noted)
+    streams, preset = [], replace(SMALL, first=1, chunk=2)
+    for attention, graph in (("cudnn", True), ("cudnn", False), ("sdpa", False)):
+        on_gpu = DiT(SMALL.dit, attention_impl=attention)
+        on_gpu.load_state_dict(model.state_dict())
+        half, text = on_gpu.to(device, torch.bfloat16).eval(), TEXT[:1].to(device)
+        streams.append(Stream(half, None, text, preset, graph=graph))
+    assert not streams[0].notes
+    seen.clear()
+    for chunk in range(7):
+        graphed, eager, want = (stream.denoise() for stream in streams)
+        assert torch.equal(graphed, eager)
+        torch.testing.assert_close(eager, want, rtol=0.1, atol=0.1)
+        used = {each for each in seen if each[1] != "sdpa"}
+        # After 1, 3, 5 and 7 frames; the first pass is still behind a ring of 5.
+        full, filling = (True, "cudnn"), (False, "auto")
+        assert used == ({filling} if chunk < 3 else {full, filling} if chunk == 3 else {full})
+        seen.clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("low_latency", [False, True])
+@torch.no_grad()
+def test_a_hundred_chunks_without_a_wait(model: DiT, low_latency: bool) -> None:
+    """The host waits for the frames that it hands out and for nothing else; memory stays; and what
+    overlaps is what comes one after the other."""
+    device = torch.device("cuda")
+    on_gpu = DiT(SMALL.dit).to(device).eval()
+    on_gpu.load_state_dict(model.state_dict())
+    codec, text = ToyVAE().to(device), TEXT[:1].to(device)
+    mine = Stream(on_gpu, codec, text, SMALL, graph=True, low_latency=low_latency)
+    eager = Stream(on_gpu, codec, text, SMALL, low_latency=low_latency)
+    assert not mine.notes
+    pieces = mine.frames(1200)
+    first = [next(pieces) for _ in range(12)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        before = torch.cuda.memory_allocated()
+        for _ in range(40):
+            next(pieces)
+        assert torch.cuda.memory_allocated() == before
+        for _ in pieces:
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for got, want in zip(first, eager.frames(), strict=False):
+        assert (got.int() - want.int()).abs().max() <= 1

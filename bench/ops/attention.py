@@ -105,6 +105,8 @@ def implementations(
         found.append(Implementation(name, plainly(case, "sdpa"), context=context))
     if "ring" in case.size:  # the length read on the device, as ours
         found.append(Implementation("sdpa varlen", case.by("sdpa")))
+        if "valid" not in case.size:
+            found.append(Implementation("sdpa cudnn split", case.by("cudnn")))
     if any(importlib.util.find_spec(name) for name in FLASH_ATTN):
         found.append(Implementation("flash-attn", plainly(case, "flash")))
     if compiled:

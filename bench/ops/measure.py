@@ -45,14 +45,16 @@ def run_case(
     ceilings: dict[str, Any],
     rounds: int = timing.ROUNDS,
     compiled: bool = False,
+    known: Sequence[Implementation] = (),
 ) -> dict[str, Any]:
-    """Checks all implementations of a case and times those that are right: a row of the result."""
+    """Checks all implementations of a case, or those `known`, and times those that are right: a row
+    of the result."""
     torch.manual_seed(0)
     inputs = case.make(device)
     check = judge(case, inputs)
     upstream = check.upstream
 
-    known = implementations(case, device, compiled)
+    known = known or implementations(case, device, compiled)
     entries: dict[str, dict[str, Any]] = {one.name: {} for one in known}  # so ordered in tables
     checks = {one.name: functools.partial(_checked, one, check) for one in known}
     right = [*timing.right(checks, entries).values()]

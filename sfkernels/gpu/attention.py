@@ -223,7 +223,7 @@ def _combine_parts_kernel(
         weight_M = tl.exp2(lse_M - most_M)
         seen_M1 = (lse_M > -float("inf"))[:, None] & fits_M1
         o_MD = tl.load(part_ptr + part * step * D + at_MD, seen_M1 & fits_1D, 0.0)
-        acc_MD += weight_M[:, None] * o_MD
+        acc_MD += weight_M[:, None] * o_MD.to(tl.float32)
         sum_M += weight_M
     out_MD = acc_MD / sum_M[:, None]
     tl.store(o_ptr + at_MD, out_MD.to(o_ptr.dtype.element_ty), fits_M1 & fits_1D)

@@ -66,12 +66,14 @@ def visits(rows: Pattern, prefix: Sequence[Span], stationary: int, streamed: int
     )
 
 
-def key_splits(programs: int, at_once: int, tiles: int) -> int:
+def key_splits(programs: int, at_once: int, tiles: int, keys: int = 0) -> int:
     """Number of parts to split the `tiles` tiles of keys into that each of `programs` programs
     visits, on a GPU that runs `at_once` of them: the one with the shortest time, in which the waves
-    are full, but every part more costs the pass that combines them about 1.5%."""
+    are full, but every part more costs the pass that combines them about 1.5%. keys: a number that
+    the parts must divide."""
 
     def time(parts: int) -> float:
         return -(-programs * parts // at_once) / parts * (1 + 0.015 * (parts - 1))
 
-    return min(range(1, max(min(tiles, 16), 1) + 1), key=time)
+    fitting = (n for n in range(1, max(min(tiles, 16), 1) + 1) if keys % n == 0)
+    return min(fitting, key=time)

@@ -39,7 +39,7 @@ from sfmodel.pretrained import (
 from sfmodel.prompts import continued, prompt_beside, prompts_in
 from sfmodel.terminal import TerminalPlayer
 from sfmodel.toy.text import ToyTextEncoder
-from sfmodel.vae.codec import VideoCodec
+from sfmodel.vae.codec import NotFinite, VideoCodec
 from sfmodel.video import ContactSheet, VideoWriter, check_name
 from sfmodel.weights import checkpoint
 from sfmodel.weights.saving import save_tensors
@@ -333,7 +333,8 @@ def write_videos(
     where: str,
     watch: bool = False,
 ) -> None:
-    """Writes videos that come as chunks [B, T, 3, H, W] into an MP4 and a contact sheet each.
+    """Writes videos that come as chunks, [B, T, 3, H, W] in [-1, 1] or bytes [B, T, H, W, 3], into
+    an MP4 and a contact sheet each.
     where: on what device they are made. frames: how many will come, or "endless". watch: play the
     first one in the terminal. Ctrl-C ends them there and is raised again; so does a frame with NaN
     or infinity, with FloatingPointError. What came before is kept."""
@@ -363,9 +364,12 @@ def write_videos(
                 if player:
                     player.show(pixels[0], f"{titles[0]}  {status}")
         except (KeyboardInterrupt, FloatingPointError) as error:
+            if isinstance(error, NotFinite):
+                stopped = FloatingPointError(f"{names[error.video]}: {error}")
+            else:
+                stopped = error
             if not shown:
-                raise
-            stopped = error
+                raise stopped from None
     for sheet, name, title in zip(sheets, names, titles, strict=True):
         sheet.save(name.with_suffix(".png"), title=title or "(no prompt)")
     seconds = time.perf_counter() - began

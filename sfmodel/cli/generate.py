@@ -44,6 +44,7 @@ def generate(
     output: Path = Path("out/video.mp4"),
     watch: bool = False,
     eager: bool = False,
+    low_latency: bool = False,
 ) -> None:
     """Stream a video from a sentence, chunk by chunk, into an MP4 and a contact sheet beside it.
 
@@ -70,6 +71,7 @@ def generate(
         output: The MP4 to write.
         watch: Play the video in the terminal while it is made.
         eager: On a GPU, launch kernels one by one instead of by CUDA graphs.
+        low_latency: Decode a chunk's latent frames one by one, so that the first come earlier.
     """
     settings = sized(find_preset(preset), height, width)
     settings = replace(
@@ -109,10 +111,11 @@ def generate(
             stream.restart(text_BTE, seed + i)
         else:
             options: Any = {"seed": seed + i, "batch": len(text_BTE), "graph": graph}
+            options["low_latency"] = low_latency
             with progress("capturing CUDA graphs" if graph else "preparing the stream"):
                 stream = Stream(model, codec, text_BTE, settings, **options)
             for note in stream.notes:
                 print(note, file=sys.stderr)
         where = f"{device}, in CUDA graphs" if graph and not stream.notes else str(device)
-        chunks = stream.video(None if frames == "endless" else frames)
+        chunks = stream.frames(None if frames == "endless" else frames)
         write_videos(chunks, names[few], prompts[few], settings.fps, frames, where, watch)

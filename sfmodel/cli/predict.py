@@ -17,7 +17,6 @@ from rich.table import Table
 
 from sfmodel.config import PRESETS, Preset
 from sfmodel.cost import (
-    DECODERS,
     GPUS,
     PIXEL_FRAMES,
     TILE,
@@ -37,6 +36,7 @@ from sfmodel.cost import (
     waves,
 )
 from sfmodel.files import atomic
+from sfmodel.vae.flops import DECODERS
 
 MODELS = ("wan-1.3b", "wan-14b")
 PRECISIONS = ("bf16", "8-bit")
@@ -160,7 +160,10 @@ def multi_gpu(
     them by `exchange_bytes` (not overlapped, no latency of messages), the decoder after it on one
     of the n, or on one of its own beside the next chunk. That raises FPS and leaves latency."""
     passes, steps = len(preset.steps) + 1, len(preset.steps)
-    alone = total(dit(preset, gpu, preset.window, precision).values())["floor_ms"]
+    alone, stepped = (
+        total(dit(preset, gpu, preset.window, precision, update).values())["floor_ms"]
+        for update in (True, False)
+    )
     decoded = decode(preset, gpu, precision, decoder)["floor_ms"]
     memory = memory_gib(preset, precision=precision)
     rows: list[dict[str, Any]] = []
@@ -182,7 +185,7 @@ def multi_gpu(
                     "dit_ms": shared,
                     "decode_ms": decoded,
                     "fps": 1e3 * PIXEL_FRAMES * preset.chunk / chunk,
-                    "reaction_ms": shared * steps / passes + decoded,
+                    "reaction_ms": stepped / n + exchange * steps / passes + decoded,
                     "memory_gib": memory["weights"] + memory["cache"] / n,
                 }
             )

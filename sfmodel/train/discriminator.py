@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import sfkernels as sf
 from sfkernels.arguments import check_shape
+from sfmodel.blocks import Context, CrossAttention, TextKeys
 from sfmodel.config import DiTConfig
-from sfmodel.dit import Context, CrossAttention, DiT, TextKeys
+from sfmodel.dit import DiT
 
 DEPTHS = 0.45, 0.72, 1.0  # of the blocks that are read, as shares of the backbone's layers
 
@@ -53,7 +54,7 @@ class Reader(nn.Module):
         token_B1D = self.token.expand(len(x_BLD), -1, -1)
         h_BLD = _layer_norm(x_BLD, self.norm1, self.impl)
         # The hidden states stand where the prompt does: cross-attention reads nothing else.
-        context = Context(x_BLD.new_empty(0), h_BLD, None, None, None)
+        context = Context(h_BLD)
         token_B1D = token_B1D + self.attention(token_B1D, context)
         return token_B1D + self.ffn(_layer_norm(token_B1D, self.norm2, self.impl))
 

@@ -180,7 +180,7 @@ def place(
                     fully_shard(part, mp_policy=policy, **whole)  # type: ignore[arg-type]
                 register_fsdp_forward_method(block.cross_attn, "keys_values")  # type: ignore[arg-type]
         fully_shard(model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **whole)
-        for method in ("text_keys", "features"):
+        for method in ("text_keys", "features", "append"):
             if hasattr(model, method):
                 register_fsdp_forward_method(model, method)
     model.to_empty(device=ranks.device)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from sfkernels import BlockLayout, sampler_step
-from sfmodel.dit import DiT, Past, TextKeys
+from sfmodel.blocks import Past, TextKeys
+from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule, add_noise
 from sfmodel.stream import few_step
 
@@ -94,7 +95,7 @@ class Rollout:
             if self.context_noise_BFCHW is not None:
                 noise = self.context_noise_BFCHW[:, chunk].float()
                 x0 = add_noise(x0, noise, self.schedule.sigma(clean))
-            self._flow(i, x0, clean, keep=True)
+            model.append(x0, clean, self.keys, past=self._past(i))
         return torch.cat(video, 1)
 
     def backward(self, upstream_BFCHW: Tensor) -> None:
@@ -126,11 +127,13 @@ class Rollout:
         k, v = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
         return k, v
 
-    def _flow(self, i: int, x_BFCHW: Tensor, t: Tensor, keep: bool = False) -> Tensor:
+    def _past(self, i: int) -> Past:
         begin = self.chunks[i].start * self.layout.frame_tokens
         spans = ((lo, min(hi, begin)) for lo, hi in self.layout.rows[i].keys if lo < begin)
-        past = Past(self.k, self.v, tuple(spans), self.chunks[i].start, keep)
-        return self.model(x_BFCHW, t, self.keys, past=past)
+        return Past(self.k, self.v, tuple(spans), self.chunks[i].start)
+
+    def _flow(self, i: int, x_BFCHW: Tensor, t: Tensor) -> Tensor:
+        return self.model(x_BFCHW, t, self.keys, past=self._past(i))
 
     def _x0(self, i: int) -> Tensor:
         """x0 of chunk i by its exit step."""

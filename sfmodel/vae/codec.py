@@ -87,6 +87,20 @@ class FrameCache:
         return CausalState(tuple(self._after))
 
 
+class NotFinite(FloatingPointError):
+    """Frame `frame` of video `video` of a batch that holds NaN or infinity."""
+
+    def __init__(self, frame: int, video: int = 0) -> None:
+        why = "the weights are damaged, or the arithmetic overflows"
+        super().__init__(f"frame {frame} holds NaN or infinity: {why}")
+        self.video = video
+
+
+def finite_frames(pixels_BTCHW: Tensor) -> Tensor:
+    """Tells of each frame [..., 3, H, W] whether all its numbers are finite, on the same device."""
+    return pixels_BTCHW.isfinite().flatten(-3).all(-1)
+
+
 def to_bytes(pixels_BTCHW: Tensor) -> Tensor:
     """Pixels [..., 3, H, W], clamped to [-1, 1], as bytes [..., H, W, 3] on the same device."""
     scaled = pixels_BTCHW.float().clamp(-1, 1).add(1).mul(127.5).round()

@@ -1,0 +1,219 @@
+"""The blocks of the Wan2.1 diffusion transformer and what all of one forward pass share.
+
+Shapes: B batch, F latent frames, N tokens of a frame, L = F·N tokens, D model dim, T text rows,
+S slots of a ring, P pairs of a head's channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import sfkernels as sf
+from sfkernels.kv_cache import RingChunk
+from sfmodel.config import DiTConfig
+
+
+class Past(NamedTuple):
+    """Past of a chunk in a training rollout: the frames before it, and where it lies itself.
+
+    k, v [layers, B, S, heads, head dim]: keys and values of a whole clip, token after token, which
+    take no gradient. spans: the half-open ranges of tokens that are seen. first: the latent frame
+    that the chunk begins with.
+    """
+
+    k: Tensor
+    v: Tensor
+    spans: tuple[tuple[int, int], ...]
+    first: int
+
+
+class Place(NamedTuple):
+    """Place of a chunk in a stream: its slots in the ring and the rotations of its tokens. It stays
+    the same through all passes over the chunk."""
+
+    chunk: RingChunk
+    rope_LP2: Tensor
+
+
+class TextKeys(NamedTuple):
+    """A prompt's cross-attention keys and values [layers][B or 1, T, heads, head dim]. They depend
+    on the prompt alone: who runs many passes on one computes them once."""
+
+    k: Sequence[Tensor] | Tensor
+    v: Sequence[Tensor] | Tensor
+
+
+class Context(NamedTuple):
+    """Inputs that all blocks of one forward pass share.
+
+    text: embedded, or its keys and values. Without a cache: the tokens' rotations, the layout and
+    the past, if there is one. With a cache: the places of the chunks, one after the other, and
+    whether the first of them, and so all, is known to fill the ring.
+    appended: how many tokens, the first ones, are there to leave their keys and values behind: of
+    them nothing more is asked of the last layer.
+    """
+
+    text: Tensor | TextKeys
+    rope_LP2: Tensor | None = None
+    layout: sf.BlockLayout | None = None
+    past: Past | None = None
+    cache: sf.RingKVCache | None = None
+    places: Sequence[Place] = ()
+    full: bool = False
+    appended: int = 0
+
+
+class SelfAttention(nn.Module):
+    """Attention between frames: under a layout, or of a chunk over the ring."""
+
+    def __init__(self, config: DiTConfig, layer: int, impl: str, attention_impl: str) -> None:
+        super().__init__()
+        self.layer, self.eps = layer, config.eps
+        self.impl, self.attention_impl = impl, attention_impl
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = nn.Parameter(torch.ones(config.dim))
+        self.norm_k = nn.Parameter(torch.ones(config.dim))
+
+    def forward(self, x_BLD: Tensor, context: Context, skip: int = 0) -> Tensor | None:
+        """skip: tokens, the first ones, whose keys and values are left behind and whose output
+        nobody asks for, which are whole chunks. Returns None where these are all."""
+        qkv_BLC = self.qkv(x_BLD)
+        if context.cache is not None:
+            out = self._over_ring(qkv_BLC, context.cache, context, skip)
+        else:
+            out = self._under_layout(qkv_BLC, context, skip)
+        return out if out is None else self.o(out.flatten(2))
+
+    def _over_ring(
+        self, qkv_BLC: Tensor, cache: sf.RingKVCache, context: Context, skip: int
+    ) -> Tensor | None:
+        """Each chunk is appended and then attends, so that it sees those before it and may take the
+        slots of frames that they were the last to see."""
+        ring = cache.k[self.layer], cache.v[self.layer]
+        impl = self.attention_impl
+        if impl == "cudnn" and not context.full:  # which reads every slot
+            impl = "auto"
+        qkv_BLC, end, outs = qkv_BLC.to(ring[0].dtype), 0, []  # another one under autocast
+        for (_, slot_F, valid), rope_LP2 in context.places:
+            begin, end = end, end + len(rope_LP2)
+            q_BLHD = sf.qk_norm_rope_append(
+                qkv_BLC[:, begin:end],
+                *(self.norm_q, self.norm_k, rope_LP2, *ring, slot_F),
+                eps=self.eps,
+                impl=self.impl,
+            )
+            if begin >= skip:
+                outs.append(sf.ring_attention(q_BLHD, *ring, valid, full=context.full, impl=impl))
+        return torch.cat(outs, 1) if len(outs) > 1 else outs[0] if outs else None
+
+    def _under_layout(self, qkv_BLC: Tensor, context: Context, skip: int) -> Tensor | None:
+        assert context.layout is not None and context.rope_LP2 is not None
+        norm = self.norm_q, self.norm_k, context.rope_LP2
+        q, k, v = sf.qk_norm_rope(qkv_BLC, *norm, eps=self.eps, impl=self.impl)
+        past, prefix = context.past, None
+        if past is not None:
+            prefix = sf.Prefix(past.k[self.layer], past.v[self.layer], past.spans)
+            if context.appended:
+                at = past.first * context.layout.frame_tokens
+                past.k[self.layer, :, at : at + k.shape[1]] = k
+                past.v[self.layer, :, at : at + v.shape[1]] = v
+        if skip:
+            return None
+        return sf.block_causal_attention(
+            q, k, v, context.layout, prefix=prefix, impl=self.attention_impl
+        )
+
+
+class CrossAttention(nn.Module):
+    """Attention to the prompt. Its keys and values depend on the prompt alone."""
+
+    def __init__(self, config: DiTConfig, layer: int, impl: str, attention_impl: str) -> None:
+        super().__init__()
+        self.layer, self.heads, self.eps = layer, config.heads, config.eps
+        self.impl, self.attention_impl = impl, attention_impl
+        self.q = nn.Linear(config.dim, config.dim)
+        self.kv = nn.Linear(config.dim, 2 * config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = nn.Parameter(torch.ones(config.dim))
+        self.norm_k = nn.Parameter(torch.ones(config.dim))
+
+    def keys_values(self, text_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, [B, T, heads, head dim] each."""
+        k, v = self.kv(text_BTD).chunk(2, dim=-1)
+        k = sf.rms_norm(k, self.norm_k, eps=self.eps, impl=self.impl)
+        return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
+
+    def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
+        q = sf.rms_norm(self.q(x_BLD), self.norm_q, eps=self.eps, impl=self.impl)
+        if isinstance(context.text, TextKeys):
+            keys = context.text.k[self.layer], context.text.v[self.layer]
+        else:
+            # By the class: under FSDP the module's own gathers weights that are here already.
+            keys = CrossAttention.keys_values(self, context.text)
+        k, v = (each.expand(len(x_BLD), -1, -1, -1) for each in keys)
+        q = q.unflatten(-1, (self.heads, -1)).to(k.dtype)
+        out = sf.cross_attention(q, k, v, impl=self.attention_impl)
+        return self.o(out.flatten(2))
+
+
+class FeedForward(nn.Sequential):
+    """Two linear layers with GELU between them, which the first one applies where it can."""
+
+    def __init__(self, config: DiTConfig, impl: str) -> None:
+        super().__init__(
+            nn.Linear(config.dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_dim, config.dim),
+        )
+        self.impl = impl
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        first: Any = self[0]
+        y: Tensor = self[2](sf.linear(x_BLD, first.weight, first.bias, gelu=True, impl=self.impl))
+        return y
+
+
+class Block(nn.Module):
+    def __init__(
+        self, config: DiTConfig, layer: int, impl: str, attention_impl: str, linear_impl: str
+    ) -> None:
+        super().__init__()
+        self.eps, self.impl = config.eps, impl
+        self.self_attn = SelfAttention(config, layer, impl, attention_impl)
+        self.norm3 = nn.LayerNorm(config.dim, config.eps)
+        self.cross_attn = CrossAttention(config, layer, impl, attention_impl)
+        self.ffn = FeedForward(config, linear_impl)
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / math.sqrt(config.dim))
+
+    def forward(
+        self, x_BLD: Tensor, h_BLD: Tensor, modulation: tuple[Tensor, ...], context: Context
+    ) -> tuple[Tensor, Tensor | None]:
+        """h is the first norm of x; modulation: shift1, scale1, gate1, shift2, scale2, gate2,
+        [B, F, D] each. Returns x before the FFN's residual and the FFN's output: the caller adds
+        them in one pass with the norm that follows.
+
+        x and modulation may be those of h's last tokens alone: the others then only leave their
+        keys and values behind. Where all do there is no output: None."""
+        _, _, gate1, shift2, scale2, _ = modulation
+        attended = self.self_attn(h_BLD, context, h_BLD.shape[1] - x_BLD.shape[1])
+        if attended is None:
+            return x_BLD, None
+        options: Any = {"eps": self.eps, "impl": self.impl}
+        norm3 = (self.norm3.weight, self.norm3.bias)
+        x_BLD, h_BLD = sf.gated_layer_norm(x_BLD, attended, gate1, *norm3, **options)
+        attended = self.cross_attn(h_BLD, context)
+        x_BLD, h_BLD = sf.gated_adaln(x_BLD, attended, None, shift2, scale2, **options)
+        return x_BLD, self.ffn(h_BLD)
+
+
+class Head(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.head = nn.Linear(config.dim, math.prod(config.patch) * config.channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / math.sqrt(config.dim))
