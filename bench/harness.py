@@ -38,7 +38,7 @@ from sfmodel.machine import machine, state
 # Implementations: the reference that defines every op, ours, and of others' the first word.
 EAGER, CPP = "eager", "cpp"
 OURS = ("triton", "gluon", CPP)
-PEERS = ("compile", "native", "liger", "quack", "sdpa", "flash", "flex", "diffusers")
+PEERS = ("compile", "native", "cublaslt", "liger", "quack", "sdpa", "flash", "flex", "diffusers")
 FULL_ON_CPU = ("cpu", "decode")  # at more than toy sizes
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import itertools
 import json
 import math
 import multiprocessing
@@ -31,7 +32,7 @@ from torch import Tensor
 from bench import timing
 from bench.ops.measure import run_case
 from sfkernels import cases, check, dispatch, launch, testing
-from sfkernels.cases import CHUNK, FRAME, WINDOW, AttentionCase, Case, Heads
+from sfkernels.cases import CHUNK, FRAME, WINDOW, Case, Heads
 from sfkernels.launch import RowTile, Setting
 from sfmodel.files import atomic
 from sfmodel.machine import machine
@@ -43,7 +44,7 @@ BATCH = 24  # candidates timed in turn, with the default among them
 
 class Search(NamedTuple):
     """A kernel's setting for a number of channels (1 for elementwise kernels, for attention the
-    bytes of a head's row), and the cases that it is timed in."""
+    bytes of a head's row, for linear layers outputs), and the cases that it is timed in."""
 
     kernel: str
     channels: int
@@ -52,17 +53,10 @@ class Search(NamedTuple):
 
 
 # Of kernels over rows: the op whose setting it is.
-ROWS = {
-    "residual_norm_fwd": "gated_adaln",
-    "qk_norm_rope_fwd": "qk_norm_rope",
-    "norm_fwd": "rms_norm",
-    "residual_norm_bwd": "gated_adaln",
-    "qk_norm_rope_bwd": "qk_norm_rope",
-    "norm_bwd": "rms_norm",
-    "adaln_fwd": "adaln",
-    "adaln_bwd": "adaln",
-    "quantize_rows": "quantize_rows",
-}
+_FORMS = {"residual_norm": "gated_adaln", "qk_norm_rope": "qk_norm_rope", "norm": "rms_norm",
+          "adaln": "adaln"}  # fmt: skip
+ROWS = {f"{form}_{way}": op for way in ("fwd", "bwd") for form, op in _FORMS.items()}
+ROWS["quantize_rows"] = "quantize_rows"
 # Of the video decoder: frames and pixels of a frame in a chunk, channels.
 LEVELS = ((12, 480 * 832, 96), (12, 240 * 416, 192), (6, 120 * 208, 384))
 STREAMS = tuple(cases.ring_attention(Heads(), frames, WINDOW) for frames in (CHUNK, 1))
@@ -82,6 +76,10 @@ def searches(device: torch.device) -> Iterator[Search]:
             yield Search(f"{prefix}_fwd", 256, STREAMS, impl)
             yield Search(f"{prefix}_dkdv", 256, clip, impl)
             yield Search(f"{prefix}_dq", 256, clip, impl)
+    for outputs, inputs in ((8960, (1536,)), (1536, (8960, 1536)), (4608, (1536,))):
+        layer = functools.partial(cases.linear, gelu=outputs == 8960, dtype=torch.bfloat16)
+        sizes = itertools.product((CHUNK * FRAME, 2 * CHUNK * FRAME), inputs)
+        yield Search("linear", outputs, tuple(layer(*size, outputs) for size in sizes))
     for channels in (1536, 5120):
         for kernel, op in ROWS.items():
             backward = kernel.endswith("_bwd")
@@ -168,7 +166,7 @@ def tune(search: Search, device: torch.device, deadline: float) -> dict[str, Any
     why = []
     for case, ms, copied in zip(search.cases, times[best], of_copy, strict=False):
         rate = f"{100 * case.nbytes / ms / 1e6 / copied:.0f}% of a copy"
-        if isinstance(case, AttentionCase):
+        if case.op.startswith(("attention", "linear")):
             rate = f"{case.flops / ms / 1e9:.0f} TFLOP/s"
         why.append(f"{1e3 * ms:.1f} us at {case.size}, {rate}")
     if others:

@@ -25,7 +25,7 @@ from sfkernels import cases, launch
 from sfkernels.cases import AttentionCase, Heads
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("norm", "rope", "sampler", "quant", "attention", "registration", "gpu", "stream",
+TESTS = ("linear", "norm", "rope", "sampler", "quant", "attention", "registration", "gpu", "stream",
          "bench_stream", "bench_decode")  # fmt: skip
 MEMORY = 5 * 2**30  # bytes of a GPU that a process of the tests may take, its references apart
 SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
@@ -142,13 +142,13 @@ def launch_every_kernel() -> None:
     device = torch.device("cuda")
     shapes, levels = ((3, 5, 96),), ((3, 35, 96), (2, 15, 192), (1, 7, 384))
     latents = 3, 5, 7
-    rows = memory_bound.Sizes(shapes, shapes, levels, torch.bfloat16, 32, latents, (2, 3))
+    layers = (37, 96, 200, True), (400, 200, 1100, False)
+    rows = memory_bound.Sizes(shapes, shapes, levels, torch.bfloat16, 32, latents, (2, 3), layers)
     # The head dim of the part before, so that most of these kernels are compiled already.
     heads = Heads(37, 2, 128, torch.bfloat16)
     patterns = attention.Sizes(heads, 1, 77, (6, 3), (6,), 5, 1)
     odd = [
-        *(case for case, _ in memory_bound.rows(rows)),
-        *(case for case, _ in attention.rows(patterns)),
+        *(case for case, _ in (*memory_bound.rows(rows), *attention.rows(patterns))),
         # Three that no list has.
         cases.normal(latents=latents),
         cases.sampler_step("euler, guided", latents=latents),

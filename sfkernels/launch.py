@@ -185,7 +185,7 @@ DEFAULTS[90]["attention_dq"] = _DEFAULTS["attention_dq"] | {
 }
 for arch in (90, 100):
     DEFAULTS[arch]["linear"] = {
-        1536: Product((256, 192), 8, 4, why="two widths fill all waves; " + _LARGEST)
+        1536: Product((256, 192), 8, 4, why="two widths share the last wave; " + _LARGEST)
     }
 
 # Settings that come before all others, by kernel: the tuner's candidates, a test's odd sizes.
@@ -334,6 +334,11 @@ def candidates(
     if isinstance(default, Flat):
         flats = [Flat(b, w) for b in (256, 512, 1024, 2048, 4096) for w in (1, 2, 4, 8)]
         return [default, *(flat for flat in flats if flat != same)]
+    if isinstance(default, Product):
+        whole = itertools.product(((256, 192), (256,), (256, 128)), (8,), (3, 4), (1,))
+        halves = itertools.product(((128,), (128, 64)), (4, 8), (2, 3), (2,))
+        products = itertools.starmap(Product, (*whole, *halves))
+        return [default, *(product for product in products if product != same)]
     if isinstance(default, Tile):
         # Where warps are specialised, a consumer has four and there are two of 64 tokens.
         fixed = (128,), (32, 64, 128), (4,), (2, 3, 4), (0, 1)

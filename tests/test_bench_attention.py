@@ -244,7 +244,7 @@ def test_tables_and_figures(capsys: pytest.CaptureFixture[str]) -> None:
                  "no time for: a with flex", "time / ours"):  # fmt: skip
         assert text in said, text
     assert set(attention.SDPA) | {*harness.OURS, "flex", "eager"} <= set(figures.COLOURS)
-    assert [name for name, _ in kernels.figures(result)] == ["attention", "roofline"]
+    assert [name for name, _ in kernels.figures(result)] == ["products", "roofline"]
     assert not [*kernels.figures(result | {"rows": []})]
     assert not kernels.tables(result | {"rows": []})
 
@@ -255,7 +255,7 @@ def test_the_command_on_a_cpu(
 ) -> None:
     only = ["--only", "^attention", "--out", str(tmp_path)]
     assert main(["kernels", *only]) == 0
-    assert "attention.png, roofline.png" in capsys.readouterr().out.replace("\n", "")
+    assert "products.png, roofline.png" in capsys.readouterr().out.replace("\n", "")
     result = json.loads((tmp_path / "kernels.json").read_text())
     assert [row["case"] for row in result["rows"]] == LABELS
     for row in result["rows"]:
@@ -264,7 +264,7 @@ def test_the_command_on_a_cpu(
         assert (row["best_ours"], row["best_peer"]) == ("eager", "sdpa")
     assert result["machine"]["torch"] == torch.__version__
     assert result["ceilings"]["matmul_tflops"] > 0 and result["ceilings"]["copy_gbps"] > 0
-    assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "products.png").read_bytes().startswith(b"\x89PNG")
 
     assert main(["kernels", *only, "--seconds", "-1"]) == 0
     result = json.loads((tmp_path / "kernels.json").read_text())

@@ -25,7 +25,8 @@ from bench.tables import plain_console, show
 from bench.tune import Search, searches
 from sfkernels import cases, cpp, launch, roofline
 from sfkernels.cases import Case
-from sfkernels.launch import Flat, RowTile, Tile
+from sfkernels.launch import Flat, Product, RowTile, Tile
+from sfkernels.testing import interpreted
 from sfmodel import graphs, machine
 
 CPU = torch.device("cpu")
@@ -196,6 +197,12 @@ def test_libraries_take_part_where_they_are_installed(monkeypatch: pytest.Monkey
     assert (1e-6, {"in_place": False}) in called and (1e-6, {}) in called
 
 
+def test_a_linear_layer_by_ours_and_by_both_ways_of_pytorch() -> None:
+    entries = run_case(find("linear + GELU"), CPU, CEILINGS, rounds=1)["contestants"]
+    assert [*entries] == [*["triton"] * interpreted(), "eager", "cublaslt"]
+    assert all(entry["ms"] > 0 for entry in entries.values())
+
+
 def test_all_rows_run_on_a_cpu(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +274,17 @@ def test_candidates_are_all_different_programs() -> None:
         assert tiles[0] == tile and len(tiles) == len(set(tiles)) > 10
         assert replace(tile, why="") not in tiles
     assert all(isinstance(s, Tile) and s.stationary == 128 and s.warps == 4 for s in tiles)
+
+
+def test_candidates_of_products_fit_a_gpu() -> None:
+    """Two of those that share a multiprocessor leave each other half of its shared memory."""
+    default = launch.untuned("linear", torch.device("meta"), 8960)
+    found = launch.candidates(default, 8960)
+    assert found[0] == default and len({replace(s, why="") for s in found}) == len(found) > 8
+    for setting in found:
+        assert isinstance(setting, Product)
+        stage_kib = (128 + max(setting.widths)) * 64 * 2 / 1024
+        assert setting.per_sm * (setting.stages * stage_kib + 1) < 228
 
 
 def test_the_tuner_calls_launchers_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def test_linear(size: tuple[Any, ...], dtype: torch.dtype, gelu: bool) -> None:
 
 
 def test_rows_may_be_views_that_tma_cannot_read() -> None:
-    """Each row begins where 16 bytes do not, and each sample inside a longer one."""
+    """Each row begins where 16 bytes do not, and each sample inside a longer one; all are one."""
     x, weight, bias = layer(2, 9, 41, 30)
 
     def of_views(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str) -> Tensor:
@@ -56,6 +56,19 @@ def test_rows_may_be_views_that_tma_cannot_read() -> None:
 
     with launch.using(linear=Product((64,), 4, 2)):
         check(of_views, (x, weight, bias), HALF[0], gradients=False)
+
+        def expanded(x: Tensor, *rest: Tensor, impl: str) -> Tensor:
+            return sf.linear(x[:1, :1].expand(1, 70, -1), *rest, impl=impl)
+
+        check(expanded, layer(1, 1, 16, 30), HALF[0], gradients=False)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "torch", "triton"])
+@pytest.mark.parametrize("sizes", [(0, 3, 8, 5), (2, 0, 8, 5), (2, 3, 8, 0)])
+def test_nothing_is_made_of_nothing(sizes: tuple[int, ...], impl: str) -> None:
+    x, weight, bias = (t.half() for t in layer(*sizes))
+    out = sf.linear(x, weight, bias, gelu=True, impl=impl)
+    assert out.shape == (*x.shape[:2], len(weight)) and out.dtype == x.dtype
 
 
 @pytest.mark.parametrize("outputs", [1536, 4608, 8960])
@@ -136,7 +149,7 @@ X, W, V = (torch.zeros(size, device=DEVICE) for size in ((2, 6, 8), (4, 8), (4,)
     ("call", "said"),
     [
         (lambda: sf.linear(X[0], W), r"x has shape \[6, 8\]: must be \[B, L, C\]"),
-        (lambda: sf.linear(X[..., :0], W[:, :0]), "its rows must have an element"),
+        (lambda: sf.linear(X[..., :0].half(), W[:, :0].half(), impl="triton"), "no channels"),
         (lambda: sf.linear(X, W[:, 1:]), r"weight has shape \[4, 7\]: must be \[O, 8\]"),
         (lambda: sf.linear(X, W, V[1:]), r"bias has shape \[3\]: must be \[4\]"),
         (lambda: sf.linear(X, W.half()), "weight has dtype torch.float16: must be torch.float32"),

@@ -1,6 +1,6 @@
 """`python -m bench kernels`: every op beside what else computes it, at the shapes of Wan2.1, in one
-run: norms, RoPE and the sampler as a share of what a copy reaches, attention of what a matrix
-product does.
+run: norms, RoPE and the sampler as a share of what a copy reaches, attention and linear layers of
+what a matrix product does.
 
 Every implementation is compared with float64 first; one that is wrong is reported and not timed.
 """
@@ -71,7 +71,7 @@ def by_limit(result: Result) -> tuple[list[Result], list[Result]]:
     """The rows whose bytes take the time, and those whose products do."""
     found: tuple[list[Result], list[Result]] = [], []
     for row in result["rows"]:
-        found[row["case"].startswith("attention")].append(row)
+        found[row["case"].startswith(("attention", "linear"))].append(row)
     return found
 
 
@@ -133,7 +133,7 @@ def figures(result: Result) -> Iterator[tuple[str, Any]]:
     yield from race("kernels", result, by_bytes, bandwidth, 100, BANDWIDTH)
     product = scale * result["ceilings"].get("matmul_tflops", 0.0)
     label = f"{unit} (dashed: a matrix product)"
-    yield from race("attention", result, by_products, rate, product, label)
+    yield from race("products", result, by_products, rate, product, label)
     if product and any(map(timed, result["rows"])):
         yield "roofline", _roofline(result)
 

@@ -82,10 +82,8 @@ def _checked(one: Implementation, check: Callable[..., None]) -> Implementation:
 
 
 def rates(case: Case, timed: timing.Timing | str) -> dict[str, float]:
-    if isinstance(timed, str):
-        return {}
-    ms = timed.p50
-    return {"gbps": case.nbytes / ms / 1e6, "tflops": case.flops / ms / 1e9}
+    per_ms = {"gbps": case.nbytes / 1e6, "tflops": case.flops / 1e9}
+    return {} if isinstance(timed, str) else {k: v / timed.p50 for k, v in per_ms.items()}
 
 
 def best(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Cases of `python -m bench kernels` for norms, RoPE, the sampler and rows in 8 bits: ops whose
-time is that of the bytes they read and write, at the shapes of Wan2.1 and of its video decoder."""
+time is that of the bytes they read and write, at the shapes of Wan2.1 and of its video decoder. And
+for linear layers, whose time is that of their products."""
 
 from __future__ import annotations
 
@@ -38,13 +39,14 @@ NATIVE: dict[str, Op] = {
 }
 
 Shape = tuple[int, int, int]  # frames, tokens of a frame, channels
+Layer = tuple[int, int, int, bool]  # tokens, channels, outputs, GELU
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Sizes that are run: shapes, those that the backward pass and torch.compile get, the sampler's
-    latents (channels, height, width) and its table's grid of tokens, and levels of the video
-    decoder, of which the first gets torch.compile and the last the backward pass."""
+    latents (channels, height, width) and its table's grid of tokens, levels of the video decoder,
+    of which the first gets torch.compile and the last the backward pass, and linear layers."""
 
     shapes: tuple[Shape, ...]
     compiled: tuple[Shape, ...]
@@ -53,17 +55,22 @@ class Sizes:
     head_dim: int = 128
     latents: tuple[int, int, int] = LATENTS
     grid: tuple[int, int] = GRID
+    layers: tuple[Layer, ...] = ()
 
 
 LEVELS = ((12, 480 * 832, 96), (12, 240 * 416, 192), (3, 60 * 104, 384))
 _CHUNK, _CLIP = (CHUNK, FRAME, 1536), (WINDOW, FRAME, 1536)
 _NARROW = _CHUNK, _CLIP, (1, FRAME, 1536), (9, FRAME, 1536)  # Wan2.1-1.3B
 _WIDE = tuple((frames, FRAME, 5120) for frames in (3, 1, 9, WINDOW))  # 14B
-FULL = Sizes(_NARROW + _WIDE, (_CHUNK, _CLIP), LEVELS, torch.bfloat16)
+_LAYERS = (1536, 8960, True), (8960, 1536, False), (1536, 1536, False), (1536, 4608, False)
+FULL = Sizes(
+    _NARROW + _WIDE, (_CHUNK, _CLIP), LEVELS, torch.bfloat16,
+    layers=tuple((n * FRAME, *layer) for n in (CHUNK, 2 * CHUNK, 1) for layer in _LAYERS),
+)  # fmt: skip
 # A frame: large enough for the C++ to show, on two cores in seconds.
 SMALL = Sizes(((1, FRAME, 1536),), ((1, FRAME, 1536),), ((1, 60 * 104, 384),), torch.float32)
 _TOY = ((3, 16, 96),)
-TINY = Sizes(_TOY, _TOY, _TOY, torch.float32, 32, (4, 6, 8), (2, 3))
+TINY = Sizes(_TOY, _TOY, _TOY, torch.float32, 32, (4, 6, 8), (2, 3), ((48, 96, 200, True),))
 
 
 def rows(sizes: Sizes) -> Iterator[tuple[Case, bool]]:
@@ -81,6 +88,9 @@ def rows(sizes: Sizes) -> Iterator[tuple[Case, bool]]:
                 yield rope(backward=backward), compiled
         if shape != sizes.shapes[0]:
             continue
+        for layer in sizes.layers:
+            half = torch.bfloat16 if dtype.itemsize == 2 else torch.float16
+            yield cases.linear(*layer, half), False
         for into in (torch.int8, torch.float8_e4m3fn):
             yield cases.quantize_rows(shape[0] * shape[1], shape[2], dtype, into), compiled
         yield cases.sampler_step("given noise", latents=sizes.latents), True
@@ -94,8 +104,8 @@ def rows(sizes: Sizes) -> Iterator[tuple[Case, bool]]:
 
 def implementations(case: Case, device: torch.device, compiled: bool) -> list[Implementation]:
     """Ours first. compiled: torch.compile takes part."""
-    cuda = device.type == "cuda"
-    impls = [CPP] if not cuda and not cpp.MISSING else []
+    cuda, layer = device.type == "cuda", case.op.startswith("linear")
+    impls = [] if cuda or cpp.MISSING or layer else [CPP]
     impls += ["triton"] if cuda or interpreted() else []
     found = [Implementation(impl, case.by(impl)) for impl in impls]
     found.append(Implementation(EAGER, case.by("reference")))
@@ -105,6 +115,8 @@ def implementations(case: Case, device: torch.device, compiled: bool) -> list[Im
         mode = "max-autotune-no-cudagraphs" if cuda else None
         by_inductor = torch.compile(case.by("reference"), mode=mode, dynamic=False)
         found.append(Implementation("compile", by_inductor))
+    if layer:
+        found.append(Implementation("cublaslt", case.by("torch")))
     if case.op in NATIVE:
         found.append(Implementation("native", functools.partial(_as_list, NATIVE[case.op])))
     for name, module, call in PEERS.get(case.op, ()):

@@ -209,5 +209,8 @@ def linear(x_BLC: Tensor, weight_OC: Tensor, bias_O: Tensor | None, gelu: bool) 
 
 
 def _fits_tma(x_RC: Tensor) -> bool:
-    """Tells whether TMA can read it: its rows begin at multiples of 16 bytes."""
-    return x_RC.data_ptr() % 16 == 0 and x_RC.stride(0) * x_RC.itemsize % 16 == 0
+    """Tells whether TMA can read it: its rows lie one behind the other and begin at multiples of 16
+    bytes."""
+    stride = x_RC.stride(0)
+    starts = x_RC.data_ptr() % 16 == 0 and stride * x_RC.itemsize % 16 == 0
+    return starts and stride >= x_RC.shape[1]
