@@ -39,9 +39,10 @@ class RingKVCache:
     layers, batch, heads, head_dim: of the model and the stream.
     window: frames the ring holds, current chunk included; sink: the first frames, never evicted.
     frame_tokens: tokens of a latent frame. text_tokens: rows of the prompt (0: no prompt cached).
+    text_heads: of the prompt, where the ring holds fewer than all; as many as of the ring if None.
 
     k, v: [layers, batch, window · frame_tokens, heads, head_dim].
-    text_k, text_v: [layers, batch, text_tokens, heads, head_dim].
+    text_k, text_v: [layers, batch, text_tokens, text_heads, head_dim].
     start: int32 [], absolute index of the first frame of the current chunk. A stream is endless:
     where the index would not fit in 32 bits, after 17 years at four latent frames a second, it goes
     back by a multiple of the ring's period, window − sink, to a number of at least `window`. Slots,
@@ -64,6 +65,7 @@ class RingKVCache:
         head_dim: int,
         sink: int = 0,
         text_tokens: int = 0,
+        text_heads: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -71,6 +73,8 @@ class RingKVCache:
         for name, size in (sizes | dict(window=window, frame_tokens=frame_tokens)).items():
             check_count(name, size)
         check_count("text_tokens", text_tokens, least=0)
+        text_heads = heads if text_heads is None else text_heads
+        check_count("text_heads", text_heads)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype}: must be floating point")
         check_window(window, sink, chunk=1)
@@ -79,6 +83,7 @@ class RingKVCache:
             window=window,
             frame_tokens=frame_tokens,
             text_tokens=text_tokens,
+            text_heads=text_heads,
             dtype=dtype,
             **sizes,
         )
@@ -90,7 +95,7 @@ class RingKVCache:
                 f"{free / 2**30:.2f} GiB are free on {device}, room for {free // per_frame} frames"
             )
         ring = (layers, batch, window * frame_tokens, heads, head_dim)
-        text = (layers, batch, text_tokens, heads, head_dim)
+        text = (layers, batch, text_tokens, text_heads, head_dim)
         # Zeros, because a masked read of a slot never written must not meet a NaN.
         self.k, self.v = (torch.zeros(ring, dtype=dtype, device=device) for _ in range(2))
         self.text_k, self.text_v = (torch.zeros(text, dtype=dtype, device=device) for _ in range(2))
@@ -106,11 +111,13 @@ class RingKVCache:
         heads: int,
         head_dim: int,
         text_tokens: int = 0,
+        text_heads: int | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> int:
         """Bytes of a cache of these sizes, without allocating it."""
-        rows = layers * batch * (window * frame_tokens + text_tokens)
-        return 2 * rows * heads * head_dim * dtype.itemsize
+        text = text_tokens * (heads if text_heads is None else text_heads)
+        rows = layers * batch * (window * frame_tokens * heads + text)
+        return 2 * rows * head_dim * dtype.itemsize
 
     @property
     def nbytes(self) -> int:

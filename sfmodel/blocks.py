@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 import sfkernels as sf
 from sfkernels.kv_cache import RingChunk
 from sfmodel.config import DiTConfig
+
+if TYPE_CHECKING:
+    from sfmodel.sequence_parallel import HeadRanks
 
 
 class Past(NamedTuple):
@@ -52,8 +55,8 @@ class Context(NamedTuple):
     """Inputs that all blocks of one forward pass share.
 
     text: embedded, or its keys and values. Without a cache: the tokens' rotations, the layout and
-    the past, if there is one. With a cache: the places of the chunks, one after the other, and
-    whether the first of them, and so all, is known to fill the ring.
+    the past, if there is one. With a cache: the places of the chunks, one after the other, whether
+    the first of them, and so all, is known to fill the ring, and the ranks that share the pass.
     appended: how many tokens, the first ones, are there to leave their keys and values behind: of
     them nothing more is asked of the last layer.
     """
@@ -65,6 +68,7 @@ class Context(NamedTuple):
     cache: sf.RingKVCache | None = None
     places: Sequence[Place] = ()
     full: bool = False
+    ranks: HeadRanks | None = None
     appended: int = 0
 
 
@@ -95,22 +99,32 @@ class SelfAttention(nn.Module):
     ) -> Tensor | None:
         """Each chunk is appended and then attends, so that it sees those before it and may take the
         slots of frames that they were the last to see."""
-        ring = cache.k[self.layer], cache.v[self.layer]
+        ring, ranks = (cache.k[self.layer], cache.v[self.layer]), context.ranks
         impl = self.attention_impl
         if impl == "cudnn" and not context.full:  # which reads every slot
             impl = "auto"
-        qkv_BLC, end, outs = qkv_BLC.to(ring[0].dtype), 0, []  # another one under autocast
+        options: Any = {"eps": self.eps, "impl": self.impl}
+        qkv_BLC = qkv_BLC.to(ring[0].dtype)  # another one under autocast
+        if ranks is not None:
+            table_LP2 = torch.cat([place.rope_LP2 for place in context.places])
+            norm = self.norm_q, self.norm_k, table_LP2
+            q, k, v = ranks.to_heads(*sf.qk_norm_rope(qkv_BLC, *norm, **options))
+        end, outs = 0, []
         for (_, slot_F, valid), rope_LP2 in context.places:
             begin, end = end, end + len(rope_LP2)
-            q_BLHD = sf.qk_norm_rope_append(
-                qkv_BLC[:, begin:end],
-                *(self.norm_q, self.norm_k, rope_LP2, *ring, slot_F),
-                eps=self.eps,
-                impl=self.impl,
-            )
+            if ranks is not None:
+                of_all = slice(begin * ranks.size, end * ranks.size)
+                q_BLHD = q[:, of_all]
+                ranks.append(k[:, of_all], v[:, of_all], ring, slot_F)
+            else:
+                norm = self.norm_q, self.norm_k, rope_LP2
+                q_BLHD = sf.qk_norm_rope_append(
+                    qkv_BLC[:, begin:end], *norm, *ring, slot_F, **options
+                )
             if begin >= skip:
                 outs.append(sf.ring_attention(q_BLHD, *ring, valid, full=context.full, impl=impl))
-        return torch.cat(outs, 1) if len(outs) > 1 else outs[0] if outs else None
+        out = torch.cat(outs, 1) if len(outs) > 1 else outs[0] if outs else None
+        return out if ranks is None or out is None else ranks.to_tokens(out)
 
     def _under_layout(self, qkv_BLC: Tensor, context: Context, skip: int) -> Tensor | None:
         assert context.layout is not None and context.rope_LP2 is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from sfkernels.arguments import check_shape
 from sfmodel.blocks import Block, Context, Head, Past, Place, TextKeys
 from sfmodel.config import DiTConfig
 from sfmodel.schedule import TRAIN_STEPS
+
+if TYPE_CHECKING:
+    from sfmodel.sequence_parallel import HeadRanks
 
 
 class Modulation(NamedTuple):
@@ -50,7 +53,11 @@ class DiT(nn.Module):
     projection each; checkpoint.py maps both ways. impl: the implementation of the sfkernels ops;
     attention_impl, linear_impl: that of attention and of the FFN's first layer. recompute:
     recompute each block's activations in the backward pass instead of keeping them.
+
+    ranks: those that share the passes over a cache; None for this one alone.
     """
+
+    ranks: HeadRanks | None = None
 
     def __init__(
         self,
@@ -132,6 +139,8 @@ class DiT(nn.Module):
         )
         h_BLD, _ = self._run(tokens_BLD, modulation, context._replace(full=full))
         out_BLE = self.head.head(h_BLD)
+        if context.ranks is not None:
+            out_BLE = context.ranks.whole(out_BLE)
         out = self._unpatchify(out_BLE[:, -frames * math.prod(grid) :].float(), grid)
         if self.config.prediction == "x0":
             sigma = (modulation.t[:, -frames:] / TRAIN_STEPS).clamp(min=1 / TRAIN_STEPS)
@@ -164,7 +173,7 @@ class DiT(nn.Module):
         (height, width) of a frame in tokens."""
         chunk = cache.chunk(frames, after)
         table = sf.rope_table(chunk.frame_F, grid, self.config.head_dim, impl=self.impl)
-        return Place(chunk, table)
+        return Place(chunk, self.ranks.own(table[None])[0] if self.ranks else table)
 
     def features(
         self,
@@ -229,8 +238,16 @@ class DiT(nn.Module):
             if not places:
                 first = [self.place(cache, before, grid)] if before else []
                 places = [*first, self.place(cache, frames, grid, before)]
-            keys, appended = TextKeys(cache.text_k, cache.text_v), before * math.prod(grid)
-            context = Context(keys, cache=cache, places=places, appended=appended)
+            if self.ranks is not None:
+                tokens_BLD = self.ranks.own(tokens_BLD)
+            appended = tokens_BLD.shape[1] * before // (before + frames)
+            context = Context(
+                TextKeys(cache.text_k, cache.text_v),
+                cache=cache,
+                places=places,
+                ranks=self.ranks,
+                appended=appended,
+            )
             return tokens_BLD, modulation, context
         if layout is None:
             layout = sf.BlockLayout((frames,), math.prod(grid))
@@ -289,9 +306,10 @@ class DiT(nn.Module):
             window=window,
             sink=sink,
             frame_tokens=math.prod(grid),
-            heads=self.config.heads,
+            heads=self.config.heads // (self.ranks.size if self.ranks else 1),
             head_dim=self.config.head_dim,
             text_tokens=self.config.text_len,
+            text_heads=self.config.heads,
             dtype=torch.get_autocast_dtype(kind) if autocast else self.dtype,
             device=self.device,
         )

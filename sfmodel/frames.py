@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import functools
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -129,6 +130,11 @@ class FrameStream(abc.ABC):
         """The next chunk's clean latents x0 [B, F, C, h, w] in float32, in memory that the next one
         overwrites."""
 
+    def before_overwriting(self) -> None:
+        """Has the device wait until the last chunk's latents are decoded."""
+        if self.lanes:
+            torch.cuda.current_stream(self.device).wait_stream(self.lanes[0])
+
     def launch(self, run: Run, pool: str = "") -> Run:
         """`run`, or its CUDA graph, in a pool of memory for those that do not run at once. Before a
         capture it really runs."""
@@ -189,8 +195,8 @@ class FrameStream(abc.ABC):
                         left -= wanted.finite_BT.shape[1]
             for _ in range(launched if self.lanes and left > 0 else len(leaving)):
                 (bytes_BTHWC, finite_BT), event = leaving.popleft()
-                if event is not None:
-                    event.synchronize()
+                while event is not None and not event.query():
+                    time.sleep(0.0002)  # and not in a wait that Ctrl-C does not reach
                 if not finite_BT.all():
                     frame, video = (~finite_BT).T.nonzero()[0].tolist()
                     raise NotFinite(done + frame, video)

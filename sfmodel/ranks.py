@@ -49,6 +49,13 @@ class Ranks:
         dist.all_reduce(shared, how)
         return (shared / divisor).tolist()
 
+    def from_first(self, value: Any) -> Any:
+        """What the first rank gives, on all ranks."""
+        held = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(held, 0)
+        return held[0]
+
     def wait(self) -> None:
         if self.world > 1:
             dist.barrier()

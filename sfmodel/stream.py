@@ -241,8 +241,8 @@ class Stream(FrameStream):
         runs = dict(self.begin[self.size, before, self._full(seen)])
         runs |= self.steps[self.size, self._full(self.past + before + self.size)]
         for i, (name, run) in enumerate(runs.items(), 1):
-            if self.lanes and i == len(runs):  # the last step overwrites what is decoded
-                torch.cuda.current_stream(self.model.device).wait_stream(self.lanes[0])
+            if i == len(runs):
+                self.before_overwriting()
             with phase(name):
                 run()
         self.past += before

@@ -86,6 +86,9 @@ class Event:
         self.at = time.perf_counter()
 
     def wait(self, stream: Stream | None = None) -> None: ...
+    def query(self) -> bool:
+        return True
+
     def synchronize(self) -> None:
         wait()
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sfmodel.cli.encode import check_outputs, write_videos
@@ -16,13 +18,14 @@ from sfmodel.pretrained import (
     Vae,
     checked_codec,
     checked_model,
-    default_device,
     find_preset,
     load_text,
     progress,
     sized,
 )
 from sfmodel.prompts import read_prompts
+from sfmodel.ranks import started
+from sfmodel.sequence_parallel import Received, Team, chunks_of
 from sfmodel.stream import Stream
 
 
@@ -49,6 +52,8 @@ def generate(
     """Stream a video from a sentence, chunk by chunk, into an MP4 and a contact sheet beside it.
 
     Ctrl-C ends the video there and keeps what was written; so do SIGTERM, SIGHUP and SIGUSR1.
+    Started by torchrun, the ranks share one stream: the last one decodes, the others divide the
+    model's heads; of two, and where only that fits, the first one decodes too.
 
     Args:
         prompt: What to show. The toy model knows: a small|large dim|bright red|green|blue|yellow|
@@ -90,32 +95,50 @@ def generate(
         else [output.with_stem(f"{output.stem}-{i}") for i in range(len(prompts))]
     )
     check_outputs(names, watch)
-    device = default_device()
-    # All files are checked before one is loaded. Then the text comes first: its encoder leaves the
-    # GPU before the model comes. It keeps on disk what each of many prompts is encoded as.
-    text = load_text(preset, models)
-    load_model = checked_model(preset, checkpoint, device, models)
-    load_codec = checked_codec(preset, device, vae, models, tile)
-    with progress("encoding the prompts" if len(prompts) > 1 else "encoding the prompt"):
-        last = deque(text.rows(prompts, device), maxlen=1)
-    model, codec = load_model(), load_codec()
-    # A few videos of the toy fit side by side, of a large model one after the other.
-    together = 16 if preset == "toy" else 1
-    graph = device.type == "cuda" and not eager
-    stream: Stream | None = None
-    for i in range(0, len(prompts), together):
-        few = slice(i, i + together)
-        rows = last if len(prompts) == 1 else text.rows(prompts[few], device)
-        text_BTE = pad_sequence([row.float() for row in rows], batch_first=True).to(device)
-        if stream is not None and stream.batch == len(text_BTE):
-            stream.restart(text_BTE, seed + i)
-        else:
-            options: Any = {"seed": seed + i, "batch": len(text_BTE), "graph": graph}
-            options["low_latency"] = low_latency
-            with progress("capturing CUDA graphs" if graph else "preparing the stream"):
-                stream = Stream(model, codec, text_BTE, settings, **options)
-            for note in stream.notes:
-                print(note, file=sys.stderr)
-        where = f"{device}, in CUDA graphs" if graph and not stream.notes else str(device)
-        chunks = stream.frames(None if frames == "endless" else frames)
-        write_videos(chunks, names[few], prompts[few], settings.fps, frames, where, watch)
+    with started() as ranks:
+        device, team = ranks.device, Team.of(ranks, settings)
+        # All files are checked before one is loaded. Then the text comes first: its encoder leaves
+        # the GPU before the model comes. It keeps on disk what each of many prompts is encoded as.
+        text = load_text(preset, models) if ranks.first else None
+        load_model = checked_model(preset, checkpoint, device, models) if team.runs else None
+        load_codec = checked_codec(preset, device, vae, models, tile) if team.decodes else None
+        if text is not None:
+            with progress("encoding the prompts" if len(prompts) > 1 else "encoding the prompt"):
+                last = deque(text.rows(prompts, device), maxlen=1)
+        model, codec = load_model and load_model(), load_codec and load_codec()
+        graph = device.type == "cuda" and not eager
+        options: Any = {"graph": graph, "low_latency": low_latency}
+
+        def begun(text_BTE: Tensor, seed: int) -> Stream | Received:
+            if model is None:
+                assert codec is not None
+                return Received(codec, settings, len(text_BTE), device, **options)
+            model.ranks, batch = team.heads, len(text_BTE)
+            return Stream(model, codec, text_BTE, settings, seed=seed, batch=batch, **options)
+
+        # A few videos of the toy fit side by side, of a large model one after the other.
+        together = 16 if preset == "toy" else 1
+        stream: Stream | Received | None = None
+        for i in range(0, len(prompts), together):
+            few, rows = slice(i, i + together), None
+            if text is not None:
+                encoded = last if len(prompts) == 1 else text.rows(prompts[few], device)
+                rows = [row.float().cpu() for row in encoded]
+            text_BTE = pad_sequence(ranks.from_first(rows), batch_first=True).to(device)
+            if stream is not None and stream.batch == len(text_BTE):
+                stream.restart(text_BTE, seed + i)
+            else:
+                with progress("capturing CUDA graphs" if graph else "preparing the stream"):
+                    stream = begun(text_BTE, seed + i)
+            if team.decodes:
+                for note in stream.notes:
+                    print(note, file=sys.stderr)
+                on = f"{ranks.world} ranks, {device.type}" if ranks.world > 1 else str(device)
+                where = f"{on}, in CUDA graphs" if graph and not stream.notes else on
+                chunks = stream.frames(None if frames == "endless" else frames)
+                write_videos(chunks, names[few], prompts[few], settings.fps, frames, where, watch)
+            else:
+                left = math.inf if frames == "endless" else chunks_of(settings, frames)
+                while left > 0:
+                    team.send(stream.denoise())
+                    left -= 1

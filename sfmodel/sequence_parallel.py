@@ -1,0 +1,157 @@
+"""One stream on several devices: sequence parallelism over heads (DeepSpeed-Ulysses, arXiv
+2309.14509), and decoding on a device of its own, beside the next chunk.
+
+Outside attention a rank has 1/R of the tokens of each frame, inside it all tokens and 1/R of the
+heads, whose part of the ring it alone holds. Between them q, k, v travel to the heads and
+attention's output back to the tokens, each in one all-to-all; after the last layer all ranks get
+the whole flow and take the same step of the sampler with the same noise. Not measured on a GPU yet.
+
+Shapes: B batch, F latent frames, N tokens of a frame, n = N / R of them, L = F·N tokens, l = F·n,
+H heads, h = H / R, D head dim, W frame slots of a ring, S = W·N.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sfmodel.config import Preset
+from sfmodel.cost import PIXEL_FRAMES
+from sfmodel.frames import FrameStream
+from sfmodel.ranks import Ranks
+from sfmodel.vae.codec import VideoDecoder
+
+
+class HeadRanks:
+    """Ranks that share the passes of one model. group: of torch.distributed, this one among them.
+    Raises ValueError where they do not divide the heads, or the tokens of a frame."""
+
+    def __init__(self, group: dist.ProcessGroup, heads: int, frame_tokens: int) -> None:
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        if heads % self.size or frame_tokens % self.size:
+            raise ValueError(
+                f"{self.size} ranks must divide the {heads} heads of the model and the "
+                f"{frame_tokens} tokens of a frame"
+            )
+        self.heads, self.frame_tokens = heads, frame_tokens
+
+    def own(self, x_BLC: Tensor) -> Tensor:
+        """This rank's tokens of each frame, [B, l, C]."""
+        x_BFRnC = x_BLC.unflatten(1, (-1, self.size, self.frame_tokens // self.size))
+        return x_BFRnC[:, :, self.rank].flatten(1, 2)
+
+    def to_heads(self, *own_BlHD: Tensor) -> tuple[Tensor, ...]:
+        """Of each tensor of own tokens all tokens of this rank's heads, [B, L, h, D]."""
+        sent_RTBlhD = torch.stack(
+            [t.unflatten(2, (self.size, -1)).movedim(2, 0) for t in own_BlHD], 1
+        )
+        got_RTBlhD = self._exchange(sent_RTBlhD)
+        got_TBFRnhD = got_RTBlhD.unflatten(3, (-1, self.frame_tokens // self.size)).movedim(0, 3)
+        return got_TBFRnhD.flatten(2, 4).unbind()
+
+    def to_tokens(self, x_BLhD: Tensor) -> Tensor:
+        """All heads of this rank's tokens, [B, l, H, D]."""
+        x_BFRnhD = x_BLhD.unflatten(1, (-1, self.size, self.frame_tokens // self.size))
+        got_RBFnhD = self._exchange(x_BFRnhD.movedim(2, 0))
+        return got_RBFnhD.movedim(0, 3).flatten(3, 4).flatten(1, 2)
+
+    def whole(self, own_BlC: Tensor) -> Tensor:
+        """All tokens of all ranks, [B, L, C]."""
+        own_BFnC = own_BlC.unflatten(1, (-1, self.frame_tokens // self.size)).contiguous()
+        all_RBFnC = own_BFnC.new_empty(self.size, *own_BFnC.shape)
+        dist.all_gather([*all_RBFnC], own_BFnC, self.group)
+        return all_RBFnC.movedim(0, 2).flatten(1, 3)
+
+    def append(
+        self, k_BLhD: Tensor, v_BLhD: Tensor, ring: tuple[Tensor, Tensor], slot_F: Tensor
+    ) -> None:
+        """Writes a chunk's keys and values into its frame slots of the ring [B, S, h, D]."""
+        for ring_BShD, new_BLhD in zip(ring, (k_BLhD, v_BLhD), strict=True):
+            frames_BWNhD = ring_BShD.unflatten(1, (-1, self.frame_tokens))
+            frames_BWNhD.index_copy_(1, slot_F.long(), new_BLhD.unflatten(1, (len(slot_F), -1)))
+
+    def _exchange(self, sent_R: Tensor) -> Tensor:
+        """What each rank sent to this one, by rank, of what goes to each rank."""
+        sent_R = sent_R.contiguous()
+        got_R = torch.empty_like(sent_R)
+        dist.all_to_all_single(got_R, sent_R, group=self.group)
+        return got_R
+
+
+class Team(NamedTuple):
+    """Part of this process in a stream on many ranks. heads: those it shares the passes with; None
+    where it has none of them, or all. runs: it has the model. decodes: it has the decoder. decoder:
+    the rank that does."""
+
+    heads: HeadRanks | None
+    runs: bool
+    decodes: bool
+    decoder: int
+
+    @classmethod
+    def of(cls, ranks: Ranks, preset: Preset) -> Team:
+        """The last rank decodes and the others share the passes; of two ranks, and where only that
+        fits, the first one does both. Raises ValueError for a number of ranks that does not fit."""
+        world, heads = ranks.world, preset.dit.heads
+        frame_tokens = preset.grid[0] * preset.grid[1]
+        if world == 1:
+            return cls(None, True, True, 0)
+        fits = [n for n in range(1, heads + 1) if heads % n == 0 and frame_tokens % n == 0]
+        of_their_own = [n for n in fits if n + 1 == world and (world > 2 or world not in fits)]
+        if not of_their_own and world not in fits:
+            can = sorted({*fits, *(n + 1 for n in fits)})
+            raise ValueError(
+                f"{world} ranks: must be {', '.join(map(str, can))}, so that {heads} heads and "
+                f"{frame_tokens} tokens of a frame divide among them or all but one"
+            )
+        size = world - len(of_their_own)
+        group = dist.new_group([*range(size)])
+        runs, decoder = ranks.rank < size, size if of_their_own else 0
+        shared = HeadRanks(group, heads, frame_tokens) if runs and size > 1 else None
+        return cls(shared, runs, ranks.rank == decoder, decoder)
+
+    def send(self, latents_BFCHW: Tensor) -> None:
+        """Sends a chunk's latents to the decoder's rank, if they come from the first and that is
+        another one."""
+        if self.decoder and dist.get_rank() == 0:
+            dist.send(latents_BFCHW, self.decoder)
+
+
+class Received(FrameStream):
+    """Frames of latents that the first rank makes. Arguments of `FrameStream`."""
+
+    def __init__(
+        self,
+        codec: VideoDecoder,
+        preset: Preset,
+        batch: int,
+        device: torch.device,
+        graph: bool = False,
+        low_latency: bool = False,
+    ) -> None:
+        self.preset, self.batch, self.first = preset, batch, preset.first or preset.chunk
+        size = preset.dit.channels, preset.height, preset.width
+        latents = {frames: torch.zeros(batch, frames, *size, device=device)
+                   for frames in {self.first, preset.chunk}}  # fmt: skip
+        super().__init__(codec, latents, graph, low_latency)
+        self.restart()
+
+    def restart(self, text_BTE: Tensor | None = None, seed: int | None = None) -> None:
+        """Goes back to before the first chunk; prompt and seed are those of the other ranks."""
+        super().restart()
+        self.next = self.size = self.first
+
+    def denoise(self) -> Tensor:
+        self.size, self.next = self.next, self.preset.chunk
+        self.before_overwriting()
+        dist.recv(self.latents_BFCHW[self.size], 0)
+        return self.latents_BFCHW[self.size]
+
+
+def chunks_of(preset: Preset, frames: int) -> int:
+    """How many chunks give so many pixel frames."""
+    first = 1 + PIXEL_FRAMES * ((preset.first or preset.chunk) - 1)
+    return 1 + max(0, -(-(frames - first) // (PIXEL_FRAMES * preset.chunk)))
