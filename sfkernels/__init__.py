@@ -6,6 +6,7 @@ from sfkernels.attention import (
     cross_attention,
     ring_attention,
 )
+from sfkernels.convolution import causal_conv3d
 from sfkernels.kv_cache import RingKVCache
 from sfkernels.layout import BlockLayout
 from sfkernels.norm import adaln, gated_adaln, gated_layer_norm, layer_norm, rms_norm, rms_norm_silu
@@ -22,6 +23,7 @@ __all__ = [
     "RingKVCache",
     "adaln",
     "block_causal_attention",
+    "causal_conv3d",
     "cross_attention",
     "dmd_gradient",
     "euler_step",

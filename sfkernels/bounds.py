@@ -18,6 +18,8 @@ SLOTS = 4
 # The mean and 1/σ of a row, stored by a forward pass and loaded by a backward pass, for each of up
 # to four tiles in flight.
 STATS = 8
+# The biases of the channels that a thread has, and few channels in.
+BIAS = 32
 # The scales of rows that a thread stores.
 SCALES = 4
 # The bounds of tiles and spans, and of each row of a tile in the tensor cores' layout the logarithm
@@ -63,6 +65,12 @@ def ahead_of_time() -> list[Bounded]:
         case = cases.rms_norm_silu(4, CHUNK * FRAME, channels, bf16, backward, residual)
         archs = launch.ARCHITECTURES if channels == 96 else FEW
         found.append(Bounded(_way("norm", backward), case, bf16, STATS, archs=archs))
+    for size in cases.CONVOLUTIONS:
+        archs = launch.ARCHITECTURES if size in cases.CONVOLUTIONS[:2] else FEW
+        case = cases.causal_conv3d(*size, bf16)
+        found.append(Bounded("causal_conv3d", case, bf16, BIAS, archs=archs))
+    case = cases.causal_conv3d(*cases.CONVOLUTIONS[0], fp32)
+    found.append(Bounded("causal_conv3d", case, fp32, BIAS, archs=FEW, may_spill=True))
     others = [("sampler_step", cases.sampler_step(form)) for form in cases.SAMPLERS]
     others += [("normal", cases.normal()), ("dmd_gradient", cases.dmd_gradient())]
     others.append(("rope_table", cases.rope_table()))

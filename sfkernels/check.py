@@ -68,10 +68,11 @@ SMALL = ("rope_table", "sum_partials", "dmd_sum", "normal", "row_delta")
 class Compiled:
     """Properties of one compiled kernel. loads, stores: instructions on global memory by bits.
     local: loads and stores of local memory, and looped: those of them inside a loop, which of loops
-    that multiply matrices must be an innermost one, where their time goes. beside: exponentials
-    that are computed while a product of matrices is under way on Hopper. For kernels in Gluon,
-    waits: how many waits leave so many products under way; warned: what ptxas says of products that
-    it serialises; sets_registers: whether warps take registers from each other."""
+    that multiply matrices must be an innermost one, where their time goes. tma: loads of boxes.
+    beside: exponentials that are computed while a product of matrices is under way on Hopper.
+    warned: of products fed by TMA, what ptxas says of those that it serialises. For kernels in
+    Gluon, waits: how many waits leave so many products under way; sets_registers: whether warps
+    take registers from each other."""
 
     kernel: str
     case: str
@@ -86,6 +87,7 @@ class Compiled:
     loads: dict[int, int] = dataclasses.field(default_factory=dict)
     stores: dict[int, int] = dataclasses.field(default_factory=dict)
     tensor_core: int = 0
+    tma: int = 0
     fp64: int = 0
     beside: int = 0
     gluon: bool = False
@@ -134,6 +136,8 @@ def read_sass(sass: str, out: Compiled) -> None:
         at, name, suffixes, operands = int(found[1], 16), found[2], found[3], found[4]
         if name in ("LDG", "LDGSTS"):
             loads[_bits(suffixes)] += 1
+        elif name == "UTMALDG":
+            out.tma += 1
         elif name == "STG":
             stores[_bits(suffixes)] += 1
         elif name in ("LDL", "STL"):
@@ -188,9 +192,9 @@ def judge(
     overlaps = out.arch == 90 and out.kernel in OVERLAPPING and out.tensor_core > 0
     if overlaps and not (out.beside or may_serialise):
         broken.append("no exponential is computed while a product is under way")
+    if out.warned:
+        broken.append(f"ptxas warns: {'; '.join(out.warned)}")
     if out.gluon:
-        if out.warned:
-            broken.append(f"ptxas warns: {'; '.join(out.warned)}")
         if not any(out.waits):
             broken.append("every wait is for all products, so that none overlap")
         if not out.sets_registers:
@@ -204,7 +208,7 @@ def judge(
                     f"{count} global {what} of less than 128 bits ({_counts(widths)}), at most "
                     f"{narrow} allowed"
                 )
-            if not any(bits >= 128 for bits in widths):
+            if not out.tma and not any(bits >= 128 for bits in widths):
                 broken.append(f"no global {what} of 128 bits ({_counts(widths) or 'none at all'})")
     return broken
 
@@ -224,6 +228,7 @@ def examine(kernel: Any, binary: Any, sass: str, out: Compiled) -> None:
     if out.gluon:
         out.warps = binary.metadata.num_warps  # of all partitions
         read_ptx(ptx, out)
+    if out.tma and out.arch == 90:
         out.warned = _warnings(ptx, out.arch)
 
 

@@ -22,6 +22,7 @@ from sfkernels.arguments import check_device, check_floating, is_plain
 T = TypeVar("T")
 
 ATTENTION = ("attention", "ring_attention", "cross_attention")
+CONVOLUTION = ("causal_conv3d",)
 FUSED = ("norm", "rope_table", "qk_norm_rope", "sampler_step", "quantize_rows")
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALF)
@@ -77,19 +78,20 @@ class Implementation(NamedTuple):
 
 
 # "auto" takes the fastest on a device. To the few keys of text that is PyTorch's own attention,
-# until ours is measured to be faster, and on a CPU to all; "gluon" is not measured on a GPU yet and
-# runs only where it is asked for.
+# until ours is measured to be faster, and on a CPU to all; so is its convolution. "gluon" is not
+# measured on a GPU yet and runs only where it is asked for.
 IMPLEMENTATIONS = {
     "triton": Implementation(
-        (*ATTENTION, *FUSED), {"cuda": ("attention", "ring_attention", *FUSED)}, FLOATS,
-        _needs_gpu_or_interpreter, "sfkernels.gpu",
+        (*ATTENTION, *CONVOLUTION, *FUSED), {"cuda": ("attention", "ring_attention", *FUSED)},
+        FLOATS, _needs_gpu_or_interpreter, "sfkernels.gpu",
     ),
     "gluon": Implementation(ATTENTION, {}, HALF, _needs_hopper, "sfkernels.gpu.hopper"),
     "sdpa": Implementation(ATTENTION, {"cuda": ("cross_attention",)}),
     "flash": Implementation(ATTENTION, {}, HALF, _needs_gpu),
     "flex": Implementation(ATTENTION),
+    "torch": Implementation(CONVOLUTION, {"cuda": CONVOLUTION, "cpu": CONVOLUTION}),
     "cpp": Implementation(FUSED, {"cpu": FUSED}, FLOATS, _needs_cpu, "sfkernels.cpp"),
-    "reference": Implementation((*ATTENTION, *FUSED)),
+    "reference": Implementation((*ATTENTION, *CONVOLUTION, *FUSED)),
 }  # fmt: skip
 IMPLS = ("auto", *IMPLEMENTATIONS)
 # By op and type of device.

@@ -337,6 +337,13 @@ def dmd_gradient(x: Tensor, real_x0: Tensor, fake_x0: Tensor) -> Tensor:
     return gradient.to(x.dtype).nan_to_num()
 
 
+def causal_conv3d(x_BTHWC: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
+    padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
+    bias_O = None if bias_O is None else _wide(bias_O)
+    out = F.conv3d(_wide(x_BTHWC).movedim(-1, 1), _wide(weight), bias_O, padding=padding)
+    return out.movedim(1, -1).to(x_BTHWC.dtype).contiguous()
+
+
 # The largest number of each 8-bit dtype that rows are quantised to.
 LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}
 

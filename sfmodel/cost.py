@@ -14,7 +14,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from sfkernels.roofline import attention_bytes, attention_flops, norm_bytes, qk_norm_rope_bytes
+from sfkernels.roofline import (
+    attention_bytes,
+    attention_flops,
+    convolution_flops,
+    norm_bytes,
+    qk_norm_rope_bytes,
+)
 from sfmodel.config import DiTConfig, Preset
 
 GIB = 2**30
@@ -169,11 +175,6 @@ TAEHV_DECODER = (
     (1, 64, 3, 9, 8, 4),
 )
 DECODERS = {"wan": WAN_DECODER, "taehv": TAEHV_DECODER, "none": ()}
-
-
-def convolution_flops(pixels: int, channels_in: int, channels_out: int, taps: int) -> int:
-    """FLOPs of a convolution. pixels: of the output, in all frames; taps: 27 for a 3×3×3 kernel."""
-    return 2 * pixels * channels_in * channels_out * taps
 
 
 def decode_flops(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sfkernels as sf
-from sfkernels import attention, norm, rope
+from sfkernels import attention, convolution, norm, rope
 from sfmodel.config import DiTConfig
 from sfmodel.dit import Block, Context, DiT, TextKeys
 from tests.oracle import DEVICE, each, each_and_reference
@@ -77,7 +77,9 @@ def test_opcheck(grad: bool, impl: str) -> None:
         if impl == "triton":
             by_table = dq, *rings, slots[0], rand(2 * TOKENS, D // 2, 2), 0.3, impl
             lse = rand(B, HEADS, TOKENS)
+            conv = rand(4, 8, 3, 3, 3).contiguous(memory_format=torch.channels_last_3d)
             calls += [
+                (convolution._causal_conv3d, (rand(B, 4, 2, 3, 8), conv, rand(4), impl)),
                 (attention._ring_attention, (dq, *rings, slots[0], None, 0.3, impl)),
                 (attention._ring_attention, by_table),
                 (

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sfkernels as sf
 from sfmodel.vae import winograd
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -40,17 +41,29 @@ def conv3d(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: tuple[int, int, int] = (1, 1, 1),
+    impl: str = "auto",
 ) -> Tensor:
     """3-D convolution of frames that stand behind those before them: pads height and width alone. A
-    single frame begins a clip: only the last of the kernel's taps in time sees it."""
+    single frame begins a clip: only the last of the kernel's taps in time sees it.
+
+    impl: of `sfkernels.causal_conv3d`, for what `takes` says; the rest is PyTorch's. "auto" is
+    Winograd's way on a CPU, where that pays."""
     if weight.shape[2:] == (1, 1, 1):
         return F.linear(x_BTHWC, weight.flatten(1), bias)
     weight = weight[:, :, -x_BTHWC.shape[1] :]
-    if stride == (1, 1, 1) and winograd.pays(x_BTHWC, weight):
-        return winograd.conv3d(x_BTHWC, weight, bias)
+    if stride == (1, 1, 1):
+        if impl == "auto" and winograd.pays(x_BTHWC, weight):
+            return winograd.conv3d(x_BTHWC, weight, bias)
+        return sf.causal_conv3d(x_BTHWC, weight, bias, impl=impl if takes(weight) else "auto")
     padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
     out_BCTHW = F.conv3d(x_BTHWC.movedim(-1, 1), weight, bias, stride, padding)
     return out_BCTHW.movedim(1, -1).contiguous()
+
+
+def takes(weight: Tensor) -> bool:
+    """Tells whether an implementation other than "auto" is for this convolution: not for those from
+    or to colours, which waste most of a kernel's tile."""
+    return not any(channels % 8 for channels in weight.shape[:2])
 
 
 def upsampled_conv2d(

@@ -98,17 +98,18 @@ class CausalConv3d(nn.Conv3d):
         self, inputs: int, outputs: int, time: int = 3, space: int = 3, stride: int = 1
     ) -> None:
         super().__init__(inputs, outputs, (time, space, space), (stride, 1, 1))
+        self.impl = "auto"  # of `convolution.conv3d`
 
     def forward(self, x_BTHWC: Tensor) -> Tensor:
         stride = cast(tuple[int, int, int], self.stride)
-        return convolution.conv3d(x_BTHWC, self.weight, self.bias, stride)
+        return convolution.conv3d(x_BTHWC, self.weight, self.bias, stride, self.impl)
 
     def apart(self, x_BTHWC: Tensor) -> tuple[Tensor, Tensor | None]:
         """The convolution, and the bias where that is still to be added: on a GPU it would take a
         pass over memory of its own."""
         if x_BTHWC.device.type == "cpu":
             return self(x_BTHWC), None
-        return convolution.conv3d(x_BTHWC, self.weight), self.bias
+        return convolution.conv3d(x_BTHWC, self.weight, impl=self.impl), self.bias
 
 
 class ResidualBlock(nn.Module):
@@ -309,9 +310,10 @@ def _tiles(length: int, tile: int, reach: int) -> Iterator[Tile]:
 
 
 class WanVAE(nn.Module):
-    """Wan2.1's VAE. impl: of the sfkernels ops. tile: latents on a side of the tiles in which the
-    decoder works at its larger levels, None for whole frames. Tiles take less memory and more time:
-    each is computed with all that its pixels depend on, so the result is the same.
+    """Wan2.1's VAE. impl: of the sfkernels ops, conv_impl: of `sfkernels.causal_conv3d`. tile:
+    latents on a side of the tiles in which the decoder works at its larger levels, None for whole
+    frames. Tiles take less memory and more time: each is computed with all that its pixels depend
+    on, so the result is the same.
 
     Pixels are not clamped. Everything is computed in the weights' dtype."""
 
@@ -319,7 +321,11 @@ class WanVAE(nn.Module):
     temporal_factor = 4
 
     def __init__(
-        self, config: VAEConfig | None = None, impl: str = "auto", tile: int | None = None
+        self,
+        config: VAEConfig | None = None,
+        impl: str = "auto",
+        tile: int | None = None,
+        conv_impl: str = "auto",
     ) -> None:
         super().__init__()
         self.config = config = VAEConfig() if config is None else config
@@ -329,6 +335,9 @@ class WanVAE(nn.Module):
         self.encoder, self.decoder = Encoder(config, impl), Decoder(config, impl)
         self.conv1 = CausalConv3d(2 * config.channels, 2 * config.channels, 1, 1)
         self.conv2 = CausalConv3d(config.channels, config.channels, 1, 1)
+        for module in self.modules():
+            if isinstance(module, CausalConv3d):
+                module.impl = conv_impl
 
     def encode_chunk(
         self, pixels_BTCHW: Tensor, state: CausalState | None = None
