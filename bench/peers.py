@@ -128,8 +128,7 @@ def measure(name: str, device: torch.device, tiny: bool = False) -> dict[str, An
 
 
 def build(peer: Peer, device: torch.device, tiny: bool) -> Any:
-    """The pipeline with random weights: the transformer in bfloat16, the VAE as its makers run
-    it."""
+    """The pipeline with random weights: the transformer in bfloat16, the VAE as published."""
     library = importlib.import_module("diffusers")
 
     def part(name: str, dtype: torch.dtype) -> Any:

@@ -80,8 +80,7 @@ def overview(content: Result) -> Table:
 def collected(
     result: Result, what: str, make: Callable[[Any], Any] = lambda one: one
 ) -> tuple[list[Any], str]:
-    """All tables or figures of a part that could be made, and why there are no more: the page shows
-    the rest."""
+    """All tables or figures of a part that could be made, and why there are no more."""
     found: list[Any] = []
     try:
         if result["part"] not in PARTS:

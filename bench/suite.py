@@ -121,8 +121,7 @@ def run(name: str, preset: Preset, folder: Path) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 1 where a part failed, 130 after Ctrl-C. Raises ValueError without the GPU that it
-    needs."""
+    """Exit code 1 where a part failed, 130 after Ctrl-C. Raises ValueError without a needed GPU."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m bench", None, __doc__, formatter_class=plain)
     parser.add_argument("preset", choices=PRESETS)

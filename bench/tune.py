@@ -136,9 +136,8 @@ def candidates(
 
 
 def within_bounds(search: Search, settings: Sequence[Setting], arch: int) -> list[Setting]:
-    """The first setting, and those whose kernels compile and hold the bounds of `sfkernels.check`
-    (all but that on narrow loads, which is a case's). All are compiled side by side, into Triton's
-    cache."""
+    """The first setting, and those whose kernels compile, side by side and into Triton's cache, and
+    hold the bounds of `sfkernels.check` (all but that on narrow loads, which is a case's)."""
     kinds = [replace(s, per_sm=1, why="") if isinstance(s, RowTile) else s for s in settings]
     unique = list(dict.fromkeys(kinds))
     work = functools.partial(_holds_bounds, search.kernel, search.channels, arch)
@@ -223,8 +222,7 @@ def time_in(
     compiled: bool,
 ) -> dict[Setting, float]:
     """Milliseconds of those settings that agree with the first, the default; of none if that
-    fails. Past the deadline none is compiled, unless they are already, and no further group is
-    timed."""
+    fails. Past the deadline none is compiled that is not already, and no further group is timed."""
     torch.manual_seed(0)
     op, default = case.by(search.impl), settings[0]
     sets = [case.make(device) for _ in range(timing.count_sets(case.nbytes, device))]
@@ -238,8 +236,7 @@ def time_in(
             return testing.results(op, sets[0], upstream)
 
     def agrees(setting: Setting) -> bool:
-        """True where one computes what the default does, to a few roundings of the dtype and the
-        order of sums."""
+        """True where one computes what the default does, to a few roundings."""
         try:
             for ours, theirs in zip(results(setting), want, strict=True):
                 eps = torch.finfo(theirs.dtype).eps if theirs.is_floating_point() else 0.0

@@ -288,8 +288,7 @@ def _points(rows: Sequence[Result], way: str) -> list[tuple[int, Result]]:
 
 def exponents(rows: Sequence[Result]) -> dict[str, dict[str, float]]:
     """The power of the window that each way's time per chunk, and its floating-point operations,
-    grow with: the least-squares slope between their logarithms. Empty unless two windows were
-    timed."""
+    grow with: the least-squares slope between their logarithms. Empty of fewer than two windows."""
     found = {}
     for way in PAPER_GROWTH:
         points = _points(rows, way)

@@ -1,5 +1,6 @@
 """Cases of `python -m bench kernels` for norms, RoPE, the sampler and rows in 8 bits: ops whose
-time is that of the bytes they read and write, at the shapes of Wan2.1 and of its video decoder."""
+time is that of the bytes they read and write, at the shapes of Wan2.1 and of its video decoder;
+and for the convolutions of that decoder."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import sfkernels as sf
+from bench import codecs
 from bench.harness import CPP, EAGER
 from bench.timing import Implementation
 from sfkernels import cases, cpp, testing
@@ -35,6 +38,7 @@ PEERS: dict[str, tuple[tuple[str, str, Callable[..., Any]], ...]] = {
 NATIVE: dict[str, Op] = {
     "rms_norm": lambda x, w: F.rms_norm(x, w.shape, w, EPS),
     "layer_norm": lambda x, w, b: F.layer_norm(x, w.shape, w, b, EPS),
+    "causal_conv3d": functools.partial(sf.causal_conv3d, impl="torch"),
 }
 
 Shape = tuple[int, int, int]  # frames, tokens of a frame, channels
@@ -92,10 +96,16 @@ def rows(sizes: Sizes) -> Iterator[tuple[Case, bool]]:
                 yield cases.rms_norm_silu(*level, dtype, backward), level == sizes.levels[0]
 
 
+def convolutions(tiny: bool) -> Iterator[tuple[Case, bool]]:
+    """The heaviest of the video decoder, whose time is that of their products."""
+    for size in [(1, 3, 4, 8, 8, (3, 3, 3))] if tiny else cases.CONVOLUTIONS[:4]:
+        yield cases.causal_conv3d(*size, torch.float32 if tiny else torch.bfloat16), False
+
+
 def implementations(case: Case, device: torch.device, compiled: bool) -> list[Implementation]:
     """Ours first. compiled: torch.compile takes part."""
     cuda = device.type == "cuda"
-    impls = [CPP] if not cuda and not cpp.MISSING else []
+    impls = [CPP] if not cuda and not cpp.MISSING and case.op != "causal_conv3d" else []
     impls += ["triton"] if cuda or interpreted() else []
     found = [Implementation(impl, case.by(impl)) for impl in impls]
     found.append(Implementation(EAGER, case.by("reference")))
@@ -106,7 +116,8 @@ def implementations(case: Case, device: torch.device, compiled: bool) -> list[Im
         by_inductor = torch.compile(case.by("reference"), mode=mode, dynamic=False)
         found.append(Implementation("compile", by_inductor))
     if case.op in NATIVE:
-        found.append(Implementation("native", functools.partial(_as_list, NATIVE[case.op])))
+        native = functools.partial(_as_list, NATIVE[case.op])
+        found.append(Implementation("native", native, context=codecs.searched))
     for name, module, call in PEERS.get(case.op, ()):
         if cuda and importlib.util.find_spec(module.partition(".")[0]):
             peer = functools.partial(_peer, module, call)
