@@ -1,5 +1,4 @@
-"""The video VAEs that `bench decode` compares and `bench stream` decodes by: ours and diffusers',
-with random weights.
+"""The video VAEs of `bench decode` and `bench stream`: ours and diffusers', with random weights.
 
 Wan2.1's keep PyTorch's initialisation: norms hold activations near 1, and the last one makes pixels
 of standard deviation 0.3, of which hardly any leaves [-1, 1]. TAEHV has no norms: its weights are

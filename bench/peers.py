@@ -22,8 +22,7 @@ from bench import timing
 
 class Baseline(NamedTuple):
     """FPS and seconds to the first frame on one H100 as in the paper's Table 1 (arXiv 2506.08009).
-    how it is measured here: a case of `bench.stream`, "bidirectional", "diffusers", or not at
-    all."""
+    how it is measured here: a case of `bench.stream`, "bidirectional", "diffusers" or nothing."""
 
     name: str
     fps: float

@@ -28,8 +28,7 @@ from sfmodel.machine import describe, machine
 
 
 class Step(NamedTuple):
-    """run: called with a folder and the seconds left to it, returns what came out. limit: the most
-    seconds it may take."""
+    """run: called with a folder and its seconds, returns what came out. limit: the most of them."""
 
     name: str
     run: Callable[[Path, float], dict[str, Any]]

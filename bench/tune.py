@@ -30,8 +30,8 @@ from torch import Tensor
 
 from bench import timing
 from sfkernels import cases, check, launch, testing
-from sfkernels.cases import CHUNK, FRAME, WINDOW, AttentionCase, Case, Heads
-from sfkernels.launch import Flat, RowTile, Setting, Tile
+from sfkernels.cases import CHUNK, FRAME, WINDOW, Case, Heads
+from sfkernels.launch import Box, Flat, RowTile, Setting, Tile
 from sfmodel.files import atomic
 from sfmodel.machine import machine
 
@@ -42,7 +42,7 @@ SMALLEST_TILE, LARGEST_TILE = 512, 16384  # elements
 
 class Search(NamedTuple):
     """A kernel's setting for a number of channels (1 for elementwise kernels, for attention the
-    bytes of a head's row), and the cases that it is timed in."""
+    bytes of a head's row, for convolutions those out), and the cases that it is timed in."""
 
     kernel: str
     channels: int
@@ -76,6 +76,8 @@ def searches(device: torch.device) -> Iterator[Search]:
             yield Search(f"{prefix}_fwd", 256, streams, impl)
             yield Search(f"{prefix}_dkdv", 256, clip, impl)
             yield Search(f"{prefix}_dq", 256, clip, impl)
+    for size in cases.CONVOLUTIONS[:3]:
+        yield Search("causal_conv3d", size[4], (cases.causal_conv3d(*size, dtype),))
     for channels in (1536, 5120):
         for kernel, op in ROWS.items():
             backward = kernel.endswith("_bwd")
@@ -111,6 +113,10 @@ def candidates(
     if isinstance(default, Flat):
         flats = [Flat(b, w) for b in (256, 512, 1024, 2048, 4096) for w in (1, 2, 4, 8)]
         return [default, *(flat for flat in flats if flat != same)]
+    if isinstance(default, Box):
+        sizes = (64, 128), (0, 64), (128, 256), (1, 3), (32, 64), (4, 8), (2, 3, 4)
+        boxes = itertools.starmap(Box, itertools.product(*sizes))
+        return [default, *(box for box in boxes if box != same)]
     if isinstance(default, Tile):
         # Where warps are specialised, a consumer has four and there are two of 64 tokens.
         fixed = (128,), (32, 64, 128), (4,), (2, 3, 4), (0, 1)
@@ -204,7 +210,7 @@ def tune(search: Search, device: torch.device, deadline: float) -> dict[str, Any
     why = []
     for case, ms, copied in zip(search.cases, times[best], of_copy, strict=False):
         rate = f"{100 * case.nbytes / ms / 1e6 / copied:.0f}% of a copy"
-        if isinstance(case, AttentionCase):
+        if isinstance(default, Tile | Box):
             rate = f"{case.flops / ms / 1e9:.0f} TFLOP/s"
         why.append(f"{1e3 * ms:.1f} us at {case.size}, {rate}")
     if others:

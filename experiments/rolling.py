@@ -216,8 +216,7 @@ def run(job: Job) -> Result:
 
 
 def _row(model: DiT, preset: Preset, text: Tensor, job: Job, follow: bool) -> Result:
-    """The three ways at a window; follow: chunk by chunk from the video's first, else only with a
-    full window."""
+    """The three ways at a window; follow: from the video's first chunk, else with a full window."""
     if follow:  # to the end of VIDEO windows; the other ones need half of the time
         chunks, seconds = (VIDEO - 1) * preset.window // preset.chunk + 1, job.left / 2
     else:

@@ -25,7 +25,7 @@ from bench.tables import plain_console, show
 from bench.tune import Search, searches
 from sfkernels import cpp, launch, roofline
 from sfkernels.cases import Case
-from sfkernels.launch import Flat, RowTile, Tile
+from sfkernels.launch import Box, Flat, RowTile, Tile
 from sfmodel import graphs, machine
 
 CPU = torch.device("cpu")
@@ -261,12 +261,17 @@ def test_candidates_are_all_different_programs() -> None:
     for channels, counts in ((96, {4, 8, 16, 32, 64}), (384, {1, 2, 4, 8, 16}), (5120, {1, 2})):
         silu = tune.candidates(tune.untuned("norm_silu_fwd", CPU, channels), channels)
         assert {s.rows for s in silu[1:] if isinstance(s, RowTile)} == counts
+    boxes = tune.candidates(tune.untuned("causal_conv3d", CPU, 96), 96)
+    assert all(isinstance(s, Box) for s in boxes) and len(boxes) == len(set(boxes)) > 50
     tile = Tile(128, 64, 4, 2, why="measured")
     for specialised in (False, True):
         tiles = tune.candidates(tile, 256, specialised=specialised)
         assert tiles[0] == tile and len(tiles) == len(set(tiles)) > 10
         assert replace(tile, why="") not in tiles
     assert all(isinstance(s, Tile) and s.stationary == 128 and s.warps == 4 for s in tiles)
+
+
+UNTUNED = {"rope_table", "causal_conv3d_float32"}
 
 
 def test_the_tuner_calls_launchers_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +281,7 @@ def test_the_tuner_calls_launchers_as_they_are(monkeypatch: pytest.MonkeyPatch) 
         for case in search.cases:
             launched.clear()
             assert case.launch(search.impl, torch.device("meta")) and launched
-    assert {s.kernel for s in searches(CPU)} == {*launch.DEFAULTS[90]} - {"rope_table"}
+    assert {s.kernel for s in searches(CPU)} == {*launch.DEFAULTS[90]} - UNTUNED
     silu = {s.channels for s in searches(CPU) if s.kernel.startswith("norm_silu")}
     assert silu == {*launch.DEFAULTS[90]["norm_silu_fwd"]}
     # What compiles candidates finds each kernel by its channels.
