@@ -6,7 +6,7 @@ from sfkernels.attention import (
     cross_attention,
     ring_attention,
 )
-from sfkernels.convolution import causal_conv3d
+from sfkernels.convolution import causal_conv3d, upsampled_conv2d
 from sfkernels.kv_cache import RingKVCache
 from sfkernels.layout import BlockLayout
 from sfkernels.norm import adaln, gated_adaln, gated_layer_norm, layer_norm, rms_norm, rms_norm_silu
@@ -39,4 +39,5 @@ __all__ = [
     "rms_norm_silu",
     "rope_table",
     "sampler_step",
+    "upsampled_conv2d",
 ]

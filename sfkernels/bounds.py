@@ -69,6 +69,9 @@ def ahead_of_time() -> list[Bounded]:
         archs = launch.ARCHITECTURES if size in cases.CONVOLUTIONS[:2] else FEW
         case = cases.causal_conv3d(*size, bf16)
         found.append(Bounded("causal_conv3d", case, bf16, BIAS, archs=archs))
+    for upsampled in cases.UPSAMPLED:
+        case = cases.upsampled_conv2d(*upsampled, bf16)
+        found.append(Bounded("upsampled_conv2d", case, bf16, BIAS, archs=FEW))
     case = cases.causal_conv3d(*cases.CONVOLUTIONS[0], fp32)
     found.append(Bounded("causal_conv3d", case, fp32, BIAS, archs=FEW, may_spill=True))
     others = [("sampler_step", cases.sampler_step(form)) for form in cases.SAMPLERS]

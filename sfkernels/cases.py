@@ -306,6 +306,27 @@ def causal_conv3d(
     return Case("causal_conv3d", size, convolution.causal_conv3d, make, flops, nbytes)
 
 
+# Those after its upsamplings, by their input: frames, height, width, channels in and out.
+UPSAMPLED = ((3, 60, 104, 384, 192), (6, 120, 208, 384, 192), (12, 240, 416, 192, 96))
+
+
+def upsampled_conv2d(
+    frames: int, height: int, width: int, inputs: int, outputs: int, dtype: torch.dtype
+) -> Case:
+    pixels = frames * height * width
+
+    def make(device: torch.device) -> list[Tensor]:
+        x = torch.randn(1, frames, height, width, inputs, device=device)
+        weight = torch.randn(2, 2, outputs, 2, 2, inputs, device=device) / inputs**0.5
+        bias = torch.randn(outputs, device=device)
+        return [x.to(dtype), weight.movedim(-1, 3).to(dtype), bias.to(dtype)]
+
+    flops = roofline.convolution_flops(4 * pixels, inputs, outputs, 4)
+    nbytes = roofline.convolution_bytes(pixels, 4 * pixels, inputs, outputs, 16, dtype.itemsize)
+    size = f"{frames}x{height}x{width}, {inputs} to {outputs}"
+    return Case("upsampled_conv2d", size, convolution.upsampled_conv2d, make, flops, nbytes)
+
+
 def _times(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape[1:]))
 

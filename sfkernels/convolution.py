@@ -1,5 +1,5 @@
-"""The causal 3-D convolution of a video VAE. Shapes are named as in reference.py, and those of
-weights as in `causal_conv3d`."""
+"""The convolutions of a video VAE. Shapes are named as in reference.py, and those of weights as in
+`causal_conv3d`."""
 
 from __future__ import annotations
 
@@ -39,33 +39,68 @@ def causal_conv3d(
     return _causal_conv3d(x_BTHWC, weight, bias_O, impl)
 
 
+def upsampled_conv2d(
+    x_BTHWC: Tensor, weight_PQOCYX: Tensor, bias_O: Tensor | None = None, *, impl: str = "auto"
+) -> Tensor:
+    """Four convolutions of each frame with 2×2 taps, one for each of the 2×2 pixels, P × Q, that a
+    pixel becomes; which is what a 3×3 convolution of the frame upsampled to its nearest neighbours
+    comes to, for sums of its taps:
+
+    out[2h + p, 2w + q] = Σ weight[p, q, …, y, x] · x[h + y + p − 1, w + x + q − 1].
+
+    x [B, T, H, W, C], zeros beyond a frame; weight [2, 2, O, C, 2, 2]; bias [O]; all of one dtype.
+    Returns a contiguous [B, T, 2H, 2W, O]. Raises ValueError for shapes that do not fit. impl: as
+    of `causal_conv3d`; "triton" takes weights that lie in memory as [2, 2, O, 2, 2, C]."""
+    impl = _choose_upsampled(impl, x_BTHWC, weight_PQOCYX, bias_O)
+    if impl == "reference":
+        return reference.upsampled_conv2d(x_BTHWC, weight_PQOCYX, bias_O)
+    if impl == "torch":
+        return reference.interleaved(x_BTHWC, weight_PQOCYX, bias_O)
+    return _upsampled_conv2d(x_BTHWC, weight_PQOCYX, bias_O, impl)
+
+
 def _choose(impl: str, x_BTHWC: Tensor, weight: Tensor, bias_O: Tensor | None) -> str:
     """Chooses the implementation; raises ValueError for what `causal_conv3d` does not take."""
     check_shape("x", x_BTHWC, ("B", "T", "H", "W", "C"))
     check_shape("weight", weight, ("O", x_BTHWC.shape[-1], "S", "Y", "X"))
-    check_floating("x", x_BTHWC)
-    named = {"weight": weight}
-    if bias_O is not None:
-        check_shape("bias", bias_O, (weight.shape[0],))
-        named["bias"] = bias_O
-    for name, tensor in named.items():
-        check_same(name, tensor, "x", x_BTHWC)
     taps, frames = weight.shape[2:], x_BTHWC.shape[1]
     if not 1 <= taps[0] <= frames or not taps[1] % 2 or not taps[2] % 2:
         raise ValueError(
             f"weight has {' × '.join(map(str, taps))} taps and x {frames} frames: must be at least "
             "one tap and at most one a frame in time, and odd numbers in height and width"
         )
+    return _choose_for("causal_conv3d", impl, x_BTHWC, weight, bias_O)
+
+
+def _choose_upsampled(impl: str, x_BTHWC: Tensor, weight: Tensor, bias_O: Tensor | None) -> str:
+    """Chooses the implementation; raises ValueError for what `upsampled_conv2d` does not take."""
+    check_shape("x", x_BTHWC, ("B", "T", "H", "W", "C"))
+    check_shape("weight", weight, (2, 2, "O", x_BTHWC.shape[-1], 2, 2))
+    return _choose_for("upsampled_conv2d", impl, x_BTHWC, weight, bias_O)
+
+
+def _choose_for(op: str, impl: str, x_BTHWC: Tensor, weight: Tensor, bias_O: Tensor | None) -> str:
+    check_floating("x", x_BTHWC)
+    check_same("weight", weight, "x", x_BTHWC)
     if not weight.numel():
         raise ValueError(f"weight has shape {[*weight.shape]}: must not be empty")
-    impl = choose("causal_conv3d", impl, x_BTHWC.device, bias=bias_O, x=x_BTHWC)
-    if impl not in ("reference", "torch"):
-        _check_memory(impl, x_BTHWC, weight)
+    if bias_O is not None:
+        check_shape("bias", bias_O, (weight.shape[0 if op == "causal_conv3d" else 2],))
+        check_same("bias", bias_O, "x", x_BTHWC)
+    impl = choose(op, impl, x_BTHWC.device, bias=bias_O, x=x_BTHWC)
+    if impl in ("reference", "torch"):
+        return impl
+    if op == "causal_conv3d":
+        _check_memory(impl, x_BTHWC, weight, 1)
+    else:
+        for each in weight.flatten(0, 1):
+            _check_memory(impl, x_BTHWC, each.unsqueeze(2), 2)
     return impl
 
 
-def _check_memory(impl: str, x_BTHWC: Tensor, weight: Tensor) -> None:
-    """Raises ValueError for what kernels cannot read where it lies."""
+def _check_memory(impl: str, x_BTHWC: Tensor, weight: Tensor, scale: int) -> None:
+    """Raises ValueError for what kernels cannot read where it lies. scale: the height of the output
+    over that of x."""
     apart = ALIGNED // x_BTHWC.itemsize
     outputs, inputs, *taps = weight.shape
     if outputs % apart or inputs % apart:
@@ -81,19 +116,20 @@ def _check_memory(impl: str, x_BTHWC: Tensor, weight: Tensor) -> None:
             ".contiguous()"
         )
     height, width = x_BTHWC.shape[2:4]
-    reach = height * max(x_BTHWC.stride(2), width * outputs)
+    reach = height * max(x_BTHWC.stride(2), scale**2 * width * outputs)
     if reach >= TOO_MANY:
         raise ValueError(
             f"a frame of x or of the output reaches over {reach} elements: impl={impl!r} takes "
             f"fewer than {TOO_MANY}"
         )
-    wanted = (inputs, 1, taps[1] * taps[2] * inputs, taps[2] * inputs, inputs)
-    lies = all(n == 1 or got == want for n, got, want in
-               zip(weight.shape[1:], weight.stride()[1:], wanted[1:], strict=True))  # fmt: skip
+    wanted = 1, taps[1] * taps[2] * inputs, taps[2] * inputs, inputs
+    sizes = zip(weight.shape[1:], weight.stride()[1:], wanted, strict=True)
+    lies = all(size == 1 or stride == want for size, stride, want in sizes)
     if not lies or starts[1] or weight.stride(0) % apart:
+        how = "[O, S, Y, X, C]; call .contiguous(memory_format=torch.channels_last_3d)"
         raise ValueError(
             f"weight has strides {weight.stride()}: for impl={impl!r} it must lie in memory as "
-            "[O, S, Y, X, C]; call .contiguous(memory_format=torch.channels_last_3d)"
+            f"{how if scale == 1 else '[2, 2, O, 2, 2, C]'}"
         )
 
 
@@ -109,10 +145,24 @@ def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1] - weight.shape[2] + 1, *x.shape[2:4], weight.shape[0])
 
 
+@registered("upsampled_conv2d")
+def _upsampled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> Tensor:
+    _choose_upsampled(impl, x, weight, bias)
+    out: Tensor = kernel(impl, "upsampled_conv2d")(x, weight, bias)
+    return out
+
+
+@_upsampled_conv2d.register_fake
+def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    height, width = x.shape[2:4]
+    return x.new_empty(*x.shape[:2], 2 * height, 2 * width, weight.shape[2])
+
+
 def _no_gradient(ctx: Any, dout: Tensor) -> Any:
     raise RuntimeError(
-        "causal_conv3d has a gradient under impl='torch' and 'reference' only: pass one of them"
+        "convolutions have a gradient under impl='torch' and 'reference' only: pass one of them"
     )
 
 
 _causal_conv3d.register_autograd(_no_gradient)
+_upsampled_conv2d.register_autograd(_no_gradient)

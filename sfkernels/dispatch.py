@@ -22,7 +22,7 @@ from sfkernels.arguments import check_device, check_floating, is_plain
 T = TypeVar("T")
 
 ATTENTION = ("attention", "ring_attention", "cross_attention")
-CONVOLUTION = ("causal_conv3d",)
+CONVOLUTION = ("causal_conv3d", "upsampled_conv2d")
 FUSED = ("norm", "rope_table", "qk_norm_rope", "sampler_step", "quantize_rows")
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALF)

@@ -91,6 +91,42 @@ def test_strided_frames_and_slices_of_the_weight(arch: None, dtype: torch.dtype)
         check(op, args, dtype, gradients=False)
 
 
+@by_each
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_upsampled(arch: None, dtype: torch.dtype) -> None:
+    for B, T, H, W, inputs, outputs in ((1, 3, 5, 7, 16, 24), (2, 1, 3, 9, 24, 40)):
+        weight = rand(2, 2, outputs, 2, 2, inputs).movedim(-1, 3)
+        with launch.using(causal_conv3d=SMALL, causal_conv3d_float32=SMALL):
+            args = [rand(B, T, H, W, inputs), weight / inputs**0.5, rand(outputs)]
+            check(sf.upsampled_conv2d, args, dtype, gradients=False)
+
+
+def test_what_is_upsampled() -> None:
+    """By the definition, pixel by pixel, whoever computes it."""
+    x, weight = rand(1, 1, 3, 4, 2), rand(2, 2, 3, 2, 2, 2)
+    padded = torch.nn.functional.pad(x[0, 0], (0, 0, 1, 1, 1, 1))
+    want = torch.stack(
+        [
+            torch.stack(
+                [
+                    torch.einsum("yxc,ocyx->o", padded[h + p :, w + q :][:2, :2], weight[p, q])
+                    for w in range(4)
+                    for q in range(2)
+                ]
+            )
+            for h in range(3)
+            for p in range(2)
+        ]
+    )
+    for impl in ("auto", "torch", "reference"):
+        torch.testing.assert_close(sf.upsampled_conv2d(x, weight, impl=impl)[0, 0], want)
+    with pytest.raises(ValueError, match=r"weight has shape .* must be \[2, 2, O, 2, 2, 2\]"):
+        sf.upsampled_conv2d(x, weight[:1])
+    half = [t.half() for t in (rand(1, 1, 3, 4, 8), rand(2, 2, 8, 8, 2, 2))]
+    with pytest.raises(ValueError, match=r"must lie in memory as \[2, 2, O, 2, 2, C\]"):
+        sf.upsampled_conv2d(*half, impl="triton")
+
+
 def test_the_library_is_the_choice_and_has_gradients() -> None:
     x, weight, bias = (t.requires_grad_() for t in tensors(1, 3, 4, 5, 3, 2))
     outs = [sf.causal_conv3d(x, weight, bias, impl=impl) for impl in ("auto", "torch", "reference")]
@@ -107,7 +143,7 @@ def test_the_library_is_the_choice_and_has_gradients() -> None:
 def test_ours_has_no_gradient_and_says_so() -> None:
     x, weight, bias = (t.half() for t in tensors(1, 3, 4, 5, 8, 8))
     out = sf.causal_conv3d(x.requires_grad_(), weight, bias, impl="triton")
-    with pytest.raises(RuntimeError, match="has a gradient under impl='torch' and 'reference'"):
+    with pytest.raises(RuntimeError, match="have a gradient under impl='torch' and 'reference'"):
         out.sum().backward()
 
 

@@ -80,6 +80,10 @@ def test_opcheck(grad: bool, impl: str) -> None:
             conv = rand(4, 8, 3, 3, 3).contiguous(memory_format=torch.channels_last_3d)
             calls += [
                 (convolution._causal_conv3d, (rand(B, 4, 2, 3, 8), conv, rand(4), impl)),
+                (
+                    convolution._upsampled_conv2d,
+                    (rand(B, 1, 2, 3, 8), rand(2, 2, 4, 2, 2, 8).movedim(-1, 3), None, impl),
+                ),
                 (attention._ring_attention, (dq, *rings, slots[0], None, 0.3, impl)),
                 (attention._ring_attention, by_table),
                 (

@@ -7,7 +7,7 @@ computes in float32 and stores in the tensor's dtype.
 
 from sfkernels.gpu.attention import attention_fwd, combine_parts, ring_attention
 from sfkernels.gpu.attention_backward import attention_bwd, row_delta
-from sfkernels.gpu.convolution import causal_conv3d
+from sfkernels.gpu.convolution import causal_conv3d, upsampled_conv2d
 from sfkernels.gpu.norm import norm_bwd, norm_fwd
 from sfkernels.gpu.quant import quantize_rows
 from sfkernels.gpu.rope import qk_norm_rope_bwd, qk_norm_rope_fwd, rope_table, rotate_ring
@@ -30,4 +30,5 @@ __all__ = [
     "rotate_ring",
     "row_delta",
     "sampler_step",
+    "upsampled_conv2d",
 ]

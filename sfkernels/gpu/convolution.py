@@ -77,9 +77,9 @@ def _load_weights(weight, output, outputs, tap, channel, stride_o, TMA: tl.const
 
 
 @triton.jit
-def _store_tile(out, acc_NP, bias_ptr, batch, frame, row, column, output, frames, height, width,
-                outputs, TMA: tl.constexpr, HAS_BIAS: tl.constexpr, BH: tl.constexpr,
-                BW: tl.constexpr):  # fmt: skip
+def _store_tile(out, acc_NP, bias_ptr, batch, frame, row, column, output, stride_b, stride_t,
+                stride_h, stride_w, height, width, outputs, TMA: tl.constexpr,
+                HAS_BIAS: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):  # fmt: skip
     N: tl.constexpr = acc_NP.shape[0]
     output_N = output + tl.arange(0, N)
     if HAS_BIAS:
@@ -92,8 +92,8 @@ def _store_tile(out, acc_NP, bias_ptr, batch, frame, row, column, output, frames
         row_P = row + tl.arange(0, BH * BW) // BW
         column_P = column + tl.arange(0, BH * BW) % BW
         inside_P = (row_P < height) & (column_P < width)
-        out += (batch.to(tl.int64) * frames + frame) * height * width * outputs
-        at_PN = out + ((row_P * width + column_P) * outputs)[:, None] + output_N[None, :]
+        out += batch.to(tl.int64) * stride_b + frame.to(tl.int64) * stride_t
+        at_PN = out + (row_P * stride_h + column_P * stride_w)[:, None] + output_N[None, :]
         mask_PN = inside_P[:, None] & (output_N < outputs)[None, :]
         tl.store(at_PN, acc_NP.T.to(out.dtype.element_ty), mask_PN)
 
@@ -106,16 +106,21 @@ def _causal_conv3d_kernel(
     bias_ptr,
     out,
     out_rest,
-    frames,
     height,
     width,
     outputs,
     columns,
-    stride_b,
-    stride_t,
-    stride_h,
+    top,
+    left,
+    stride_xb,
+    stride_xt,
+    stride_xh,
+    stride_xw,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    stride_ow,
     stride_w,
-    stride_o,
     TMA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     C: tl.constexpr,
@@ -130,8 +135,8 @@ def _causal_conv3d_kernel(
     K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """N + REST channels of a box of FRAMES frames, of `frames` of the output. Arguments x to
-    out_rest are descriptors with TMA, else pointers, with the strides of x and of the weights.
+    """N + REST channels of a box of FRAMES frames, padded by so many rows at the top and columns at
+    the left. With TMA, x, the weights and the output are descriptors, else pointers.
 
     A turn takes K channels of one tap or, where frames share boxes, of the taps in time together.
     With one tap a turn, products run on from turn to turn."""
@@ -153,14 +158,14 @@ def _causal_conv3d_kernel(
         w, w_rest = (), ()  # type: Any, Any
         for s in tl.static_range(TAPS):
             at = tap + s * (Y * X)
-            w += (_load_weights(weight, output, outputs, at, channel, stride_o, TMA, C, N, K),)
+            w += (_load_weights(weight, output, outputs, at, channel, stride_w, TMA, C, N, K),)
             if REST:
-                w_rest += (_load_weights(weight_rest, output + N, outputs, at, channel, stride_o,
+                w_rest += (_load_weights(weight_rest, output + N, outputs, at, channel, stride_w,
                                          TMA, C, REST, K),)  # fmt: skip
         for seen in tl.static_range(FRAMES + TAPS - 1):
-            x_KP = _load_box(x, batch, frame + first + seen, row + tap_row - Y // 2,
-                             column + tap_column - X // 2, channel, stride_b, stride_t, stride_h,
-                             stride_w, height, width, TMA, C, K, BH, BW)  # fmt: skip
+            x_KP = _load_box(x, batch, frame + first + seen, row + tap_row - top,
+                             column + tap_column - left, channel, stride_xb, stride_xt, stride_xh,
+                             stride_xw, height, width, TMA, C, K, BH, BW)  # fmt: skip
             new, new_rest = (), ()  # type: Any, Any
             for f in tl.static_range(FRAMES):
                 if f <= seen and seen - f < TAPS:
@@ -173,48 +178,71 @@ def _causal_conv3d_kernel(
                         new_rest += (rest[f],)
             acc, rest = new, new_rest
     for f in tl.static_range(FRAMES):
-        _store_tile(out, acc[f], bias_ptr, batch, frame + f, row, column, output, frames, height,
-                    width, outputs, TMA, HAS_BIAS, BH, BW)  # fmt: skip
+        _store_tile(out, acc[f], bias_ptr, batch, frame + f, row, column, output, stride_ob,
+                    stride_ot, stride_oh, stride_ow, height, width, outputs, TMA, HAS_BIAS, BH,
+                    BW)  # fmt: skip
         if REST:
             _store_tile(out_rest, rest[f], bias_ptr, batch, frame + f, row, column, output + N,
-                        frames, height, width, outputs, TMA, HAS_BIAS, BH, BW)  # fmt: skip
+                        stride_ob, stride_ot, stride_oh, stride_ow, height, width, outputs, TMA,
+                        HAS_BIAS, BH, BW)  # fmt: skip
 
 
 def causal_conv3d(x_BTHWC: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
     """Convolution of x and weight [O, C, S, Y, X], which lies in memory as [O, S, Y, X, C]:
     [B, T − S + 1, H, W, O]."""
-    B, T, H, W, C = x_BTHWC.shape
+    B, T, H, W, _ = x_BTHWC.shape
     outputs, _, S, Y, X = weight.shape
-    frames, device = T - S + 1, x_BTHWC.device
-    out_BTHWO = x_BTHWC.new_empty(B, frames, H, W, outputs)
+    out_BTHWO = x_BTHWC.new_empty(B, T - S + 1, H, W, outputs)
+    _convolve(x_BTHWC, weight, bias_O, out_BTHWO, Y // 2, X // 2)
+    return out_BTHWO
+
+
+def upsampled_conv2d(x_BTHWC: Tensor, weight_PQOCYX: Tensor, bias_O: Tensor | None) -> Tensor:
+    """The four convolutions of `sfkernels.upsampled_conv2d`, which write each other's neighbours:
+    [B, T, 2H, 2W, O]. Each of the weights lies in memory as [O, Y, X, C]."""
+    B, T, H, W, _ = x_BTHWC.shape
+    out_BTHWO = x_BTHWC.new_empty(B, T, 2 * H, 2 * W, weight_PQOCYX.shape[2])
+    for p in range(2):
+        for q in range(2):
+            weight = weight_PQOCYX[p, q].unsqueeze(2)
+            _convolve(x_BTHWC, weight, bias_O, out_BTHWO[:, :, p::2, q::2], 1 - p, 1 - q)
+    return out_BTHWO
+
+
+def _convolve(
+    x_BTHWC: Tensor, weight: Tensor, bias_O: Tensor | None, out_BTHWO: Tensor, top: int, left: int
+) -> None:
+    """Writes the convolution of x, padded by so many rows at the top and columns at the left."""
+    C, (B, T, H, W, outputs) = x_BTHWC.shape[-1], out_BTHWO.shape
+    S, Y, X = weight.shape[2:]
     if not out_BTHWO.numel():
-        return out_BTHWO
+        return
     setting = launch.box(x_BTHWC, outputs)
-    shared = max(n for n in range(1, setting.frames + 1) if frames % n == 0)
+    shared = max(n for n in range(1, setting.frames + 1) if T % n == 0)
     tiles = triton.cdiv(outputs, setting.outputs + setting.rest)
-    groups = frames // shared
 
     def time(pixels: int) -> int:
         """Whole waves of programs times the work of one, to which its weights add some pixels."""
-        programs = tiles * boxes(H, W, pixels)[2] * groups * B
-        return triton.cdiv(programs, launch.multiprocessors(device)) * (pixels + WEIGHTS)
+        programs = tiles * boxes(H, W, pixels)[2] * (T // shared) * B
+        waves = triton.cdiv(programs, launch.multiprocessors(x_BTHWC.device))
+        return waves * (pixels + WEIGHTS)
 
     BH, BW, count = boxes(H, W, min(setting.pixels, setting.pixels // 2, key=time))
     K = min(setting.inputs, triton.next_power_of_2(C))
-    stride_o = weight.stride(0)
-    tma = launch.architecture(device) >= HAS_TMA
+    stride_w = weight.stride(0)
+    tma = launch.architecture(x_BTHWC.device) >= HAS_TMA
     args: list[Any] = [x_BTHWC, weight, weight, bias_O, out_BTHWO, out_BTHWO]
     if tma:
-        matrix = [outputs, S * Y * X * C], [stride_o, 1]
-        box = [1, 1, BH, BW]
+        matrix, box = ([outputs, S * Y * X * C], [stride_w, 1]), [1, 1, BH, BW]
         args[0] = TensorDescriptor.from_tensor(x_BTHWC, [*box, K])
         for i, n in enumerate(filter(None, (setting.outputs, setting.rest))):
             args[1 + i] = TensorDescriptor(weight, *matrix, [n, K])
             args[4 + i] = TensorDescriptor.from_tensor(out_BTHWO, [*box, n])
+    strides = *x_BTHWC.stride()[:4], *out_BTHWO.stride()[:4], stride_w
     launch.run(
         _causal_conv3d_kernel,
-        (tiles * count, groups, B),
-        (*args, frames, H, W, outputs, triton.cdiv(W, BW), *x_BTHWC.stride()[:4], stride_o),
+        (tiles * count, T // shared, B),
+        (*args, H, W, outputs, triton.cdiv(W, BW), top, left, *strides),
         num_warps=setting.warps,
         TMA=tma,
         HAS_BIAS=bias_O is not None,
@@ -230,7 +258,6 @@ def causal_conv3d(x_BTHWC: Tensor, weight: Tensor, bias_O: Tensor | None) -> Ten
         K=K,
         STAGES=setting.stages,
     )
-    return out_BTHWO
 
 
 def boxes(height: int, width: int, pixels: int) -> tuple[int, int, int]:

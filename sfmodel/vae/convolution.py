@@ -67,18 +67,26 @@ def takes(weight: Tensor) -> bool:
 
 
 def upsampled_conv2d(
-    x_BTHWC: Tensor, weight: Tensor, bias: Tensor | None = None, frames: int = 1
+    x_BTHWC: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    frames: int = 1,
+    impl: str = "auto",
 ) -> Tensor:
     """A 3×3 convolution of each frame after nearest-neighbour upsampling to twice its height and
     width, [B, T·frames, 2H, 2W, O / frames]: outputs are channels of so many frames.
 
     Each pixel becomes 2×2, P × Q, which see 2×2 pixels of x, some of them under several taps. With
     these taps summed, one 2×2 convolution of x has all four as its channels: 4/9 of the arithmetic,
-    and nothing is upsampled in memory."""
+    and nothing is upsampled in memory. impl: of `sfkernels.upsampled_conv2d`, which for one frame
+    writes all four to their places; "auto" is PyTorch's, and a copy."""
     B, T, H, W, _ = x_BTHWC.shape
     # In float32 at least, so that sums of 16-bit weights are rounded once.
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     weight_OCPHQW = _sums_of_taps(_sums_of_taps(wide, 2), 4)
+    if impl != "auto" and frames == 1 and takes(weight):
+        weight_PQOHWC = weight_OCPHQW.permute(2, 4, 0, 3, 5, 1).to(x_BTHWC.dtype).contiguous()
+        return sf.upsampled_conv2d(x_BTHWC, weight_PQOHWC.movedim(-1, 3), bias, impl=impl)
     weight_SOCPHQW = weight_OCPHQW.unflatten(0, (frames, -1))
     kernel = weight_SOCPHQW.permute(0, 3, 5, 1, 2, 4, 6).flatten(0, 3).to(x_BTHWC.dtype)
     kernel = kernel.contiguous(memory_format=torch.channels_last)

@@ -180,6 +180,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, time: bool) -> None:
         super().__init__()
+        self.impl = "auto"  # of the convolutions
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels // 2, 3)})
         if time:
             self.time_conv = CausalConv3d(channels, 2 * channels, 3, 1)
@@ -196,7 +197,9 @@ class Upsample(nn.Module):
                 later = pairs_BTHW2C.movedim(-2, 2).flatten(1, 2)
             x_BTHWC = torch.cat([first, later], 1)
         conv = cast(nn.Conv2d, self.resample["1"])
-        return PendingResidual(convolution.upsampled_conv2d(x_BTHWC, conv.weight, conv.bias))
+        return PendingResidual(
+            convolution.upsampled_conv2d(x_BTHWC, conv.weight, conv.bias, impl=self.impl)
+        )
 
 
 class Coder(nn.Module):
@@ -310,10 +313,10 @@ def _tiles(length: int, tile: int, reach: int) -> Iterator[Tile]:
 
 
 class WanVAE(nn.Module):
-    """Wan2.1's VAE. impl: of the sfkernels ops, conv_impl: of `sfkernels.causal_conv3d`. tile:
-    latents on a side of the tiles in which the decoder works at its larger levels, None for whole
-    frames. Tiles take less memory and more time: each is computed with all that its pixels depend
-    on, so the result is the same.
+    """Wan2.1's VAE. impl: of the sfkernels ops, conv_impl: of its convolutions. tile: latents on
+    a side of the tiles in which the decoder works at its larger levels, None for whole frames.
+    Tiles take less memory and more time: each is computed with all that its pixels depend on, so
+    the result is the same.
 
     Pixels are not clamped. Everything is computed in the weights' dtype."""
 
@@ -336,7 +339,7 @@ class WanVAE(nn.Module):
         self.conv1 = CausalConv3d(2 * config.channels, 2 * config.channels, 1, 1)
         self.conv2 = CausalConv3d(config.channels, config.channels, 1, 1)
         for module in self.modules():
-            if isinstance(module, CausalConv3d):
+            if isinstance(module, CausalConv3d | Upsample):
                 module.impl = conv_impl
 
     def encode_chunk(
