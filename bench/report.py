@@ -203,8 +203,7 @@ def _cell(text: str) -> str:
 
 
 def write(folder: Path, content: Result, console: Console, against: Result | None = None) -> Path:
-    """Shows the tables, and writes report.html, which is returned, and its figures. Raises OSError
-    where a file cannot be written."""
+    """Shows the tables, and writes figures and report.html, which is returned. Raises OSError."""
     for result in compare.results(content).values():
         found, why = collected(result, "tables")
         for table in found:

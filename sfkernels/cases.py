@@ -36,6 +36,8 @@ CONVOLUTIONS = (
     (6, 120, 208, 384, 768, (3, 1, 1)),
     (3, 60, 104, 384, 768, (3, 1, 1)),
 )
+# Those after its upsamplings, by their input: frames, height, width, channels in and out.
+UPSAMPLED = ((6, 60, 104, 384, 192), (12, 120, 208, 384, 192), (12, 240, 416, 192, 96))
 
 Make = Callable[[torch.device], list[Tensor]]
 
@@ -304,10 +306,6 @@ def causal_conv3d(
     nbytes = roofline.convolution_bytes(seen, made, inputs, outputs, count, dtype.itemsize)
     size = f"{frames}x{height}x{width}, {inputs} to {outputs}, {'x'.join(map(str, taps))}"
     return Case("causal_conv3d", size, convolution.causal_conv3d, make, flops, nbytes)
-
-
-# Those after its upsamplings, by their input: frames, height, width, channels in and out.
-UPSAMPLED = ((3, 60, 104, 384, 192), (6, 120, 208, 384, 192), (12, 240, 416, 192, 96))
 
 
 def upsampled_conv2d(

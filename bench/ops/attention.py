@@ -151,8 +151,7 @@ class Judge:
 
 
 def exact(case: AttentionCase, inputs: Tensors, upstream: Tensors, head: int) -> list[Tensor]:
-    """The results of one head, in float64, by slices of the queries: the pattern at full size in a
-    fraction of its memory."""
+    """The results of one head, in float64, by slices of the queries, which saves memory."""
     q, k, v = (t[:, :, head : head + 1].double() for t in case.plain(*inputs))
     out, dk, dv = (torch.zeros_like(t) for t in (q, k, v))  # out: o or dq
     for (start, end), spans in case.rows:

@@ -1,6 +1,5 @@
 """`python -m bench kernels`: every op beside what else computes it, at the shapes of Wan2.1, in one
-run: norms, RoPE and the sampler as a share of what a copy reaches, attention and convolutions of
-what a matrix product does.
+run: norms, RoPE and the sampler as a share of what a copy reaches, others of a matrix product.
 
 Every implementation is compared with float64 first; one that is wrong is reported and not timed.
 """
@@ -21,6 +20,7 @@ from bench.ops import attention, memory_bound
 from bench.ops.measure import best, run_case
 from bench.tables import Result, Table, timed
 from sfkernels.cases import AttentionCase, Case
+from sfkernels.dispatch import CONVOLUTION
 from sfkernels.testing import interpreted
 from sfmodel.machine import describe
 
@@ -72,7 +72,7 @@ def by_limit(result: Result) -> tuple[list[Result], list[Result]]:
     """The rows whose bytes take the time, and those whose products do."""
     found: tuple[list[Result], list[Result]] = [], []
     for row in result["rows"]:
-        found[row["case"].startswith(("attention", "causal_conv3d"))].append(row)
+        found[row["case"].startswith(("attention", *CONVOLUTION))].append(row)
     return found
 
 

@@ -21,6 +21,7 @@ from bench.harness import CPP, EAGER
 from bench.timing import Implementation
 from sfkernels import cases, cpp, testing
 from sfkernels.cases import CHUNK, FRAME, GRID, LATENTS, WINDOW, Case
+from sfkernels.dispatch import CONVOLUTION
 from sfkernels.testing import Op, interpreted
 
 EPS = 1e-6
@@ -38,7 +39,7 @@ PEERS: dict[str, tuple[tuple[str, str, Callable[..., Any]], ...]] = {
 NATIVE: dict[str, Op] = {
     "rms_norm": lambda x, w: F.rms_norm(x, w.shape, w, EPS),
     "layer_norm": lambda x, w, b: F.layer_norm(x, w.shape, w, b, EPS),
-    "causal_conv3d": functools.partial(sf.causal_conv3d, impl="torch"),
+    **{op: functools.partial(getattr(sf, op), impl="torch") for op in CONVOLUTION},
 }
 
 Shape = tuple[int, int, int]  # frames, tokens of a frame, channels
@@ -100,12 +101,14 @@ def convolutions(tiny: bool) -> Iterator[tuple[Case, bool]]:
     """The heaviest of the video decoder, whose time is that of their products."""
     for size in [(1, 3, 4, 8, 8, (3, 3, 3))] if tiny else cases.CONVOLUTIONS[:4]:
         yield cases.causal_conv3d(*size, torch.float32 if tiny else torch.bfloat16), False
+    for large in [(1, 3, 4, 8, 8)] if tiny else cases.UPSAMPLED[2:]:
+        yield cases.upsampled_conv2d(*large, torch.float32 if tiny else torch.bfloat16), False
 
 
 def implementations(case: Case, device: torch.device, compiled: bool) -> list[Implementation]:
     """Ours first. compiled: torch.compile takes part."""
     cuda = device.type == "cuda"
-    impls = [CPP] if not cuda and not cpp.MISSING and case.op != "causal_conv3d" else []
+    impls = [CPP] if not cuda and not cpp.MISSING and case.op not in CONVOLUTION else []
     impls += ["triton"] if cuda or interpreted() else []
     found = [Implementation(impl, case.by(impl)) for impl in impls]
     found.append(Implementation(EAGER, case.by("reference")))
