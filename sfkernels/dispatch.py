@@ -89,7 +89,7 @@ IMPLEMENTATIONS = {
     "sdpa": Implementation(ATTENTION, {"cuda": ("cross_attention",)}),
     "flash": Implementation(ATTENTION, {}, HALF, _needs_gpu),
     "flex": Implementation(ATTENTION),
-    "torch": Implementation(CONVOLUTION, {"cuda": CONVOLUTION, "cpu": CONVOLUTION}),
+    "torch": Implementation(CONVOLUTION, {d: CONVOLUTION for d in ("cuda", "cpu", "meta")}),
     "cpp": Implementation(FUSED, {"cpu": FUSED}, FLOATS, _needs_cpu, "sfkernels.cpp"),
     "reference": Implementation((*ATTENTION, *CONVOLUTION, *FUSED)),
 }  # fmt: skip

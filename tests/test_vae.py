@@ -14,8 +14,8 @@ from sfkernels import launch
 from sfkernels.launch import Box
 from sfmodel.config import VAEConfig
 from sfmodel.vae.codec import CausalState
-from sfmodel.vae.convolution import channels_last, conv3d, takes
-from sfmodel.vae.wan import CausalConv3d, WanVAE
+from sfmodel.vae.convolution import channels_last, conv3d
+from sfmodel.vae.wan import CausalConv3d, WanVAE, takes
 from sfmodel.weights import names
 from tests import clips
 from tests.clips import assert_same, goes_on_twice, in_parts

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import sfkernels as sf
 from sfmodel.vae import winograd
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -41,53 +40,30 @@ def conv3d(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: tuple[int, int, int] = (1, 1, 1),
-    impl: str = "auto",
 ) -> Tensor:
     """3-D convolution of frames that stand behind those before them: pads height and width alone. A
-    single frame begins a clip: only the last of the kernel's taps in time sees it.
-
-    impl: of `sfkernels.causal_conv3d`, for what `takes` says; the rest is PyTorch's. "auto" is
-    Winograd's way on a CPU, where that pays."""
+    single frame begins a clip: only the last of the kernel's taps in time sees it."""
     if weight.shape[2:] == (1, 1, 1):
         return F.linear(x_BTHWC, weight.flatten(1), bias)
     weight = weight[:, :, -x_BTHWC.shape[1] :]
-    if stride == (1, 1, 1):
-        if impl == "auto" and winograd.pays(x_BTHWC, weight):
-            return winograd.conv3d(x_BTHWC, weight, bias)
-        return sf.causal_conv3d(x_BTHWC, weight, bias, impl=impl if takes(weight) else "auto")
+    if stride == (1, 1, 1) and winograd.pays(x_BTHWC, weight):
+        return winograd.conv3d(x_BTHWC, weight, bias)
     padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
     out_BCTHW = F.conv3d(x_BTHWC.movedim(-1, 1), weight, bias, stride, padding)
     return out_BCTHW.movedim(1, -1).contiguous()
 
 
-def takes(weight: Tensor) -> bool:
-    """Tells whether an implementation other than "auto" is for this convolution: not for those from
-    or to colours, which waste most of a kernel's tile."""
-    return not any(channels % 8 for channels in weight.shape[:2])
-
-
 def upsampled_conv2d(
-    x_BTHWC: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    frames: int = 1,
-    impl: str = "auto",
+    x_BTHWC: Tensor, weight: Tensor, bias: Tensor | None = None, frames: int = 1
 ) -> Tensor:
     """A 3×3 convolution of each frame after nearest-neighbour upsampling to twice its height and
     width, [B, T·frames, 2H, 2W, O / frames]: outputs are channels of so many frames.
 
     Each pixel becomes 2×2, P × Q, which see 2×2 pixels of x, some of them under several taps. With
     these taps summed, one 2×2 convolution of x has all four as its channels: 4/9 of the arithmetic,
-    and nothing is upsampled in memory. impl: of `sfkernels.upsampled_conv2d`, which for one frame
-    writes all four to their places; "auto" is PyTorch's, and a copy."""
+    and nothing is upsampled in memory."""
     B, T, H, W, _ = x_BTHWC.shape
-    # In float32 at least, so that sums of 16-bit weights are rounded once.
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    weight_OCPHQW = _sums_of_taps(_sums_of_taps(wide, 2), 4)
-    if impl != "auto" and frames == 1 and takes(weight):
-        weight_PQOHWC = weight_OCPHQW.permute(2, 4, 0, 3, 5, 1).to(x_BTHWC.dtype).contiguous()
-        return sf.upsampled_conv2d(x_BTHWC, weight_PQOHWC.movedim(-1, 3), bias, impl=impl)
-    weight_SOCPHQW = weight_OCPHQW.unflatten(0, (frames, -1))
+    weight_SOCPHQW = folded(weight).unflatten(0, (frames, -1))
     kernel = weight_SOCPHQW.permute(0, 3, 5, 1, 2, 4, 6).flatten(0, 3).to(x_BTHWC.dtype)
     kernel = kernel.contiguous(memory_format=torch.channels_last)
     if bias is not None:
@@ -100,6 +76,13 @@ def upsampled_conv2d(
     out_NHWSOPQ = rows_NHWSQOP.unfold(2, 2, 1).diagonal(0, 4, 7)
     out_NSHPWQO = out_NHWSOPQ.permute(0, 3, 1, 5, 2, 6, 4)
     return out_NSHPWQO.reshape(B, T * frames, 2 * H, 2 * W, -1)
+
+
+def folded(weight: Tensor) -> Tensor:
+    """The 2×2 kernels [O, C, P, 2, Q, 2] of a 3×3 one, [O, C, 3, 3]: in float32 at least, so that
+    sums of 16-bit weights are rounded once."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return _sums_of_taps(_sums_of_taps(wide, 2), 4)
 
 
 def _sums_of_taps(weight: Tensor, dim: int) -> Tensor:
