@@ -36,6 +36,7 @@ from bench.codecs import WanCodec
 from bench.figures import BLUE, ORANGE, race
 from bench.harness import Job
 from bench.tables import Result, Table, timed
+from sfkernels.testing import interpreted
 from sfmodel import cost
 from sfmodel.config import VAEConfig
 from sfmodel.cost import PIXEL_FRAMES, VAE_STRIDE
@@ -147,7 +148,7 @@ class Field:
         ours = codecs.twin(wan, sizes.dtype)
         reference = codecs.twin(ours, sizes.dtype, "reference")
         self.wan: dict[str, Any] = {OURS: ours, REFERENCE: reference}
-        if device.type == "cuda":
+        if device.type == "cuda" and not interpreted():  # which would take minutes
             self.wan[IMPLICIT] = codecs.twin(ours, sizes.dtype, conv_impl="triton")
         self.last: Any = None  # diffusers' with channels last
         if importlib.util.find_spec(PEER):
