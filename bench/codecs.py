@@ -1,5 +1,4 @@
-"""The video VAEs that `bench decode` compares and `bench stream` decodes by: ours and diffusers',
-with random weights.
+"""The video VAEs of `bench decode` and `bench stream`: ours and diffusers', with random weights.
 
 Wan2.1's keep PyTorch's initialisation: norms hold activations near 1, and the last one makes pixels
 of standard deviation 0.3, of which hardly any leaves [-1, 1]. TAEHV has no norms: its weights are
@@ -48,10 +47,10 @@ def tiny_vae(device: torch.device, dtype: torch.dtype) -> TinyVAE:
     return prepared(vae.to(dtype))
 
 
-def twin(vae: WanVAE, dtype: torch.dtype, impl: str = "auto") -> WanVAE:
+def twin(vae: WanVAE, dtype: torch.dtype, impl: str = "auto", conv_impl: str = "auto") -> WanVAE:
     """The same parameters in `dtype`, not copied where they have it, under an implementation."""
     with torch.device("meta"):
-        made = WanVAE(vae.config, impl)
+        made = WanVAE(vae.config, impl, conv_impl=conv_impl)
     state = {name: tensor.to(dtype) for name, tensor in vae.state_dict().items()}
     made.load_state_dict(state, assign=True)
     return prepared(made)
@@ -78,9 +77,8 @@ class WanCodec:
     """diffusers' Wan VAE as a `sfmodel.vae.codec.VideoCodec`, to the same pixels as its own
     `decode` of the whole clip. The state is its cache of features.
 
-    whole: all frames of a chunk but a clip's first in one call of its decoder, where its own
-    `decode` calls it for each. last: channels last. compiled: by torch.compile, the decoder within
-    a clip."""
+    whole: all frames of a chunk but a clip's first in one call of its decoder, which its `decode`
+    calls for each. last: channels last. compiled: by torch.compile, the decoder within a clip."""
 
     def __init__(
         self, vae: Any, whole: bool = False, last: bool = False, compiled: bool = False
@@ -125,8 +123,7 @@ class WanCodec:
 
 
 def diffusers_vae(official: Mapping[str, Tensor], config: VAEConfig, last: bool) -> Any:
-    """With these weights, contiguous or with channels last. Raises what its library raises where it
-    cannot be made."""
+    """With these weights, contiguous or with channels last. Raises what its library raises."""
     library = importlib.import_module("diffusers")
     with torch.device("meta"):
         vae = library.AutoencoderKLWan(

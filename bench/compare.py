@@ -112,8 +112,7 @@ def is_by(implementations: Iterable[str], contestant: str) -> bool:
 
 
 def _steady(key: Key) -> bool:
-    """True where this project's kernels have no part in it. Whole models run by them, unless
-    it is the reference."""
+    """True where our kernels have no part in it. Models run by them, but the reference's."""
     if key.part in ("kernels", "decode", "cpu"):
         return not is_by(OURS, key.contestant)
     return is_by(REFERENCE, key.contestant)
@@ -201,8 +200,7 @@ def _beside(key: Key, pairs: dict[Key, tuple[float, float]]) -> float | None:
 
 
 def _noise(*entries: Result) -> float:
-    """For an entry without a spread its 99th percentile's distance from the median stands in,
-    which is more."""
+    """Of an entry without a spread, which is more, its 99th percentile's distance counts."""
     errors = []
     for entry in entries:
         spread = entry.get("spread", entry.get("p99_ms", entry["ms"]) / entry["ms"] - 1)

@@ -4,7 +4,8 @@ Wan2.1's VAE by this project and by diffusers, as it is (a latent frame at a tim
 of a chunk in one call of its decoder ("whole"), with channels last, with both, and on a GPU with
 both under torch.compile; all with the same random weights (bench/codecs.py). TAEHV has no peer.
 At 480×832 in bfloat16 on a GPU: not measured on one yet. On a CPU in float32, at full width and
-64×96, where ours takes Winograd's way: six minutes on two cores. With --tiny at a small width.
+64×96, where ours takes Winograd's way: six minutes on two cores. With --tiny at a small width. On a
+GPU ours takes part with its own convolutions too, "implicit GEMM".
 
 Latents are normal, pixels to be encoded uniform. First every result is compared with that of
 ours in float32, by PyTorch's own ops. It may be 1e-4 off in float32; in bfloat16 twice as far as
@@ -35,12 +36,14 @@ from bench.codecs import WanCodec
 from bench.figures import BLUE, ORANGE, race
 from bench.harness import Job
 from bench.tables import Result, Table, timed
+from sfkernels.testing import interpreted
 from sfmodel.config import VAEConfig
 from sfmodel.cost import PIXEL_FRAMES, VAE_STRIDE
 from sfmodel.machine import describe
 from sfmodel.vae.flops import decode_flops, encode_flops
 
 OURS, REFERENCE, TINY, PEER = "wan", "reference", "tiny vae", "diffusers"
+IMPLICIT = f"{OURS}, implicit GEMM"
 WHOLE, LAST = ", whole", ", channels last"
 COMPILE = f"{PEER}, compile"
 CLOSE, CLOSE_HALF = 1e-4, 5e-2  # relative errors
@@ -56,6 +59,7 @@ COLOURS = {
     PEER + WHOLE + LAST: "#4f7a3a",
     COMPILE: ORANGE,
     OURS: BLUE,
+    IMPLICIT: "#8fb4d9",
     TINY: "#1f3f66",
 }
 
@@ -132,8 +136,7 @@ TOY = Sizes(VAEConfig(dim=8), torch.float32, _cases(3, 4))
 
 
 class Field:
-    """The codecs that take part, with one set of random weights, and those in float32 that say what
-    is right."""
+    """The codecs that take part, with one set of random weights, and in float32 who is right."""
 
     def __init__(self, device: torch.device, sizes: Sizes) -> None:
         self.sizes = sizes
@@ -145,6 +148,8 @@ class Field:
         ours = codecs.twin(wan, sizes.dtype)
         reference = codecs.twin(ours, sizes.dtype, "reference")
         self.wan: dict[str, Any] = {OURS: ours, REFERENCE: reference}
+        if device.type == "cuda" and not interpreted():  # which would take minutes
+            self.wan[IMPLICIT] = codecs.twin(ours, sizes.dtype, conv_impl="triton")
         self.last: Any = None  # diffusers' with channels last
         if importlib.util.find_spec(PEER):
             state = ours.state_dict()

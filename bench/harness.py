@@ -9,8 +9,7 @@ A part is a module with
 Its result is a JSON object: {"part", "sizes", "machine", "before", "after", "ceilings", "seconds",
 "rows", "no_time_for"}, where a row is {"case": str, "contestants": {name: entry}, …} and an entry
 {"ms": p50, "p99_ms", "spread", …} or {"failed": why}. A row that could not be measured says
-{"case", "failed"}. "no_time_for" names what --seconds, spent in the order of the rows, did not
-reach.
+{"case", "failed"}. "no_time_for" names rows that --seconds, spent in their order, did not reach.
 """
 
 from __future__ import annotations

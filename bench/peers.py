@@ -22,8 +22,7 @@ from bench import timing
 
 class Baseline(NamedTuple):
     """FPS and seconds to the first frame on one H100 as in the paper's Table 1 (arXiv 2506.08009).
-    how it is measured here: a case of `bench.stream`, "bidirectional", "diffusers", or not at
-    all."""
+    how it is measured here: a case of `bench.stream`, "bidirectional", "diffusers" or nothing."""
 
     name: str
     fps: float
@@ -136,8 +135,7 @@ def measure(name: str, device: torch.device, tiny: bool = False) -> dict[str, An
 
 
 def build(peer: Peer, device: torch.device, tiny: bool) -> Any:
-    """The pipeline with random weights: the transformer in bfloat16, the VAE as its makers run
-    it."""
+    """The pipeline with random weights: the transformer in bfloat16, the VAE as published."""
     library = importlib.import_module("diffusers")
 
     def part(name: str, dtype: torch.dtype) -> Any:

@@ -80,8 +80,7 @@ def overview(content: Result) -> Table:
 def collected(
     result: Result, what: str, make: Callable[[Any], Any] = lambda one: one
 ) -> tuple[list[Any], str]:
-    """All tables or figures of a part that could be made, and why there are no more: the page shows
-    the rest."""
+    """All tables or figures of a part that could be made, and why there are no more."""
     found: list[Any] = []
     try:
         if result["part"] not in PARTS:
@@ -204,8 +203,7 @@ def _cell(text: str) -> str:
 
 
 def write(folder: Path, content: Result, console: Console, against: Result | None = None) -> Path:
-    """Shows the tables, and writes report.html, which is returned, and its figures. Raises OSError
-    where a file cannot be written."""
+    """Shows the tables, and writes figures and report.html, which is returned. Raises OSError."""
     for result in compare.results(content).values():
         found, why = collected(result, "tables")
         for table in found:

@@ -28,8 +28,7 @@ from sfmodel.machine import describe, machine
 
 
 class Step(NamedTuple):
-    """run: called with a folder and the seconds left to it, returns what came out. limit: the most
-    seconds it may take."""
+    """run: called with a folder and its seconds, returns what came out. limit: the most of them."""
 
     name: str
     run: Callable[[Path, float], dict[str, Any]]
@@ -121,8 +120,7 @@ def run(name: str, preset: Preset, folder: Path) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 1 where a part failed, 130 after Ctrl-C. Raises ValueError without the GPU that it
-    needs."""
+    """Exit code 1 where a part failed, 130 after Ctrl-C. Raises ValueError without a needed GPU."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m bench", None, __doc__, formatter_class=plain)
     parser.add_argument("preset", choices=PRESETS)

@@ -97,8 +97,7 @@ PEAK_MIB = value("peak_mib", "{:.0f}".format)
 def of_entries(
     title: str, rows: Iterable[Result], columns: Mapping[str, Cell], notes: Iterable[str] = ()
 ) -> Table:
-    """A line for each implementation of each row, or why it was not timed. Those that have a note
-    are starred."""
+    """A line for each implementation of each row, or why it was not timed; a note is a star."""
     lines, starred = [], set()
     for row in rows:
         if "failed" in row:

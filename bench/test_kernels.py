@@ -1,5 +1,4 @@
-"""The cases of `python -m bench kernels` as entries of pytest-benchmark, which saves runs and
-compares them:
+"""The cases of `python -m bench kernels` for pytest-benchmark, which saves runs and compares them:
 
     pytest bench --benchmark-only --benchmark-autosave
     pytest bench --benchmark-only --benchmark-compare -k "gated_adaln and triton"

@@ -131,8 +131,7 @@ def measure(
 
 
 def right(checks: Mapping[str, Callable[[], T]], entries: dict[str, Any]) -> dict[str, T]:
-    """The results of those checks that raise no error. `entries` gets the reason for the others,
-    which are not timed."""
+    """The results of those checks that raise no error. `entries` gets the reason for the others."""
     found: dict[str, T] = {}
     for name, check in checks.items():
         try:
@@ -186,8 +185,7 @@ def entry(timed: Timing | str, **more: Any) -> dict[str, Any]:
 
 
 def failed(error: Exception) -> dict[str, str]:
-    """The entry of an implementation that raised an error: AssertionError, where its result is not
-    right."""
+    """The entry of an implementation that raised an error: AssertionError for a wrong result."""
     wrong = f"{WRONG}: " if isinstance(error, AssertionError) else ""
     return {"failed": wrong + reason(error)}
 
@@ -226,8 +224,7 @@ def free(device: torch.device) -> None:
 def keep_memory() -> None:
     """Keeps memory that is freed with the process, where the allocator is glibc's: nothing is
     mapped apart (M_MMAP_MAX), nothing given back to the system (M_TRIM_THRESHOLD). Else every call
-    faults the pages of large outputs in anew, which takes longer than the op, whoever computes
-    it."""
+    faults the pages of large outputs in anew, which takes longer than the op."""
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)

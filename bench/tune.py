@@ -44,7 +44,8 @@ BATCH = 24  # candidates timed in turn, with the default among them
 
 class Search(NamedTuple):
     """A kernel's setting for a number of channels (1 for elementwise kernels, for attention the
-    bytes of a head's row, for linear layers outputs), and the cases that it is timed in."""
+    bytes of a head's row, for linear layers and convolutions what comes out), and the cases that it
+    is timed in."""
 
     kernel: str
     channels: int
@@ -80,6 +81,8 @@ def searches(device: torch.device) -> Iterator[Search]:
         layer = functools.partial(cases.linear, gelu=outputs == 8960, dtype=torch.bfloat16)
         sizes = itertools.product((CHUNK * FRAME, 2 * CHUNK * FRAME), inputs)
         yield Search("linear", outputs, tuple(layer(*size, outputs) for size in sizes))
+    for size in cases.CONVOLUTIONS[:3]:
+        yield Search("causal_conv3d", size[4], (cases.causal_conv3d(*size, dtype),))
     for channels in (1536, 5120):
         for kernel, op in ROWS.items():
             backward = kernel.endswith("_bwd")
@@ -101,9 +104,8 @@ def _rows(op: str, frames: int, channels: int, dtype: torch.dtype, backward: boo
 
 
 def within_bounds(search: Search, settings: Sequence[Setting], arch: int) -> list[Setting]:
-    """The first setting, and those whose kernels compile and hold the bounds of `sfkernels.check`
-    (all but that on narrow loads, which is a case's). All are compiled side by side, into Triton's
-    cache."""
+    """The first setting, and those whose kernels compile, side by side and into Triton's cache, and
+    hold the bounds of `sfkernels.check` (all but that on narrow loads, which is a case's)."""
     kinds = [replace(s, per_sm=1, why="") if isinstance(s, RowTile) else s for s in settings]
     unique = list(dict.fromkeys(kinds))
     work = functools.partial(_holds_bounds, search.kernel, search.channels, arch)
@@ -166,7 +168,7 @@ def tune(search: Search, device: torch.device, deadline: float) -> dict[str, Any
     why = []
     for case, ms, copied in zip(search.cases, times[best], of_copy, strict=False):
         rate = f"{100 * case.nbytes / ms / 1e6 / copied:.0f}% of a copy"
-        if case.op.startswith(("attention", "linear")):
+        if not isinstance(default, RowTile | launch.Flat):
             rate = f"{case.flops / ms / 1e9:.0f} TFLOP/s"
         why.append(f"{1e3 * ms:.1f} us at {case.size}, {rate}")
     if others:
@@ -206,8 +208,7 @@ def time_in(
     compiled: bool,
 ) -> dict[Setting, float]:
     """Milliseconds of those settings that agree with the first, the default; of none if that
-    fails. Past the deadline none is compiled, unless they are already, and no further group is
-    timed."""
+    fails. Past the deadline none is compiled that is not already, and no further group is timed."""
     torch.manual_seed(0)
     op, default = case.by(search.impl), settings[0]
     sets = [case.make(device) for _ in range(timing.count_sets(case.nbytes, device))]
@@ -221,8 +222,7 @@ def time_in(
             return testing.results(op, sets[0], upstream)
 
     def agrees(setting: Setting) -> bool:
-        """True where one computes what the default does, to a few roundings of the dtype and the
-        order of sums."""
+        """True where one computes what the default does, to a few roundings."""
         try:
             for ours, theirs in zip(results(setting), want, strict=True):
                 eps = torch.finfo(theirs.dtype).eps if theirs.is_floating_point() else 0.0

@@ -214,8 +214,7 @@ def run(job: Job) -> Result:
 
 
 def _row(model: DiT, preset: Preset, text: Tensor, job: Job, follow: bool) -> Result:
-    """The three ways at a window; follow: chunk by chunk from the video's first, else only with a
-    full window."""
+    """The three ways at a window; follow: from the video's first chunk, else with a full window."""
     if follow:  # to the end of VIDEO windows; the other ones need half of the time
         chunks, seconds = (VIDEO - 1) * preset.window // preset.chunk + 1, job.left / 2
     else:
@@ -286,8 +285,7 @@ def _points(rows: Sequence[Result], way: str) -> list[tuple[int, Result]]:
 
 def exponents(rows: Sequence[Result]) -> dict[str, dict[str, float]]:
     """The power of the window that each way's time per chunk, and its floating-point operations,
-    grow with: the least-squares slope between their logarithms. Empty unless two windows were
-    timed."""
+    grow with: the least-squares slope between their logarithms. Empty of fewer than two windows."""
     found = {}
     for way in PAPER_GROWTH:
         points = _points(rows, way)

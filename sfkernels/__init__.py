@@ -6,6 +6,7 @@ from sfkernels.attention import (
     cross_attention,
     ring_attention,
 )
+from sfkernels.convolution import causal_conv3d, upsampled_conv2d
 from sfkernels.kv_cache import RingKVCache
 from sfkernels.layout import BlockLayout
 from sfkernels.linear import linear
@@ -23,6 +24,7 @@ __all__ = [
     "RingKVCache",
     "adaln",
     "block_causal_attention",
+    "causal_conv3d",
     "cross_attention",
     "dmd_gradient",
     "euler_step",
@@ -39,4 +41,5 @@ __all__ = [
     "rms_norm_silu",
     "rope_table",
     "sampler_step",
+    "upsampled_conv2d",
 ]

@@ -18,6 +18,8 @@ SLOTS = 4
 # The mean and 1/σ of a row, stored by a forward pass and loaded by a backward pass, for each of up
 # to four tiles in flight.
 STATS = 8
+# The biases of the channels that a thread has, and few channels in.
+BIAS = 32
 # The scales of rows that a thread stores.
 SCALES = 4
 # The bounds of tiles and spans, and of each row of a tile in the tensor cores' layout the logarithm
@@ -68,6 +70,15 @@ def ahead_of_time() -> list[Bounded]:
     for frames, outputs, gelu in ((3, 1536, False), (3, 8960, True), (1, 8960, True)):
         case = cases.linear(frames * FRAME, 1536, outputs, gelu, bf16)
         found.append(Bounded("linear", case, bf16, BIAS))
+    for size in cases.CONVOLUTIONS:
+        archs = launch.ARCHITECTURES if size in cases.CONVOLUTIONS[:2] else FEW
+        case = cases.causal_conv3d(*size, bf16)
+        found.append(Bounded("causal_conv3d", case, bf16, BIAS, archs=archs))
+    for upsampled in cases.UPSAMPLED:
+        case = cases.upsampled_conv2d(*upsampled, bf16)
+        found.append(Bounded("upsampled_conv2d", case, bf16, BIAS, archs=FEW))
+    case = cases.causal_conv3d(*cases.CONVOLUTIONS[0], fp32)
+    found.append(Bounded("causal_conv3d", case, fp32, BIAS, archs=FEW, may_spill=True))
     others = [("sampler_step", cases.sampler_step(form)) for form in cases.SAMPLERS]
     others += [("normal", cases.normal()), ("dmd_gradient", cases.dmd_gradient())]
     others.append(("rope_table", cases.rope_table()))

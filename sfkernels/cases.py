@@ -7,6 +7,7 @@ Shapes: B batch (1 here), L tokens or queries, S keys, H heads, D head dim, C ch
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfkernels import attention, norm, quant, roofline, rope, sampler
+from sfkernels import attention, convolution, norm, quant, roofline, rope, sampler
 from sfkernels.layout import BlockLayout, Row
 from sfkernels.linear import linear as linear_layer
 
@@ -24,6 +25,20 @@ CHUNK = 3  # latent frames
 WINDOW = 21  # latent frames of a ring, and of a clip
 LATENTS = (16, 60, 104)  # channels, height and width of a latent frame
 CONTEXT_FRAMES = 2  # frames that a convolution of the video decoder sees before its own
+# The convolutions over time of a chunk in that decoder, by their output: frames, height, width,
+# channels in and out, taps. Without those that are matrix products, and the last one, to colours.
+CONVOLUTIONS = (
+    (12, 480, 832, 96, 96, (3, 3, 3)),
+    (12, 240, 416, 192, 192, (3, 3, 3)),
+    (6, 120, 208, 384, 384, (3, 3, 3)),
+    (3, 60, 104, 384, 384, (3, 3, 3)),
+    (6, 120, 208, 192, 384, (3, 3, 3)),
+    (3, 60, 104, 16, 384, (3, 3, 3)),
+    (6, 120, 208, 384, 768, (3, 1, 1)),
+    (3, 60, 104, 384, 768, (3, 1, 1)),
+)
+# Those after its upsamplings, by their input: frames, height, width, channels in and out.
+UPSAMPLED = ((6, 60, 104, 384, 192), (12, 120, 208, 384, 192), (12, 240, 416, 192, 96))
 
 Make = Callable[[torch.device], list[Tensor]]
 
@@ -284,6 +299,44 @@ def rope_table(frames: int = CHUNK, grid: tuple[int, int] = GRID, head_dim: int 
     flops = roofline.row_flops("rope_table", tokens * head_dim)
     nbytes = roofline.rope_table_bytes(tokens, head_dim)
     return Case("rope_table", f"{tokens} x {head_dim}", function, make, flops, nbytes)
+
+
+def causal_conv3d(
+    frames: int, height: int, width: int, inputs: int, outputs: int, taps: tuple[int, int, int],
+    dtype: torch.dtype,
+) -> Case:  # fmt: skip
+    """A convolution of the video decoder that makes so many frames, its weights channels-last."""
+    seen, made = ((frames + more) * height * width for more in (taps[0] - 1, 0))
+
+    def make(device: torch.device) -> list[Tensor]:
+        x = torch.randn(1, frames + taps[0] - 1, height, width, inputs, device=device)
+        weight = torch.randn(outputs, inputs, *taps, device=device) / inputs**0.5
+        bias = torch.randn(outputs, device=device)
+        weight = weight.contiguous(memory_format=torch.channels_last_3d)
+        return [x.to(dtype), weight.to(dtype), bias.to(dtype)]
+
+    count = math.prod(taps)
+    flops = roofline.convolution_flops(made, inputs, outputs, count)
+    nbytes = roofline.convolution_bytes(seen, made, inputs, outputs, count, dtype.itemsize)
+    size = f"{frames}x{height}x{width}, {inputs} to {outputs}, {'x'.join(map(str, taps))}"
+    return Case("causal_conv3d", size, convolution.causal_conv3d, make, flops, nbytes)
+
+
+def upsampled_conv2d(
+    frames: int, height: int, width: int, inputs: int, outputs: int, dtype: torch.dtype
+) -> Case:
+    pixels = frames * height * width
+
+    def make(device: torch.device) -> list[Tensor]:
+        x = torch.randn(1, frames, height, width, inputs, device=device)
+        weight = torch.randn(2, 2, outputs, 2, 2, inputs, device=device) / inputs**0.5
+        bias = torch.randn(outputs, device=device)
+        return [x.to(dtype), weight.movedim(-1, 3).to(dtype), bias.to(dtype)]
+
+    flops = roofline.convolution_flops(4 * pixels, inputs, outputs, 4)
+    nbytes = roofline.convolution_bytes(pixels, 4 * pixels, inputs, outputs, 16, dtype.itemsize)
+    size = f"{frames}x{height}x{width}, {inputs} to {outputs}"
+    return Case("upsampled_conv2d", size, convolution.upsampled_conv2d, make, flops, nbytes)
 
 
 def _times(shape: Sequence[int]) -> str:

@@ -72,9 +72,9 @@ class Compiled:
     local: loads and stores of local memory, and looped: those of them inside a loop, which of loops
     that multiply matrices must be an innermost one, where their time goes. beside: exponentials
     that are computed while a product of matrices is under way on Hopper. tma: loads by TMA, which
-    are not among the others. For kernels in Gluon, and in Hopper's products of matrices, waits: how
-    many waits leave so many products under way; warned: what ptxas says of products that it
-    serialises; sets_registers: whether warps take registers from each other."""
+    are not among the others. For what TMA feeds on Hopper, warned: what ptxas says of products that
+    it serialises. For kernels in Gluon, and in Hopper's linear layers, waits: how many waits leave
+    so many products under way; sets_registers: whether warps take registers from each other."""
 
     kernel: str
     case: str
@@ -89,9 +89,9 @@ class Compiled:
     loads: dict[int, int] = dataclasses.field(default_factory=dict)
     stores: dict[int, int] = dataclasses.field(default_factory=dict)
     tensor_core: int = 0
+    tma: int = 0
     fp64: int = 0
     beside: int = 0
-    tma: int = 0
     gluon: bool = False
     waits: dict[int, int] = dataclasses.field(default_factory=dict)
     warned: list[str] = dataclasses.field(default_factory=list)
@@ -194,13 +194,12 @@ def judge(
     overlaps = out.arch == 90 and out.kernel in OVERLAPPING and out.tensor_core > 0
     if overlaps and not (out.beside or may_serialise):
         broken.append("no exponential is computed while a product is under way")
+    if out.warned:
+        broken.append(f"ptxas warns: {'; '.join(out.warned)}")
     if out.kernel in PRODUCTS and not out.tensor_core:
         broken.append("no tensor core multiplies")
-    if _overlaps_products(out):
-        if out.warned:
-            broken.append(f"ptxas warns: {'; '.join(out.warned)}")
-        if not any(out.waits):
-            broken.append("every wait is for all products, so that none overlap")
+    if _overlaps_products(out) and not any(out.waits):
+        broken.append("every wait is for all products, so that none overlap")
     if out.gluon and not out.sets_registers:
         broken.append("the loading warp keeps its registers")
     # In Gluon loads go by TMA, and results leave in the tensor cores' layout, once a tile.
@@ -237,6 +236,7 @@ def examine(kernel: Any, binary: Any, sass: str, out: Compiled) -> None:
     if _overlaps_products(out):
         out.warps = binary.metadata.num_warps  # of all partitions
         read_ptx(ptx, out)
+    if out.tma and out.arch == 90:
         out.warned = _warnings(ptx, out.arch)
 
 

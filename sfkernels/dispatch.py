@@ -22,6 +22,7 @@ from sfkernels.arguments import check_device, check_floating, is_plain
 T = TypeVar("T")
 
 ATTENTION = ("attention", "ring_attention", "cross_attention")
+CONVOLUTION = ("causal_conv3d", "upsampled_conv2d")
 FUSED = ("norm", "rope_table", "qk_norm_rope", "sampler_step", "quantize_rows")
 LINEAR = "linear"
 HALF = (torch.bfloat16, torch.float16)
@@ -92,10 +93,12 @@ class Implementation(NamedTuple):
 
 # "auto" takes the fastest on a device: for attention on a GPU what tuned/sm_XX.json says was
 # measured there. Where it says nothing, that is PyTorch's own to the few keys of text, and on a CPU
-# to all. Linear layers are cuBLASLt's ("torch") until ours is measured to be faster.
+# to all. Linear layers and convolutions are PyTorch's, cuBLASLt's and cuDNN's on a GPU ("torch"),
+# until ours are measured to be faster.
 IMPLEMENTATIONS = {
     "triton": Implementation(
-        (*ATTENTION, *FUSED, LINEAR), {"cuda": ("attention", "ring_attention", *FUSED)}, FLOATS,
+        (*ATTENTION, *FUSED, *CONVOLUTION, LINEAR),
+        {"cuda": ("attention", "ring_attention", *FUSED)}, FLOATS,
         _needs_gpu_or_interpreter, "sfkernels.gpu", range(1, 129),
     ),
     "gluon": Implementation(
@@ -111,8 +114,11 @@ IMPLEMENTATIONS = {
     "flash": Implementation(ATTENTION, {}, HALF, _needs_gpu),
     "flex": Implementation(ATTENTION),
     "cpp": Implementation(FUSED, {"cpu": FUSED}, FLOATS, _needs_cpu, "sfkernels.cpp"),
-    "torch": Implementation((LINEAR,), {"cuda": (LINEAR,)}),
-    "reference": Implementation((*ATTENTION, *FUSED, LINEAR)),
+    "torch": Implementation(
+        (*CONVOLUTION, LINEAR),
+        {"cuda": (*CONVOLUTION, LINEAR), "cpu": CONVOLUTION, "meta": CONVOLUTION},
+    ),
+    "reference": Implementation((*ATTENTION, *FUSED, *CONVOLUTION, LINEAR)),
 }  # fmt: skip
 IMPLS = ("auto", *IMPLEMENTATIONS)
 # Those of attention that need no other library and compile for no single size: a file of measured

@@ -94,7 +94,29 @@ class Product:
     why: str = ""
 
 
-Setting = RowTile | Flat | Tile | Product
+@dataclass(frozen=True)
+class Box:
+    """A convolution kernel: a program computes some channels of the pixels of a box, with a product
+    over as many channels in of one tap after the other.
+
+    outputs, rest: channels, powers of two of which the second may be 0, in two products a tap.
+    pixels: of a box in one frame, or half of them where that fills the card better. frames: those
+    that share what they see. inputs: channels in of a step. warps: of a program. stages: steps on
+    their way through shared memory while one is computed, that one included. why: reason or
+    measurement.
+    """
+
+    outputs: int
+    rest: int
+    pixels: int
+    frames: int
+    inputs: int
+    warps: int
+    stages: int
+    why: str = ""
+
+
+Setting = RowTile | Flat | Tile | Product | Box
 
 _FEW_BYTES = "too few bytes to matter: latency of one launch"
 _AS_H200 = "won at this size on an H200, or came within 3% with less shared memory; measured there"
@@ -103,6 +125,7 @@ _UNMEASURED = "by analogy with the forms measured; not measured on a GPU yet"
 _SHORT = "32 elements a thread, as of longer rows; not measured on a GPU yet"
 _FEW_ROWS = "each row of a tile loads its statistics; not measured on a GPU yet"
 _LARGEST = "the largest tiles that do not spill; not measured on a GPU yet"
+_SHARED = "frames share boxes, which come from L2 too slowly else; not measured on a GPU yet"
 _EXACT = Tile(32, 32, 8, 1, why="float32, which only tests use")
 # By kernel and by the number of channels a setting is for (the nearest is taken).
 _DEFAULTS: dict[str, dict[int, Setting]] = {
@@ -165,6 +188,12 @@ _DEFAULTS: dict[str, dict[int, Setting]] = {
     "hopper_dq": {256: Tile(128, 64, 4, 4, why=_UNMEASURED)},
     # By outputs.
     "linear": {1536: Product((128,), 8, 4, why=_LARGEST)},
+    # By channels out.
+    "causal_conv3d": {
+        96: Box(128, 0, 128, 1, 32, 8, 3, why=_LARGEST),
+        192: Box(128, 64, 128, 1, 32, 8, 3, why=_LARGEST),
+    },
+    "causal_conv3d_float32": {1: Box(32, 0, 32, 1, 32, 4, 1, why="float32, which only tests use")},
 }
 # Where tuned/ has no file, nothing was measured on that architecture: the same reasoning holds on
 # all four, whose register files are equal. What does not fit one of them is found by
@@ -183,10 +212,15 @@ DEFAULTS[90]["attention_dq"] = _DEFAULTS["attention_dq"] | {
     128: Tile(128, 128, 8, 2, why=_LARGEST),
     256: Tile(128, 64, 8, 2, why=_LARGEST),
 }
-for arch in (90, 100):
-    DEFAULTS[arch]["linear"] = {
+for _arch in (90, 100):
+    DEFAULTS[_arch]["linear"] = {
         1536: Product((256, 192), 8, 4, why="two widths share the last wave; " + _LARGEST)
     }
+    DEFAULTS[_arch]["causal_conv3d"] = {
+        96: Box(128, 0, 256, 1, 32, 8, 4, why=_LARGEST),
+        192: Box(128, 64, 256, 1, 64, 8, 4, why=_LARGEST),
+    }
+DEFAULTS[90]["causal_conv3d"] |= {96: Box(128, 0, 128, 3, 32, 8, 3, why=_SHARED)}
 
 # Settings that come before all others, by kernel: the tuner's candidates, a test's odd sizes.
 overrides: dict[str, Setting] = {}
@@ -212,11 +246,12 @@ target: int | None = None
 def run(
     kernel: Any, grid: Sequence[int], args: Sequence[Any], *, num_warps: int, **meta: Any
 ) -> None:
-    """Launches a Triton kernel on the device of its tensors."""
+    """Launches a Triton kernel on the device of its tensors, which descriptors may stand for."""
     if recorder is not None:
         recorder(kernel, grid, args, num_warps=num_warps, **meta)
         return
-    with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
+    tensors = (t for a in args if isinstance(t := getattr(a, "base", a), Tensor))
+    with torch.cuda.device_of(next(tensors)):
         kernel[tuple(grid)](*args, num_warps=num_warps, **meta)
 
 
@@ -251,6 +286,14 @@ def product(kernel: str, device: torch.device, outputs: int) -> Product:
     """The setting of a product of matrices with so many outputs."""
     setting = overrides.get(kernel) or _setting(kernel, architecture(device), outputs)
     assert isinstance(setting, Product)
+    return setting
+
+
+def box(x: Tensor, outputs: int) -> Box:
+    """The setting of the convolution kernel for so many channels out."""
+    kernel = "causal_conv3d_float32" if x.dtype == torch.float32 else "causal_conv3d"
+    setting = overrides.get(kernel) or _setting(kernel, architecture(x.device), outputs)
+    assert isinstance(setting, Box)
     return setting
 
 
@@ -339,6 +382,10 @@ def candidates(
         halves = itertools.product(((128,), (128, 64)), (4, 8), (2, 3), (2,))
         products = itertools.starmap(Product, (*whole, *halves))
         return [default, *(product for product in products if product != same)]
+    if isinstance(default, Box):
+        sizes = (64, 128), (0, 64), (128, 256), (1, 3), (32, 64), (4, 8), (2, 3, 4)
+        boxes = itertools.starmap(Box, itertools.product(*sizes))
+        return [default, *(box for box in boxes if box != same)]
     if isinstance(default, Tile):
         # Where warps are specialised, a consumer has four and there are two of 64 tokens.
         fixed = (128,), (32, 64, 128), (4,), (2, 3, 4), (0, 1)

@@ -343,6 +343,32 @@ def dmd_gradient(x: Tensor, real_x0: Tensor, fake_x0: Tensor) -> Tensor:
     return gradient.to(x.dtype).nan_to_num()
 
 
+def causal_conv3d(x_BTHWC: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
+    padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
+    bias_O = None if bias_O is None else _wide(bias_O)
+    out = F.conv3d(_wide(x_BTHWC).movedim(-1, 1), _wide(weight), bias_O, padding=padding)
+    return out.movedim(1, -1).to(x_BTHWC.dtype).contiguous()
+
+
+def upsampled_conv2d(x_BTHWC: Tensor, weight_PQOCYX: Tensor, bias_O: Tensor | None) -> Tensor:
+    bias_O = None if bias_O is None else _wide(bias_O)
+    return interleaved(_wide(x_BTHWC), _wide(weight_PQOCYX), bias_O).to(x_BTHWC.dtype)
+
+
+def interleaved(x_BTHWC: Tensor, weight_PQOCYX: Tensor, bias_O: Tensor | None) -> Tensor:
+    """Four 2×2 convolutions, each for one of the 2×2 pixels, in the dtype of the tensors."""
+    x_NCHW = x_BTHWC.flatten(0, 1).movedim(-1, 1)
+    out_PQNOHW = torch.stack(
+        [
+            F.conv2d(F.pad(x_NCHW, (1 - q, q, 1 - p, p)), weight_PQOCYX[p, q], bias_O)
+            for p in range(2)
+            for q in range(2)
+        ]
+    ).unflatten(0, (2, 2))
+    out_NHPWQO = out_PQNOHW.permute(2, 4, 0, 5, 1, 3)
+    return out_NHPWQO.flatten(3, 4).flatten(1, 2).unflatten(0, x_BTHWC.shape[:2]).contiguous()
+
+
 # The largest number of each 8-bit dtype that rows are quantised to.
 LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}
 

@@ -23,6 +23,20 @@ def linear_bytes(rows: int, channels: int, outputs: int, size: int) -> int:
     return (rows * channels + outputs * channels + rows * outputs) * size
 
 
+def convolution_flops(pixels: int, channels_in: int, channels_out: int, taps: int) -> int:
+    """FLOPs of a convolution. pixels: of the output, in all frames; taps: 27 for a 3×3×3 kernel."""
+    return 2 * pixels * channels_in * channels_out * taps
+
+
+def convolution_bytes(
+    seen: int, made: int, channels_in: int, channels_out: int, taps: int, size: int
+) -> int:
+    """Bytes of a convolution that makes `made` pixels of `seen` ones, those of the frames before
+    included, and of its weights, with elements of `size` bytes."""
+    weights = taps * channels_in * channels_out
+    return size * (seen * channels_in + made * channels_out + weights)
+
+
 def norm_bytes(rows: int, channels: int, tensors: int, size: int) -> int:
     """Bytes of `tensors` activations [rows, channels] with elements of `size` bytes. Modulations
     and weights are a thousandth of that and left out."""

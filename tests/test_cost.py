@@ -60,7 +60,8 @@ def test_pointwise_ops() -> None:
 
 def test_convolution() -> None:
     """6 pixels, 2 channels to 3, 9 taps: 6 · 3 outputs of 2 · 9 multiply-adds."""
-    assert flops.convolution_flops(6, 2, 3, 9) == 6 * 3 * 2 * 9 * 2
+    assert roofline.convolution_flops(6, 2, 3, 9) == 6 * 3 * 2 * 9 * 2
+    assert roofline.convolution_bytes(8, 6, 2, 3, 9, 2) == 2 * (8 * 2 + 6 * 3 + 2 * 3 * 9)
 
 
 def test_pass() -> None:
@@ -181,7 +182,7 @@ def test_parts_of_the_wan_decoder() -> None:
 
     def tflop(channels: int) -> float:
         return sum(
-            n * flops.convolution_flops(3 * t * 60 * 104 * s**2, a, b, taps) / 1e12
+            n * roofline.convolution_flops(3 * t * 60 * 104 * s**2, a, b, taps) / 1e12
             for n, a, b, taps, s, t in flops.WAN_DECODER
             if b == channels and taps == 27
         )
@@ -193,7 +194,7 @@ def test_parts_of_the_wan_decoder() -> None:
 def test_the_first_latent_frame_makes_one_pixel_frame() -> None:
     """All convolutions but those in time take one frame, whatever the rate further on."""
     one = sum(
-        n * flops.convolution_flops(60 * 104 * s**2, a, b, taps)
+        n * roofline.convolution_flops(60 * 104 * s**2, a, b, taps)
         for n, a, b, taps, s, _ in flops.WAN_DECODER
         if taps != 3
     )

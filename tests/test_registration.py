@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sfkernels as sf
-from sfkernels import attention, norm, rope
+from sfkernels import attention, convolution, norm, rope
 from sfkernels.linear import _linear
 from sfmodel.blocks import Block, Context, Place, TextKeys
 from sfmodel.config import DiTConfig
@@ -80,9 +80,15 @@ def test_opcheck(grad: bool, impl: str) -> None:
             by_table = dq, *rings, slots[0], rand(2 * TOKENS, D // 2, 2), False, 0.3, impl
             lse = rand(B, HEADS, TOKENS)
             layer = x.half(), rand(5, C).half()
+            conv = rand(4, 8, 3, 3, 3).contiguous(memory_format=torch.channels_last_3d)
             calls += [
                 (_linear, (*layer, rand(5).half(), True, impl)),
                 (_linear, (*layer, None, False, impl)),
+                (convolution._causal_conv3d, (rand(B, 4, 2, 3, 8), conv, rand(4), impl)),
+                (
+                    convolution._upsampled_conv2d,
+                    (rand(B, 1, 2, 3, 8), rand(2, 2, 4, 2, 2, 8).movedim(-1, 3), None, impl),
+                ),
                 (attention._ring_attention, (dq, *rings, slots[0], None, False, 0.3, impl)),
                 (attention._ring_attention, by_table),
                 (

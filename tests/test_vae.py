@@ -10,21 +10,24 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sfkernels import launch
+from sfkernels.launch import Box
 from sfmodel.config import VAEConfig
 from sfmodel.vae.codec import CausalState
 from sfmodel.vae.convolution import channels_last, conv3d
-from sfmodel.vae.wan import CausalConv3d, WanVAE
+from sfmodel.vae.wan import CausalConv3d, WanVAE, takes
 from sfmodel.weights import names
 from tests import clips
 from tests.clips import assert_same, goes_on_twice, in_parts
+from tests.oracle import DEVICE
 
 RECORDED = Path(__file__).parent / "parity" / "vae_d8"
 CONFIG = VAEConfig.from_wan(json.loads((RECORDED / "config.json").read_text()))
 
 
-def small(impl: str = "auto", tile: int | None = None) -> WanVAE:
+def small(impl: str = "auto", tile: int | None = None, conv_impl: str = "auto") -> WanVAE:
     """The recorded one, of width 8."""
-    vae = WanVAE(CONFIG, impl, tile)
+    vae = WanVAE(CONFIG, impl, tile, conv_impl)
     vae.load_state_dict(load_file(RECORDED / "weights.safetensors"))
     return vae.requires_grad_(False)
 
@@ -174,6 +177,18 @@ def test_layout_of_weights_changes_nothing(
     conv = vae.decoder.conv1.weight
     assert conv.is_contiguous(memory_format=torch.channels_last_3d) and not conv.is_contiguous()
     assert_same(vae.decode_chunk(latents), decoded)
+
+
+def test_by_the_implicit_product(latents: Tensor) -> None:
+    """A clip's first chunk and the next one, with each convolution that it is for."""
+    vae, latents = channels_last(small()).to(DEVICE), latents[:1, :3].to(DEVICE)
+    ours = channels_last(small(conv_impl="triton")).to(DEVICE)
+    with launch.using(causal_conv3d_float32=Box(32, 0, 256, 3, 32, 4, 1)):
+        got = in_parts(ours.decode_chunk, latents, (1, 2))
+    assert_same(got, in_parts(vae.decode_chunk, latents, (1, 2)))
+    with pytest.raises(ValueError, match="weight has strides"):
+        small(conv_impl="triton").to(DEVICE).decode_chunk(latents)
+    assert not takes(ours.decoder.head["2"].get_parameter("weight"))
 
 
 def test_real_sizes_without_data() -> None:

@@ -54,8 +54,7 @@ TINY = Sizes(Heads(8, 1, 16, torch.float32), 2, 7, (6, 3, 1), (6, 3), 5, 1)
 
 
 def rows(sizes: Sizes) -> Iterator[tuple[AttentionCase, bool]]:
-    """The cases, the most telling first, and whether FlexAttention takes part, which compiles for
-    each."""
+    """The cases, the most telling first, and whether FlexAttention compiles for each."""
     of = sizes.of
     ring, *rings = sizes.rings
     clip, *clips = sizes.clips
@@ -115,8 +114,7 @@ def implementations(
 
 
 def plainly(case: AttentionCase, impl: str) -> Op:
-    """The attention on its plain q, k and v: under a layout with a call for each chunk, on slices
-    of the keys."""
+    """The attention on its plain q, k and v: under a layout by chunks, on slices of the keys."""
 
     def run(*tensors: Tensor) -> list[Tensor]:
         q, k, v = case.plain(*tensors)
@@ -155,8 +153,7 @@ class Judge:
 
 
 def exact(case: AttentionCase, inputs: Tensors, upstream: Tensors, head: int) -> list[Tensor]:
-    """The results of one head, in float64, by slices of the queries: the pattern at full size in a
-    fraction of its memory."""
+    """The results of one head, in float64, by slices of the queries, which saves memory."""
     q, k, v = (t[:, :, head : head + 1].double() for t in case.plain(*inputs))
     out, dk, dv = (torch.zeros_like(t) for t in (q, k, v))  # out: o or dq
     for (start, end), spans in case.rows:

@@ -2,8 +2,7 @@
 shapes of Wan2.1, with one thread and with two, in float32 and bfloat16; then what they make of a
 toy stream and of a toy training step.
 
-Every result is compared with float64 first. Five minutes on two cores, most of which torch.compile
-takes.
+Every result is compared with float64 first. Five minutes on two cores, most of it torch.compile's.
 """
 
 from __future__ import annotations

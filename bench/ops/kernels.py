@@ -1,6 +1,6 @@
 """`python -m bench kernels`: every op beside what else computes it, at the shapes of Wan2.1, in one
-run: norms, RoPE and the sampler as a share of what a copy reaches, attention and linear layers of
-what a matrix product does.
+run: norms, RoPE and the sampler as a share of what a copy reaches, attention, linear layers and
+convolutions of what a matrix product does.
 
 Every implementation is compared with float64 first; one that is wrong is reported and not timed.
 """
@@ -21,6 +21,7 @@ from bench.ops import attention, memory_bound
 from bench.ops.measure import best, run_case
 from bench.tables import Result, Table, timed
 from sfkernels.cases import AttentionCase, Case
+from sfkernels.dispatch import CONVOLUTION
 from sfkernels.testing import interpreted
 from sfmodel.machine import describe
 
@@ -34,6 +35,7 @@ def rows(tiny: bool) -> list[tuple[Case, bool]]:
     return [
         *memory_bound.rows(small if tiny else memory_bound.FULL),
         *attention.rows(attention.TINY if tiny else attention.FULL),
+        *memory_bound.convolutions(tiny),
     ]
 
 
@@ -71,7 +73,8 @@ def by_limit(result: Result) -> tuple[list[Result], list[Result]]:
     """The rows whose bytes take the time, and those whose products do."""
     found: tuple[list[Result], list[Result]] = [], []
     for row in result["rows"]:
-        found[row["case"].startswith(("attention", "linear"))].append(row)
+        products = row["case"].startswith(("attention", "linear", *CONVOLUTION))
+        found[products].append(row)
     return found
 
 

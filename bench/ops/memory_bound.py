@@ -1,6 +1,6 @@
 """Cases of `python -m bench kernels` for norms, RoPE, the sampler and rows in 8 bits: ops whose
 time is that of the bytes they read and write, at the shapes of Wan2.1 and of its video decoder. And
-for linear layers, whose time is that of their products."""
+for linear layers and that decoder's convolutions, whose time is that of their products."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import sfkernels as sf
+from bench import codecs
 from bench.harness import CPP, EAGER
 from bench.timing import Implementation
 from sfkernels import cases, cpp, testing
 from sfkernels.cases import CHUNK, FRAME, GRID, LATENTS, WINDOW, Case
+from sfkernels.dispatch import CONVOLUTION
 from sfkernels.testing import Op, interpreted
 
 EPS = 1e-6
@@ -36,6 +39,7 @@ PEERS: dict[str, tuple[tuple[str, str, Callable[..., Any]], ...]] = {
 NATIVE: dict[str, Op] = {
     "rms_norm": lambda x, w: F.rms_norm(x, w.shape, w, EPS),
     "layer_norm": lambda x, w, b: F.layer_norm(x, w.shape, w, b, EPS),
+    **{op: functools.partial(getattr(sf, op), impl="torch") for op in CONVOLUTION},
 }
 
 Shape = tuple[int, int, int]  # frames, tokens of a frame, channels
@@ -102,10 +106,19 @@ def rows(sizes: Sizes) -> Iterator[tuple[Case, bool]]:
                 yield cases.rms_norm_silu(*level, dtype, backward), level == sizes.levels[0]
 
 
+def convolutions(tiny: bool) -> Iterator[tuple[Case, bool]]:
+    """The heaviest of the video decoder, whose time is that of their products."""
+    for size in [(1, 3, 4, 8, 8, (3, 3, 3))] if tiny else cases.CONVOLUTIONS[:4]:
+        yield cases.causal_conv3d(*size, torch.float32 if tiny else torch.bfloat16), False
+    for large in [(1, 3, 4, 8, 8)] if tiny else cases.UPSAMPLED[2:]:
+        yield cases.upsampled_conv2d(*large, torch.float32 if tiny else torch.bfloat16), False
+
+
 def implementations(case: Case, device: torch.device, compiled: bool) -> list[Implementation]:
     """Ours first. compiled: torch.compile takes part."""
     cuda, layer = device.type == "cuda", case.op.startswith("linear")
-    impls = [] if cuda or cpp.MISSING or layer else [CPP]
+    by_product = layer or case.op in CONVOLUTION
+    impls = [] if cuda or cpp.MISSING or by_product else [CPP]
     impls += ["triton"] if cuda or interpreted() else []
     found = [Implementation(impl, case.by(impl)) for impl in impls]
     found.append(Implementation(EAGER, case.by("reference")))
@@ -118,7 +131,8 @@ def implementations(case: Case, device: torch.device, compiled: bool) -> list[Im
     if layer:
         found.append(Implementation("cublaslt", case.by("torch")))
     if case.op in NATIVE:
-        found.append(Implementation("native", functools.partial(_as_list, NATIVE[case.op])))
+        native = functools.partial(_as_list, NATIVE[case.op])
+        found.append(Implementation("native", native, context=codecs.searched))
     for name, module, call in PEERS.get(case.op, ()):
         if cuda and importlib.util.find_spec(module.partition(".")[0]):
             peer = functools.partial(_peer, module, call)

@@ -1,12 +1,13 @@
 """Triton kernels with their launchers. The public functions are in sfkernels; a launcher takes
 checked arguments, allocates its outputs and runs one or two kernels.
 
-All but attention and linear layers read each of their tensors once and write each once. Every
-kernel computes in float32 and stores in the tensor's dtype.
+All but attention, convolutions and linear layers read each of their tensors once and write each
+once. Every kernel computes in float32 and stores in the tensor's dtype.
 """
 
 from sfkernels.gpu.attention import attention_fwd, combine_parts, ring_attention
 from sfkernels.gpu.attention_backward import attention_bwd, row_delta
+from sfkernels.gpu.convolution import causal_conv3d, upsampled_conv2d
 from sfkernels.gpu.linear import linear
 from sfkernels.gpu.norm import norm_bwd, norm_fwd
 from sfkernels.gpu.quant import quantize_rows
@@ -16,6 +17,7 @@ from sfkernels.gpu.sampler import dmd_gradient, normal, sampler_step
 __all__ = [
     "attention_bwd",
     "attention_fwd",
+    "causal_conv3d",
     "combine_parts",
     "dmd_gradient",
     "linear",
@@ -30,4 +32,5 @@ __all__ = [
     "rotate_ring",
     "row_delta",
     "sampler_step",
+    "upsampled_conv2d",
 ]

@@ -63,10 +63,7 @@ def upsampled_conv2d(
     these taps summed, one 2×2 convolution of x has all four as its channels: 4/9 of the arithmetic,
     and nothing is upsampled in memory."""
     B, T, H, W, _ = x_BTHWC.shape
-    # In float32 at least, so that sums of 16-bit weights are rounded once.
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    weight_OCPHQW = _sums_of_taps(_sums_of_taps(wide, 2), 4)
-    weight_SOCPHQW = weight_OCPHQW.unflatten(0, (frames, -1))
+    weight_SOCPHQW = folded(weight).unflatten(0, (frames, -1))
     kernel = weight_SOCPHQW.permute(0, 3, 5, 1, 2, 4, 6).flatten(0, 3).to(x_BTHWC.dtype)
     kernel = kernel.contiguous(memory_format=torch.channels_last)
     if bias is not None:
@@ -79,6 +76,13 @@ def upsampled_conv2d(
     out_NHWSOPQ = rows_NHWSQOP.unfold(2, 2, 1).diagonal(0, 4, 7)
     out_NSHPWQO = out_NHWSOPQ.permute(0, 3, 1, 5, 2, 6, 4)
     return out_NSHPWQO.reshape(B, T * frames, 2 * H, 2 * W, -1)
+
+
+def folded(weight: Tensor) -> Tensor:
+    """The 2×2 kernels [O, C, P, 2, Q, 2] of a 3×3 one, [O, C, 3, 3]: in float32 at least, so that
+    sums of 16-bit weights are rounded once."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return _sums_of_taps(_sums_of_taps(wide, 2), 4)
 
 
 def _sums_of_taps(weight: Tensor, dim: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sfkernels.roofline import attention_flops
+from sfkernels.roofline import attention_flops, convolution_flops
 
 # Of each convolution, by its output: count, channels in, channels out, taps, times the latents'
 # height and width, times their frames.
@@ -68,11 +68,6 @@ TAEHV_DECODER = (
     (1, 64, 3, 9, 8, 4),
 )
 DECODERS = {"wan": WAN_DECODER, "taehv": TAEHV_DECODER, "none": ()}
-
-
-def convolution_flops(pixels: int, channels_in: int, channels_out: int, taps: int) -> int:
-    """FLOPs of a convolution. pixels: of the output, in all frames; taps: 27 for a 3×3×3 kernel."""
-    return 2 * pixels * channels_in * channels_out * taps
 
 
 def decode_flops(

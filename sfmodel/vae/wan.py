@@ -98,17 +98,32 @@ class CausalConv3d(nn.Conv3d):
         self, inputs: int, outputs: int, time: int = 3, space: int = 3, stride: int = 1
     ) -> None:
         super().__init__(inputs, outputs, (time, space, space), (stride, 1, 1))
+        self.conv_impl = "auto"
 
     def forward(self, x_BTHWC: Tensor) -> Tensor:
-        stride = cast(tuple[int, int, int], self.stride)
-        return convolution.conv3d(x_BTHWC, self.weight, self.bias, stride)
+        return self._convolved(x_BTHWC, self.bias)
 
     def apart(self, x_BTHWC: Tensor) -> tuple[Tensor, Tensor | None]:
         """The convolution, and the bias where that is still to be added: on a GPU it would take a
         pass over memory of its own."""
         if x_BTHWC.device.type == "cpu":
             return self(x_BTHWC), None
-        return convolution.conv3d(x_BTHWC, self.weight), self.bias
+        return self._convolved(x_BTHWC, None), self.bias
+
+    def _convolved(self, x_BTHWC: Tensor, bias: Tensor | None) -> Tensor:
+        stride = cast(tuple[int, int, int], self.stride)
+        by_library = stride != (1, 1, 1) or self.kernel_size == (1, 1, 1)
+        if self.conv_impl == "auto" or by_library or not takes(self.weight):
+            return convolution.conv3d(x_BTHWC, self.weight, bias, stride)
+        # As there, only the last of the taps in time see a frame that begins a clip.
+        seen = self.weight[:, :, -x_BTHWC.shape[1] :]
+        return sf.causal_conv3d(x_BTHWC, seen, bias, impl=self.conv_impl)
+
+
+def takes(weight: Tensor) -> bool:
+    """Tells whether `conv_impl` is for this convolution: not from or to colours, whose few channels
+    would waste most of a kernel's tile."""
+    return not any(channels % 8 for channels in weight.shape[:2])
 
 
 class ResidualBlock(nn.Module):
@@ -179,6 +194,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, time: bool) -> None:
         super().__init__()
+        self.conv_impl = "auto"
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels // 2, 3)})
         if time:
             self.time_conv = CausalConv3d(channels, 2 * channels, 3, 1)
@@ -195,7 +211,11 @@ class Upsample(nn.Module):
                 later = pairs_BTHW2C.movedim(-2, 2).flatten(1, 2)
             x_BTHWC = torch.cat([first, later], 1)
         conv = cast(nn.Conv2d, self.resample["1"])
-        return PendingResidual(convolution.upsampled_conv2d(x_BTHWC, conv.weight, conv.bias))
+        if self.conv_impl == "auto" or not takes(conv.weight):
+            return PendingResidual(convolution.upsampled_conv2d(x_BTHWC, conv.weight, conv.bias))
+        weight_PQOHWC = convolution.folded(conv.weight).permute(2, 4, 0, 3, 5, 1)
+        weight = weight_PQOHWC.to(x_BTHWC.dtype).contiguous().movedim(-1, 3)
+        return PendingResidual(sf.upsampled_conv2d(x_BTHWC, weight, conv.bias, impl=self.conv_impl))
 
 
 class Coder(nn.Module):
@@ -309,9 +329,11 @@ def _tiles(length: int, tile: int, reach: int) -> Iterator[Tile]:
 
 
 class WanVAE(nn.Module):
-    """Wan2.1's VAE. impl: of the sfkernels ops. tile: latents on a side of the tiles in which the
-    decoder works at its larger levels, None for whole frames. Tiles take less memory and more time:
-    each is computed with all that its pixels depend on, so the result is the same.
+    """Wan2.1's VAE. impl: of the sfkernels ops. conv_impl: of `sfkernels.causal_conv3d` and
+    `upsampled_conv2d`, or "auto" for PyTorch's convolutions and, on a CPU, Winograd's; PyTorch's
+    are also strided ones, 1×1 and those from or to colours. tile: latents on a side of the tiles in
+    which the decoder works at its larger levels, None for whole frames. Tiles take less memory and
+    more time: each is computed with all that its pixels depend on, so the result is the same.
 
     Pixels are not clamped. Everything is computed in the weights' dtype."""
 
@@ -319,7 +341,11 @@ class WanVAE(nn.Module):
     temporal_factor = 4
 
     def __init__(
-        self, config: VAEConfig | None = None, impl: str = "auto", tile: int | None = None
+        self,
+        config: VAEConfig | None = None,
+        impl: str = "auto",
+        tile: int | None = None,
+        conv_impl: str = "auto",
     ) -> None:
         super().__init__()
         self.config = config = VAEConfig() if config is None else config
@@ -329,6 +355,9 @@ class WanVAE(nn.Module):
         self.encoder, self.decoder = Encoder(config, impl), Decoder(config, impl)
         self.conv1 = CausalConv3d(2 * config.channels, 2 * config.channels, 1, 1)
         self.conv2 = CausalConv3d(config.channels, config.channels, 1, 1)
+        for module in self.modules():
+            if isinstance(module, CausalConv3d | Upsample):
+                module.conv_impl = conv_impl
 
     def encode_chunk(
         self, pixels_BTCHW: Tensor, state: CausalState | None = None
