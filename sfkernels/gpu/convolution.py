@@ -1,4 +1,5 @@
-"""The causal 3-D convolution of a video VAE as one matrix product, whose operands are never copied.
+"""The convolutions of a video VAE as matrix products, whose operands are never copied: the causal
+one over time, and the four 2×2 ones that upsample, each of which writes its quarter of the pixels.
 
 Shapes: B batch, T frames of x and t of the output, H × W pixels, C channels in, O channels out,
 S × Y × X taps in time, height and width; of a tile, P pixels of a box BH × BW, K channels in and
@@ -10,17 +11,19 @@ load of TMA, which gives zeros beyond the frame and so pads it, or, before sm_90
 the pixels as columns both operands go from TMA through shared memory to the tensor cores; as rows
 they would pass through registers, for that is where Triton flattens a box.
 
-O need not be a power of two: 192 channels are a tile of 128 and one of 64 that share the boxes. Of
-96, one tile of 128 computes 25% for nothing: 64 and 32 would be 64 and 64, the fewest rows of a
-product. `frames` outputs that follow each other share boxes too, for a frame of x is seen by three.
+O need not be a power of two: 192 channels are a tile of 128 and one of 64 that share the boxes. For
+96 a tile of 128 spends a quarter of its time on nothing: 64 and 32 would be 64 and 64, the fewest
+rows of a product on Hopper. Frames of the output that follow each other share boxes where that is
+set, for a frame of x is seen by three of them: 96 channels ask more of L2 than it gives else.
 
 Floating-point operations: 2·B·t·H·W·O·C·taps. Bytes: x, weights and output once. From L2, for each
-operation, 1/N bytes of x (of `frames` F, (F + 2) / 3F of that) and 1/FP of weights, at 16 bits an
-element. Wan2.1 in bfloat16, a chunk of 12 frames, at the 790 TFLOP/s that an H200 multiplies
-matrices and the 4.3 TB/s it copies:
+operation, 1/N bytes of x (where F frames share boxes, (F + 2) / 3F of that) and 1/FP of weights,
+at 16 bits an element. Wan2.1 in bfloat16, a chunk of 12 frames, at the 790 TFLOP/s that an H200
+multiplies matrices and the 4.3 TB/s it copies:
 
     480×832, 96 channels     2.38 TFLOP   3.02 ms   2.0 GB   0.46 ms
     240×416, 192 channels    2.38 TFLOP   3.02 ms   1.0 GB   0.23 ms
+    to 480×832 and 96        0.71 TFLOP   0.89 ms   1.4 GB   0.32 ms
 
 Tiles that share a box run side by side, and then those of neighbouring boxes, so that boxes come
 from L2, and weights, 8 MB at most, stay there. Not measured on a GPU yet.
