@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -179,17 +179,17 @@ class CrossAttention(nn.Module):
 class FeedForward(nn.Sequential):
     """Two linear layers with GELU between them, which the first one applies where it can."""
 
-    def __init__(self, config: DiTConfig, impl: str) -> None:
+    def __init__(self, config: DiTConfig, linear_impl: str) -> None:
         super().__init__(
             nn.Linear(config.dim, config.ffn_dim),
             nn.GELU(approximate="tanh"),
             nn.Linear(config.ffn_dim, config.dim),
         )
-        self.impl = impl
+        self.linear_impl = linear_impl
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        first: Any = self[0]
-        y: Tensor = self[2](sf.linear(x_BLD, first.weight, first.bias, gelu=True, impl=self.impl))
+        first, options = cast(Any, self[0]), {"gelu": True, "impl": self.linear_impl}
+        y: Tensor = self[2](sf.linear(x_BLD, first.weight, first.bias, **options))
         return y
 
 
