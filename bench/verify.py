@@ -25,8 +25,8 @@ from sfkernels import cases, launch
 from sfkernels.cases import AttentionCase, Heads
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("linear", "norm", "rope", "sampler", "quant", "attention", "registration", "gpu", "stream",
-         "bench_stream", "bench_decode")  # fmt: skip
+TESTS = ("linear", "causal_conv3d", "norm", "rope", "sampler", "quant", "attention", "registration",
+         "gpu", "launches", "stream", "bench_stream", "bench_decode")  # fmt: skip
 MEMORY = 5 * 2**30  # bytes of a GPU that a process of the tests may take, its references apart
 SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 RUNS = ("natively", "memcheck", "racecheck")

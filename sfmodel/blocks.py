@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -188,8 +188,9 @@ class FeedForward(nn.Sequential):
         self.linear_impl = linear_impl
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        first, options = cast(Any, self[0]), {"gelu": True, "impl": self.linear_impl}
-        y: Tensor = self[2](sf.linear(x_BLD, first.weight, first.bias, **options))
+        first: Any = self[0]
+        impl = self.linear_impl
+        y: Tensor = self[2](sf.linear(x_BLD, first.weight, first.bias, gelu=True, impl=impl))
         return y
 
 

@@ -32,7 +32,9 @@ def test_slots_hold_the_sink_and_the_newest(window: int, sink: int, sizes: list[
             assert int(place.valid) == 3 * min(end + size, window)
         held.update(zip(place.slot_F.tolist(), frames, strict=True))
         end += size
+        behind = cache.chunk(2, after=size)
         cache.commit(size)
+        assert all(map(torch.equal, behind, cache.chunk(2)))
         oldest = max(0, end - (window - sink))
         assert {*held.values()} == {*range(min(sink, end))} | {*range(oldest, end)}
 
@@ -109,6 +111,22 @@ def test_save_and_restore(tmp_path: Path) -> None:
 def test_bad_sizes(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         RingKVCache(**SIZES | change)
+
+
+def test_the_prompt_may_have_more_heads() -> None:
+    """As where the ring holds those of one rank of several."""
+    sizes = SIZES | dict(heads=2, text_tokens=4, text_heads=6)
+    cache = RingKVCache(**sizes)
+    assert cache.k.shape[3] == 2 and cache.text_v.shape[2:4] == (4, 6)
+    assert cache.nbytes == RingKVCache.bytes_needed(**sizes)
+    with pytest.raises(ValueError, match="text_heads=0: must be at least 1"):
+        RingKVCache(**sizes | dict(text_heads=0))
+
+
+@pytest.mark.parametrize("after", [-1, 6, 1.5])
+def test_a_chunk_may_come_after_a_window_at_most(after: Any) -> None:
+    with pytest.raises(ValueError, match=f"after={after}: must be"):
+        RingKVCache(**SIZES).chunk(1, after=after)
 
 
 def test_a_chunk_must_fit_beside_the_sink() -> None:
