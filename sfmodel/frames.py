@@ -112,9 +112,9 @@ class FrameStream(abc.ABC):
         self.latents_BFCHW, self.graph, self.low_latency = latents_BFCHW, graph, low_latency
         self.notes: dict[str, None] = {}
         self.device = next(iter(latents_BFCHW.values())).device
-        self.lanes: tuple[Any, Any] | None = None  # streams of the device: decoding, copying
+        self.lanes: tuple[Any, Any] | None = None  # for decoding and copying
         if graph and self.device.type == "cuda":
-            self.lanes = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
+            self.lanes = graphs.lane(DECODE, self.device), graphs.lane(COPY, self.device)
         self.decoding: Decoding | None = None
         self.decoders: dict[int, list[Run]] = {}
         if codec is not None:

@@ -17,6 +17,13 @@ def shared_pool(of: str = "") -> Any:
     return torch.cuda.graph_pool_handle()
 
 
+@functools.cache
+def lane(of: str, device: torch.device) -> Any:
+    """A stream of the device for all work of one name, in order: of whatever object it is, graphs
+    that share a pool of that name do not run at once."""
+    return torch.cuda.Stream(device)
+
+
 def captured(run: Callable[[], object], pool: Any = None) -> tuple[Callable[[], None] | None, str]:
     """The replay of `run` as a CUDA graph; or None and why there is none. It really runs three
     times before, which compiles its kernels and chooses its algorithms."""

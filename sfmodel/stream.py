@@ -258,6 +258,7 @@ class Stream(FrameStream):
         taken: in the place of the chunk whose update is to come, else as the next chunk."""
         self.size = self.pending or self.next
         if clean_BFCHW is not None:
+            self.before_overwriting()
             self.latents_BFCHW[self.size].copy_(clean_BFCHW)
         with phase(UPDATE):
             self.updates[self.size]()
