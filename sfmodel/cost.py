@@ -351,10 +351,10 @@ DECODER_MEMORY = {"wan": (96, 4.3, 126.9e6), "taehv": (64, 2.3, 11.3e6)}
 
 
 def activations_gib(preset: Preset) -> float:
-    """GiB of one pass of a stream over a chunk in bfloat16, where they are most, in an FFN: its
-    hidden channels before and after GELU, its input, its output, and the residual stream."""
-    config, tokens = preset.dit, preset.chunk * math.prod(preset.grid)
-    return 2 * tokens * (2 * config.ffn_dim + 3 * config.dim) / GIB
+    """GiB of a stream's largest pass in bfloat16, over two chunks at once, where they are most, in
+    an FFN: its hidden channels after GELU, its input, its output, and the residual stream."""
+    config, tokens = preset.dit, 2 * preset.chunk * math.prod(preset.grid)
+    return 2 * tokens * (config.ffn_dim + 3 * config.dim) / GIB
 
 
 def decoder_gib(preset: Preset, decoder: str) -> float:
