@@ -125,8 +125,9 @@ class RingKVCache:
 
     def chunk(self, frames: int, after: int = 0) -> RingChunk:
         """Places the next `frames` frames, computed on the device; after: how many come before
-        them that are not past yet. Raises ValueError where there are none or they do not fit beside
-        the sink."""
+        them that are not past yet. In a full window these frames may take slots of those: run the
+        attention of what comes before first, layer by layer. Raises ValueError where there are none
+        or they do not fit beside the sink."""
         check_window(self.window, self.sink, frames)
         check_count("after", after, least=0, most=self.window)
         start = self._wrapped_start() + after

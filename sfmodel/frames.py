@@ -109,9 +109,12 @@ class FrameStream(abc.ABC):
         graph: bool = False,
         low_latency: bool = False,
     ) -> None:
-        self.latents_BFCHW, self.graph, self.low_latency = latents_BFCHW, graph, low_latency
+        self.latents_BFCHW, self.low_latency = latents_BFCHW, low_latency
         self.notes: dict[str, None] = {}
         self.device = next(iter(latents_BFCHW.values())).device
+        if graph and not graphs.possible(self.device):
+            raise ValueError(f"graph=True: CUDA graphs need a CUDA device, not {self.device}")
+        self.graph = graph
         self.lanes: tuple[Any, Any] | None = None  # for decoding and copying
         if graph and self.device.type == "cuda":
             self.lanes = graphs.lane(DECODE, self.device), graphs.lane(COPY, self.device)
@@ -175,7 +178,8 @@ class FrameStream(abc.ABC):
 
     def frames(self, count: int | None = None) -> Iterator[Tensor]:
         """Decoded video as bytes [B, T, H, W, 3] in host memory, a chunk or a piece of one at a
-        time; `count` pixel frames in all, endless if None. Memory does not grow.
+        time; `count` pixel frames in all, endless if None. Memory does not grow. What is left of
+        the last chunk is dropped: a later call goes on with the next one.
 
         In CUDA graphs, decoding and copies run on streams of the device of their own, and a chunk
         is handed out when the next one has been launched: the device does not wait for whoever
@@ -220,7 +224,8 @@ class FrameStream(abc.ABC):
 
     def video(self, frames: int | None = None) -> Iterator[Tensor]:
         """Decoded video, a chunk or a piece of one [B, T, 3, H, W] at a time as soon as it is
-        ready; `frames` pixel frames in all, endless if None. Memory does not grow."""
+        ready; `frames` pixel frames in all, endless if None. Memory does not grow. A later call
+        goes on with the next chunk."""
         left = math.inf if frames is None else frames
         while left > 0:
             self.denoise()

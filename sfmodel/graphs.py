@@ -10,6 +10,11 @@ from typing import Any
 import torch
 
 
+def possible(device: torch.device) -> bool:
+    """Tells whether a device has CUDA graphs."""
+    return device.type == "cuda"
+
+
 @functools.cache
 def shared_pool(of: str = "") -> Any:
     """A memory pool for graphs of which no two run at once, and none reads what another left: one

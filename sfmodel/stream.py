@@ -93,6 +93,11 @@ class Stream(FrameStream):
     ) -> None:
         check_seed(seed, batch)
         check_euler(euler)
+        if text_BTE.dim() != 3 or len(text_BTE) not in (1, batch):
+            raise ValueError(
+                f"text has shape {[*text_BTE.shape]}: must be [1, T, {model.config.text_dim}], or "
+                f"have a prompt for each of the batch of {batch}"
+            )
         self.model, self.preset, self.batch = model, preset.check(), batch
         self.euler, self.merge, self.noise = euler, merge, noise
         steps = (
@@ -254,10 +259,12 @@ class Stream(FrameStream):
 
     @torch.no_grad()
     def update(self, clean_BFCHW: Tensor | None = None) -> None:
-        """The chunk's cache update as a pass of its own. With clean latents of a chunk these are
-        taken: in the place of the chunk whose update is to come, else as the next chunk."""
+        """The chunk's cache update as a pass of its own. Clean latents [B, F, C, h, w] replace the
+        chunk that was just denoised; where there is none they are the next one. Raises ValueError
+        for latents of another shape."""
         self.size = self.pending or self.next
         if clean_BFCHW is not None:
+            check_shape("latents", clean_BFCHW, tuple(self.x[self.size].shape))
             self.before_overwriting()
             self.latents_BFCHW[self.size].copy_(clean_BFCHW)
         with phase(UPDATE):
@@ -267,11 +274,17 @@ class Stream(FrameStream):
 
     @torch.no_grad()
     def prefill(self, latents_BFCHW: Tensor) -> None:
-        """Makes given latents the stream's past: whole chunks. Raises ValueError for others."""
+        """Makes given latents [B, F, C, h, w] the stream's newest past: whole chunks, the first of
+        the preset's `first` frames at the start of the stream. They are not decoded: the next chunk
+        is the first one that is, as the start of a clip. Raises ValueError for others."""
+        shape = (*self.x[self.next].shape[2:],)
+        check_shape("latents", latents_BFCHW, (self.batch, "F", *shape))
+        if self.pending:
+            self.update()
         given = latents_BFCHW.shape[1]
         if given and (given < self.next or (given - self.next) % self.preset.chunk):
             raise ValueError(
-                f"initial has {given} latent frames: must be {self.next} plus a multiple of "
+                f"latents have {given} frames: must be {self.next} plus a multiple of "
                 f"{self.preset.chunk}"
             )
         while latents_BFCHW.shape[1]:

@@ -71,6 +71,7 @@ def test_what_is_timed_is_the_stream(
     """Bit for bit, three times around the ring, whatever was run before."""
     monkeypatch.setattr(graphs, "captured", pretend_capture)
     monkeypatch.setattr(graphs, "shared_pool", lambda *_: None)
+    monkeypatch.setattr(graphs, "possible", lambda _: True)
     both = replace(setting, tiny=ToyVAE(width=8))
     mine = Measured(both, SMALL, Variant("x", "auto", "auto", graph), seed=5)
     first = mine.first_frame()

@@ -160,6 +160,7 @@ def test_graphs_are_the_eager_stream(
     the start, of another prompt and another seed."""
     monkeypatch.setattr(graphs, "captured", pretend_capture)
     monkeypatch.setattr(graphs, "shared_pool", lambda *_: None)
+    monkeypatch.setattr(graphs, "possible", lambda _: True)
     preset, codec = replace(SMALL, chunk=chunk, first=first), ToyVAE()
     mine = Stream(model, codec, TEXT[:1], preset, seed=5, graph=True)
     assert not mine.notes
@@ -177,6 +178,7 @@ def test_graphs_are_the_eager_stream(
 def test_what_is_no_graph_is_said(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "captured", lambda run, pool: (None, "no CUDA graph: why"))
     monkeypatch.setattr(graphs, "shared_pool", lambda *_: None)
+    monkeypatch.setattr(graphs, "possible", lambda _: True)
     mine = Stream(model, ToyVAE(), TEXT[:1], SMALL, graph=True)
     assert [*mine.notes] == ["no CUDA graph: why"]
     assert torch.equal(mine.denoise(), take(1, model))
@@ -359,6 +361,24 @@ def test_memory_does_not_grow(model: DiT) -> None:
 def test_bad_settings(model: DiT, change: Any, arguments: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         next(stream(model, ToyVAE(), TEXT[:1], replace(SMALL, **change), **arguments))
+
+
+def test_given_latents_must_fit(model: DiT) -> None:
+    """And come after a chunk whose cache update was still to come."""
+    made, L = Stream(model, None, TEXT[:1], SMALL), torch.randn(1, 3, 4, 8, 8)
+    for wrong in (L[..., :1], L[:, :, :1], L.expand(2, -1, -1, -1, -1), L[0]):
+        with pytest.raises(ValueError, match=r"latents has shape .* must be \[1, F, 4, 8, 8\]"):
+            made.prefill(wrong)
+    with pytest.raises(ValueError, match=r"must be \[1, 3, 4, 8, 8\]"):
+        made.update(L[:, :2])
+    both = made.denoise().clone()
+    made.prefill(L)
+    want = take(1, model, initial_BFCHW=torch.cat([both, L], 1))
+    torch.testing.assert_close(made.denoise(), want, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="text has shape"):
+        Stream(model, None, TEXT, SMALL, batch=3)
+    with pytest.raises(ValueError, match="CUDA graphs need a CUDA device, not cpu"):
+        Stream(model, None, TEXT[:1], SMALL, graph=True)
 
 
 def test_initial_latents_must_be_whole_chunks(model: DiT) -> None:
