@@ -89,6 +89,16 @@ def _to_host(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
+def _arrived(frames: OnHost, event: Any, first: int) -> Tensor:
+    """The bytes, once they are there; first: the number of the first frame. Raises `NotFinite`."""
+    while event is not None and not event.query():
+        time.sleep(0.0002)  # and not in a wait that Ctrl-C does not reach
+    if not frames.finite_BT.all():
+        frame, video = (~frames.finite_BT).T.nonzero()[0].tolist()
+        raise NotFinite(first + frame, video)
+    return frames.bytes_BTHWC
+
+
 class FrameStream(abc.ABC):
     """Frames of whoever puts the next chunk's latents into `latents_BFCHW` in `denoise`.
 
@@ -100,6 +110,7 @@ class FrameStream(abc.ABC):
     asked for."""
 
     size: int
+    decoded = 0
 
     @torch.no_grad()
     def __init__(
@@ -133,6 +144,14 @@ class FrameStream(abc.ABC):
         """The next chunk's clean latents x0 [B, F, C, h, w] in float32, in memory that the next one
         overwrites."""
 
+    def finish_decoding(self) -> None:
+        """Decodes what nobody has asked for of a chunk that was decoded in part: the next one goes
+        on from there."""
+        if self.decoded:
+            for piece in range(self.decoded, self.pieces):
+                self._decode_beside(piece)
+        self.decoded = 0
+
     def before_overwriting(self) -> None:
         """Has the device wait until the last chunk's latents are decoded."""
         if self.lanes:
@@ -143,13 +162,15 @@ class FrameStream(abc.ABC):
         capture it really runs."""
         if not self.graph:
             return run
-        replay, note = graphs.captured(run, graphs.shared_pool(pool))
+        stream = self.lanes[0] if self.lanes and pool == DECODE else None
+        replay, note = graphs.captured(run, graphs.shared_pool(pool), stream)
         if note:
             self.notes[note] = None
         return replay or run
 
     def restart(self) -> None:
         """Goes back to before the first chunk."""
+        self.decoded = 0  # pieces of the chunk that is there
         if self.decoding is not None:
             self.decoding.state = None
 
@@ -165,6 +186,7 @@ class FrameStream(abc.ABC):
         assert self.decoding is not None, "this stream has no codec"
         with phase(DECODE):
             self.decoders[self.size][piece]()
+        self.decoded = piece + 1
         return self.decoding.pixels_BTCHW
 
     @torch.no_grad()
@@ -197,30 +219,42 @@ class FrameStream(abc.ABC):
                         wanted = OnHost(*(t[:, : int(min(left, t.shape[1]))] for t in on_host))
                         leaving.append((wanted, event))
                         left -= wanted.finite_BT.shape[1]
-            for _ in range(launched if self.lanes and left > 0 else len(leaving)):
-                (bytes_BTHWC, finite_BT), event = leaving.popleft()
-                while event is not None and not event.query():
-                    time.sleep(0.0002)  # and not in a wait that Ctrl-C does not reach
-                if not finite_BT.all():
-                    frame, video = (~finite_BT).T.nonzero()[0].tolist()
-                    raise NotFinite(done + frame, video)
-                done += finite_BT.shape[1]
-                yield bytes_BTHWC
+                    if not self.lanes and leaving:
+                        yield _arrived(*leaving.popleft(), done)
+                        done += wanted.finite_BT.shape[1]
+            for _ in range(launched if left > 0 else len(leaving)):
+                frames, event = leaving.popleft()
+                yield _arrived(frames, event, done)
+                done += frames.finite_BT.shape[1]
 
     def _leave(self, piece: int) -> tuple[OnHost, Any]:
         """A piece of the chunk on its way to the host, and the event of its arrival: none where it
         is there."""
+        self._decode_beside(piece)
+        if not self.lanes:
+            on_host = self.copy_to_host()
+            return on_host, self._now()
+        decoding, copying = self.lanes
+        copying.wait_stream(decoding)
+        with torch.cuda.stream(copying):
+            return self.copy_to_host(), copying.record_event()
+
+    def _now(self) -> Any:
+        """An event that the device reaches after all that was launched; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.current_stream(self.device).record_event()
+
+    def _decode_beside(self, piece: int) -> None:
+        """Decodes a piece in the lane for it, if there is one."""
         if not self.lanes:
             self.decode(piece)
-            return self.copy_to_host(), None
+            return
         decoding, copying = self.lanes
         decoding.wait_stream(torch.cuda.current_stream(self.device))
         decoding.wait_stream(copying)  # which reads what is overwritten now
         with torch.cuda.stream(decoding):
             self.decode(piece)
-        copying.wait_stream(decoding)
-        with torch.cuda.stream(copying):
-            return self.copy_to_host(), copying.record_event()
 
     def video(self, frames: int | None = None) -> Iterator[Tensor]:
         """Decoded video, a chunk or a piece of one [B, T, 3, H, W] at a time as soon as it is

@@ -29,13 +29,16 @@ def lane(of: str, device: torch.device) -> Any:
     return torch.cuda.Stream(device)
 
 
-def captured(run: Callable[[], object], pool: Any = None) -> tuple[Callable[[], None] | None, str]:
+def captured(
+    run: Callable[[], object], pool: Any = None, stream: Any = None
+) -> tuple[Callable[[], None] | None, str]:
     """The replay of `run` as a CUDA graph; or None and why there is none. It really runs three
-    times before, which compiles its kernels and chooses its algorithms."""
+    times before, which compiles its kernels and chooses its algorithms. stream: to capture on, one
+    of their own for graphs that run beside others, as cuBLAS has a workspace for each stream."""
     warm(run)
     graph = torch.cuda.CUDAGraph()
     try:
-        with capture(graph, pool):
+        with capture(graph, pool, stream):
             run()
     except RuntimeError as error:
         return None, why_none(error)
@@ -55,7 +58,7 @@ def reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def capture(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
+def capture(graph: torch.cuda.CUDAGraph, pool: Any = None, on: Any = None) -> Iterator[None]:
     """`torch.cuda.graph`. Where a capture fails PyTorch 2.11 leaves its stream the current one and
     the allocator in the capture, which no capture and no empty_cache survives: both are put back,
     and the error is that of the body."""
@@ -63,7 +66,7 @@ def capture(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
     pool = pool or torch.cuda.graph_pool_handle()
     cause: BaseException | None = None
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=on):
             try:
                 yield
             except BaseException as error:

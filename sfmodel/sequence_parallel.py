@@ -145,6 +145,7 @@ class Received(FrameStream):
         self.next = self.size = self.first
 
     def denoise(self) -> Tensor:
+        self.finish_decoding()
         self.size, self.next = self.next, self.preset.chunk
         self.before_overwriting()
         dist.recv(self.latents_BFCHW[self.size], 0)

@@ -214,8 +214,6 @@ class Stream(FrameStream):
         another seed where one is given. Raises ValueError for a prompt that does not fit."""
         if seed is not None:
             check_seed(seed, self.batch)
-            seeds = range(seed, seed + self.batch)
-            self.seed_B.copy_(torch.tensor(seeds))
         if text_BTE is not None:
             prompts, rows, channels = self.text_BTE.shape
             check_shape("text", text_BTE, (prompts, "T", channels))
@@ -223,6 +221,8 @@ class Stream(FrameStream):
                 raise ValueError(f"text has {text_BTE.shape[1]} rows: must be at most {rows}")
             self.text_BTE.zero_()[:, : text_BTE.shape[1]].copy_(text_BTE)
             self.set_text()
+        if seed is not None:
+            self.seed_B.copy_(torch.arange(seed, seed + self.batch))
         self.cache.reset()
         super().restart()
         self.next = self.size = self.first  # of the next chunk, and of the one that is there
@@ -239,6 +239,7 @@ class Stream(FrameStream):
     def denoise(self) -> Tensor:
         """The next chunk's clean latents x0 [B, F, C, h, w] in float32, after the cache update of
         the one before, in memory that the next one overwrites."""
+        self.finish_decoding()
         if self.pending and not self.merge:
             self.update()
         before, self.size = self.pending, self.next
@@ -250,7 +251,8 @@ class Stream(FrameStream):
                 self.before_overwriting()
             with phase(name):
                 run()
-        self.past += before
+            if name == MERGED:  # at once: what is interrupted now goes on from here
+                self.past, self.pending = self.past + before, 0
         self.pending, self.next = self.size, self.preset.chunk
         return self.latents_BFCHW[self.size]
 
@@ -262,6 +264,9 @@ class Stream(FrameStream):
         """The chunk's cache update as a pass of its own. Clean latents [B, F, C, h, w] replace the
         chunk that was just denoised; where there is none they are the next one. Raises ValueError
         for latents of another shape."""
+        if clean_BFCHW is None and not self.pending:
+            raise ValueError("no chunk's cache update is to come: give the latents of the next one")
+        self.finish_decoding()
         self.size = self.pending or self.next
         if clean_BFCHW is not None:
             check_shape("latents", clean_BFCHW, tuple(self.x[self.size].shape))

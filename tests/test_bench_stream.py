@@ -56,7 +56,7 @@ def job(**more: Any) -> Job:
     return Job(CPU, tiny=True, rounds=2, **more)
 
 
-def pretend_capture(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], Any], str]:
+def pretend_capture(run: Callable[[], Any], *more: Any) -> tuple[Callable[[], Any], str]:
     """As `graphs.captured`, which runs three times to warm up."""
     for _ in range(3):
         run()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import sfkernels
 from sfkernels import Noise, normal
-from sfmodel import graphs
+from sfmodel import frames, graphs
 from sfmodel.config import PRESETS, Preset, VAEConfig
 from sfmodel.dit import DiT
 from sfmodel.frames import Decoding
@@ -143,7 +143,7 @@ def test_the_merged_pass_is_the_two_it_merges(model: DiT, settings: Any, euler: 
         torch.testing.assert_close(merged, apart, rtol=1e-6, atol=1e-6 * float(apart.abs().max()))
 
 
-def pretend_capture(run: Callable[[], object], pool: Any) -> tuple[Callable[[], object], str]:
+def pretend_capture(run: Callable[[], object], *more: Any) -> tuple[Callable[[], object], str]:
     """Runs before the capture, as a capture does, and hands the function itself out."""
     for _ in range(3):
         run()
@@ -176,7 +176,7 @@ def test_graphs_are_the_eager_stream(
 
 
 def test_what_is_no_graph_is_said(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "captured", lambda run, pool: (None, "no CUDA graph: why"))
+    monkeypatch.setattr(graphs, "captured", lambda run, *_: (None, "no CUDA graph: why"))
     monkeypatch.setattr(graphs, "shared_pool", lambda *_: None)
     monkeypatch.setattr(graphs, "possible", lambda _: True)
     mine = Stream(model, ToyVAE(), TEXT[:1], SMALL, graph=True)
@@ -201,14 +201,14 @@ def test_phases_of_a_chunk_are_timed(model: DiT) -> None:
 @torch.no_grad()
 def test_the_host_gets_the_pixels_as_bytes(model: DiT) -> None:
     mine = Stream(model, ToyVAE(), TEXT[:1], SMALL)
-    for frames in (9, 12):
+    for count in (9, 12):
         mine.denoise()
         pixels = mine.decode()
-        assert pixels.shape[1] == frames
+        assert pixels.shape[1] == count
         expected = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         on_host = mine.copy_to_host()
         assert torch.equal(on_host.bytes_BTHWC, expected.permute(0, 1, 3, 4, 2))
-        assert on_host.finite_BT.shape == (1, frames) and on_host.finite_BT.all()
+        assert on_host.finite_BT.shape == (1, count) and on_host.finite_BT.all()
 
 
 @pytest.mark.parametrize("low_latency", [False, True])
@@ -226,6 +226,40 @@ def test_frames_are_those_of_the_video_as_bytes(model: DiT, count: int, low_late
     assert (torch.cat(pieces, 1).int() - want).abs().max() <= low_latency  # rounding
 
 
+@pytest.mark.parametrize("low_latency", [False, True])
+def test_a_later_call_goes_on_with_the_next_chunk(model: DiT, low_latency: bool) -> None:
+    """Whatever was left of the chunk before."""
+    codec = ToyVAE()
+    made, whole = (Stream(model, codec, TEXT[:1], SMALL, low_latency=low_latency) for _ in range(2))
+    want = torch.cat([*whole.frames(33)], 1)
+    for begin, count in ((0, 3), (9, 5), (21, 12)):
+        got = torch.cat([*made.frames(count)], 1)
+        assert (got.int() - want[:, begin : begin + count].int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("name", ["step 2", "step 4"])
+def test_an_interrupted_chunk_begins_anew(model: DiT, merge: bool, name: str) -> None:
+    mine, whole = (Stream(model, None, TEXT[:1], SMALL, merge=merge) for _ in range(2))
+    want = [whole.denoise().clone() for _ in range(4)]
+    assert torch.equal(mine.denoise(), want[0])
+    steps = mine.steps[3, False]
+    run = steps[name]
+
+    def interrupted() -> None:
+        steps[name] = run
+        raise KeyboardInterrupt
+
+    steps[name] = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        mine.denoise()
+    for each in want[1:]:
+        torch.testing.assert_close(mine.denoise(), each, rtol=1e-5, atol=1e-5)
+    mine.update()
+    with pytest.raises(ValueError, match="no chunk's cache update is to come"):
+        mine.update()
+
+
 def test_a_frame_that_is_no_number_is_named(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
     codec = ToyVAE()
     decode = codec.decode_chunk
@@ -237,10 +271,10 @@ def test_a_frame_that_is_no_number_is_named(model: DiT, monkeypatch: pytest.Monk
         return pixels, after
 
     monkeypatch.setattr(codec, "decode_chunk", broken)
-    frames = Stream(model, codec, TEXT, SMALL, batch=2).frames()
-    assert next(frames).shape[1] == 9
+    pieces = Stream(model, codec, TEXT, SMALL, batch=2).frames()
+    assert next(pieces).shape[1] == 9
     with pytest.raises(NotFinite, match=r"^frame 13 holds NaN or infinity") as raised:
-        next(frames)
+        next(pieces)
     assert raised.value.video == 1
 
 
@@ -253,7 +287,7 @@ def test_decoding_goes_on(graph: bool) -> None:
 
     def launch(run: Callable[[], None]) -> Callable[[], None]:
         warmed.append(run)
-        return pretend_capture(run, None)[0]  # type: ignore[return-value]
+        return pretend_capture(run)[0]  # type: ignore[return-value]
 
     decoding, x = Decoding(codec, launch if graph else None), torch.zeros(1, 3, 16, 4, 4)
     decode = decoding.of(x)
@@ -405,6 +439,36 @@ def test_captured_and_eager_agree_bit_for_bit(model: DiT) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("graph", [False, True])
+@torch.no_grad()
+def test_frames_are_handed_out_when_they_are_there(
+    model: DiT, graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies that arrive as late as they may: when the host has asked for their event."""
+    device, late = torch.device("cuda"), []
+    on_gpu, codec = DiT(SMALL.dit).to(device).eval(), ToyVAE().to(device)
+    on_gpu.load_state_dict(model.state_dict())
+    query = torch.cuda.Event.query
+
+    def to_host(x: Tensor) -> Tensor:
+        late.append((torch.zeros(x.shape, dtype=x.dtype, pin_memory=True), x.clone()))
+        return late[-1][0]
+
+    def asked(event: Any) -> bool:
+        while late:
+            to, x = late.pop()
+            to.copy_(x)
+        return bool(query(event))
+
+    made = Stream(on_gpu, codec, TEXT[:1].to(device), SMALL, graph=graph)
+    want = next(made.frames(9)).clone()
+    made.restart()
+    monkeypatch.setattr(frames, "_to_host", to_host)
+    monkeypatch.setattr(torch.cuda.Event, "query", asked)
+    assert torch.equal(next(made.frames(9)), want)
+
+
+@pytest.mark.gpu
 @torch.no_grad()
 def test_cudnn_takes_the_full_ring(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
     """In graphs of their own, from the chunk on that fills the ring."""
@@ -416,7 +480,7 @@ def test_cudnn_takes_the_full_ring(model: DiT, monkeypatch: pytest.MonkeyPatch) 
         return ring_attention(*args, full=full, impl=impl, **more)
 
     monkeypatch.setattr(sfkernels, "ring_attention", noted)
-    streams, preset = [], replace(SMALL, first=1, chunk=2)
+    streams, preset = [], replace(SMALL, first=1, chunk=2, window=5)
     for attention, graph in (("cudnn", True), ("cudnn", False), ("sdpa", False)):
         on_gpu = DiT(SMALL.dit, attention_impl=attention)
         on_gpu.load_state_dict(model.state_dict())
@@ -424,15 +488,24 @@ def test_cudnn_takes_the_full_ring(model: DiT, monkeypatch: pytest.MonkeyPatch) 
         streams.append(Stream(half, None, text, preset, graph=graph))
     assert not streams[0].notes
     seen.clear()
-    for chunk in range(7):
-        graphed, eager, want = (stream.denoise() for stream in streams)
+    full, filling = (True, "cudnn"), (False, "auto")
+
+    def chunk() -> set[Any]:
+        """What the eager stream has taken."""
+        seen.clear()
+        graphed, eager, want = (each.denoise() for each in streams)
         assert torch.equal(graphed, eager)
         torch.testing.assert_close(eager, want, rtol=0.1, atol=0.1)
-        used = {each for each in seen if each[1] != "sdpa"}
-        # After 1, 3, 5 and 7 frames; the first pass is still behind a ring of 5.
-        full, filling = (True, "cudnn"), (False, "auto")
-        assert used == ({filling} if chunk < 3 else {full, filling} if chunk == 3 else {full})
-        seen.clear()
+        return {each for each in seen if each[1] != "sdpa"}
+
+    # 1, 3 and 5 frames fill it; the first pass of the chunk that does is still behind 3.
+    assert [chunk() for _ in range(5)] == [{filling}] * 2 + [{filling, full}] + [{full}] * 2
+    for each in streams:
+        each.restart()
+    assert [chunk() for _ in range(2)] == [{filling}] * 2
+    for each in streams:
+        each.update(each.latents_BFCHW[2] + 1)
+    assert chunk() == {full}  # of which no pass is merged
 
 
 @pytest.mark.gpu
