@@ -30,8 +30,10 @@ def linear(
     gradient. Raises ValueError for shapes and dtypes that do not fit."""
     if impl == "auto" and is_plain(x_BLC) and x_BLC.is_cpu and x_BLC.dim() == 3:
         try:  # the checks below take as long as a small layer
-            return reference.linear(x_BLC, weight_OC, bias_O, gelu)
-        except (RuntimeError, TypeError):
+            fits = x_BLC.is_floating_point() and weight_OC.is_cpu and weight_OC.dim() == 2
+            if fits and (bias_O is None or bias_O.shape == weight_OC.shape[:1]):
+                return reference.linear(x_BLC, weight_OC, bias_O, gelu)
+        except (RuntimeError, TypeError, AttributeError):
             pass  # they say in a sentence what is wrong
     impl = _choose(impl, x_BLC, weight_OC, bias_O)
     if impl == "triton":
