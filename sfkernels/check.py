@@ -211,7 +211,8 @@ def judge(
                     f"{count} global {what} of less than 128 bits ({_counts(widths)}), at most "
                     f"{narrow} allowed"
                 )
-            if not any(bits >= 128 for bits in widths) and not (what == "loads" and out.tma):
+            by_tma = out.tma and (what == "loads" or not widths)
+            if not by_tma and not any(bits >= 128 for bits in widths):
                 broken.append(f"no global {what} of 128 bits ({_counts(widths) or 'none at all'})")
     return broken
 
