@@ -26,7 +26,7 @@ from sfkernels.cases import AttentionCase, Heads
 
 ROOT = Path(__file__).parent.parent
 TESTS = ("linear", "causal_conv3d", "norm", "rope", "sampler", "quant", "attention", "registration",
-         "gpu", "launches", "stream", "bench_stream", "bench_decode")  # fmt: skip
+         "gpu", "launches", "stream", "stream_gpu", "bench_stream", "bench_decode")  # fmt: skip
 MEMORY = 5 * 2**30  # bytes of a GPU that a process of the tests may take, its references apart
 SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 RUNS = ("natively", "memcheck", "racecheck")

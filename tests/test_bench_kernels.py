@@ -400,7 +400,7 @@ def test_graphs_and_launches_are_timed_apart(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *_: None, raising=False)
 
     class Capture:
-        def __init__(self, graph: FakeGraph, pool: Any = None) -> None:
+        def __init__(self, graph: FakeGraph, pool: Any = None, stream: Any = None) -> None:
             graph.captured = lambda: calls.append("replayed")
 
         def __enter__(self) -> None:

@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import sfkernels
 from sfkernels import Noise, normal
-from sfmodel import frames, graphs
+from sfmodel import graphs
 from sfmodel.config import PRESETS, Preset, VAEConfig
 from sfmodel.dit import DiT
 from sfmodel.frames import Decoding
@@ -420,118 +419,3 @@ def test_initial_latents_must_be_whole_chunks(model: DiT) -> None:
     with pytest.raises(ValueError, match="must be 1 plus a multiple of 3"):
         take(1, model, replace(SMALL, first=1), initial_BFCHW=initial)
     assert take(1, model, replace(SMALL, first=1), initial_BFCHW=initial[:, :1]).shape[1] == 3
-
-
-@pytest.mark.gpu
-@torch.no_grad()
-def test_captured_and_eager_agree_bit_for_bit(model: DiT) -> None:
-    """A replayed chunk is the next one of the stream, past the wrap of the ring."""
-    device = torch.device("cuda")
-    on_gpu = DiT(SMALL.dit).to(device).eval()
-    on_gpu.load_state_dict(model.state_dict())
-    codec, text = ToyVAE().to(device), TEXT[:1].to(device)
-    mine = Stream(on_gpu, codec, text, SMALL, graph=True)
-    eager = Stream(on_gpu, codec, text, SMALL)
-    assert not mine.notes
-    for _ in range(7):
-        assert torch.equal(mine.denoise(), eager.denoise())
-        torch.testing.assert_close(mine.decode(), eager.decode(), rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("graph", [False, True])
-@torch.no_grad()
-def test_frames_are_handed_out_when_they_are_there(
-    model: DiT, graph: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Copies that arrive as late as they may: when the host has asked for their event."""
-    device, late = torch.device("cuda"), []
-    on_gpu, codec = DiT(SMALL.dit).to(device).eval(), ToyVAE().to(device)
-    on_gpu.load_state_dict(model.state_dict())
-    query = torch.cuda.Event.query
-
-    def to_host(x: Tensor) -> Tensor:
-        late.append((torch.zeros(x.shape, dtype=x.dtype, pin_memory=True), x.clone()))
-        return late[-1][0]
-
-    def asked(event: Any) -> bool:
-        while late:
-            to, x = late.pop()
-            to.copy_(x)
-        return bool(query(event))
-
-    made = Stream(on_gpu, codec, TEXT[:1].to(device), SMALL, graph=graph)
-    want = next(made.frames(9)).clone()
-    made.restart()
-    monkeypatch.setattr(frames, "_to_host", to_host)
-    monkeypatch.setattr(torch.cuda.Event, "query", asked)
-    assert torch.equal(next(made.frames(9)), want)
-
-
-@pytest.mark.gpu
-@torch.no_grad()
-def test_cudnn_takes_the_full_ring(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In graphs of their own, from the chunk on that fills the ring."""
-    device, seen = torch.device("cuda"), []
-    ring_attention = sfkernels.ring_attention
-
-    def noted(*args: Any, full: bool, impl: str, **more: Any) -> Tensor:
-        seen.append((full, impl))
-        return ring_attention(*args, full=full, impl=impl, **more)
-
-    monkeypatch.setattr(sfkernels, "ring_attention", noted)
-    streams, preset = [], replace(SMALL, first=1, chunk=2, window=5)
-    for attention, graph in (("cudnn", True), ("cudnn", False), ("sdpa", False)):
-        on_gpu = DiT(SMALL.dit, attention_impl=attention)
-        on_gpu.load_state_dict(model.state_dict())
-        half, text = on_gpu.to(device, torch.bfloat16).eval(), TEXT[:1].to(device)
-        streams.append(Stream(half, None, text, preset, graph=graph))
-    assert not streams[0].notes
-    seen.clear()
-    full, filling = (True, "cudnn"), (False, "auto")
-
-    def chunk() -> set[Any]:
-        """What the eager stream has taken."""
-        seen.clear()
-        graphed, eager, want = (each.denoise() for each in streams)
-        assert torch.equal(graphed, eager)
-        torch.testing.assert_close(eager, want, rtol=0.1, atol=0.1)
-        return {each for each in seen if each[1] != "sdpa"}
-
-    # 1, 3 and 5 frames fill it; the first pass of the chunk that does is still behind 3.
-    assert [chunk() for _ in range(5)] == [{filling}] * 2 + [{filling, full}] + [{full}] * 2
-    for each in streams:
-        each.restart()
-    assert [chunk() for _ in range(2)] == [{filling}] * 2
-    for each in streams:
-        each.update(each.latents_BFCHW[2] + 1)
-    assert chunk() == {full}  # of which no pass is merged
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("low_latency", [False, True])
-@torch.no_grad()
-def test_a_hundred_chunks_without_a_wait(model: DiT, low_latency: bool) -> None:
-    """The host waits for the frames that it hands out and for nothing else; memory stays; and what
-    overlaps is what comes one after the other."""
-    device = torch.device("cuda")
-    on_gpu = DiT(SMALL.dit).to(device).eval()
-    on_gpu.load_state_dict(model.state_dict())
-    codec, text = ToyVAE().to(device), TEXT[:1].to(device)
-    mine = Stream(on_gpu, codec, text, SMALL, graph=True, low_latency=low_latency)
-    eager = Stream(on_gpu, codec, text, SMALL, low_latency=low_latency)
-    assert not mine.notes
-    pieces = mine.frames(1200)
-    first = [next(pieces) for _ in range(12)]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        before = torch.cuda.memory_allocated()
-        for _ in range(40):
-            next(pieces)
-        assert torch.cuda.memory_allocated() == before
-        for _ in pieces:
-            pass
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for got, want in zip(first, eager.frames(), strict=False):
-        assert (got.int() - want.int()).abs().max() <= 1
