@@ -138,6 +138,7 @@ class FrameStream(abc.ABC):
             for frames, latents in latents_BFCHW.items():
                 pieces = latents.split(1 if low_latency else frames, 1)
                 self.decoders[frames] = [self.decoding.of(piece) for piece in pieces]
+            self.decoding.launch = None  # it would keep this stream from being freed
 
     @abc.abstractmethod
     def denoise(self) -> Tensor:

@@ -34,7 +34,8 @@ def captured(
 ) -> tuple[Callable[[], None] | None, str]:
     """The replay of `run` as a CUDA graph; or None and why there is none. It really runs three
     times before, which compiles its kernels and chooses its algorithms. stream: to capture on, one
-    of their own for graphs that run beside others, as cuBLAS has a workspace for each stream."""
+    of their own for graphs that run beside others, as cuBLAS has a workspace for each stream.
+    The graph reads tensors that `run` refers to by address: the caller keeps them."""
     warm(run)
     graph = torch.cuda.CUDAGraph()
     try:
@@ -42,8 +43,7 @@ def captured(
             run()
     except RuntimeError as error:
         return None, why_none(error)
-    # The graph reads what `run` refers to by address: both live as long.
-    return lambda run=run: graph.replay(), ""
+    return graph.replay, ""
 
 
 def why_none(error: BaseException) -> str:

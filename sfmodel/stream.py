@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ class Stream(FrameStream):
     the cache update as a pass of its own, which gives the same video up to rounding. low_latency:
     the latent frames of a chunk are decoded one by one, so that the first ones leave earlier.
     noise: `noise(i)` gives the next chunk's initial noise (i = 0) and the fresh noise before step
-    i; None draws it from the seed.
+    i, without graphs; None draws it from the seed.
 
     notes: why a phase is no graph, where that was asked for. Raises ValueError where sizes do not
     fit together and MemoryError where the cache does not fit.
@@ -100,6 +101,9 @@ class Stream(FrameStream):
             )
         self.model, self.preset, self.batch = model, preset.check(), batch
         self.euler, self.merge, self.noise = euler, merge, noise
+        self.kept: list[Any] = []
+        if graph and noise is not None:
+            raise ValueError("noise: CUDA graphs call no function again, give it without graph")
         steps = (
             [round(TRAIN_STEPS * (1 - i / euler)) for i in range(euler)] if euler else preset.steps
         )
@@ -147,6 +151,7 @@ class Stream(FrameStream):
         if clean is not None:
             places = [pytree.tree_map(torch.clone, self.places[before])]
             modulation = modulation.behind(self.clean, before, frames)
+            self.kept += [places, modulation]  # what graphs read lives as long as the stream
 
         def draw() -> None:
             if before:

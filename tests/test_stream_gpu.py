@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -62,6 +64,25 @@ def test_frames_are_handed_out_when_they_are_there(
     monkeypatch.setattr(frames, "_to_host", to_host)
     monkeypatch.setattr(torch.cuda.Event, "query", asked)
     assert torch.equal(next(made.frames(9)), want)
+
+
+@torch.no_grad()
+def test_a_stream_that_is_dropped_is_freed(model: DiT) -> None:
+    """At once: a full GPU does not make Python collect garbage."""
+    on_gpu, codec = DiT(SMALL.dit).to("cuda").eval(), ToyVAE().to("cuda")
+    text = TEXT[:1].to("cuda")
+    gc.collect()
+    gc.disable()
+    try:
+        made = Stream(on_gpu, codec, text, SMALL, graph=True)
+        next(made.frames(9))
+        seen = weakref.ref(made)
+        del made
+        assert seen() is None
+    finally:
+        gc.enable()
+    with pytest.raises(ValueError, match="CUDA graphs call no function again"):
+        Stream(on_gpu, None, text, SMALL, graph=True, noise=lambda i: torch.zeros(1))
 
 
 @torch.no_grad()
