@@ -200,7 +200,7 @@ def _beside(key: Key, pairs: dict[Key, tuple[float, float]]) -> float | None:
 
 
 def _noise(*entries: Result) -> float:
-    """Of an entry without a spread, which is more, its 99th percentile's distance counts."""
+    """The 99th percentile's distance, which is more, stands for a spread that is not there."""
     errors = []
     for entry in entries:
         spread = entry.get("spread", entry.get("p99_ms", entry["ms"]) / entry["ms"] - 1)

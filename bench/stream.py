@@ -45,7 +45,7 @@ from bench.tables import Result, timed
 from bench.timing import Timed
 from sfmodel import cost, stream
 from sfmodel.config import Preset
-from sfmodel.cost import CLIP, PIXEL_FRAMES, Way
+from sfmodel.cost import CLIP, PIXEL_FRAMES, Way, pixel_frames
 from sfmodel.dit import DiT
 from sfmodel.frames import COPY, DECODE, Decoding
 from sfmodel.ranges import phase
@@ -123,9 +123,9 @@ class Measured:
             self.tiny: Decoding | None = None
             if inputs.tiny is not None:
                 launch = self.stream.launch if variant.graph else None
-                self.tiny = Decoding(inputs.tiny, launch)
+                self.tiny = Decoding(inputs.tiny)
                 latents = self.stream.latents_BFCHW.items()
-                self.decode_tiny = {size: self.tiny.of(x) for size, x in latents}
+                self.decode_tiny = {size: self.tiny.of(x, launch) for size, x in latents}
         self.peak_mib: float | None = None
 
     def _restart(self) -> None:
@@ -212,10 +212,6 @@ def without_each(whole: float, ms: Mapping[str, float], have: Collection[str]) -
 
 def medians(all_timed: Times) -> dict[str, float]:
     return {n: statistics.median(t.phases[n] for t in all_timed) for n in all_timed[0].phases}
-
-
-def pixel_frames(latent_frames: int) -> int:
-    return 1 + PIXEL_FRAMES * (latent_frames - 1)
 
 
 def run_case(job: Job, inputs: StreamInputs, name: str) -> Result:
@@ -335,13 +331,11 @@ def predicted(preset: Preset, ceilings: Mapping[str, float], device: torch.devic
     if device.type == "cuda":
         cores = torch.cuda.get_device_properties(device).multi_processor_count
     here = cost.Gpu("here", cores, *rates, memory_gib=math.inf, link_gbps=0)
-    frames, fps = PIXEL_FRAMES * preset.chunk, {}
-    for variant in variants(device, False):
-        rows = cost.dit(preset, here, preset.window, way=variant.way).values()
-        ms = {key.removesuffix("_ms"): cost.total(rows)[key] for key in cost.TIMES}
-        fps[variant.name] = per_second(frames, ms)
     return {
-        "fps": fps,
+        "fps": {
+            each.name: cost.fps(preset, here, [preset.window], "bf16", "none", each.way)
+            for each in variants(device, False)
+        },
         "first_frame_ms": cost.latency_ms(preset, here, "bf16", "none")["first_frame"],
     }
 

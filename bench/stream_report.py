@@ -56,7 +56,7 @@ def tables(result: Result) -> list[Table]:
 
 
 def anchors(result: Result) -> Table:
-    """What others have published for this model, and the like of it here."""
+    """Figures that others have published for this model, and the like of them here."""
     rows = {row["case"]: timed(row) for row in result["rows"]}
     lines = []
     for name, fps, what, like in ANCHORS:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from sfkernels import reference
@@ -33,9 +32,7 @@ def causal_conv3d(
     if impl == "reference":
         return reference.causal_conv3d(x_BTHWC, weight, bias_O)
     if impl == "torch":
-        padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
-        out_BOTHW = F.conv3d(x_BTHWC.movedim(-1, 1), weight, bias_O, padding=padding)
-        return out_BOTHW.movedim(1, -1).contiguous()
+        return reference.padded_in_space(x_BTHWC, weight, bias_O)
     return _causal_conv3d(x_BTHWC, weight, bias_O, impl)
 
 

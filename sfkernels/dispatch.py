@@ -192,8 +192,8 @@ ranking._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _rankings(device: torch.device) -> Mapping[str, Sequence[str]]:
-    """What tuned/ says of such GPUs, by op; nothing of other devices. Raises ValueError for a file
-    that ranks what cannot be ranked."""
+    """The rankings that tuned/ has of such GPUs, by op; nothing of other devices. Raises ValueError
+    for a file that ranks what cannot be ranked."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return {}
     arch = launch.architecture(device)

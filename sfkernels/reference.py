@@ -11,7 +11,7 @@ P = D/2 rotated pairs, S slots (tokens) of a ring, O outputs; `x_BLC` names a te
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -344,15 +344,25 @@ def dmd_gradient(x: Tensor, real_x0: Tensor, fake_x0: Tensor) -> Tensor:
 
 
 def causal_conv3d(x_BTHWC: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
-    padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
-    bias_O = None if bias_O is None else _wide(bias_O)
-    out = F.conv3d(_wide(x_BTHWC).movedim(-1, 1), _wide(weight), bias_O, padding=padding)
-    return out.movedim(1, -1).to(x_BTHWC.dtype).contiguous()
+    return _in_wide(padded_in_space, x_BTHWC, weight, bias_O)
 
 
 def upsampled_conv2d(x_BTHWC: Tensor, weight_PQOCYX: Tensor, bias_O: Tensor | None) -> Tensor:
+    return _in_wide(interleaved, x_BTHWC, weight_PQOCYX, bias_O)
+
+
+def _in_wide(
+    convolution: Callable[..., Tensor], x_BTHWC: Tensor, weight: Tensor, bias_O: Tensor | None
+) -> Tensor:
     bias_O = None if bias_O is None else _wide(bias_O)
-    return interleaved(_wide(x_BTHWC), _wide(weight_PQOCYX), bias_O).to(x_BTHWC.dtype)
+    return convolution(_wide(x_BTHWC), _wide(weight), bias_O).to(x_BTHWC.dtype)
+
+
+def padded_in_space(x_BTHWC: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
+    """A 3-D convolution that pads height and width alone, in the dtype of the tensors."""
+    padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
+    out_BOTHW = F.conv3d(x_BTHWC.movedim(-1, 1), weight, bias_O, padding=padding)
+    return out_BOTHW.movedim(1, -1).contiguous()
 
 
 def interleaved(x_BTHWC: Tensor, weight_PQOCYX: Tensor, bias_O: Tensor | None) -> Tensor:

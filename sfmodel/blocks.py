@@ -56,7 +56,8 @@ class Context(NamedTuple):
 
     text: embedded, or its keys and values. Without a cache: the tokens' rotations, the layout and
     the past, if there is one. With a cache: the places of the chunks, one after the other, whether
-    the first of them, and so all, is known to fill the ring, and the ranks that share the pass.
+    the first of them, and so all, is known to fill the ring, and the ranks that share the pass,
+    with the rotations of this one's tokens in all chunks.
     appended: how many tokens, the first ones, are there to leave their keys and values behind: of
     them nothing more is asked of the last layer.
     """
@@ -106,8 +107,8 @@ class SelfAttention(nn.Module):
         options: Any = {"eps": self.eps, "impl": self.impl}
         qkv_BLC = qkv_BLC.to(ring[0].dtype)  # another one under autocast
         if ranks is not None:
-            table_LP2 = torch.cat([place.rope_LP2 for place in context.places])
-            norm = self.norm_q, self.norm_k, table_LP2
+            assert context.rope_LP2 is not None
+            norm = self.norm_q, self.norm_k, context.rope_LP2
             q, k, v = ranks.to_heads(*sf.qk_norm_rope(qkv_BLC, *norm, **options))
         end, outs = 0, []
         for (_, slot_F, valid), rope_LP2 in context.places:

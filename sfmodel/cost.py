@@ -27,6 +27,12 @@ TILE = 128  # rows, and columns, of one multiprocessor's share of a matrix produ
 MOST_SPLITS = 8  # of the keys of attention
 QKV, PATCHES, HEAD = "q, k, v", "patch embedding", "head"
 
+
+def pixel_frames(latent_frames: int) -> int:
+    """Pixel frames of a clip of so many latent ones."""
+    return 1 + PIXEL_FRAMES * (latent_frames - 1)
+
+
 # --- The diffusion transformer
 
 
@@ -272,9 +278,17 @@ def clip_chunks(preset: Preset) -> tuple[int, ...]:
     return (first, *(preset.chunk,) * ((CLIP - first) // preset.chunk))
 
 
-def fps(preset: Preset, gpu: Gpu, windows: Sequence[int], precision: str, decoder: str) -> Row:
-    """Pixel frames a second, the mean over chunks that see `windows` frames; decode included."""
-    rows = [row for seen in windows for row in dit(preset, gpu, seen, precision).values()]
+def fps(
+    preset: Preset,
+    gpu: Gpu,
+    windows: Sequence[int],
+    precision: str,
+    decoder: str,
+    way: Way | None = None,
+) -> Row:
+    """Pixel frames a second, the mean over chunks that see `windows` frames; decode included. way:
+    as of `dit`."""
+    rows = [row for seen in windows for row in dit(preset, gpu, seen, precision, way=way).values()]
     rows += [decode(preset, gpu, precision, decoder)] * len(windows)
     frames = PIXEL_FRAMES * preset.chunk * len(windows)
     return {key.removesuffix("_ms"): 1e3 * frames / total(rows)[key] for key in TIMES}

@@ -37,7 +37,7 @@ class Modulation(NamedTuple):
     blocks: Sequence[Tensor]
 
     def behind(self, clean: Modulation, frames: int, own: int) -> Modulation:
-        """Of a chunk of `own` frames behind one of `frames` frames under `clean`."""
+        """Modulation of a chunk of `own` frames behind one of `frames` frames under `clean`."""
 
         def joined(clean_B1: Tensor, own_B1: Tensor) -> Tensor:
             sizes = zip((clean_B1, own_B1), (frames, own), strict=True)
@@ -156,14 +156,11 @@ class DiT(nn.Module):
         *,
         cache: sf.RingKVCache | None = None,
         past: Past | None = None,
-        places: Sequence[Place] = (),
     ) -> None:
         """Leaves the keys and values of a chunk's final latents in the cache, which the caller
         commits, or in the past: a pass that ends with those of the last layer. Arguments of
         `forward`."""
-        tokens_BLD, modulation, context = self._inputs(
-            x_BFCHW, t, text_BTE, None, None, cache, past, places
-        )
+        tokens_BLD, modulation, context = self._inputs(x_BFCHW, t, text_BTE, cache=cache, past=past)
         self._run(tokens_BLD, modulation, context._replace(appended=tokens_BLD.shape[1]))
 
     def place(
@@ -238,11 +235,14 @@ class DiT(nn.Module):
             if not places:
                 first = [self.place(cache, before, grid)] if before else []
                 places = [*first, self.place(cache, frames, grid, before)]
+            table = None
             if self.ranks is not None:
                 tokens_BLD = self.ranks.own(tokens_BLD)
+                table = torch.cat([place.rope_LP2 for place in places])
             appended = tokens_BLD.shape[1] * before // (before + frames)
             context = Context(
                 TextKeys(cache.text_k, cache.text_v),
+                table,
                 cache=cache,
                 places=places,
                 ranks=self.ranks,

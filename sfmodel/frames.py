@@ -10,7 +10,7 @@ import functools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sfmodel import graphs
+from sfmodel.config import Preset
 from sfmodel.ranges import phase
 from sfmodel.vae.codec import NotFinite, VideoDecoder, finite_frames, to_bytes
 
@@ -35,23 +36,23 @@ def copy_all(kept: Any, new: Any) -> None:
 class Decoding:
     """A clip's decoding, chunk by chunk. pixels [B, T, 3, H, W]: of the last chunk.
 
-    launch: makes a CUDA graph of a function; None to run eagerly. A clip's first chunk is never
-    part of a graph, since it does what others do not: no convolution sees anything before it. The
-    others find the state where they left it."""
+    A clip's first chunk is never part of a graph, since it does what others do not: no convolution
+    sees anything before it. The others find the state where they left it."""
 
-    def __init__(self, codec: VideoDecoder, launch: Callable[[Run], Run] | None = None) -> None:
-        self.codec, self.launch = codec, launch
+    def __init__(self, codec: VideoDecoder) -> None:
+        self.codec = codec
         self.state: Any = None
         self.kept: Any = None  # where a graph finds the state
         self.pixels_BTCHW = torch.empty(0)
 
-    def of(self, x_BFCHW: Tensor) -> Run:
-        """Function that decodes the chunk that lies in x, each time that it is called."""
+    def of(self, x_BFCHW: Tensor, launch: Callable[[Run], Run] | None = None) -> Run:
+        """Function that decodes the chunk that lies in x, each time that it is called. launch:
+        makes a CUDA graph of a function; None to run eagerly."""
 
         def decode() -> None:
             self.pixels_BTCHW, self.state = self.codec.decode_chunk(x_BFCHW, self.state)
 
-        if self.launch is None:
+        if launch is None:
             return decode
         self.kept = self.codec.decode_chunk(x_BFCHW)[1] if self.kept is None else self.kept
         made_BTCHW = self.pixels_BTCHW
@@ -61,7 +62,7 @@ class Decoding:
             made_BTCHW, state = self.codec.decode_chunk(x_BFCHW, self.kept)
             copy_all(self.kept, state)
 
-        replay = self.launch(in_place)
+        replay = launch(in_place)
 
         def decode_or_replay() -> None:
             if self.state is None:
@@ -102,30 +103,34 @@ def _arrived(frames: OnHost, event: Any, first: int) -> Tensor:
 class FrameStream(abc.ABC):
     """Frames of whoever puts the next chunk's latents into `latents_BFCHW` in `denoise`.
 
-    codec: None for latents alone. latents [B, F, C, h, w]: by a chunk's size, where they lie.
-    graph: decoding becomes CUDA graphs now, but for a clip's first chunk; not measured on a GPU
-    yet. low_latency: the latent frames of a chunk are decoded one by one.
+    codec: None for latents alone. preset: sizes and chunks. graph: decoding becomes CUDA graphs
+    now, but for a clip's first chunk; not measured on a GPU yet. low_latency: the latent frames of
+    a chunk are decoded one by one.
 
-    size: latent frames of the chunk that is there. notes: why a phase is no graph, where that was
-    asked for."""
-
-    size: int
-    decoded = 0
+    latents [B, F, C, h, w]: by a chunk's size F. size, next: latent frames of the chunk that is
+    there and of the next one. decoded: pieces of it that are. notes: why a phase is no graph, where
+    that was asked for."""
 
     @torch.no_grad()
     def __init__(
         self,
         codec: VideoDecoder | None,
-        latents_BFCHW: Mapping[int, Tensor],
+        preset: Preset,
+        batch: int,
+        device: torch.device,
         graph: bool = False,
         low_latency: bool = False,
     ) -> None:
-        self.latents_BFCHW, self.low_latency = latents_BFCHW, low_latency
+        if graph and not graphs.possible(device):
+            raise ValueError(f"graph=True: CUDA graphs need a CUDA device, not {device}")
+        self.preset, self.batch, self.device = preset, batch, device
+        self.graph, self.low_latency = graph, low_latency
         self.notes: dict[str, None] = {}
-        self.device = next(iter(latents_BFCHW.values())).device
-        if graph and not graphs.possible(self.device):
-            raise ValueError(f"graph=True: CUDA graphs need a CUDA device, not {self.device}")
-        self.graph = graph
+        self.size = self.next = self.first = preset.first or preset.chunk
+        self.decoded = 0
+        latent = preset.dit.channels, preset.height, preset.width
+        self.latents_BFCHW = {frames: torch.zeros(batch, frames, *latent, device=device)
+                              for frames in {self.first, preset.chunk}}  # fmt: skip
         self.lanes: tuple[Any, Any] | None = None  # for decoding and copying
         if graph and self.device.type == "cuda":
             self.lanes = graphs.lane(DECODE, self.device), graphs.lane(COPY, self.device)
@@ -134,11 +139,10 @@ class FrameStream(abc.ABC):
         if codec is not None:
             # Its graphs run beside the others.
             launch = functools.partial(self.launch, pool=DECODE) if graph else None
-            self.decoding = Decoding(codec, launch)
-            for frames, latents in latents_BFCHW.items():
+            self.decoding = Decoding(codec)
+            for frames, latents in self.latents_BFCHW.items():
                 pieces = latents.split(1 if low_latency else frames, 1)
-                self.decoders[frames] = [self.decoding.of(piece) for piece in pieces]
-            self.decoding.launch = None  # it would keep this stream from being freed
+                self.decoders[frames] = [self.decoding.of(piece, launch) for piece in pieces]
 
     @abc.abstractmethod
     def denoise(self) -> Tensor:
@@ -169,9 +173,10 @@ class FrameStream(abc.ABC):
             self.notes[note] = None
         return replay or run
 
-    def restart(self) -> None:
-        """Goes back to before the first chunk."""
-        self.decoded = 0  # pieces of the chunk that is there
+    def restart(self, text_BTE: Tensor | None = None, seed: int | None = None) -> None:
+        """Goes back to before the first chunk. Prompt and seed are for whoever makes latents."""
+        self.size = self.next = self.first
+        self.decoded = 0
         if self.decoding is not None:
             self.decoding.state = None
 
@@ -233,12 +238,11 @@ class FrameStream(abc.ABC):
         is there."""
         self._decode_beside(piece)
         if not self.lanes:
-            on_host = self.copy_to_host()
-            return on_host, self._now()
+            return self.copy_to_host(), self._now()
         decoding, copying = self.lanes
         copying.wait_stream(decoding)
         with torch.cuda.stream(copying):
-            return self.copy_to_host(), copying.record_event()
+            return self.copy_to_host(), self._now()
 
     def _now(self) -> Any:
         """An event that the device reaches after all that was launched; None on a CPU."""

@@ -50,7 +50,7 @@ class Ranks:
         return (shared / divisor).tolist()
 
     def from_first(self, value: Any) -> Any:
-        """What the first rank gives, on all ranks."""
+        """Returns on all ranks what the first one gives."""
         held = [value]
         if self.world > 1:
             dist.broadcast_object_list(held, 0)

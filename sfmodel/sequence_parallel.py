@@ -19,10 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sfmodel.config import Preset
-from sfmodel.cost import PIXEL_FRAMES
+from sfmodel.cost import PIXEL_FRAMES, pixel_frames
 from sfmodel.frames import FrameStream
 from sfmodel.ranks import Ranks
-from sfmodel.vae.codec import VideoDecoder
 
 
 class HeadRanks:
@@ -36,7 +35,7 @@ class HeadRanks:
                 f"{self.size} ranks must divide the {heads} heads of the model and the "
                 f"{frame_tokens} tokens of a frame"
             )
-        self.heads, self.frame_tokens = heads, frame_tokens
+        self.frame_tokens = frame_tokens
 
     def own(self, x_BLC: Tensor) -> Tensor:
         """This rank's tokens of each frame, [B, l, C]."""
@@ -44,7 +43,7 @@ class HeadRanks:
         return x_BFRnC[:, :, self.rank].flatten(1, 2)
 
     def to_heads(self, *own_BlHD: Tensor) -> tuple[Tensor, ...]:
-        """Of each tensor of own tokens all tokens of this rank's heads, [B, L, h, D]."""
+        """All tokens of this rank's heads, [B, L, h, D], of each tensor of own tokens."""
         sent_RTBlhD = torch.stack(
             [t.unflatten(2, (self.size, -1)).movedim(2, 0) for t in own_BlHD], 1
         )
@@ -69,12 +68,13 @@ class HeadRanks:
         self, k_BLhD: Tensor, v_BLhD: Tensor, ring: tuple[Tensor, Tensor], slot_F: Tensor
     ) -> None:
         """Writes a chunk's keys and values into its frame slots of the ring [B, S, h, D]."""
+        index_F = slot_F.long()
         for ring_BShD, new_BLhD in zip(ring, (k_BLhD, v_BLhD), strict=True):
             frames_BWNhD = ring_BShD.unflatten(1, (-1, self.frame_tokens))
-            frames_BWNhD.index_copy_(1, slot_F.long(), new_BLhD.unflatten(1, (len(slot_F), -1)))
+            frames_BWNhD.index_copy_(1, index_F, new_BLhD.unflatten(1, (len(slot_F), -1)))
 
     def _exchange(self, sent_R: Tensor) -> Tensor:
-        """What each rank sent to this one, by rank, of what goes to each rank."""
+        """Sends each rank its part of a tensor, and returns those that all have sent here."""
         sent_R = sent_R.contiguous()
         got_R = torch.empty_like(sent_R)
         dist.all_to_all_single(got_R, sent_R, group=self.group)
@@ -121,28 +121,7 @@ class Team(NamedTuple):
 
 
 class Received(FrameStream):
-    """Frames of latents that the first rank makes. Arguments of `FrameStream`."""
-
-    def __init__(
-        self,
-        codec: VideoDecoder,
-        preset: Preset,
-        batch: int,
-        device: torch.device,
-        graph: bool = False,
-        low_latency: bool = False,
-    ) -> None:
-        self.preset, self.batch, self.first = preset, batch, preset.first or preset.chunk
-        size = preset.dit.channels, preset.height, preset.width
-        latents = {frames: torch.zeros(batch, frames, *size, device=device)
-                   for frames in {self.first, preset.chunk}}  # fmt: skip
-        super().__init__(codec, latents, graph, low_latency)
-        self.restart()
-
-    def restart(self, text_BTE: Tensor | None = None, seed: int | None = None) -> None:
-        """Goes back to before the first chunk; prompt and seed are those of the other ranks."""
-        super().restart()
-        self.next = self.size = self.first
+    """Frames of latents that the first rank makes."""
 
     def denoise(self) -> Tensor:
         self.finish_decoding()
@@ -154,5 +133,5 @@ class Received(FrameStream):
 
 def chunks_of(preset: Preset, frames: int) -> int:
     """How many chunks give so many pixel frames."""
-    first = 1 + PIXEL_FRAMES * ((preset.first or preset.chunk) - 1)
+    first = pixel_frames(preset.first or preset.chunk)
     return 1 + max(0, -(-(frames - first) // (PIXEL_FRAMES * preset.chunk)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from torch.utils import _pytree as pytree
 from sfkernels import Noise, euler_step, normal, sampler_step
 from sfkernels.arguments import check_shape
 from sfkernels.attention import differs_when_full
-from sfmodel.blocks import Place
 from sfmodel.config import Preset, check_seed
 from sfmodel.dit import DiT
 from sfmodel.frames import FrameStream, Run, copy_all
@@ -99,75 +97,73 @@ class Stream(FrameStream):
                 f"text has shape {[*text_BTE.shape]}: must be [1, T, {model.config.text_dim}], or "
                 f"have a prompt for each of the batch of {batch}"
             )
-        self.model, self.preset, self.batch = model, preset.check(), batch
-        self.euler, self.merge, self.noise = euler, merge, noise
-        self.kept: list[Any] = []
+        self.model, self.euler, self.merge, self.noise = model, euler, merge, noise
         if graph and noise is not None:
             raise ValueError("noise: CUDA graphs call no function again, give it without graph")
         steps = (
             [round(TRAIN_STEPS * (1 - i / euler)) for i in range(euler)] if euler else preset.steps
         )
-        schedule, device = FlowSchedule(preset.shift), model.device
+        schedule, device = FlowSchedule(preset.check().shift), model.device
         t = schedule.warp(steps).to(device)
         self.sigmas = [*schedule.sigma(t)]
         self.modulations = [model.modulation(one) for one in t]
         self.clean = model.modulation(torch.zeros((), device=device))
         self.cache = model.new_cache(batch, preset.window, preset.grid, preset.sink)
         self.seed_B = torch.arange(seed, seed + batch, device=device)
-        self.first = preset.first or preset.chunk
-        config = model.config
-        text_size = len(text_BTE), config.text_len, config.text_dim
+        text_size = len(text_BTE), model.config.text_len, model.config.text_dim
         self.text_BTE = torch.zeros(text_size, device=device)
-        # By a chunk's size: what is being denoised, x0, the place in the ring.
-        self.x: dict[int, Tensor] = {}
-        latents: dict[int, Tensor] = {}
-        self.places: dict[int, Place] = {}
-        sizes = {self.first, preset.chunk}
-        for frames in sizes:
-            shape = batch, frames, config.channels, preset.height, preset.width
-            self.x[frames], latents[frames] = torch.zeros(2, *shape, device=device)
-            self.places[frames] = model.place(self.cache, frames, preset.grid)
-        super().__init__(codec, latents, graph, low_latency)
+        super().__init__(codec, preset, batch, device, graph, low_latency)
+        sizes = self.latents_BFCHW.keys()
+        # By a chunk's size: what is being denoised, and the place in the ring.
+        self.x = {frames: torch.zeros_like(x) for frames, x in self.latents_BFCHW.items()}
+        self.places = {frames: model.place(self.cache, frames, preset.grid) for frames in sizes}
         self._set_text = self.launch(lambda: model.set_text(self.cache, self.text_BTE))
-        behind = [(frames, 0) for frames in sizes]
-        if merge:
-            behind += [(preset.chunk, frames) for frames in sizes]
+        # By a chunk's size and that of the chunk before it, whose cache update is merged with its
+        # first step (0: none is): what this step sees, which graphs read by address.
+        first = self.modulations[0]
+        self.firsts = {(frames, 0): ([self.places[frames]], first) for frames in sizes}
+        for before in sizes if merge else ():
+            places = [pytree.tree_map(torch.clone, self.places[before]), self.places[preset.chunk]]
+            modulation = first.behind(self.clean, before, preset.chunk)
+            self.firsts[preset.chunk, before] = places, modulation
         # Some attention computes otherwise once the ring is full, which the host knows.
         fullness = [False] + [True] * differs_when_full(model.attention_impl, device)
         self.can_be_full = len(fullness) > 1
-        self.begin = {(*each, full): self._begin(*each, full)
-                      for each in behind for full in fullness}  # fmt: skip
+        self.draws = {key: self._draw(*key) for key in self.firsts}
+        self.begin = {(*key, full): self._begin(*key, full)
+                      for key in self.firsts for full in fullness}  # fmt: skip
         self.steps = {(frames, full): self._steps(frames, full)
                       for frames in sizes for full in fullness}  # fmt: skip
         self.updates = {frames: self._update(frames) for frames in sizes}
         self.restart(text_BTE, seed)
 
-    def _begin(self, frames: int, before: int, full: bool) -> dict[str, Run]:
-        """Noise and the first step of a chunk, behind one of `before` frames whose cache update is
-        merged with it; 0: behind none."""
-        model, cache, grid = self.model, self.cache, self.preset.grid
-        x, place, places, modulation = self.x[frames], self.places[frames], [], self.modulations[0]
-        clean = self.latents_BFCHW[before] if before else None
-        if clean is not None:
-            places = [pytree.tree_map(torch.clone, self.places[before])]
-            modulation = modulation.behind(self.clean, before, frames)
-            self.kept += [places, modulation]  # what graphs read lives as long as the stream
+    def _draw(self, frames: int, before: int) -> Run:
+        """Place and initial noise of a chunk, behind one of `before` frames whose cache update is
+        merged with its first step; 0: behind none."""
+        model, x, (places, _) = self.model, self.x[frames], self.firsts[frames, before]
 
         def draw() -> None:
             if before:
                 copy_all(places[0], self.places[before])
-            copy_all(place, model.place(cache, frames, grid, before))
+            copy_all(places[-1], model.place(self.cache, frames, self.preset.grid, before))
             noise = self._noise(frames, 0)
             x.copy_(noise if isinstance(noise, Tensor) else normal(noise, x.shape, impl=model.impl))
 
+        return self.launch(draw)
+
+    def _begin(self, frames: int, before: int, full: bool) -> Run:
+        """The first step of a chunk; before: as of `_draw`."""
+        model, cache, (places, modulation) = self.model, self.cache, self.firsts[frames, before]
+        x, clean = self.x[frames], self.latents_BFCHW[before] if before else None
+
         def step() -> None:
-            flow = model(x, modulation, None, clean_BFCHW=clean, cache=cache,
-                         places=[*places, place], full=full)  # fmt: skip
+            flow = model(x, modulation, None, clean_BFCHW=clean, cache=cache, places=places,
+                         full=full)  # fmt: skip
             self._advance(frames, 0, flow)
             if before:
                 cache.commit(before)
 
-        return {NOISE: self.launch(draw), MERGED if before else f"{STEP}1": self.launch(step)}
+        return self.launch(step)
 
     def _steps(self, frames: int, full: bool) -> dict[str, Run]:
         """The steps of a chunk after the first one."""
@@ -230,7 +226,6 @@ class Stream(FrameStream):
             self.seed_B.copy_(torch.arange(seed, seed + self.batch))
         self.cache.reset()
         super().restart()
-        self.next = self.size = self.first  # of the next chunk, and of the one that is there
         self.pending = 0  # frames of the one that is there, while its cache update is to come
         self.past = 0  # frames that are past
 
@@ -249,8 +244,11 @@ class Stream(FrameStream):
             self.update()
         before, self.size = self.pending, self.next
         seen = self.past + (before or self.size)  # by the first chunk of the first pass
-        runs = dict(self.begin[self.size, before, self._full(seen)])
-        runs |= self.steps[self.size, self._full(self.past + before + self.size)]
+        runs = {
+            NOISE: self.draws[self.size, before],
+            MERGED if before else f"{STEP}1": self.begin[self.size, before, self._full(seen)],
+            **self.steps[self.size, self._full(self.past + before + self.size)],
+        }
         for i, (name, run) in enumerate(runs.items(), 1):
             if i == len(runs):
                 self.before_overwriting()

@@ -65,7 +65,7 @@ def test_layers_of_the_decoder(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shared", [1, 3])
 def test_odd_sizes(arch: None, dtype: torch.dtype, shared: int) -> None:
-    """Of everything, drawn anew in every run."""
+    """Sizes of all kinds, drawn anew in every run."""
     for _ in range(3):
         B, H, W, inputs, outputs = (int(torch.randint(1, n, ())) for n in (3, 14, 14, 6, 13))
         S, Y, X = (int(torch.randint(0, 2, ())) * 2 + 1 for _ in range(3))

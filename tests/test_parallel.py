@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from sfmodel.ranks import started
 from sfmodel.train.loop import train
 from sfmodel.weights import checkpoint
 from tests.tiny_runs import apart, config, saved, tiny
+from tests.torchrun import torchrun
 from tests.two_ranks import RECIPES, SHORT, trajectories
 
 ROOT = Path(__file__).parent.parent
@@ -51,12 +51,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
             part = shutil.copytree(folder / f"one {recipe}", folder / f"one then two {recipe}")
             shutil.rmtree(part / "checkpoints" / "step-000002")
         train(trajectories(folder / "one trajectories"), device="cpu")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [*command, "2", "-m", "tests.two_ranks", str(folder)],
-        capture_output=True, text=True, env=environment, timeout=200,
-    )  # fmt: skip
+    ended = torchrun(2, "-m", "tests.two_ranks", folder)
     assert ended.returncode == 0, ended.stderr
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     return Done(folder, ended.stdout, ranks)

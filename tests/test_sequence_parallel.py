@@ -19,22 +19,11 @@ from sfmodel.stream import stream
 from sfmodel.toy.vae import ToyVAE
 from tests.clips import read_video
 from tests.stream_ranks import CASES, SMALL, model, streamed
+from tests.torchrun import ROOT, torchrun
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="PyTorch is built without torch.distributed"
 )
-
-
-def torchrun(
-    count: int, *arguments: str | Path, cwd: Path = ROOT
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, str(count), *map(str, arguments)],
-        capture_output=True, text=True, env=environment, timeout=200, cwd=cwd,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

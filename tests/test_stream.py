@@ -288,8 +288,8 @@ def test_decoding_goes_on(graph: bool) -> None:
         warmed.append(run)
         return pretend_capture(run)[0]  # type: ignore[return-value]
 
-    decoding, x = Decoding(codec, launch if graph else None), torch.zeros(1, 3, 16, 4, 4)
-    decode = decoding.of(x)
+    decoding, x = Decoding(codec), torch.zeros(1, 3, 16, 4, 4)
+    decode = decoding.of(x, launch if graph else None)
     kept = decoding.kept
     for clip in torch.randn(2, 1, 9, 16, 4, 4):
         want, made = codec.decode_chunk(clip)[0], []
