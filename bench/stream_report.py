@@ -168,8 +168,9 @@ def timeline(result: Result, rows: Sequence[Result]) -> Any:
                 ms, step = entry["phases"][name]["ms"], name.removeprefix(STEP)
                 shown[name] = COLOURS.get(name) or BLUES[(int(step) - 1) % len(BLUES)]
                 axis.barh(y, ms, left=left, color=shown[name], edgecolor="white", linewidth=0.5)
-                if ms > 0.008 * longest * max(len(name), 7):  # wide enough for the text
-                    axis.text(left + ms / 2, y, f"{name}\n{ms:.3g} ms", ha="center", va="center",
+                label = name.replace(" and ", "\nand ")
+                if ms > 0.008 * longest * max(7, *map(len, label.split("\n"))):  # it fits
+                    axis.text(left + ms / 2, y, f"{label}\n{ms:.3g} ms", ha="center", va="center",
                               fontsize=7, color="black" if step in "34" else "white")  # fmt: skip
                 left += ms
             axis.text(left + 0.005 * longest, y, f"{left:.4g} ms", va="center", fontsize=8)
