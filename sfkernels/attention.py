@@ -20,6 +20,7 @@ from sfkernels.arguments import (
     numbers,
 )
 from sfkernels.dispatch import choose, kernel, ranking, registered
+from sfkernels.kv_cache import semaphores_needed
 from sfkernels.layout import (
     BlockLayout,
     Row,
@@ -92,6 +93,7 @@ def ring_attention(
     *,
     full: bool = False,
     k_table_SP2: Tensor | None = None,
+    semaphores: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -109,9 +111,18 @@ def ring_attention(
 
     k_table: the rotation [S, D/2, 2] (see `rope_table`) of the position that each slot has now, for
     rings whose keys are stored unrotated and positions move with the window; the queries come
-    rotated. Raises ValueError for shapes that do not fit. For training, see `Prefix`: this function
-    has a gradient under impl="reference" and "sdpa" only."""
-    impl = _choose_ring(impl, q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, k_table_SP2, full)
+    rotated.
+
+    semaphores: int32 zeros on the same device, those of a `RingKVCache` or at least B·H·⌈L/16⌉, by
+    which programs that share the keys of a tile know the last of them to end. They are zeros again
+    at the end; two calls at once need two such tensors. None: a new one for each call, whose
+    zeroing is a launch more.
+
+    Raises ValueError for shapes that do not fit. For training, see `Prefix`: this function has a
+    gradient under impl="reference" and "sdpa" only."""
+    impl = _choose_ring(
+        impl, q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, k_table_SP2, full, semaphores
+    )
     scale = _scale(scale, q_BLHD)
     if impl not in _RING_KERNELS:
         if k_table_SP2 is not None:
@@ -121,7 +132,9 @@ def ring_attention(
         return library_attention.ring_attention(
             q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, scale, impl
         )
-    return _ring_attention(q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, k_table_SP2, full, scale, impl)
+    return _ring_attention(
+        q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, k_table_SP2, semaphores, full, scale, impl
+    )
 
 
 def differs_when_full(impl: str, device: torch.device) -> bool:
@@ -158,6 +171,7 @@ def _choose_ring(
     valid: Tensor,
     k_table_SP2: Tensor | None,
     full: bool,
+    semaphores: Tensor | None,
 ) -> str:
     """Chooses the implementation; raises ValueError for what `ring_attention` does not take."""
     _check_heads(q_BLHD, k_ring_BSHD, v_ring_BSHD, "k_ring", "v_ring")
@@ -179,6 +193,19 @@ def _choose_ring(
         if q_BLHD.shape[3] % 2:
             raise ValueError(f"heads of {q_BLHD.shape[3]}: must be even to be rotated by k_table")
         check_shape("k_table", k_table_SP2, (slots, q_BLHD.shape[3] // 2, 2))
+    if semaphores is not None:
+        check_shape("semaphores", semaphores, ("N",))
+        check_device("semaphores", semaphores, q_BLHD.device)
+        needed = semaphores_needed(*q_BLHD.shape[:3])
+        if (
+            semaphores.dtype != torch.int32
+            or len(semaphores) < needed
+            or not semaphores.is_contiguous()
+        ):
+            raise ValueError(
+                f"semaphores is {semaphores.dtype} {[*semaphores.shape]} of strides "
+                f"{semaphores.stride()}: must be contiguous int32, at least [{needed}]"
+            )
     named = dict(k_ring=k_ring_BSHD, v_ring=v_ring_BSHD, k_table=k_table_SP2)
     impl = _choose("ring_attention", impl, q_BLHD, "" if full else "cudnn", **named)
     if impl not in _RING_KERNELS:
@@ -349,15 +376,17 @@ def _ring_attention(
     v_ring: Tensor,
     valid: Tensor,
     k_table: Tensor | None,
+    semaphores: Tensor | None,
     full: bool,
     scale: float,
     impl: str,
 ) -> Tensor:
-    _choose_ring(impl, q, k_ring, v_ring, valid, k_table, full)
+    """Attention over a ring. Counting in `semaphores` is no mutation: they end as they were."""
+    _choose_ring(impl, q, k_ring, v_ring, valid, k_table, full, semaphores)
     check_positive("scale", scale)
     if k_table is not None:
         k_ring = kernel("triton", "rotate_ring")(k_ring, k_table, valid)
-    o: Tensor = kernel(impl, "ring_attention")(q, k_ring, v_ring, valid, scale)
+    o: Tensor = kernel(impl, "ring_attention")(q, k_ring, v_ring, valid, semaphores, scale)
     return o
 
 

@@ -61,6 +61,9 @@ def ahead_of_time() -> list[Bounded]:
     wide = [*_rows_ahead(1536, fp32), *_attention_ahead(Heads(dtype=fp32))]
     for of in (Heads(), Heads(head_dim=64, dtype=fp16)):
         found += [*_attention_ahead(of), *_attention_ahead(of, "gluon")]
+        # So few queries that the keys are split everywhere.
+        frame = cases.ring_attention(of, 1, 7 * CHUNK)
+        found.append(Bounded("combine_parts", frame, of.dtype, LSE, "cudnn"))
     found += [replace(one, archs=FEW) for one in wide]
     both = False, True
     for channels, residual, backward in itertools.product((96, 192, 384), both, both):
@@ -117,8 +120,6 @@ def _attention_ahead(of: Heads, impl: str = "triton") -> Iterator[Bounded]:
     found = {"attention_fwd": [forced[0], past[0]], "attention_bwd": [forced[1], past[1]]}
     found["ring_attention"] = [cases.ring_attention(of, CHUNK, window)]
     if impl == "triton":
-        # So few queries that the keys are split everywhere.
-        found["combine_parts"] = [cases.ring_attention(of, 1, window)]
         found["rotate_ring"] = [cases.ring_attention(of, CHUNK, window, table=True)]
     for launcher, forms in found.items():
         for case in forms:

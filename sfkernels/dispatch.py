@@ -167,9 +167,7 @@ def choose(
         for name in ranking(op, device) if impl != "reference" else ():
             if name != without and not _refusal(name, device, tensors):
                 return name
-    elif impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl={impl!r}: must be one of {', '.join(IMPLS)}")
-    elif op not in IMPLEMENTATIONS[impl].ops:
+    elif impl not in implementations(op):
         raise ValueError(f"impl={impl!r}: {op} has {', '.join(implementations(op))} (or 'auto')")
     if IMPLEMENTATIONS[impl].dtypes and (why := _refusal(impl, device, tensors) or refused):
         raise ValueError(why)

@@ -15,6 +15,14 @@ from torch import Tensor
 from sfkernels.arguments import check_count, check_shape
 from sfkernels.layout import check_window
 
+# Queries of a head that have a semaphore: no more than a tile of attention has.
+SEMAPHORE_ROWS = 16
+
+
+def semaphores_needed(batch: int, queries: int, heads: int) -> int:
+    """Number of semaphores that attention of so many queries over a ring needs."""
+    return batch * heads * -(-queries // SEMAPHORE_ROWS)
+
 
 class RingChunk(NamedTuple):
     """Place of the current chunk of F frames; int32 tensors on the cache's device.
@@ -43,6 +51,7 @@ class RingKVCache:
 
     k, v: [layers, batch, window · frame_tokens, heads, head_dim].
     text_k, text_v: [layers, batch, text_tokens, text_heads, head_dim].
+    semaphores: int32 zeros for `ring_attention`, which all layers use, one after the other.
     start: int32 [], absolute index of the first frame of the current chunk. A stream is endless:
     where the index would not fit in 32 bits, after 17 years at four latent frames a second, it goes
     back by a multiple of the ring's period, window − sink, to a number of at least `window`. Slots,
@@ -100,6 +109,8 @@ class RingKVCache:
         self.k, self.v = (torch.zeros(ring, dtype=dtype, device=device) for _ in range(2))
         self.text_k, self.text_v = (torch.zeros(text, dtype=dtype, device=device) for _ in range(2))
         self.start = torch.zeros((), dtype=torch.int32, device=device)
+        needed = semaphores_needed(batch, window * frame_tokens, heads)
+        self.semaphores = torch.zeros(needed, dtype=torch.int32, device=device)
 
     @staticmethod
     def bytes_needed(
@@ -153,7 +164,7 @@ class RingKVCache:
     def reset(self) -> None:
         """Empties the ring; the prompt stays. The ring is filled with zeros, as it was made: a
         stream that went NaN must not reach the next one through a slot that is not valid yet."""
-        for tensor in (self.k, self.v, self.start):
+        for tensor in (self.k, self.v, self.start, self.semaphores):
             tensor.zero_()
 
     def state_dict(self) -> dict[str, Any]:

@@ -104,6 +104,7 @@ class SelfAttention(nn.Module):
         impl = self.attention_impl
         if impl == "cudnn" and not context.full:  # which reads every slot
             impl = "auto"
+        attention: Any = {"full": context.full, "semaphores": cache.semaphores, "impl": impl}
         options: Any = {"eps": self.eps, "impl": self.impl}
         qkv_BLC = qkv_BLC.to(ring[0].dtype)  # another one under autocast
         if ranks is not None:
@@ -123,7 +124,7 @@ class SelfAttention(nn.Module):
                     qkv_BLC[:, begin:end], *norm, *ring, slot_F, **options
                 )
             if begin >= skip:
-                outs.append(sf.ring_attention(q_BLHD, *ring, valid, full=context.full, impl=impl))
+                outs.append(sf.ring_attention(q_BLHD, *ring, valid, **attention))
         out = torch.cat(outs, 1) if len(outs) > 1 else outs[0] if outs else None
         return out if ranks is None or out is None else ranks.to_tokens(out)
 

@@ -1,9 +1,10 @@
 """Runs Gluon kernels for Hopper on CPU tensors: their own source, unmodified, through the launcher.
 
-`with emulate(seed):` takes every launch of sfkernels.launch. Of a Gluon kernel it runs each program
-of the grid in turn; every warp-specialised partition is a thread, of which one runs at a time, and
-at each operation that others can see the seed draws who goes on. Other kernels go to Triton's
-interpreter. The rules of the hardware that are kept, each the worst that may happen:
+`with emulate(seed):` takes every launch of sfkernels.launch. Of a Gluon kernel it runs the programs
+of the grid one after the other, in an order that the seed draws; every warp-specialised partition
+is a thread, of which one runs at a time, and at each operation that others can see the seed draws
+who goes on. Other kernels go to Triton's interpreter. The rules of the hardware that are kept, each
+the worst that may happen:
 
 - mbarriers: arrival count, byte count, phase. One arrival too many is an error. A wait asks for the
   parity of a phase, as the hardware does, so that a wrong phase passes too early or never.
@@ -16,7 +17,9 @@ interpreter. The rules of the hardware that are kept, each the worst that may ha
 - Whatever the seed draws, a copy into shared memory must come after all that read there, and a read
   after the copy, by arrivals and waits alone: both are checked against vector clocks.
 - Shared memory starts as NaN and ends at 227 KiB; global memory at the end of a tensor's storage.
-  No element of it is stored to twice in one launch, for the order would be left to chance.
+  No element of it is stored to twice in one launch, for the order would be left to chance. What a
+  program has stored another may read after an atomic of its own that acquires what an atomic of
+  the first has released, of the stores that a barrier of its threads had come after.
 - Scalars are of 32 bits and wrap around, unless they are cast.
 - That nobody can go on is an error, as are copies or wgmma in flight at the end.
 
@@ -34,7 +37,7 @@ import math
 import random
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,14 +47,17 @@ from triton.experimental.gluon.language.nvidia import hopper as real_hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sfkernels import launch
+from sfkernels.gpu.hopper.launching import thread_barrier
 from tests.hopper_machine import (
     Barrier,
     Barriers,
+    Clock,
     Copy,
     HopperError,
     InFlight,
     Program,
     Shared,
+    Store,
     poison,
 )
 
@@ -69,16 +75,24 @@ class _Descriptor:
         )
 
 
-class _Pointer:
-    """A pointer, or a tensor of them: elements `at` of a tensor's storage. stored: those that this
-    launch has written."""
+class _Written(NamedTuple):
+    """What a launch has written of a tensor's storage. stored: of each element, by which of
+    `stores`, or -1. released: of each that atomics have added to, what these released."""
 
-    def __init__(self, memory: Tensor, at: Any, stored: Tensor) -> None:
-        self.memory, self.at, self.stored = memory, at, stored
+    stored: Tensor
+    stores: list[Store]
+    released: dict[int, Clock]
+
+
+class _Pointer:
+    """A pointer, or a tensor of them: elements `at` of a tensor's storage."""
+
+    def __init__(self, memory: Tensor, at: Any, written: _Written) -> None:
+        self.memory, self.at, self.written = memory, at, written
         self.dtype = types.SimpleNamespace(element_ty=memory.dtype)
 
     def __add__(self, offset: Any) -> _Pointer:
-        return _Pointer(self.memory, self.at + torch.as_tensor(offset).long(), self.stored)
+        return _Pointer(self.memory, self.at + torch.as_tensor(offset).long(), self.written)
 
     def places(self, mask: Any) -> tuple[Tensor, Tensor]:
         """Places of elements, those that are masked replaced by 0; and the mask."""
@@ -229,6 +243,9 @@ class _Language:
     @staticmethod
     def load(pointer: _Pointer, mask: Any = None, other: Any = None) -> Tensor:
         at, kept = pointer.places(mask)
+        for i in pointer.written.stored[at[kept]].unique().tolist():
+            if i >= 0 and not pointer.written.stores[i].seen():
+                raise HopperError("global memory is read that another may not have written yet")
         found = pointer.memory[at]
         if other is None:
             other = math.nan if found.is_floating_point() else torch.iinfo(found.dtype).max
@@ -238,10 +255,25 @@ class _Language:
     def store(pointer: _Pointer, value: Any, mask: Any = None) -> None:
         at, kept = pointer.places(mask)
         value = torch.as_tensor(value).to(pointer.memory.dtype)
-        if pointer.stored[at[kept]].any():
+        if (pointer.written.stored[at[kept]] >= 0).any():
             raise HopperError("an address is stored to twice in one launch")
-        pointer.stored[at[kept]] = True
+        pointer.written.stored[at[kept]] = len(pointer.written.stores)
+        pointer.written.stores.append(Program.running.current.store())
         pointer.memory[at[kept]] = torch.broadcast_to(value, at.shape)[kept]
+
+    @staticmethod
+    def atomic_add(pointer: _Pointer, value: int, *, sem: str, scope: str) -> Tensor:
+        Program.running.pause()
+        before = pointer.memory[pointer.at].clone()
+        pointer.memory[pointer.at] += value
+        if (sem, scope) == ("acq_rel", "gpu"):
+            released = pointer.written.released.setdefault(int(pointer.at), {})
+            Program.running.current.acquire_and_release(released)
+        return before
+
+    @staticmethod
+    def barrier() -> None:
+        Program.running.current.order_stores()
 
     @staticmethod
     def allocate_shared_memory(dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Any:
@@ -269,6 +301,7 @@ _INSTEAD = [
     (real_hopper.tma, _Tma),
     (real_hopper.tma.async_copy_global_to_shared, _Tma.async_copy_global_to_shared),
     (real_hopper.fence_async_shared, lambda cluster=False: None),
+    (thread_barrier, _Language.barrier),
     (real_hopper.warpgroup_mma, _wgmma),
     (real_hopper.warpgroup_mma_wait, _wgmma_wait),
     (real_hopper.warpgroup_mma_init, lambda value: value),
@@ -298,7 +331,8 @@ def _argument(value: Any) -> Any:
         return _Descriptor(value)
     if isinstance(value, Tensor):
         memory = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
-        return _Pointer(memory, value.storage_offset(), torch.zeros(len(memory), dtype=torch.bool))
+        stored = torch.full((len(memory),), -1)
+        return _Pointer(memory, value.storage_offset(), _Written(stored, [], {}))
     if isinstance(value, int) and not isinstance(value, bool):
         return _int(value)
     return torch.tensor(value, dtype=torch.float32) if isinstance(value, float) else value
@@ -315,7 +349,7 @@ def run_kernel(
     given = {k: v if k in constant else _argument(v) for k, v in given.items()}
     function = _rebuilt(kernel, {})
     grid = (*grid, 1, 1)[:3]
-    for at in builtins.range(math.prod(grid)):
+    for at in rng.sample(builtins.range(math.prod(grid)), math.prod(grid)):
         place = (at % grid[0], at // grid[0] % grid[1], at // grid[0] // grid[1])
         _run_program(Program(place, grid, rng), function, given)
 

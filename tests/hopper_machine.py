@@ -36,9 +36,38 @@ class Partition:
     def __init__(self, speed: float, known: Clock) -> None:
         self.speed = speed
         self.clock: Clock = {**known, self: 1}
+        self.stores: list[Store] = []  # to global memory, that no barrier has come after
         self.ready: Callable[[], bool] = lambda: True
         self.wake = threading.Semaphore(0)
         self.groups: list[InFlight] = []  # wgmma not waited for, oldest first
+
+    def store(self) -> Store:
+        """Stores to global memory."""
+        store = Store(self)
+        self.stores.append(store)
+        return store
+
+    def order_stores(self) -> None:
+        """Waits for all threads: what they have stored, each of them knows."""
+        while self.stores:
+            self.stores.pop().tick = self.clock[self]
+
+    def acquire_and_release(self, released: Clock) -> None:
+        """Learns what others have released there, and releases what this one knows."""
+        _join(self.clock, released)
+        _join(released, self.clock)
+        self.clock[self] += 1
+
+
+class Store:
+    """A store to global memory; one that not all threads of its partition know of has no tick."""
+
+    def __init__(self, actor: Partition, tick: float = math.inf) -> None:
+        self.actor, self.tick = actor, tick
+
+    def seen(self) -> bool:
+        """Tells whether the partition that runs may read what was stored."""
+        return self.tick <= Program.running.current.clock.get(self.actor, 0)
 
 
 class Copy(NamedTuple):
@@ -118,6 +147,7 @@ class Program:
             for thread in threads:
                 thread.join()
         for partition in running:
+            partition.order_stores()
             _join(self.current.clock, partition.clock)
 
     @torch.inference_mode()

@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 import sfkernels as sf
 from sfkernels import launch, library_attention, reference
 from sfkernels.gpu.tiles import key_splits, visits
+from sfkernels.kv_cache import semaphores_needed
 from sfkernels.launch import Tile
 from sfkernels.layout import BlockLayout, Row, Span, transpose
 from sfkernels.testing import close_as_eager, nan_filled
@@ -240,14 +241,18 @@ def test_slots_that_are_not_valid_are_not_read(impl: str) -> None:
 
 @pytest.mark.parametrize("parts", [1, 2, 7])
 def test_ring_in_parts(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joined by whoever ends last, who leaves the semaphores as they were."""
     monkeypatch.setattr("sfkernels.gpu.attention.key_splits", lambda *_: parts)
+    semaphores = torch.zeros(semaphores_needed(1, 37, 2), dtype=torch.int32, device=DEVICE)
     for valid in (1, 40, 100):
         length = torch.tensor(valid, dtype=torch.int32, device=DEVICE)
 
         def op(*tensors: Tensor, impl: str, valid: Tensor = length) -> Tensor:
-            return ring_attention(*tensors, valid, scale=0.3, impl=impl)
+            options = dict(scale=0.3, semaphores=semaphores, impl=impl)
+            return ring_attention(*tensors, valid, **options)
 
         check(op, [rand(1, 37, 2, 24), *rand(2, 1, 100, 2, 24)], torch.float32, gradients=False)
+        assert not semaphores.any()
 
 
 def test_splits_fill_the_card() -> None:
@@ -426,6 +431,10 @@ ring: Any = functools.partial(ring_attention, impl="triton")
         (lambda: ring(X, X, X, ONE.repeat(2)), "must be one int32 or int64"),
         (lambda: ring(X, X, X, ONE.to("meta")), "valid is on meta"),
         (lambda: ring(X, X[:, :0], X[:, :0], ONE), "must not be empty"),
+        (lambda: ring(X, X, X, ONE, semaphores=ONE), r"semaphores has shape \[\]: must be \[N\]"),
+        (lambda: ring(X, X, X, ONE, semaphores=X.flatten()), r"contiguous int32, at least \[2\]"),
+        (lambda: ring(X, X, X, ONE, semaphores=ONE.int().view(1)), r"\[1\] .* at least \[2\]"),
+        (lambda: ring(X, X, X, ONE, semaphores=ONE.int().expand(9)), r"of strides \(0,\): must be"),
         (lambda: ring(X, X, X, ONE, k_table_SP2=X), r"k_table has shape .* must be \[12, 8, 2\]"),
         (lambda: sf.cross_attention(X, X, X[:, :3], impl="triton"), "v has shape"),
         (lambda: sf.cross_attention(X, X, X, impl="cpp"), "cross_attention has triton, gluon"),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import sfkernels as sf
 from sfkernels import reference
+from sfkernels.kv_cache import semaphores_needed
 from sfkernels.testing import close_as_eager, interpreted
 from sfmodel.config import VAEConfig
 from sfmodel.vae.wan import WanVAE
@@ -27,8 +28,10 @@ block_causal_attention: Any = sf.block_causal_attention
 
 # Wan2.1-1.3B at 480×832: 12 heads of 128, 30×52 tokens a latent frame, clips of 21; 14B: 40 heads.
 WAN_HEADS, WAN_DIM, WAN_GRID, CLIP, WIDE = 12, 128, (30, 52), 21, 40
+CALLS = 50
 if interpreted():  # not the real shapes, which take hours there
     WAN_HEADS, WAN_DIM, WAN_GRID, CLIP, WIDE = 2, 64, (1, 2), 4, 3
+    CALLS = 2
 WAN_TOKENS = math.prod(WAN_GRID)
 # (latent frames, heads)
 SIZES = [
@@ -173,6 +176,20 @@ def test_ring_attention_at_real_shapes(
         check(op, [queries, *rings], dtype, impl=impl, gradients=False)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("frames", [1, 3])
+def test_whoever_joins_the_parts(frames: int, impl: str) -> None:
+    """The same numbers, call after call, which the order in which programs end does not change; and
+    the semaphores as they were."""
+    q = rand(1, frames * WAN_TOKENS, WAN_HEADS, WAN_DIM).bfloat16()
+    k, v = rand(2, 1, 9 * WAN_TOKENS, WAN_HEADS, WAN_DIM).bfloat16().unbind()
+    needed = semaphores_needed(1, q.shape[1], WAN_HEADS)
+    semaphores = torch.zeros(needed, dtype=torch.int32, device="cuda")
+    valid = torch.tensor(9 * WAN_TOKENS - 5, dtype=torch.int32, device="cuda")
+    outs = [ring_attention(q, k, v, valid, semaphores=semaphores, impl=impl) for _ in range(CALLS)]
+    assert not semaphores.any() and all(torch.equal(out, outs[0]) for out in outs)
+
+
 @pytest.mark.usefixtures("fresh_seed")
 @pytest.mark.parametrize(("frames", "batch"), [(1, 1), (3, 1), (3, 2)])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
@@ -220,7 +237,7 @@ def test_ring_attention_replays_past_the_wrap(impl: str) -> None:
         ring = cache.k[0], cache.v[0]
         table = sf.rope_table(at.frame_F, (10, 13), head_dim)
         q = sf.qk_norm_rope_append(qkv, weight, weight, table, *ring, at.slot_F)
-        return ring_attention(q, *ring, at.valid, impl=impl)
+        return ring_attention(q, *ring, at.valid, semaphores=cache.semaphores, impl=impl)
 
     step()  # compiles
     torch.cuda.synchronize()

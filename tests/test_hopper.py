@@ -16,6 +16,7 @@ from torch import Tensor
 from sfkernels import BlockLayout, RingKVCache, launch
 from sfkernels.gpu.hopper import attention as hopper
 from sfkernels.gpu.tiles import visits
+from sfkernels.kv_cache import semaphores_needed
 from sfkernels.launch import Tile
 from sfkernels.layout import Span
 from sfkernels.testing import close_as_eager, nan_filled
@@ -93,7 +94,13 @@ def test_strided_tensors() -> None:
         check_fwd((q[:, :, 1:], k[:, :, 1:], v[:1, :, 1:].expand(2, -1, -1, -1)), layout)
 
 
-def check_ring(parts: int, valid: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_ring(
+    parts: int,
+    valid: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType = hopper,
+) -> None:
     batch, queries, heads, head_dim, slots = 2, 150, 1, 64, 250
     q = torch.randn(batch, queries, heads, head_dim).to(dtype)
     k, v = torch.randn(2, batch, slots, heads, head_dim).to(dtype).unbind()
@@ -103,9 +110,10 @@ def check_ring(parts: int, valid: int, dtype: torch.dtype, monkeypatch: pytest.M
     monkeypatch.setattr("sfkernels.gpu.attention.key_splits", lambda *_: parts)
     launches: list[str] = []
     seed = random.randrange(1000)
+    semaphores = torch.zeros(semaphores_needed(batch, queries, heads), dtype=torch.int32)
     with nan_filled(), emulate(seed, launches):
-        o = hopper.ring_attention(q, k, v, length, 0.1)
-    assert len(launches) == (1 if parts == 1 else 2)
+        o = module.ring_attention(q, k, v, length, semaphores, 0.1)
+    assert len(launches) == 1 and not semaphores.any()
     seen = (torch.arange(slots) < near).expand(queries, slots)
     eager, _ = attend(q, k, v, seen, 0.1)
     exact, _ = attend(q.double(), k.double(), v.double(), seen, 0.1)
@@ -126,10 +134,21 @@ def test_a_length_out_of_range(parts: int, valid: int, monkeypatch: pytest.Monke
         check_ring(parts, valid, FP16, monkeypatch)
 
 
-def test_ring_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one part: the interpreter, which combines parts, does not round to bfloat16."""
+@pytest.mark.parametrize("parts", [1, 3])
+def test_ring_in_bfloat16(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with launch.using(hopper_fwd=TILES[0]):
-        check_ring(1, 77, BF16, monkeypatch)
+        check_ring(parts, 77, BF16, monkeypatch)
+
+
+def test_parts_are_joined_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever ends last: the same numbers, bit for bit, in a stream and when it is run again."""
+    monkeypatch.setattr("sfkernels.gpu.attention.key_splits", lambda *_: 4)
+    q, k, v = torch.randn(3, 1, 160, 2, 64).half().unbind()
+    outs = []
+    for seed in range(4):
+        with launch.using(hopper_fwd=TILES[0]), nan_filled(), emulate(seed):
+            outs.append(hopper.ring_attention(q, k, v, torch.tensor(160), None, 0.1))
+    assert all(torch.equal(o, outs[0]) for o in outs)
 
 
 def test_streaming_equals_one_pass() -> None:
@@ -149,7 +168,8 @@ def test_streaming_equals_one_pass() -> None:
             by_frame = ring.unflatten(1, (window, tokens))
             by_frame[:, at.slot_F.long()] = source[:, part].unflatten(1, (chunk, tokens))
         with launch.using(hopper_fwd=TILES[0]), nan_filled(), emulate(random.randrange(1000)):
-            outs.append(hopper.ring_attention(q[:, part], cache.k[0], cache.v[0], at.valid, 0.1))
+            by_chunk = cache.k[0], cache.v[0], at.valid, cache.semaphores
+            outs.append(hopper.ring_attention(q[:, part], *by_chunk, 0.1))
         cache.commit(chunk)
     close_as_eager("o of a stream", torch.cat(outs, 1), eager, exact)
 
@@ -165,7 +185,7 @@ def test_a_stream_that_went_nan_ends_with_a_reset() -> None:
     cache.k[0, :, :35], cache.v[0, :, :35] = torch.randn(2, 2, 35, 1, 64).half()
     q, valid = torch.randn(2, 35, 1, 64).half(), cache.chunk(1).valid
     with launch.using(hopper_fwd=TILES[0]), nan_filled(), emulate(random.randrange(1000)):
-        o = hopper.ring_attention(q, cache.k[0], cache.v[0], valid, 0.1)
+        o = hopper.ring_attention(q, cache.k[0], cache.v[0], valid, cache.semaphores, 0.1)
     want, _ = attend(q, cache.k[0, :, :35], cache.v[0, :, :35], torch.ones(35, 35).bool(), 0.1)
     torch.testing.assert_close(o, want, rtol=2e-2, atol=2e-3)
 
@@ -246,6 +266,34 @@ MUTANTS = {
     "no mask": {"    if MASK:": "    if False:"},
     "rows beyond the tile written": {"row_M1 < past": "row_M1 < tokens"},
 }  # fmt: skip
+
+
+RING_MUTANTS = {
+    "not all threads have stored": {"            thread_barrier()\n": ""},
+    "what was stored is not released": {'sem="acq_rel", scope="gpu"': 'sem="relaxed", scope="gpu"'},
+    "the first to end joins": {"if counted == parts - 1:": "if counted == 0:"},
+    "nobody joins": {"if counted == parts - 1:": "if counted == parts:"},
+    "parts without keys are counted": {"if gl.program_id(1) < parts:": "if True:"},
+    "the semaphores are left": {"gl.store(semaphores_ptr + at, 0)": "pass"},
+    "tiles of a head share a semaphore": {" + first // SEMAPHORES": ""},
+    "the last part is left out": {"for part in range(parts):\n        weight":
+                                  "for part in range(parts - 1):\n        weight"},
+    "weights of another part": {"gl.load(lse_at + part * step, row_R < past, 0.0) - most_R":
+                                "gl.load(lse_at, row_R < past, 0.0) - most_R"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RING_MUTANTS)
+def test_emulator_catches_in_a_ring(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = mutant(hopper, RING_MUTANTS[name], tmp_path)
+    with launch.using(hopper_fwd=Tile(128, 32, 4, 2)):
+        with pytest.raises((HopperError, AssertionError)) as caught:
+            for _ in range(5):
+                check_ring(3, 33, FP16, monkeypatch, module)
+        print(f"{name}: {caught.type.__name__}: {caught.value}")
+        check_ring(3, 33, FP16, monkeypatch)
 
 
 @pytest.mark.parametrize("name", MUTANTS)

@@ -61,13 +61,13 @@ def launches(layers: int, merged: bool, monkeypatch: pytest.MonkeyPatch) -> Coun
 @pytest.mark.parametrize("merged", [False, True])
 def test_of_a_pass(merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block: q, k, v and attention's output, those of the text, the FFN with GELU in its first
-    product; the norms; append, attention over the ring in parts and their sum, for each of the two
-    chunks of a merged pass, whose outputs are put side by side; attention to the text."""
+    product; the norms; append and attention over the ring, whose parts it joins, for each of the
+    two chunks of a merged pass, whose outputs are put side by side; attention to the text."""
     three, four, five = (launches(layers, merged, monkeypatch) for layers in (3, 4, 5))
     block = {"addmm": 5, "_addmm_activation": 1, "norm_fwd": 4, "attention_fwd": 2 + merged,
-             "qk_norm_rope_fwd": 1 + merged, "combine_parts": 1 + merged}  # fmt: skip
+             "qk_norm_rope_fwd": 1 + merged}  # fmt: skip
     block |= {"cat": 1} if merged else {}
     assert five - four == four - three == block
-    assert sum(block.values()) == 14 + 4 * merged
+    assert sum(block.values()) == 13 + 3 * merged
     beside = three - Counter({name: 3 * count for name, count in block.items()})
     assert beside.total() <= 12, beside

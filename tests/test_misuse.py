@@ -262,7 +262,7 @@ def block(**more: Any) -> Tensor:
         (attention._attention, (Q, Q, Q, None, None, [0, 6, 1, 0, 6], [0, 9], 1.0), "belong"),
         (attention._attention, (Q, Q, Q, Q, Q, [0, 6, 1, 0, 6], [0, 9], 1.0), "prefix spans"),
         (attention._attention_bwd, (Q, Q, Q, Q, Q, S, None, None, [0, 6, 1, 0, 6], [], 1.0), "lse"),
-        (attention._ring_attention, (Q, RING, RING[:, 1:], FRAME[1], None, False, 1.0), "v_ring"),
+        (attention._ring_attention, (Q, RING, RING[1:], S, None, None, False, 1.0), "v_ring"),
         (sampler._normal, (FRAME[:1].int(), FRAME, 0, [1, 2, 3]), "seed_B is torch.int32"),
         (sampler._sampler_step, (LATENTS, LATENTS, None, S, S, None, None, None, 0, 1.0), "belong"),
         (sampler._euler_step, (LATENTS, LATENTS[..., 1:], None, S, S, 1.0), "flow has shape"),
@@ -305,7 +305,7 @@ def test_kernels_read_no_more_than_a_ring(
     whole_k[::2], whole_v[::2] = math.nan, math.nan
     q, length = torch.randn(1, 9, 1, 16, device=DEVICE), torch.tensor(valid, device=DEVICE)
     near = torch.tensor(min(max(valid, 1), 100), device=DEVICE)
-    got = gpu.ring_attention(q, k, v, length, 0.3)
+    got = gpu.ring_attention(q, k, v, length, None, 0.3)
     want = reference.ring_attention(q, k, v, near, 0.3)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     if valid > 0:

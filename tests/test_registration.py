@@ -77,7 +77,9 @@ def test_opcheck(grad: bool, impl: str) -> None:
             (rope._qk_norm_rope_append, (*rope_args, *rings, slots, 1e-6, True, impl)),
         ]
         if impl == "triton":
-            by_table = dq, *rings, slots[0], rand(2 * TOKENS, D // 2, 2), False, 0.3, impl
+            counters = torch.zeros(B * TOKENS * HEADS, dtype=torch.int32, device=DEVICE)
+            k_table = rand(2 * TOKENS, D // 2, 2)
+            by_table = dq, *rings, slots[0], k_table, counters, False, 0.3, impl
             lse = rand(B, HEADS, TOKENS)
             layer = x.half(), rand(5, C).half()
             conv = rand(4, 8, 3, 3, 3).contiguous(memory_format=torch.channels_last_3d)
@@ -89,7 +91,7 @@ def test_opcheck(grad: bool, impl: str) -> None:
                     convolution._upsampled_conv2d,
                     (rand(B, 1, 2, 3, 8), rand(2, 2, 4, 2, 2, 8).movedim(-1, 3), None, impl),
                 ),
-                (attention._ring_attention, (dq, *rings, slots[0], None, False, 0.3, impl)),
+                (attention._ring_attention, (dq, *rings, slots[0], None, None, False, 0.3, impl)),
                 (attention._ring_attention, by_table),
                 (
                     attention._attention_bwd,

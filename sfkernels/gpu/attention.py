@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sfkernels import launch
 from sfkernels.gpu.tiles import Pattern, key_splits, tile_table
+from sfkernels.kv_cache import SEMAPHORE_ROWS, semaphores_needed
 from sfkernels.layout import Span
 
 LOG2E = math.log2(math.e)
@@ -110,6 +111,8 @@ def _attention_fwd_kernel(
     tiles_ptr,
     spans_ptr,
     valid_ptr,
+    part_ptr,
+    semaphores_ptr,
     queries,
     slots,
     heads,
@@ -133,14 +136,17 @@ def _attention_fwd_kernel(
     D: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     HAS_PREFIX: tl.constexpr,
+    HAS_PARTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    SEMAPHORE_ROWS: tl.constexpr,
 ):
     """One tile of queries of one head over the spans of the table, or over one part of the ring's
-    valid keys, which are 1 to `slots` whatever valid_ptr holds. o [parts, B, L, H, D], lse
-    [parts, B, H, L]."""
+    valid keys, which are 1 to `slots` whatever valid_ptr holds. o [B, L, H, D], lse
+    [parts, B, H, L]. HAS_PARTS: of the programs that share a tile each leaves its output in part
+    [parts, B, L, H, D], and the last of them to end joins these."""
     tile, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch_head = tl.program_id(2)
     batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
@@ -156,7 +162,6 @@ def _attention_fwd_kernel(
         share = tl.cdiv(tl.cdiv(valid, BLOCK_N), parts) * BLOCK_N
         lo, hi = part * share, tl.minimum((part + 1) * share, valid)
         if lo >= hi:
-            tl.store(lse_ptr + row_M, tl.full([BLOCK_M], -float("inf"), tl.float32), row_M < past)
             return
 
     q_ptr += batch * stride_qb + head * stride_qh
@@ -183,8 +188,44 @@ def _attention_fwd_kernel(
         acc_MD, m_M, l_M = _attend(q_MD, acc_MD, m_M, l_M, k_ptr, v_ptr, lo, hi, stride_kl,
                                    stride_vl, scale, D, BLOCK_N, STAGES)  # fmt: skip
     tl.store(lse_ptr + row_M, m_M + tl.log2(l_M), row_M < past)
-    o_ptr += ((part * tl.num_programs(2) // heads + batch) * queries * heads + head) * D
-    store_tile(o_ptr, acc_MD / l_M[:, None], start, past, heads * D, D)
+    o_at = (batch * queries * heads + head) * D
+    if HAS_PARTS:
+        step = tl.num_programs(2).to(tl.int64) * queries
+        store_tile(part_ptr + part * step * D + o_at, acc_MD / l_M[:, None], start, past, heads * D,
+                   D)  # fmt: skip
+        # All threads have stored before the one that counts releases what it sees of them.
+        tl.debug_barrier()
+        semaphores_ptr += batch_head * tl.cdiv(queries, SEMAPHORE_ROWS) + start // SEMAPHORE_ROWS
+        ended = tl.atomic_add(semaphores_ptr, 1, sem="acq_rel", scope="gpu") + 1
+        if ended == tl.cdiv(valid, share):
+            JOINED: tl.constexpr = min(BLOCK_M, 64)  # at once, for lack of registers
+            for i in range(BLOCK_M // JOINED):
+                _join(part_ptr + o_at, lse_ptr - part * step, o_ptr + o_at, start + i * JOINED,
+                      past, step, ended, heads, D, JOINED, BLOCK_D)  # fmt: skip
+            tl.store(semaphores_ptr, 0)
+    else:
+        store_tile(o_ptr + o_at, acc_MD / l_M[:, None], start, past, heads * D, D)
+
+
+@triton.jit
+def _join(part_ptr, lse_ptr, o_ptr, start, past, step, parts, heads, D: tl.constexpr,
+          BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Queries start..past of one head: the parts' outputs, weighted by their sums of exponentials,
+    in the order of the parts, whoever joins them. Parts are `step` queries and heads apart."""
+    row_M = start + tl.arange(0, BLOCK_M)
+    most_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    for part in range(parts):
+        most_M = tl.maximum(most_M, tl.load(lse_ptr + part * step + row_M, row_M < past, 0.0))
+    acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    sum_M = tl.zeros([BLOCK_M], tl.float32)
+    for part in range(parts):
+        weight_M = tl.exp2(tl.load(lse_ptr + part * step + row_M, row_M < past, 0.0) - most_M)
+        o_MD = load_tile(
+            part_ptr + part * step * D, start, past, heads * D, True, BLOCK_M, D, BLOCK_D
+        )
+        acc_MD += weight_M[:, None] * o_MD.to(tl.float32)
+        sum_M += weight_M
+    store_tile(o_ptr, acc_MD / sum_M[:, None], start, past, heads * D, D)
 
 
 @triton.jit
@@ -192,41 +233,20 @@ def _combine_parts_kernel(
     part_ptr,
     lse_ptr,
     o_ptr,
+    parts,
     queries,
     heads,
     D: tl.constexpr,
-    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Some queries of one head: the parts' outputs, weighted by their sums of exponentials. A part
-    that saw no key has a weight of zero and left nothing that could be read."""
-    batch_head, batches_heads = tl.program_id(1), tl.num_programs(1)
+    """Some queries of one head, of all `parts`."""
+    batch_head, start = tl.program_id(1), tl.program_id(0) * BLOCK_M
     batch, head = (batch_head // heads).to(tl.int64), batch_head % heads
-    start = tl.program_id(0) * BLOCK_M
-    row_M = start + tl.arange(0, BLOCK_M)
-    lse_ptr += batch_head.to(tl.int64) * queries + row_M
-    at_M = (batch * queries + row_M) * heads + head
-    at_MD = at_M[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
-    fits_M1 = row_M[:, None] < queries
-    fits_1D = tl.arange(0, BLOCK_D)[None, :] < D
-    step = batches_heads.to(tl.int64) * queries
-
-    most_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    for part in tl.static_range(PARTS):
-        lse_M = tl.load(lse_ptr + part * step, row_M < queries, 0.0)
-        most_M = tl.maximum(most_M, lse_M)
-    acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    sum_M = tl.zeros([BLOCK_M], tl.float32)
-    for part in tl.static_range(PARTS):
-        lse_M = tl.load(lse_ptr + part * step, row_M < queries, 0.0)
-        weight_M = tl.exp2(lse_M - most_M)
-        seen_M1 = (lse_M > -float("inf"))[:, None] & fits_M1
-        o_MD = tl.load(part_ptr + part * step * D + at_MD, seen_M1 & fits_1D, 0.0)
-        acc_MD += weight_M[:, None] * o_MD.to(tl.float32)
-        sum_M += weight_M
-    out_MD = acc_MD / sum_M[:, None]
-    tl.store(o_ptr + at_MD, out_MD.to(o_ptr.dtype.element_ty), fits_M1 & fits_1D)
+    at, step = (batch * queries * heads + head) * D, tl.num_programs(1).to(tl.int64) * queries
+    lse_ptr += batch_head.to(tl.int64) * queries
+    _join(part_ptr + at, lse_ptr, o_ptr + at, start, queries, step, parts, heads, D, BLOCK_M,
+          BLOCK_D)  # fmt: skip
 
 
 def attention_fwd(
@@ -249,15 +269,21 @@ def attention_fwd(
 
 
 def ring_attention(
-    q_BLHD: Tensor, k_ring_BSHD: Tensor, v_ring_BSHD: Tensor, valid: Tensor, scale: float
+    q_BLHD: Tensor,
+    k_ring_BSHD: Tensor,
+    v_ring_BSHD: Tensor,
+    valid: Tensor,
+    semaphores: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """o [B, L, H, D] of queries that see the first `valid` slots of the ring; at least one, and at
-    most all. The keys are split where that fills the card better."""
+    most all. The keys are split where that fills the card better. semaphores: int32 zeros, as many
+    as `semaphores_needed` says, or new ones; they are zeros again at the end."""
     setting = tile_setting("attention_fwd", q_BLHD)
-    work, part_PBLHD, lse_PBHL = ring_work(setting, q_BLHD, k_ring_BSHD, valid)
+    work, o_BLHD, lse_PBHL = ring_work(setting, q_BLHD, k_ring_BSHD, valid, semaphores)
     sources = k_ring_BSHD, v_ring_BSHD, None, None
-    _launch_forward(setting, q_BLHD, sources, part_PBLHD, lse_PBHL, work, scale)
-    return combine_parts(part_PBLHD, lse_PBHL, q_BLHD.dtype)
+    _launch_forward(setting, q_BLHD, sources, o_BLHD, lse_PBHL, work, scale)
+    return o_BLHD
 
 
 Sources = tuple[Tensor | None, ...]  # k, v, and those of the prefix
@@ -265,14 +291,16 @@ Sources = tuple[Tensor | None, ...]  # k, v, and those of the prefix
 
 class Work(NamedTuple):
     """The reach of one launch of a forward kernel: tiles of queries, parts of the keys, spans that
-    belong to the prefix; and where it reads which keys are seen, the tables of a pattern or the
-    valid length of a ring."""
+    belong to the prefix; where it reads which keys are seen, the tables of a pattern or the valid
+    length of a ring; and, where there is more than one part, their outputs and the semaphores that
+    count how many have ended."""
 
     tiles: int
     parts: int
     prefix: int
     tables: Sequence[Tensor | None]
     valid: Tensor | None
+    joining: Sequence[Tensor | None] = (None, None)
 
 
 def pattern_work(
@@ -285,10 +313,13 @@ def pattern_work(
 
 
 def ring_work(
-    setting: launch.Tile, q_BLHD: Tensor, k_ring_BSHD: Tensor, valid: Tensor
+    setting: launch.Tile,
+    q_BLHD: Tensor,
+    k_ring_BSHD: Tensor,
+    valid: Tensor,
+    semaphores: Tensor | None,
 ) -> tuple[Work, Tensor, Tensor]:
-    """Work of a launch over a ring, and its empty outputs: o [P, B, L, H, D], in float32 where the
-    keys are split into P > 1 parts, and lse [P, B, H, L]."""
+    """Work of a launch over a ring, and its empty outputs: o [B, L, H, D] and lse [P, B, H, L]."""
     batch, queries, heads, _ = q_BLHD.shape
     tiles = triton.cdiv(queries, setting.stationary)
     parts = key_splits(
@@ -296,21 +327,27 @@ def ring_work(
         launch.multiprocessors(q_BLHD.device),
         triton.cdiv(k_ring_BSHD.shape[1], setting.streamed),
     )
-    dtype = torch.float32 if parts > 1 else q_BLHD.dtype
-    part_PBLHD = q_BLHD.new_empty(parts, *q_BLHD.shape, dtype=dtype)
-    return Work(tiles, parts, 0, (None, None), valid), part_PBLHD, by_row(q_BLHD, parts)
+    joining: Sequence[Tensor | None] = None, None
+    if parts > 1:
+        if semaphores is None:
+            needed = semaphores_needed(batch, queries, heads)
+            semaphores = q_BLHD.new_zeros(needed, dtype=torch.int32)
+        joining = q_BLHD.new_empty(parts, *q_BLHD.shape, dtype=torch.float32), semaphores
+    o_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
+    work = Work(tiles, parts, 0, (None, None), valid, joining)
+    return work, o_BLHD, by_row(q_BLHD, parts)
 
 
 def _launch_forward(
     setting: launch.Tile,
     q_BLHD: Tensor,
     sources: Sources,
-    o: Tensor,
+    o_BLHD: Tensor,
     lse: Tensor,
     work: Work,
     scale: float,
 ) -> None:
-    """Writes o [parts, B, L, H, D] and lse [parts, B, H, L]."""
+    """Writes o [B, L, H, D] and lse [parts, B, H, L]."""
     batch, queries, heads, head_dim = q_BLHD.shape
     k_BSHD = sources[0]
     assert k_BSHD is not None
@@ -318,7 +355,7 @@ def _launch_forward(
         _attention_fwd_kernel,
         (work.tiles, work.parts, batch * heads),
         (
-            *(q_BLHD, *sources, o, lse, *work.tables, work.valid),
+            *(q_BLHD, *sources, o_BLHD, lse, *work.tables, work.valid, *work.joining),
             *(queries, k_BSHD.shape[1], heads, work.prefix, scale * LOG2E),
             *head_strides(q_BLHD, *sources),
         ),
@@ -326,28 +363,25 @@ def _launch_forward(
         D=head_dim,
         HAS_TABLE=work.valid is None,
         HAS_PREFIX=work.prefix > 0,
+        HAS_PARTS=work.parts > 1,
         BLOCK_D=block_d(head_dim),
         BLOCK_M=setting.stationary,
         BLOCK_N=setting.streamed,
         STAGES=setting.stages,
+        SEMAPHORE_ROWS=SEMAPHORE_ROWS,
     )
 
 
 def combine_parts(part_PBLHD: Tensor, lse_PBHL: Tensor, dtype: torch.dtype) -> Tensor:
-    """o [B, L, H, D] from the outputs of parts of the keys: the one there is, or the mean of those
-    in float32, weighted by their sums. A part with an lse of minus infinity saw no key, and its
-    output is not read."""
+    """o [B, L, H, D] from the outputs of parts of the keys: their mean, weighted by their sums."""
     parts, batch, queries, heads, head_dim = part_PBLHD.shape
-    if parts == 1:
-        return part_PBLHD.squeeze_(0)  # in place, as an op must not return a view
     o_BLHD = part_PBLHD.new_empty(batch, queries, heads, head_dim, dtype=dtype)
     launch.run(
         _combine_parts_kernel,
         (triton.cdiv(queries, FLAT_ROWS), batch * heads),
-        (part_PBLHD, lse_PBHL, o_BLHD, queries, heads),
+        (part_PBLHD, lse_PBHL, o_BLHD, parts, queries, heads),
         num_warps=4,
         D=head_dim,
-        PARTS=parts,
         BLOCK_M=FLAT_ROWS,
         BLOCK_D=block_d(head_dim),
     )

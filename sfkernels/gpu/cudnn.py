@@ -27,11 +27,16 @@ TILE = 128  # queries, and keys, of a tile: what the number of parts is chosen f
 
 
 def ring_attention(
-    q_BLHD: Tensor, k_ring_BSHD: Tensor, v_ring_BSHD: Tensor, valid: Tensor, scale: float
+    q_BLHD: Tensor,
+    k_ring_BSHD: Tensor,
+    v_ring_BSHD: Tensor,
+    valid: Tensor,
+    semaphores: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """o [B, L, H, D] of queries that see every slot of the ring: all are valid, and `valid` is not
-    read. In a batch the queries are copied once for each part, and rings whose samples do not lie
-    one after the other are copied too."""
+    read, nor are `semaphores`. In a batch the queries are copied once for each part, and rings
+    whose samples do not lie one after the other are copied too."""
     batch, queries, heads, _ = q_BLHD.shape
     slots = k_ring_BSHD.shape[1]
     parts = key_splits(

@@ -69,8 +69,8 @@ def visits(rows: Pattern, prefix: Sequence[Span], stationary: int, streamed: int
 def key_splits(programs: int, at_once: int, tiles: int, keys: int = 0) -> int:
     """Number of parts to split the `tiles` tiles of keys into that each of `programs` programs
     visits, on a GPU that runs `at_once` of them: the one with the shortest time, in which the waves
-    are full, but every part more costs the pass that combines them about 1.5%. keys: a number that
-    the parts must divide."""
+    are full, but every part more costs about 1.5%, for programs to begin and end and their outputs
+    to be joined. keys: a number that the parts must divide."""
 
     def time(parts: int) -> float:
         return -(-programs * parts // at_once) / parts * (1 + 0.015 * (parts - 1))

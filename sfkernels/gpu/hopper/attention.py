@@ -24,7 +24,8 @@ queries, 12 heads of 128) over a full window of 32,760 keys is 0.94 TFLOP: 1.19 
 TFLOP/s that an H200 multiplies matrices. One program fits a multiprocessor, of which there are 132:
 the 444 tiles of that chunk are 4 waves, 84% full, and the 156 tiles of one frame 2 waves, 59% full.
 A ring's keys are therefore split: into 2 parts for the chunk, 96% full, and 5 for the frame, 98%
-(`key_splits`). Not measured on a GPU yet.
+(`key_splits`). The program that ends last of those that share a tile joins what they have computed.
+Not measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -41,23 +42,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sfkernels import launch
-from sfkernels.gpu.attention import (
-    LOG2E,
-    Sources,
-    Work,
-    combine_parts,
-    pattern_work,
-    ring_work,
-)
+from sfkernels.gpu.attention import LOG2E, Sources, Work, pattern_work, ring_work
 from sfkernels.gpu.hopper.launching import (
     CONSUMER_REGISTERS,
     CONSUMERS,
     PRODUCER_REGISTERS,
+    SEMAPHORES,
     M,
     describe,
     hopper_setting,
     launch_specialised,
     programs_of,
+    thread_barrier,
 )
 from sfkernels.gpu.tiles import Pattern
 from sfkernels.layout import Span
@@ -99,11 +95,18 @@ def turn_of(tile):
 
 
 @gluon.jit
+def _ring_part(valid_ptr, slots, N: gl.constexpr):
+    """Number of keys of a ring that are seen, 1 to `slots` whatever valid_ptr holds; and of those
+    that a part has, the last one with keys excepted."""
+    valid = gl.minimum(gl.maximum(gl.load(valid_ptr), 1), slots).to(gl.int32)
+    return valid, gl.cdiv(gl.cdiv(valid, N), gl.num_programs(1)) * N
+
+
+@gluon.jit
 def _work(tile, tiles_ptr, valid_ptr, queries, slots, prefix, N: gl.constexpr,
           HAS_TABLE: gl.constexpr):  # fmt: skip
     """A tile's first query and the one past its last; and how many spans it visits. The next two
-    are, under a table, the first of its own spans; of a ring, the keys of the program's part, which
-    has 1 to `slots` of them whatever valid_ptr holds."""
+    are, under a table, the first of its own spans; of a ring, the keys of the program's part."""
     if HAS_TABLE:
         at = tiles_ptr + 4 * tile
         first = gl.load(at + 2)
@@ -112,8 +115,7 @@ def _work(tile, tiles_ptr, valid_ptr, queries, slots, prefix, N: gl.constexpr,
     else:
         start = tile * (CONSUMERS * M)
         past = gl.minimum(start + CONSUMERS * M, queries)
-        valid = gl.minimum(gl.maximum(gl.load(valid_ptr), 1), slots).to(gl.int32)
-        share = gl.cdiv(gl.cdiv(valid, N), gl.num_programs(1)) * N
+        valid, share = _ring_part(valid_ptr, slots, N)
         lo = gl.program_id(1) * share
         hi = gl.minimum(lo + share, valid)
         return start, past, gl.where(lo < hi, 1, 0), lo, hi
@@ -303,11 +305,36 @@ def _consume(C: gl.constexpr, q_pipe, k_pipe, v_pipe, o_ptr, lse_ptr, tiles_ptr,
             lse_M = gl.convert_layout(m_M + gl.log2(l_M), gl.SliceLayout(1, O_LAYOUT))
             sample, head = sample_head // H, gl.program_id(2) % H
             store_rows(o_ptr, o_MD, start + C * M, past, sample, queries, head, O_BITS, H, D)
-        else:
-            lse_M = gl.full([M], -float("inf"), gl.float32, gl.SliceLayout(1, O_LAYOUT))
-        row_M = start + C * M + gl.arange(0, M, gl.SliceLayout(1, O_LAYOUT))
-        lse_at = lse_ptr + sample_head.to(gl.int64) * queries + row_M
-        gl.store(lse_at, lse_M, row_M < past)
+            row_M = start + C * M + gl.arange(0, M, gl.SliceLayout(1, O_LAYOUT))
+            lse_at = lse_ptr + sample_head.to(gl.int64) * queries + row_M
+            gl.store(lse_at, lse_M, row_M < past)
+
+
+@gluon.jit
+def _join(part_ptr, lse_ptr, o_ptr, row, past, queries, parts, H: gl.constexpr,
+          D: gl.constexpr):  # fmt: skip
+    """Queries row..row + 4096 / D of a head: the parts' outputs, weighted by their sums of
+    exponentials, in the order of the parts, whoever joins them."""
+    R: gl.constexpr = 4096 // D
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // D, D // 4], [4, 1], [1, 0])
+    batch, head = gl.program_id(2) // H, gl.program_id(2) % H
+    step = gl.num_programs(2).to(gl.int64) * queries  # of a part
+    row_R = row + gl.arange(0, R, gl.SliceLayout(1, layout))
+    lse_at = lse_ptr + gl.program_id(2).to(gl.int64) * queries + row_R
+    at_R1 = ((batch * queries + row_R) * H + head).to(gl.int64)[:, None] * D
+    at_RD = at_R1 + gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
+    fits_R1 = (row_R < past)[:, None]
+    most_R = gl.full([R], -float("inf"), gl.float32, gl.SliceLayout(1, layout))
+    for part in range(parts):
+        most_R = gl.maximum(most_R, gl.load(lse_at + part * step, row_R < past, 0.0))
+    acc_RD = gl.zeros([R, D], gl.float32, layout)
+    sum_R = gl.zeros([R], gl.float32, gl.SliceLayout(1, layout))
+    for part in range(parts):
+        weight_R = gl.exp2(gl.load(lse_at + part * step, row_R < past, 0.0) - most_R)
+        acc_RD += weight_R[:, None] * gl.load(part_ptr + part * step * D + at_RD, fits_R1, 0.0)
+        sum_R += weight_R
+    o_RD = (acc_RD / sum_R[:, None]).to(o_ptr.dtype.element_ty)
+    gl.store(o_ptr + at_RD, o_RD, fits_R1)
 
 
 @gluon.jit
@@ -322,6 +349,8 @@ def _hopper_fwd_kernel(
     tiles_ptr,
     spans_ptr,
     valid_ptr,
+    part_ptr,
+    semaphores_ptr,
     tiles,
     queries,
     slots,
@@ -338,12 +367,13 @@ def _hopper_fwd_kernel(
     STAGES: gl.constexpr,
     HAS_TABLE: gl.constexpr,
     HAS_PREFIX: gl.constexpr,
-    O_BITS: gl.constexpr,
+    HAS_PARTS: gl.constexpr,
 ):
     """Attention of tiles of queries. Descriptors are of rows [B·stride_b/stride_l, H·D], and *_rows
     says how many of them a sample is apart from the next. The grid is (programs that share the
     tiles, parts, B · H): those of a head run side by side, so that its keys are read from L2. o
-    [parts, B, L, H, D], lse [parts, B, H, L]."""
+    [B, L, H, D], lse [parts, B, H, L]. HAS_PARTS: of the programs that share a tile each leaves its
+    output in part [parts, B, L, H, D], and the last of them to end joins these."""
     q_s = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, M, D], q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, N, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, N, D], v_desc.layout)
@@ -363,14 +393,16 @@ def _hopper_fwd_kernel(
         mbarrier.init(v_empty.index(stage), count=CONSUMERS)
     fence_async_shared()
     q_pipe, k_pipe, v_pipe = (q_s, q_full, q_empty), (k_s, k_full, k_empty), (v_s, v_full, v_empty)
+    out_ptr = part_ptr if HAS_PARTS else o_ptr
+    O_BITS: gl.constexpr = 32 if HAS_PARTS else 16
     gl.warp_specialize(
         [
-            (_consume, (0, q_pipe, k_pipe, v_pipe, o_ptr, lse_ptr, tiles_ptr, spans_ptr, valid_ptr,
-                        tiles, queries, slots, prefix, scale, H, D, N, STAGES, HAS_TABLE,
-                        O_BITS)),
-            (_consume, (1, q_pipe, k_pipe, v_pipe, o_ptr, lse_ptr, tiles_ptr, spans_ptr, valid_ptr,
-                        tiles, queries, slots, prefix, scale, H, D, N, STAGES, HAS_TABLE,
-                        O_BITS)),
+            (_consume, (0, q_pipe, k_pipe, v_pipe, out_ptr, lse_ptr, tiles_ptr, spans_ptr,
+                        valid_ptr, tiles, queries, slots, prefix, scale, H, D, N, STAGES,
+                        HAS_TABLE, O_BITS)),
+            (_consume, (1, q_pipe, k_pipe, v_pipe, out_ptr, lse_ptr, tiles_ptr, spans_ptr,
+                        valid_ptr, tiles, queries, slots, prefix, scale, H, D, N, STAGES,
+                        HAS_TABLE, O_BITS)),
             (_produce, (q_desc, k_desc, v_desc, k_prefix_desc, v_prefix_desc, q_pipe, k_pipe,
                         v_pipe, tiles_ptr, spans_ptr, valid_ptr, tiles, queries, slots, prefix,
                         q_rows, k_rows, v_rows, k_prefix_rows, v_prefix_rows, H, D, N, STAGES,
@@ -379,6 +411,21 @@ def _hopper_fwd_kernel(
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
+    if HAS_PARTS:
+        valid, share = _ring_part(valid_ptr, slots, N)
+        parts = gl.cdiv(valid, share)
+        if gl.program_id(1) < parts:  # else it has no keys
+            # All threads have stored before the one that counts releases what it sees of them.
+            thread_barrier()
+            for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+                first = tile * (CONSUMERS * M)
+                at = gl.program_id(2) * gl.cdiv(queries, SEMAPHORES) + first // SEMAPHORES
+                counted = gl.atomic_add(semaphores_ptr + at, 1, sem="acq_rel", scope="gpu")
+                if counted == parts - 1:
+                    past = gl.minimum(first + CONSUMERS * M, queries)
+                    for row in range(first, past, 4096 // D):
+                        _join(part_ptr, lse_ptr, o_ptr, row, past, queries, parts, H, D)
+                    gl.store(semaphores_ptr + at, 0)
 
 
 def attention_fwd(
@@ -401,23 +448,28 @@ def attention_fwd(
 
 
 def ring_attention(
-    q_BLHD: Tensor, k_ring_BSHD: Tensor, v_ring_BSHD: Tensor, valid: Tensor, scale: float
+    q_BLHD: Tensor,
+    k_ring_BSHD: Tensor,
+    v_ring_BSHD: Tensor,
+    valid: Tensor,
+    semaphores: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """o as `sfkernels.gpu.ring_attention` gives it; slots that are not valid hold anything finite,
     as a RingKVCache sees to when it is made and reset. Raises ValueError for tensors that TMA
     cannot read."""
     setting = hopper_setting("hopper_fwd", q_BLHD)
-    work, part_PBLHD, lse_PBHL = ring_work(setting, q_BLHD, k_ring_BSHD, valid)
+    work, o_BLHD, lse_PBHL = ring_work(setting, q_BLHD, k_ring_BSHD, valid, semaphores)
     sources = k_ring_BSHD, v_ring_BSHD, None, None
-    _launch_forward(setting, q_BLHD, sources, part_PBLHD, lse_PBHL, work, scale)
-    return combine_parts(part_PBLHD, lse_PBHL, q_BLHD.dtype)
+    _launch_forward(setting, q_BLHD, sources, o_BLHD, lse_PBHL, work, scale)
+    return o_BLHD
 
 
 def _launch_forward(
     setting: launch.Tile,
     q_BLHD: Tensor,
     sources: Sources,
-    o: Tensor,
+    o_BLHD: Tensor,
     lse: Tensor,
     work: Work,
     scale: float,
@@ -436,11 +488,11 @@ def _launch_forward(
         setting,
         (programs, work.parts, batch * heads),
         (
-            *(*descriptors, o, lse, *work.tables, work.valid),
+            *(*descriptors, o_BLHD, lse, *work.tables, work.valid, *work.joining),
             *(work.tiles, queries, k_BSHD.shape[1], work.prefix, *apart, scale * LOG2E),
         ),
         q_BLHD,
         HAS_TABLE=work.valid is None,
         HAS_PREFIX=work.prefix > 0,
-        O_BITS=8 * o.element_size(),
+        HAS_PARTS=work.parts > 1,
     )

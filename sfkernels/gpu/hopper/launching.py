@@ -14,12 +14,17 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sfkernels import launch
 from sfkernels.gpu.attention import tile_setting
+from sfkernels.kv_cache import SEMAPHORE_ROWS
 
 # Two consumers of M queries each: the rows of one wgmma.
 M, CONSUMERS = gl.constexpr(64), gl.constexpr(2)
 # Registers of a thread. A program is given REGISTERS for each thread of 12 warps; its consumers
 # take what the warpgroup of the loading warp leaves.
 REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS = 168, gl.constexpr(240), gl.constexpr(24)
+
+SEMAPHORES = gl.constexpr(SEMAPHORE_ROWS)
+# Waits for all threads of a partition. Triton 3.6 has it by one name, 3.7 by the other.
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 def hopper_setting(kernel: str, q_BLHD: Tensor) -> launch.Tile:
