@@ -21,7 +21,7 @@ from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
 from sfmodel.machine import describe, machine
 from sfmodel.pretrained import TOY_WEIGHTS, load_toy
-from sfmodel.stream import stream
+from sfmodel.stream import Stream
 from sfmodel.video import ContactSheet, VideoWriter
 
 PAPER_WINDOW = 21  # latent frames, as Wan2.1's 81 pixel frames
@@ -71,12 +71,12 @@ def run_stream(
 ) -> dict[str, Any]:
     """Streams the video into a file, and on past it to see whether a late frame costs more."""
     preset = PRESETS["toy"]
-    new_stream = functools.partial(stream, model, codec, text, preset, seed=seed)
+    new_stream = functools.partial(Stream, model, codec, text, preset, seed=seed)
     sheet, clock = ContactSheet(), []
-    next(new_stream())  # the first call warms PyTorch up
+    next(new_stream().video())  # the first call warms PyTorch up
     with VideoWriter(output / "video.mp4", preset.fps) as writer:
         began = time.perf_counter()
-        for pixels in new_stream(frames=frames):
+        for pixels in new_stream().video(frames):
             clock.append(time.perf_counter() - began)
             writer.write(pixels[0])
             sheet.add(pixels[0])
@@ -84,12 +84,12 @@ def run_stream(
 
     follow: list[dict[str, float]] = []
     done, last = 0, time.perf_counter()
-    for pixels in new_stream(frames=LONG):
+    for pixels in new_stream().video(LONG):
         now = time.perf_counter()
         done += pixels.shape[1]
         follow.append({"frame": done, "seconds": now - last, "rss_mib": resident_mib()})
         last = now
-    early, late = early_and_late(new_stream(), new_stream())
+    early, late = early_and_late(new_stream().video(), new_stream().video())
     cache = model.new_cache(1, preset.window, preset.grid, preset.sink)
     return {
         "fps": frames / clock[-1],

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sfkernels.roofline import attention_bytes, attention_flops, norm_bytes, qk_norm_rope_bytes
 from sfmodel.config import DiTConfig, Preset
@@ -309,6 +309,57 @@ def latency_ms(preset: Preset, gpu: Gpu, precision: str, decoder: str) -> dict[s
         both = total([*rows, decoded])
         out[name] = {key.removesuffix("_ms"): both[key] for key in TIMES}
     return out
+
+
+def exchange_bytes(preset: Preset, gpus: int, precision: str = "bf16") -> float:
+    """Bytes that each GPU sends (and receives) in one layer of one pass of a chunk, under sequence
+    parallelism by all-to-all over heads (DeepSpeed-Ulysses, arXiv 2309.14509).
+
+    A GPU holds 1/n of the chunk's tokens outside attention and 1/n of the heads inside it. On the
+    way in it keeps 1/n of its q, k and v and sends the rest, (n − 1)/n of tokens/n · dim elements
+    each, quantised ones in 8-bit; on the way out the same of o, in 16 bits. The cache lies where
+    its heads are and never travels."""
+    tokens = preset.chunk * math.prod(preset.grid)
+    element = 3 * (1 if precision == "8-bit" else 2) + 2
+    return tokens * preset.dit.dim * element * (gpus - 1) / gpus**2
+
+
+def multi_gpu(
+    preset: Preset, gpu: Gpu, gpus: int, precision: str = "bf16", decoder: str = "wan"
+) -> list[dict[str, Any]]:
+    """Settings with up to `gpus` of them at a full window, by floors: the transformer over n of
+    them by `exchange_bytes` (not overlapped, no latency of messages), where n divides the heads and
+    the tokens of a frame, the decoder after it on one of the n, or on one of its own beside the
+    next chunk. That raises FPS and leaves latency."""
+    heads, frame_tokens = preset.dit.heads, math.prod(preset.grid)
+    passes, steps = len(preset.steps) + 1, len(preset.steps)
+    alone, stepped = (
+        total(dit(preset, gpu, preset.window, precision, update).values())["floor_ms"]
+        for update in (True, False)
+    )
+    decoded = decode(preset, gpu, precision, decoder)["floor_ms"]
+    memory = memory_gib(preset, precision=precision)
+    rows: list[dict[str, Any]] = []
+    for n in (n for n in range(1, min(gpus, heads) + 1) if not (heads % n or frame_tokens % n)):
+        sent = exchange_bytes(preset, n, precision)
+        exchange = passes * preset.dit.layers * sent / gpu.link_gbps / 1e6
+        shared = alone / n + exchange
+        for own in (False, True) if n < gpus and decoder != "none" else (False,):
+            chunk = max(shared, decoded) if own else shared + decoded
+            rows.append(
+                {
+                    "gpus": n + own,
+                    "transformer_gpus": n,
+                    "own_decoder": own,
+                    "exchange_ms": exchange,
+                    "dit_ms": shared,
+                    "decode_ms": decoded,
+                    "fps": 1e3 * PIXEL_FRAMES * preset.chunk / chunk,
+                    "reaction_ms": stepped / n + exchange * steps / passes + decoded,
+                    "memory_gib": memory["weights"] + memory["cache"] / n,
+                }
+            )
+    return sorted(rows, key=lambda row: (row["gpus"], row["own_decoder"]))
 
 
 # --- Training

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from sfkernels.arguments import check_count
 from sfmodel import graphs
 from sfmodel.config import Preset
 from sfmodel.ranges import phase
@@ -98,6 +99,13 @@ def _arrived(frames: OnHost, event: Any, first: int) -> Tensor:
         frame, video = (~frames.finite_BT).T.nonzero()[0].tolist()
         raise NotFinite(first + frame, video)
     return frames.bytes_BTHWC
+
+
+def _wanted(frames: int | None) -> float:
+    """Number of pixel frames that are asked for. Raises ValueError for one below 1."""
+    if frames is not None:
+        check_count("frames", frames)
+    return math.inf if frames is None else frames
 
 
 class FrameStream(abc.ABC):
@@ -204,16 +212,16 @@ class FrameStream(abc.ABC):
             both = to_bytes(pixels_BTCHW), finite_frames(pixels_BTCHW)
             return OnHost(*map(_to_host, both))
 
-    def frames(self, count: int | None = None) -> Iterator[Tensor]:
+    def frames(self, frames: int | None = None) -> Iterator[Tensor]:
         """Decoded video as bytes [B, T, H, W, 3] in host memory, a chunk or a piece of one at a
-        time; `count` pixel frames in all, endless if None. Memory does not grow. What is left of
+        time; `frames` pixel frames in all, endless if None. Memory does not grow. What is left of
         the last chunk is dropped: a later call goes on with the next one.
 
         In CUDA graphs, decoding and copies run on streams of the device of their own, and a chunk
         is handed out when the next one has been launched: the device does not wait for whoever
         takes them, and a new prompt is seen a chunk later. Raises `NotFinite` for a frame with NaN
-        or infinity."""
-        left, done = math.inf if count is None else count, 0
+        or infinity, ValueError for frames below 1."""
+        left, done = _wanted(frames), 0
         leaving: deque[tuple[OnHost, Any]] = deque()
         while left > 0 or leaving:
             launched = len(leaving)
@@ -229,9 +237,9 @@ class FrameStream(abc.ABC):
                         yield _arrived(*leaving.popleft(), done)
                         done += wanted.finite_BT.shape[1]
             for _ in range(launched if left > 0 else len(leaving)):
-                frames, event = leaving.popleft()
-                yield _arrived(frames, event, done)
-                done += frames.finite_BT.shape[1]
+                on_host, event = leaving.popleft()
+                yield _arrived(on_host, event, done)
+                done += on_host.finite_BT.shape[1]
 
     def _leave(self, piece: int) -> tuple[OnHost, Any]:
         """A piece of the chunk on its way to the host, and the event of its arrival: none where it
@@ -264,8 +272,8 @@ class FrameStream(abc.ABC):
     def video(self, frames: int | None = None) -> Iterator[Tensor]:
         """Decoded video, a chunk or a piece of one [B, T, 3, H, W] at a time as soon as it is
         ready; `frames` pixel frames in all, endless if None. Memory does not grow. A later call
-        goes on with the next chunk."""
-        left = math.inf if frames is None else frames
+        goes on with the next chunk. Raises ValueError for frames below 1."""
+        left = _wanted(frames)
         while left > 0:
             self.denoise()
             for piece in range(self.pieces):

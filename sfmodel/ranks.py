@@ -56,6 +56,20 @@ class Ranks:
             dist.broadcast_object_list(held, 0)
         return held[0]
 
+    def agree(self, **given: Any) -> None:
+        """Raises ValueError, on all ranks, where one was given something else than the first."""
+        if self.world == 1:
+            return
+        all_given: list[Any] = [None] * self.world
+        dist.all_gather_object(all_given, given)
+        for rank, theirs in enumerate(all_given):
+            for name, value in all_given[0].items():
+                if theirs[name] != value:
+                    raise ValueError(
+                        f"rank {rank} has {name}={theirs[name]!r} and rank 0 {name}={value!r}: all "
+                        "ranks must be given the same"
+                    )
+
     def wait(self) -> None:
         if self.world > 1:
             dist.barrier()

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sfmodel.config import Preset
-from sfmodel.cost import PIXEL_FRAMES, pixel_frames
+from sfmodel.cost import GPUS, PIXEL_FRAMES, multi_gpu, pixel_frames
 from sfmodel.frames import FrameStream
 from sfmodel.ranks import Ranks
 
@@ -92,26 +92,27 @@ class Team(NamedTuple):
     decoder: int
 
     @classmethod
-    def of(cls, ranks: Ranks, preset: Preset) -> Team:
-        """The last rank decodes and the others share the passes; of two ranks, and where only that
-        fits, the first one does both. Raises ValueError for a number of ranks that does not fit."""
+    def of(cls, ranks: Ranks, preset: Preset, decoder: str = "wan") -> Team:
+        """All ranks share the passes and the first one decodes, or the last one does and the others
+        share the passes: what `cost.multi_gpu` predicts to be faster on H200s. decoder: as there.
+        Raises ValueError for a number of ranks that does not fit."""
         world, heads = ranks.world, preset.dit.heads
         frame_tokens = preset.grid[0] * preset.grid[1]
         if world == 1:
             return cls(None, True, True, 0)
-        fits = [n for n in range(1, heads + 1) if heads % n == 0 and frame_tokens % n == 0]
-        of_their_own = [n for n in fits if n + 1 == world and (world > 2 or world not in fits)]
-        if not of_their_own and world not in fits:
-            can = sorted({*fits, *(n + 1 for n in fits)})
+        ways = multi_gpu(preset, GPUS["h200"], heads + 1, decoder=decoder)
+        fits = [way for way in ways if way["gpus"] == world]
+        if not fits:
+            can = ", ".join(str(n) for n in sorted({way["gpus"] for way in ways} - {1}))
             raise ValueError(
-                f"{world} ranks: must be {', '.join(map(str, can))}, so that {heads} heads and "
-                f"{frame_tokens} tokens of a frame divide among them or all but one"
+                f"{world} ranks cannot share {heads} heads and {frame_tokens} tokens of a frame "
+                f"evenly, nor can one rank less: start {can}"
             )
-        size = world - len(of_their_own)
+        size = max(fits, key=lambda way: way["fps"])["transformer_gpus"]
         group = dist.new_group([*range(size)])
-        runs, decoder = ranks.rank < size, size if of_their_own else 0
+        runs, decodes = ranks.rank < size, size if size < world else 0
         shared = HeadRanks(group, heads, frame_tokens) if runs and size > 1 else None
-        return cls(shared, runs, ranks.rank == decoder, decoder)
+        return cls(shared, runs, ranks.rank == decodes, decodes)
 
     def send(self, latents_BFCHW: Tensor) -> None:
         """Sends a chunk's latents to the decoder's rank, if they come from the first and that is

@@ -305,24 +305,3 @@ class Stream(FrameStream):
         step is done."""
         while True:
             yield self.denoise().clone()
-
-
-def stream(
-    model: DiT,
-    codec: VideoDecoder,
-    text_BTE: Tensor,
-    preset: Preset,
-    *,
-    frames: int | None = None,
-    seed: int = 0,
-    batch: int = 1,
-    graph: bool = False,
-) -> Iterator[Tensor]:
-    """Decoded video, one chunk of pixel frames [batch, T, 3, H, W] in about [-1, 1] at a time, as
-    soon as it is ready; `frames` pixel frames in all, endless if None. Memory does not grow.
-
-    The arguments are those of `Stream`. Raises ValueError for frames below 1."""
-    if frames is not None and frames < 1:
-        raise ValueError(f"frames={frames}: must be at least 1")
-    made = Stream(model, codec, text_BTE, preset, seed=seed, batch=batch, graph=graph)
-    yield from made.video(frames)

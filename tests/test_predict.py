@@ -19,15 +19,13 @@ from tests.test_cost import H100, H200, WAN, D
 def test_exchange() -> None:
     """Bytes by hand on 3 GPUs: 1560 of 4680 tokens each, two thirds of whose q, k, v go to the
     others, and of whose o as much comes back; each in every layer."""
-    assert predict.exchange_bytes(WAN, 3) == 4 * 1560 * D * 2 * 2 / 3
-    assert predict.exchange_bytes(WAN, 3, "8-bit") == (3 + 2) * 1560 * D * 2 / 3
-    assert predict.exchange_bytes(WAN, 1) == 0
-    with pytest.raises(ValueError, match="gpus=5: must divide 12 heads and 4680 tokens"):
-        predict.exchange_bytes(WAN, 5)
+    assert cost.exchange_bytes(WAN, 3) == 4 * 1560 * D * 2 * 2 / 3
+    assert cost.exchange_bytes(WAN, 3, "8-bit") == (3 + 2) * 1560 * D * 2 / 3
+    assert cost.exchange_bytes(WAN, 1) == 0
 
 
 def test_several_gpus() -> None:
-    rows = predict.multi_gpu(WAN, H200, 5, "bf16", "wan")
+    rows = cost.multi_gpu(WAN, H200, 5)
     kinds = [(r["gpus"], r["transformer_gpus"], r["own_decoder"]) for r in rows]
     assert kinds == [
         (1, 1, False), (2, 2, False), (2, 1, True), (3, 3, False), (3, 2, True), (4, 4, False),
@@ -41,12 +39,12 @@ def test_several_gpus() -> None:
     assert own["fps"] == pytest.approx(12_000 / max(own["dit_ms"], own["decode_ms"]))
     assert own["reaction_ms"] == pytest.approx(one["reaction_ms"])
     assert two["exchange_ms"] == pytest.approx(
-        5 * 30 * predict.exchange_bytes(WAN, 2) / (450 * 0.8) / 1e6
+        5 * 30 * cost.exchange_bytes(WAN, 2) / (450 * 0.8) / 1e6
     )
     assert two["dit_ms"] == pytest.approx(one["dit_ms"] / 2 + two["exchange_ms"])
     memory = cost.memory_gib(WAN)
     assert two["memory_gib"] == pytest.approx(memory["weights"] + memory["cache"] / 2)
-    none = predict.multi_gpu(WAN, H200, 10**9, "bf16", "none")
+    none = cost.multi_gpu(WAN, H200, 10**9, decoder="none")
     assert [r["gpus"] for r in none] == [1, 2, 3, 4, 6, 12]
     assert not any(r["own_decoder"] for r in none)
 

@@ -18,6 +18,14 @@ def test_the_example_runs() -> None:
     assert names["out"].shape == (1, 4680, 12, 128) and names["out"].isfinite().all()
 
 
+def test_the_example_of_a_stream_runs() -> None:
+    """That of docs/models.md, with the toy."""
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/models.md").read_text(), re.S)[0]
+    names: dict[str, torch.Tensor] = {}
+    exec(code, names)
+    assert names["frames"].shape == (1, 11, 64, 64, 3)  # 1 + 12 + 12 + 12 + 11
+
+
 def test_what_it_names_exists() -> None:
     tree = README.split("## The tree")[1]
     for line in re.findall(r"^(\w+)/ +(.*(?:\n +.*)*)", tree, re.M):

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfmodel.config import PRESETS
+from sfmodel.config import PRESETS, Preset
 from sfmodel.ranks import Ranks
 from sfmodel.sequence_parallel import HeadRanks, Team, chunks_of
-from sfmodel.stream import stream
+from sfmodel.stream import Stream
 from sfmodel.toy.vae import ToyVAE
 from tests.clips import read_video
 from tests.stream_ranks import CASES, SMALL, model, streamed
@@ -58,19 +58,42 @@ def test_generate_on_ranks(count: int, tmp_path: Path) -> None:
     assert (tmp_path / "many.png").exists()
 
 
-def test_who_does_what() -> None:
+def test_ranks_must_be_given_the_same(tmp_path: Path) -> None:
+    """Said by all of them, and once more at the end of torchrun's own report."""
+    command = f"{sys.executable} -m sfmodel generate --seed $RANK"
+    ended = torchrun(2, "--no-python", "bash", "-c", command, cwd=tmp_path)
+    said = "rank 1 has seed=1 and rank 0 seed=0: all ranks must be given the same"
+    assert ended.returncode and said in ended.stderr[-500:]
+
+
+def test_who_does_what(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wan2.1-1.3B has 12 heads and 1560 tokens a frame, 14B 40 heads."""
-    with pytest.raises(ValueError, match=r"9 ranks: must be 1, 2, 3, 4, 5, 6, 7, 12, 13, so that"):
-        Team.of(Ranks(0, 9, torch.device("cpu")), PRESETS["wan-1.3b"])
-    alone = Team.of(Ranks(0, 1, torch.device("cpu")), PRESETS["wan-1.3b"])
-    assert alone == Team(None, True, True, 0)
+    wan, cpu = PRESETS["wan-1.3b"], torch.device("cpu")
+    with pytest.raises(ValueError, match=r"9 ranks cannot .*: start 2, 3, 4, 5, 6, 7, 12, 13$"):
+        Team.of(Ranks(0, 9, cpu), wan)
+    assert Team.of(Ranks(0, 1, cpu), wan) == Team(None, True, True, 0)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda ranks: ranks)
+    monkeypatch.setattr("sfmodel.sequence_parallel.HeadRanks", lambda ranks, *_: len(ranks))
+
+    def parts(world: int, preset: Preset = wan, **options: str) -> list[tuple[object, int]]:
+        teams = [Team.of(Ranks(rank, world, cpu), preset, **options) for rank in range(world)]
+        assert [team.decodes for team in teams].index(True) == teams[0].decoder
+        assert all(team.runs or team.decodes for team in teams)
+        return [(team.heads, team.decoder) for team in teams]
+
+    assert parts(2) == [(2, 0)] * 2
+    assert parts(4) == [(3, 3)] * 3 + [(None, 3)]
+    assert parts(4, decoder="taehv") == [(4, 0)] * 4
+    assert parts(6) == [(6, 0)] * 6
+    frame_by_frame = replace(PRESETS["wan-14b"], chunk=1)
+    assert parts(5, frame_by_frame) == [(5, 0)] * 5
 
 
 @pytest.mark.parametrize("first", [None, 1, 3])
 @pytest.mark.parametrize("frames", [1, 2, 9, 10, 21, 22, 33])
 def test_chunks_of_so_many_frames(first: int | None, frames: int) -> None:
     preset = replace(SMALL, first=first)
-    pieces = [*stream(model(), ToyVAE(), torch.zeros(1, 1, 8), preset, frames=frames)]
+    pieces = [*Stream(model(), ToyVAE(), torch.zeros(1, 1, 8), preset).video(frames)]
     assert len(pieces) == chunks_of(preset, frames)
 
 

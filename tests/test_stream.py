@@ -20,7 +20,7 @@ from sfmodel.dit import DiT
 from sfmodel.frames import Decoding
 from sfmodel.ranges import timed
 from sfmodel.schedule import FlowSchedule
-from sfmodel.stream import Stream, few_step, stream
+from sfmodel.stream import Stream, few_step
 from sfmodel.toy.vae import ToyVAE
 from sfmodel.vae.codec import NotFinite, to_bytes
 from sfmodel.vae.wan import WanVAE
@@ -69,7 +69,7 @@ def test_exactly_the_frames_asked_for(model: DiT, frames: int) -> None:
     as first chunk is one frame."""
     for first, pixels in ((None, 9), (1, 1)):
         preset = replace(SMALL, first=first)
-        chunks = [*stream(model, ToyVAE(), TEXT[:1], preset, frames=frames)]
+        chunks = [*Stream(model, ToyVAE(), TEXT[:1], preset).video(frames)]
         assert torch.cat(chunks, 1).shape == (1, frames, 3, 64, 64)
         assert [c.shape[1] for c in chunks[:-1]] == [pixels, *[12] * 9][: len(chunks) - 1]
 
@@ -97,7 +97,7 @@ def test_the_first_chunk_does_not_wait_for_the_cache(
     assert passes == 2 * len(SMALL.steps) + (not merge)
     got.extend(itertools.islice(chunks, 2))
     passes = 0
-    assert len([*stream(model, ToyVAE(), TEXT[:1], SMALL, frames=9)]) == 1
+    assert len([*Stream(model, ToyVAE(), TEXT[:1], SMALL).video(9)]) == 1
     assert passes == len(SMALL.steps)  # nothing is computed for a chunk that nobody takes
 
     cache, schedule = model.new_cache(1, SMALL.window, SMALL.grid), FlowSchedule(SMALL.shift)
@@ -381,19 +381,24 @@ def test_memory_does_not_grow(model: DiT) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "arguments", "said"),
+    ("change", "said"),
     [
-        (dict(window=2), {}, "window=2 is smaller than a chunk of 3"),
-        (dict(sink=6), {}, "sink=6 must be smaller than window=6"),
-        (dict(sink=4), {}, "the window must be at least 7"),
-        ({}, dict(frames=0), "frames=0: must be at least 1"),
-        ({}, dict(frames=-3), "frames=-3"),
-        (dict(steps=(250, 500)), {}, "must fall"),
+        (dict(window=2), "window=2 is smaller than a chunk of 3"),
+        (dict(sink=6), "sink=6 must be smaller than window=6"),
+        (dict(sink=4), "the window must be at least 7"),
+        (dict(steps=(250, 500)), "must fall"),
     ],
 )
-def test_bad_settings(model: DiT, change: Any, arguments: Any, said: str) -> None:
+def test_bad_settings(model: DiT, change: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        next(stream(model, ToyVAE(), TEXT[:1], replace(SMALL, **change), **arguments))
+        Stream(model, ToyVAE(), TEXT[:1], replace(SMALL, **change))
+
+
+@pytest.mark.parametrize("frames", [0, -3, 2.5])
+@pytest.mark.parametrize("method", ["frames", "video"])
+def test_no_frames(model: DiT, method: str, frames: int) -> None:
+    with pytest.raises(ValueError, match=f"frames={frames}: must be"):
+        next(getattr(Stream(model, ToyVAE(), TEXT[:1], SMALL), method)(frames))
 
 
 def test_given_latents_must_fit(model: DiT) -> None:

@@ -28,7 +28,7 @@ from sfmodel.config import PRESETS
 from sfmodel.machine import describe
 from sfmodel.pretrained import TOY_WEIGHTS, load_toy
 from sfmodel.ranks import started
-from sfmodel.stream import stream
+from sfmodel.stream import Stream
 from sfmodel.train.config import defaults
 from sfmodel.train.loop import Run
 
@@ -89,7 +89,7 @@ def _stream(job: Job) -> Result:
 
 
 def _frames(*args: Any) -> None:
-    for _ in stream(*args, frames=STREAMED, seed=0):
+    for _ in Stream(*args).video(STREAMED):
         pass
 
 

@@ -369,6 +369,7 @@ def write_videos(
             else:
                 stopped = error
             if not shown:
+                print("stopped before the first frame: no video was written")
                 raise stopped from None
     for sheet, name, title in zip(sheets, names, titles, strict=True):
         sheet.save(name.with_suffix(".png"), title=title or "(no prompt)")

@@ -3,9 +3,13 @@ doctor`."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from sfmodel.extras import require
 
@@ -35,12 +39,22 @@ def run_command(
             sys.exit(130)
         except (ValueError, OSError, MemoryError, FloatingPointError) as error:
             print(f"{program}: {error}", file=sys.stderr)
+            _tell_torchrun(f"{program}: {error}")
             if type(error) is ConnectionError:
                 # A rank is lost. Threads that wait for it would abort a process that ends tidily.
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(2)
             sys.exit(2)
+
+
+def _tell_torchrun(said: str) -> None:
+    """Leaves the sentence where torchrun looks for the reason of a failure, to end its report."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": said, "timestamp": f"{time.time():.0f}"}
+        message = {"message": said, "extraInfo": extra}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": message}))
 
 
 def main() -> None:

@@ -18,7 +18,6 @@ from rich.table import Table
 from sfmodel.config import PRESETS, Preset
 from sfmodel.cost import (
     GPUS,
-    PIXEL_FRAMES,
     TILE,
     VAE_STRIDE,
     Gpu,
@@ -30,6 +29,7 @@ from sfmodel.cost import (
     latency_ms,
     linears,
     memory_gib,
+    multi_gpu,
     total,
     training_flops,
     training_gib,
@@ -136,62 +136,6 @@ def prediction(
     }  # fmt: skip
 
 
-def exchange_bytes(preset: Preset, gpus: int, precision: str = "bf16") -> float:
-    """Bytes that each GPU sends (and receives) in one layer of one pass of a chunk, under sequence
-    parallelism by all-to-all over heads (DeepSpeed-Ulysses, arXiv 2309.14509).
-
-    A GPU holds 1/n of the chunk's tokens outside attention and 1/n of the heads inside it. On the
-    way in it keeps 1/n of its q, k and v and sends the rest, (n − 1)/n of tokens/n · dim elements
-    each, quantised ones in 8-bit; on the way out the same of o, in 16 bits. The cache lies where
-    its heads are and never travels. Raises ValueError where n does not divide them."""
-    tokens = preset.chunk * math.prod(preset.grid)
-    if gpus < 1 or preset.dit.heads % gpus or tokens % gpus:
-        raise ValueError(
-            f"gpus={gpus}: must divide {preset.dit.heads} heads and {tokens} tokens of a chunk"
-        )
-    element = 3 * (1 if precision == "8-bit" else 2) + 2
-    return tokens * preset.dit.dim * element * (gpus - 1) / gpus**2
-
-
-def multi_gpu(
-    preset: Preset, gpu: Gpu, gpus: int, precision: str, decoder: str
-) -> list[dict[str, Any]]:
-    """Settings with up to `gpus` of them at a full window, by floors: the transformer over n of
-    them by `exchange_bytes` (not overlapped, no latency of messages), the decoder after it on one
-    of the n, or on one of its own beside the next chunk. That raises FPS and leaves latency."""
-    passes, steps = len(preset.steps) + 1, len(preset.steps)
-    alone, stepped = (
-        total(dit(preset, gpu, preset.window, precision, update).values())["floor_ms"]
-        for update in (True, False)
-    )
-    decoded = decode(preset, gpu, precision, decoder)["floor_ms"]
-    memory = memory_gib(preset, precision=precision)
-    rows: list[dict[str, Any]] = []
-    for n in range(1, min(gpus, preset.dit.heads) + 1):
-        try:
-            sent = exchange_bytes(preset, n, precision)
-        except ValueError:
-            continue
-        exchange = passes * preset.dit.layers * sent / gpu.link_gbps / 1e6
-        shared = alone / n + exchange
-        for own in (False, True) if n < gpus and decoder != "none" else (False,):
-            chunk = max(shared, decoded) if own else shared + decoded
-            rows.append(
-                {
-                    "gpus": n + own,
-                    "transformer_gpus": n,
-                    "own_decoder": own,
-                    "exchange_ms": exchange,
-                    "dit_ms": shared,
-                    "decode_ms": decoded,
-                    "fps": 1e3 * PIXEL_FRAMES * preset.chunk / chunk,
-                    "reaction_ms": stepped / n + exchange * steps / passes + decoded,
-                    "memory_gib": memory["weights"] + memory["cache"] / n,
-                }
-            )
-    return sorted(rows, key=lambda row: (row["gpus"], row["own_decoder"]))
-
-
 def training_memory(preset: Preset) -> list[dict[str, Any]]:
     """GiB of one rank by recipe, sizes of the real score and number of ranks."""
     rows: list[dict[str, Any]] = []
@@ -219,6 +163,14 @@ def report(result: dict[str, Any], console: Console) -> None:
         f"{s['precision']}, decoder {s['decoder']}; {gpu['name']}: {gpu['matmul_tflops']:.0f} bf16 "
         f"TFLOP/s, copy {gpu['copy_tbps']:.2f} TB/s ({gpu['source']})"
     )
+    if len(result["multi_gpu"]) > 1:
+        several = [
+            (r["gpus"], r["transformer_gpus"], "own" if r["own_decoder"] else "shared", r["dit_ms"],
+             r["exchange_ms"], r["fps"], r["reaction_ms"], r["memory_gib"])
+            for r in result["multi_gpu"]
+        ]  # fmt: skip
+        columns = "GPUs|transformer|decoder|DiT ms|of it exchange|FPS|reaction ms|GiB each"
+        table(f"Several GPUs at {gpu['link_gbps']:.0f} GB/s, full window, floors", columns, several)
     rows = [(name, *row.values()) for name, row in result["components"].items()]
     table("A chunk at a full window", "component|TFLOP|GB|floor ms|ms in whole waves", rows)
     rows = [(f"FPS, {row['what']}", row["floor"], row["whole_waves"])
@@ -238,14 +190,6 @@ def report(result: dict[str, Any], console: Console) -> None:
     columns = "recipe|real score|GPUs|weights|activations|cache|gathered|in all"
     rows = [tuple(row.values()) for row in result["training_gib"]]
     table("GiB of one GPU in training, one clip at a time", columns, rows)
-    if len(result["multi_gpu"]) > 1:
-        rows = [
-            (r["gpus"], r["transformer_gpus"], "own" if r["own_decoder"] else "shared", r["dit_ms"],
-             r["exchange_ms"], r["fps"], r["reaction_ms"], r["memory_gib"])
-            for r in result["multi_gpu"]
-        ]  # fmt: skip
-        columns = "GPUs|transformer|decoder|DiT ms|of it exchange|FPS|reaction ms|GiB each"
-        table(f"Several GPUs at {gpu['link_gbps']:.0f} GB/s, full window, floors", columns, rows)
 
 
 def _said(cell: Any) -> str:
