@@ -12,7 +12,7 @@ from sfkernels.layout import BlockLayout
 from sfkernels.linear import linear
 from sfkernels.norm import adaln, gated_adaln, gated_layer_norm, layer_norm, rms_norm, rms_norm_silu
 from sfkernels.quant import quantize_rows
-from sfkernels.rope import qk_norm_rope, qk_norm_rope_append, rope_table
+from sfkernels.rope import qk_norm_rope, qk_norm_rope_append, rope_table, rotate_keys
 from sfkernels.sampler import Noise, dmd_gradient, euler_step, normal, sampler_step
 
 __version__ = "0.1.0"
@@ -40,6 +40,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_silu",
     "rope_table",
+    "rotate_keys",
     "sampler_step",
     "upsampled_conv2d",
 ]

@@ -385,7 +385,7 @@ def _ring_attention(
     _choose_ring(impl, q, k_ring, v_ring, valid, k_table, full, semaphores)
     check_positive("scale", scale)
     if k_table is not None:
-        k_ring = kernel("triton", "rotate_ring")(k_ring, k_table, valid)
+        k_ring = kernel("triton", "rotate_keys")(k_ring, k_table, valid)
     o: Tensor = kernel(impl, "ring_attention")(q, k_ring, v_ring, valid, semaphores, scale)
     return o
 

@@ -120,7 +120,7 @@ def _attention_ahead(of: Heads, impl: str = "triton") -> Iterator[Bounded]:
     found = {"attention_fwd": [forced[0], past[0]], "attention_bwd": [forced[1], past[1]]}
     found["ring_attention"] = [cases.ring_attention(of, CHUNK, window)]
     if impl == "triton":
-        found["rotate_ring"] = [cases.ring_attention(of, CHUNK, window, table=True)]
+        found["rotate_keys"] = [cases.ring_attention(of, CHUNK, window, table=True)]
     for launcher, forms in found.items():
         for case in forms:
             few = FEW if case in past else launch.ARCHITECTURES

@@ -24,7 +24,7 @@ T = TypeVar("T")
 ATTENTION = ("attention", "ring_attention", "cross_attention")
 CONVOLUTION = ("causal_conv3d", "upsampled_conv2d")
 FUSED = ("norm", "rope_table", "qk_norm_rope", "sampler_step", "quantize_rows")
-LINEAR = "linear"
+LINEAR, ROTATE = "linear", "rotate_keys"
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALF)
 
@@ -97,8 +97,8 @@ class Implementation(NamedTuple):
 # until ours are measured to be faster.
 IMPLEMENTATIONS = {
     "triton": Implementation(
-        (*ATTENTION, *FUSED, *CONVOLUTION, LINEAR),
-        {"cuda": ("attention", "ring_attention", *FUSED)}, FLOATS,
+        (*ATTENTION, *FUSED, ROTATE, *CONVOLUTION, LINEAR),
+        {"cuda": ("attention", "ring_attention", *FUSED, ROTATE)}, FLOATS,
         _needs_gpu_or_interpreter, "sfkernels.gpu", range(1, 129),
     ),
     "gluon": Implementation(
@@ -118,7 +118,7 @@ IMPLEMENTATIONS = {
         (*CONVOLUTION, LINEAR),
         {"cuda": (*CONVOLUTION, LINEAR), "cpu": CONVOLUTION, "meta": CONVOLUTION},
     ),
-    "reference": Implementation((*ATTENTION, *FUSED, *CONVOLUTION, LINEAR)),
+    "reference": Implementation((*ATTENTION, *FUSED, ROTATE, *CONVOLUTION, LINEAR)),
 }  # fmt: skip
 IMPLS = ("auto", *IMPLEMENTATIONS)
 # Those of attention that need no other library and compile for no single size: a file of measured

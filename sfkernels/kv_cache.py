@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sfkernels.arguments import check_count, check_shape
-from sfkernels.layout import check_window
+from sfkernels.layout import check_positions, check_window
 
 # Queries of a head that have a semaphore: no more than a tile of attention has.
 SEMAPHORE_ROWS = 16
@@ -28,12 +28,14 @@ class RingChunk(NamedTuple):
     """Place of the current chunk of F frames; int32 tensors on the cache's device.
 
     frame_F: absolute index of each frame (`RingKVCache` says how long). slot_F: its frame slot in
-    the ring. valid: tokens of the ring that attention may read once the chunk is written.
+    the ring. valid: tokens of the ring that attention may read once the chunk is written. moved:
+    frames by which the sink has moved along with the window then; 0 where it stays.
     """
 
     frame_F: Tensor
     slot_F: Tensor
     valid: Tensor
+    moved: Tensor
 
 
 class RingKVCache:
@@ -46,10 +48,16 @@ class RingKVCache:
 
     layers, batch, heads, head_dim: of the model and the stream.
     window: frames the ring holds, current chunk included; sink: the first frames, never evicted.
+    positions: where the sink is for RoPE. "absolute": where it was, further and further back.
+    "relative": right before the window's other frames, whatever has left between them: each chunk's
+    first pass rotates the sink's keys on from `sink_k`, where `keep_sink` has left them, by `moved`
+    frames (`sfkernels.rotate_keys`). As RoPE sees differences alone, all other keys stay as they
+    are, and without a sink the two are the same.
     frame_tokens: tokens of a latent frame. text_tokens: rows of the prompt (0: no prompt cached).
     text_heads: of the prompt, where the ring holds fewer than all; as many as of the ring if None.
 
     k, v: [layers, batch, window · frame_tokens, heads, head_dim].
+    sink_k: [layers, batch, sink · frame_tokens, heads, head_dim], without rows if positions stay.
     text_k, text_v: [layers, batch, text_tokens, text_heads, head_dim].
     semaphores: int32 zeros for `ring_attention`, which all layers use, one after the other.
     start: int32 [], absolute index of the first frame of the current chunk. A stream is endless:
@@ -73,6 +81,7 @@ class RingKVCache:
         heads: int,
         head_dim: int,
         sink: int = 0,
+        positions: str = "absolute",
         text_tokens: int = 0,
         text_heads: int | None = None,
         dtype: torch.dtype = torch.float32,
@@ -87,9 +96,13 @@ class RingKVCache:
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype}: must be floating point")
         check_window(window, sink, chunk=1)
+        check_positions(positions)
         self.window, self.sink, self.frame_tokens = window, sink, frame_tokens
+        self.positions = positions
+        moving = sink if positions == "relative" else 0
         need = self.bytes_needed(
             window=window,
+            moving=moving,
             frame_tokens=frame_tokens,
             text_tokens=text_tokens,
             text_heads=text_heads,
@@ -104,9 +117,11 @@ class RingKVCache:
                 f"{free / 2**30:.2f} GiB are free on {device}, room for {free // per_frame} frames"
             )
         ring = (layers, batch, window * frame_tokens, heads, head_dim)
+        kept = (layers, batch, moving * frame_tokens, heads, head_dim)
         text = (layers, batch, text_tokens, text_heads, head_dim)
         # Zeros, because a masked read of a slot never written must not meet a NaN.
         self.k, self.v = (torch.zeros(ring, dtype=dtype, device=device) for _ in range(2))
+        self.sink_k = torch.zeros(kept, dtype=dtype, device=device)
         self.text_k, self.text_v = (torch.zeros(text, dtype=dtype, device=device) for _ in range(2))
         self.start = torch.zeros((), dtype=torch.int32, device=device)
         needed = semaphores_needed(batch, window * frame_tokens, heads)
@@ -121,18 +136,20 @@ class RingKVCache:
         frame_tokens: int,
         heads: int,
         head_dim: int,
+        moving: int = 0,
         text_tokens: int = 0,
         text_heads: int | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> int:
-        """Bytes of a cache of these sizes, without allocating it."""
+        """Bytes of a cache of these sizes, without allocating it. moving: frames of the sink, where
+        positions are relative."""
         text = text_tokens * (heads if text_heads is None else text_heads)
-        rows = layers * batch * (window * frame_tokens * heads + text)
-        return 2 * rows * head_dim * dtype.itemsize
+        rows = (2 * window + moving) * frame_tokens * heads + 2 * text
+        return layers * batch * rows * head_dim * dtype.itemsize
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.k, self.v, self.text_k, self.text_v))
+        return sum(t.nbytes for t in (self.k, self.v, self.sink_k, self.text_k, self.text_v))
 
     def chunk(self, frames: int, after: int = 0) -> RingChunk:
         """Places the next `frames` frames, computed on the device; after: how many come before
@@ -145,8 +162,14 @@ class RingKVCache:
         frame_F = start + torch.arange(frames, dtype=torch.int32, device=start.device)
         rolling = self.sink + (frame_F - self.sink) % (self.window - self.sink)
         slot_F = torch.where(frame_F < self.sink, frame_F, rolling)
-        valid = (start + frames).clamp(max=self.window) * self.frame_tokens
-        return RingChunk(frame_F, slot_F, valid)
+        end = start + frames
+        valid = end.clamp(max=self.window) * self.frame_tokens
+        moved = (end - self.window).clamp(min=0) if self.sink_k.numel() else torch.zeros_like(end)
+        return RingChunk(frame_F, slot_F, valid, moved)
+
+    def keep_sink(self) -> None:
+        """Keeps the sink's keys as they are in the ring now: final, and where they were written."""
+        self.sink_k.copy_(self.k[:, :, : self.sink_k.shape[2]])
 
     def commit(self, frames: int) -> None:
         """Makes the current chunk of `frames` frames past. Its keys and values stay in place.
@@ -164,13 +187,17 @@ class RingKVCache:
     def reset(self) -> None:
         """Empties the ring; the prompt stays. The ring is filled with zeros, as it was made: a
         stream that went NaN must not reach the next one through a slot that is not valid yet."""
-        for tensor in (self.k, self.v, self.start, self.semaphores):
+        for tensor in (self.k, self.v, self.sink_k, self.start, self.semaphores):
             tensor.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """The cache's tensors (not copies) and geometry, for `torch.save` or `load_state_dict`."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
-        return tensors | {"geometry": (self.window, self.sink, self.frame_tokens)}
+        return tensors | {"geometry": self._geometry}
+
+    @property
+    def _geometry(self) -> tuple[int, int, int, str]:
+        return self.window, self.sink, self.frame_tokens, self.positions
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copies a saved state in. Raises ValueError, changing nothing, if it does not fit."""
@@ -178,11 +205,11 @@ class RingKVCache:
         missing = keys - state.keys() if isinstance(state, dict) else keys
         if missing:
             raise ValueError(f"not a saved KV cache: {', '.join(sorted(missing))} missing")
-        mine = (self.window, self.sink, self.frame_tokens)
         saved = state["geometry"]
-        if not isinstance(saved, (tuple, list)) or tuple(saved) != mine:
+        if not isinstance(saved, (tuple, list)) or tuple(saved) != self._geometry:
             raise ValueError(
-                f"saved with (window, sink, frame_tokens) {saved}: this cache has {mine}"
+                f"saved with (window, sink, frame_tokens, positions) {saved}: this cache has "
+                f"{self._geometry}"
             )
         for name in _TENSORS:
             got, want = state[name], getattr(self, name)
@@ -197,7 +224,7 @@ class RingKVCache:
             getattr(self, name).copy_(state[name])
 
 
-_TENSORS = ("k", "v", "text_k", "text_v", "start")
+_TENSORS = ("k", "v", "sink_k", "text_k", "text_v", "start")
 
 
 def free_memory(device: torch.device) -> int:

@@ -259,6 +259,12 @@ def chunk_sizes(frames: int, chunk: int, first: int | None = None) -> tuple[int,
     return (first, *(chunk,) * ((frames - first) // chunk))
 
 
+def check_positions(positions: str) -> None:
+    """Raises ValueError for positions of a sink that do not exist."""
+    if positions not in ("absolute", "relative"):
+        raise ValueError(f"positions={positions!r}: must be 'absolute' or 'relative'")
+
+
 def check_window(window: int | None, sink: int, chunk: int) -> None:
     """Raises ValueError unless a window of `window` latent frames with `sink` pinned ones can hold
     a chunk of `chunk` frames beside them."""

@@ -136,6 +136,12 @@ def rope(x_BLHD: Tensor, table_LP2: Tensor) -> Tensor:
     return rotated.flatten(-2).to(x_BLHD.dtype)
 
 
+def rotate_keys(k_BSHD: Tensor, table_SP2: Tensor, valid: Tensor, out_BSHD: Tensor) -> None:
+    seen_S11 = (torch.arange(k_BSHD.shape[1], device=valid.device) < valid)[:, None, None]
+    out_BSHD = out_BSHD[:, : k_BSHD.shape[1]]
+    out_BSHD.copy_(torch.where(seen_S11, rope(k_BSHD, table_SP2), out_BSHD))
+
+
 def qk_norm_rope(
     qkv_BLC: Tensor,
     q_weight_C: Tensor,

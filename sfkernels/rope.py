@@ -99,6 +99,40 @@ def qk_norm_rope_append(
     return _qk_norm_rope_append(*args, slot_F, eps, rotate_k, impl)
 
 
+def rotate_keys(
+    k_BSHD: Tensor,
+    table_SP2: Tensor,
+    valid: Tensor,
+    out_BSHD: Tensor,
+    *,
+    impl: str = "auto",
+) -> None:
+    """Rotates the first `valid` keys of k [B, S, H, D] by a table [S, D/2, 2] into the same slots
+    of `out` [B, S or more, H, D], in place: so the sink of a `RingKVCache` moves with its window.
+
+    valid: an int32 or int64 scalar tensor on the same device; of 0 or less nothing is written.
+    Raises ValueError for shapes that do not fit and an `out` that shares memory with the others."""
+    _check_keys(k_BSHD, table_SP2, valid, out_BSHD)
+    named = dict(k=k_BSHD, out=out_BSHD, k_table=table_SP2)
+    if choose("rotate_keys", impl, k_BSHD.device, _refusal(named), **named) == "reference":
+        reference.rotate_keys(k_BSHD, table_SP2, valid, out_BSHD)
+    else:
+        _rotate_keys(k_BSHD, table_SP2, valid, out_BSHD, "triton")
+
+
+@registered("rotate_keys", mutates_args=("out",))
+def _rotate_keys(k: Tensor, table: Tensor, valid: Tensor, out: Tensor, impl: str) -> None:
+    _check_keys(k, table, valid, out)
+    named = dict(k=k, out=out, k_table=table)
+    choose("rotate_keys", impl, k.device, _refusal(named), **named)
+    kernel(impl, "rotate_keys")(k, table, valid, out)
+
+
+@_rotate_keys.register_fake
+def _(k: Tensor, table: Tensor, valid: Tensor, out: Tensor, impl: str) -> None:
+    return None
+
+
 @registered("rope_table")
 def _rope_table(
     frame: Tensor, height: int, width: int, head_dim: int, theta: float, impl: str
@@ -236,9 +270,10 @@ def _choose(impl: str, *tensors: Tensor) -> str:
 
 def _refusal(named: dict[str, Tensor]) -> str:
     """Reason why kernels cannot take these tensors, beside those that `choose` knows of."""
-    if not named["table"].is_contiguous():
-        return f"table has strides {named['table'].stride()}: must be contiguous"
-    for name in ("k_ring", "v_ring"):
+    for name in ("table", "k_table"):
+        if name in named and not named[name].is_contiguous():
+            return f"table has strides {named[name].stride()}: must be contiguous"
+    for name in ("k_ring", "v_ring", "k", "out"):
         if name in named and named[name].stride(2) != named[name].shape[3]:
             strides = named[name].stride()
             return f"{name} has strides {strides}: the heads of a slot must lie side by side"
@@ -284,6 +319,24 @@ def _check_qkv(
     check_shape("q_weight", q_weight_C, (channels // 3,))
     check_shape("k_weight", k_weight_C, (channels // 3,))
     check_positive("eps", eps)
+
+
+def _check_keys(k_BSHD: Tensor, table_SP2: Tensor, valid: Tensor, out_BSHD: Tensor) -> None:
+    check_shape("k", k_BSHD, ("B", "S", "H", "D"))
+    batch, slots, heads, head_dim = k_BSHD.shape
+    check_shape("out", out_BSHD, (batch, "S", heads, head_dim))
+    check_same("out", out_BSHD, "k", k_BSHD)
+    check_shape("table", table_SP2, (slots, head_dim // 2, 2))
+    if head_dim % 2 or not k_BSHD.numel():
+        raise ValueError(f"k has shape {[*k_BSHD.shape]}: must have keys, in pairs of channels")
+    if out_BSHD.shape[1] < slots:
+        raise ValueError(f"out holds {out_BSHD.shape[1]} tokens: must hold the {slots} of k")
+    if valid.numel() != 1 or valid.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"valid is {valid.dtype} {[*valid.shape]}: must be one int32 or int64 number"
+        )
+    check_device("valid", valid, k_BSHD.device)
+    check_apart("out", out_BSHD, k=k_BSHD, table=table_SP2, valid=valid)
 
 
 def _check_rings(

@@ -37,10 +37,12 @@ class Past(NamedTuple):
 
 class Place(NamedTuple):
     """Place of a chunk in a stream: its slots in the ring and the rotations of its tokens. It stays
-    the same through all passes over the chunk."""
+    the same through all passes over the chunk. sink: rotations of the sink's keys to where the
+    chunk sees them, and how many there are to rotate; empty after the chunk's first pass."""
 
     chunk: RingChunk
     rope_LP2: Tensor
+    sink: tuple[Tensor, ...] = ()
 
 
 class TextKeys(NamedTuple):
@@ -112,8 +114,12 @@ class SelfAttention(nn.Module):
             norm = self.norm_q, self.norm_k, context.rope_LP2
             q, k, v = ranks.to_heads(*sf.qk_norm_rope(qkv_BLC, *norm, **options))
         end, outs = 0, []
-        for (_, slot_F, valid), rope_LP2 in context.places:
+        for (_, slot_F, valid, _), rope_LP2, sink in context.places:
             begin, end = end, end + len(rope_LP2)
+            if sink:
+                table_SP2, count = sink
+                impl = "auto" if self.impl == "cpp" else self.impl
+                sf.rotate_keys(cache.sink_k[self.layer], table_SP2, count, ring[0], impl=impl)
             if ranks is not None:
                 of_all = slice(begin * ranks.size, end * ranks.size)
                 q_BLHD = q[:, of_all]

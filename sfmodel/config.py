@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sfkernels.layout import check_window
+from sfkernels.layout import check_positions, check_window
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class Preset:
 
     height, width: of the latents. shift, steps: noise schedule and few-step list. chunk, first,
     window, sink: latent frames; `first` is the size of the first chunk if it differs from `chunk`
-    (1: an independent first frame). fps: pixel frames a second of the video.
+    (1: an independent first frame). positions: of the sink, "absolute" or "relative" to the window,
+    as of `sfkernels.RingKVCache`. fps: pixel frames a second of the video.
     """
 
     dit: DiTConfig
@@ -118,6 +119,7 @@ class Preset:
     first: int | None = None
     window: int = 21
     sink: int = 0
+    positions: str = "relative"
     fps: int = 16
 
     def check(self) -> Preset:
@@ -127,6 +129,7 @@ class Preset:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
         check_window(self.window, self.sink, max(self.chunk, self.first or 1))
+        check_positions(self.positions)
         return self
 
     @property

@@ -168,9 +168,15 @@ class DiT(nn.Module):
     ) -> Place:
         """Place of the next `frames` frames in a stream, or of those after the next `after`. grid:
         (height, width) of a frame in tokens."""
-        chunk = cache.chunk(frames, after)
-        table = sf.rope_table(chunk.frame_F, grid, self.config.head_dim, impl=self.impl)
-        return Place(chunk, self.ranks.own(table[None])[0] if self.ranks else table)
+        chunk, head_dim = cache.chunk(frames, after), self.config.head_dim
+        table = sf.rope_table(chunk.frame_F, grid, head_dim, impl=self.impl)
+        sink: tuple[Tensor, ...] = ()
+        if tokens := cache.sink_k.shape[2]:
+            # In time alone: each token is moved as a frame of a single one.
+            by_token = chunk.moved.expand(tokens)
+            moved = sf.rope_table(by_token, (1, 1), head_dim, impl=self.impl)
+            sink = moved, chunk.moved.clamp(max=1) * tokens
+        return Place(chunk, self.ranks.own(table[None])[0] if self.ranks else table, sink)
 
     def features(
         self,
@@ -294,10 +300,15 @@ class DiT(nn.Module):
             cache.text_v[i].copy_(v)
 
     def new_cache(
-        self, batch: int, window: int, grid: tuple[int, int], sink: int = 0
+        self,
+        batch: int,
+        window: int,
+        grid: tuple[int, int],
+        sink: int = 0,
+        positions: str = "absolute",
     ) -> sf.RingKVCache:
         """An empty cache for streams of this model, in its dtype or, under autocast, in that of its
-        linear layers; grid: (height, width) of a frame in tokens."""
+        linear layers; grid: (height, width) of a frame in tokens; positions: of the sink."""
         kind = self.device.type
         autocast = torch.is_autocast_enabled(kind)
         return sf.RingKVCache(
@@ -305,6 +316,7 @@ class DiT(nn.Module):
             batch=batch,
             window=window,
             sink=sink,
+            positions=positions,
             frame_tokens=math.prod(grid),
             heads=self.config.heads // (self.ranks.size if self.ranks else 1),
             head_dim=self.config.head_dim,

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sfkernels import Noise, euler_step, normal, sampler_step
-from sfkernels.arguments import check_shape
+from sfkernels import Noise, euler_step, normal, rotate_keys, sampler_step
+from sfkernels.arguments import check_count, check_shape
 from sfkernels.attention import differs_when_full
 from sfmodel.config import Preset, check_seed
 from sfmodel.dit import DiT
@@ -25,6 +27,7 @@ from sfmodel.schedule import TRAIN_STEPS, FlowSchedule
 from sfmodel.vae.codec import VideoDecoder
 
 PROMPT, NOISE, STEP, UPDATE = "prompt keys and values", "noise", "step ", "cache update"
+GIVEN = "given latents"
 MERGED = f"{STEP}1 and {UPDATE}"
 
 
@@ -46,6 +49,23 @@ def check_euler(steps: int) -> None:
     """Raises ValueError for a number of Euler steps that the schedule does not have; 0 is none."""
     if not 0 <= steps <= TRAIN_STEPS:
         raise ValueError(f"euler={steps}: must be 0 to {TRAIN_STEPS} steps")
+
+
+class _Given(NamedTuple):
+    """A chunk's latents [B, F, C, h, w] to go on from, and the sampler's step that does; one past
+    the last for none."""
+
+    latents_BFCHW: Tensor
+    step: int
+
+
+class _Prompt(NamedTuple):
+    """A prompt to come, from a latent frame on, over so many chunks."""
+
+    frame: int
+    text_BTE: Tensor
+    over: int
+    recompute: bool
 
 
 class Stream(FrameStream):
@@ -100,30 +120,38 @@ class Stream(FrameStream):
         self.model, self.euler, self.merge, self.noise = model, euler, merge, noise
         if graph and noise is not None:
             raise ValueError("noise: CUDA graphs call no function again, give it without graph")
-        steps = (
+        self.timesteps = (
             [round(TRAIN_STEPS * (1 - i / euler)) for i in range(euler)] if euler else preset.steps
         )
         schedule, device = FlowSchedule(preset.check().shift), model.device
-        t = schedule.warp(steps).to(device)
+        t = schedule.warp(self.timesteps).to(device)
         self.sigmas = [*schedule.sigma(t)]
         self.modulations = [model.modulation(one) for one in t]
         self.clean = model.modulation(torch.zeros((), device=device))
-        self.cache = model.new_cache(batch, preset.window, preset.grid, preset.sink)
+        sink = preset.sink, preset.positions
+        self.cache = model.new_cache(batch, preset.window, preset.grid, *sink)
         self.seed_B = torch.arange(seed, seed + batch, device=device)
+        # Frames that the noise counts and the cache does not, since its window was computed anew.
+        self.uncounted = torch.zeros((), dtype=torch.int32, device=device)
         text_size = len(text_BTE), model.config.text_len, model.config.text_dim
         self.text_BTE = torch.zeros(text_size, device=device)
         super().__init__(codec, preset, batch, device, graph, low_latency)
         sizes = self.latents_BFCHW.keys()
+        some = self.latents_BFCHW[self.first][:, :1]
+        # The window's clean latents, in the slots of their keys.
+        self.recent_BFCHW = some.repeat(1, preset.window, 1, 1, 1)
         # By a chunk's size: what is being denoised, and the place in the ring.
         self.x = {frames: torch.zeros_like(x) for frames, x in self.latents_BFCHW.items()}
         self.places = {frames: model.place(self.cache, frames, preset.grid) for frames in sizes}
+        self.noise_F = {frames: self.places[frames].chunk.frame_F.clone() for frames in sizes}
         self._set_text = self.launch(lambda: model.set_text(self.cache, self.text_BTE))
         # By a chunk's size and that of the chunk before it, whose cache update is merged with its
         # first step (0: none is): what this step sees, which graphs read by address.
         first = self.modulations[0]
         self.firsts = {(frames, 0): ([self.places[frames]], first) for frames in sizes}
         for before in sizes if merge else ():
-            places = [pytree.tree_map(torch.clone, self.places[before]), self.places[preset.chunk]]
+            past = self.places[before]._replace(sink=())
+            places = [pytree.tree_map(torch.clone, past), self.places[preset.chunk]]
             modulation = first.behind(self.clean, before, preset.chunk)
             self.firsts[preset.chunk, before] = places, modulation
         # Some attention computes otherwise once the ring is full, which the host knows.
@@ -144,8 +172,9 @@ class Stream(FrameStream):
 
         def draw() -> None:
             if before:
-                copy_all(places[0], self.places[before])
+                copy_all(places[0], self.places[before]._replace(sink=()))
             copy_all(places[-1], model.place(self.cache, frames, self.preset.grid, before))
+            self.noise_F[frames].copy_(places[-1].chunk.frame_F + self.uncounted)
             noise = self._noise(frames, 0)
             x.copy_(noise if isinstance(noise, Tensor) else normal(noise, x.shape, impl=model.impl))
 
@@ -160,14 +189,14 @@ class Stream(FrameStream):
             flow = model(x, modulation, None, clean_BFCHW=clean, cache=cache, places=places,
                          full=full)  # fmt: skip
             self._advance(frames, 0, flow)
-            if before:
-                cache.commit(before)
+            if clean is not None:
+                self._commit(clean, places[0].chunk.slot_F)
 
         return self.launch(step)
 
     def _steps(self, frames: int, full: bool) -> dict[str, Run]:
         """The steps of a chunk after the first one."""
-        model, x, places = self.model, self.x[frames], [self.places[frames]]
+        model, x, places = self.model, self.x[frames], [self.places[frames]._replace(sink=())]
 
         def step(i: int) -> None:
             modulation = self.modulations[i]
@@ -182,14 +211,18 @@ class Stream(FrameStream):
 
         def update() -> None:
             model.append(latents, self.clean, None, cache=cache)
-            cache.commit(frames)
+            self._commit(latents, cache.chunk(frames).slot_F)
 
         return self.launch(update)
+
+    def _commit(self, clean_BFCHW: Tensor, slot_F: Tensor) -> None:
+        self.recent_BFCHW.index_copy_(1, slot_F.long(), clean_BFCHW)
+        self.cache.commit(len(slot_F))
 
     def _noise(self, frames: int, i: int) -> Tensor | Noise:
         if self.noise is not None:
             return self.noise(i)
-        return Noise(self.seed_B, self.places[frames].chunk.frame_F, i)
+        return Noise(self.seed_B, self.noise_F[frames], i)
 
     def _advance(self, frames: int, i: int, flow_BFCHW: Tensor) -> None:
         """Step i of the sampler: x, or after the last one the chunk's latents."""
@@ -216,18 +249,26 @@ class Stream(FrameStream):
         if seed is not None:
             check_seed(seed, self.batch)
         if text_BTE is not None:
-            prompts, rows, channels = self.text_BTE.shape
-            check_shape("text", text_BTE, (prompts, "T", channels))
-            if text_BTE.shape[1] > rows:
-                raise ValueError(f"text has {text_BTE.shape[1]} rows: must be at most {rows}")
-            self.text_BTE.zero_()[:, : text_BTE.shape[1]].copy_(text_BTE)
+            self.text_BTE.copy_(self._padded(text_BTE))
             self.set_text()
         if seed is not None:
             self.seed_B.copy_(torch.arange(seed, seed + self.batch))
         self.cache.reset()
+        self.uncounted.zero_()
         super().restart()
         self.pending = 0  # frames of the one that is there, while its cache update is to come
         self.past = 0  # frames that are past
+        self.begun = 0  # frames of all chunks so far
+        self.given: list[_Given] = []  # chunks to come
+        self.prompts: list[_Prompt] = []  # to come
+
+    def _padded(self, text_BTE: Tensor) -> Tensor:
+        """A prompt as `text_BTE` has it. Raises ValueError for one that does not fit."""
+        prompts, rows, channels = self.text_BTE.shape
+        check_shape("text", text_BTE, (prompts, "T", channels))
+        if text_BTE.shape[1] > rows:
+            raise ValueError(f"text has {text_BTE.shape[1]} rows: must be at most {rows}")
+        return F.pad(text_BTE.to(self.text_BTE), (0, 0, 0, rows - text_BTE.shape[1]))
 
     @torch.no_grad()
     def set_text(self) -> None:
@@ -240,7 +281,9 @@ class Stream(FrameStream):
         """The next chunk's clean latents x0 [B, F, C, h, w] in float32, after the cache update of
         the one before, in memory that the next one overwrites."""
         self.finish_decoding()
-        if self.pending and not self.merge:
+        while self.prompts and self.prompts[0].frame <= self.begun:
+            self._take_prompt()
+        if self.pending and (not self.merge or self._holds_sink() or self.given):
             self.update()
         before, self.size = self.pending, self.next
         seen = self.past + (before or self.size)  # by the first chunk of the first pass
@@ -249,6 +292,10 @@ class Stream(FrameStream):
             MERGED if before else f"{STEP}1": self.begin[self.size, before, self._full(seen)],
             **self.steps[self.size, self._full(self.past + before + self.size)],
         }
+        if self.given:
+            given = self.given[0]
+            take = functools.partial(self._take, given)
+            runs = {NOISE: runs[NOISE], GIVEN: take, **dict([*runs.items()][1 + given.step :])}
         for i, (name, run) in enumerate(runs.items(), 1):
             if i == len(runs):
                 self.before_overwriting()
@@ -256,11 +303,33 @@ class Stream(FrameStream):
                 run()
             if name == MERGED:  # at once: what is interrupted now goes on from here
                 self.past, self.pending = self.past + before, 0
+        self.given, self.begun = self.given[1:], self.begun + self.size
         self.pending, self.next = self.size, self.preset.chunk
         return self.latents_BFCHW[self.size]
 
+    def _take(self, given: _Given) -> None:
+        """Makes a given chunk the noisy one of a step, of its own noise, or the chunk's latents."""
+        x = self.x[self.size]
+        if given.step == len(self.sigmas):
+            self.latents_BFCHW[self.size].copy_(given.latents_BFCHW)
+            return
+        x.copy_(torch.lerp(given.latents_BFCHW.to(x), x, self.sigmas[given.step]))
+        if given.step:  # or the first step does it
+            self._move_sink(self.size)
+
+    def _move_sink(self, frames: int) -> None:
+        """Moves the sink to where the chunk of so many frames sees it."""
+        if self.places[frames].sink:
+            table_SP2, count = self.places[frames].sink
+            for kept, ring in zip(self.cache.sink_k, self.cache.k, strict=True):
+                rotate_keys(kept, table_SP2, count, ring)
+
     def _full(self, seen: int) -> bool:
         return self.can_be_full and seen >= self.preset.window
+
+    def _holds_sink(self) -> bool:
+        """Tells whether the chunk after those that are past has frames of a sink that will move."""
+        return bool(self.cache.sink_k.numel()) and self.past < self.preset.sink
 
     @torch.no_grad()
     def update(self, clean_BFCHW: Tensor | None = None) -> None:
@@ -277,6 +346,8 @@ class Stream(FrameStream):
             self.latents_BFCHW[self.size].copy_(clean_BFCHW)
         with phase(UPDATE):
             self.updates[self.size]()
+            if self._holds_sink():
+                self.cache.keep_sink()
         self.past += self.size
         self.pending, self.next = 0, self.preset.chunk
 
@@ -285,20 +356,87 @@ class Stream(FrameStream):
         """Makes given latents [B, F, C, h, w] the stream's newest past: whole chunks, the first of
         the preset's `first` frames at the start of the stream. They are not decoded: the next chunk
         is the first one that is, as the start of a clip. Raises ValueError for others."""
-        shape = (*self.x[self.next].shape[2:],)
-        check_shape("latents", latents_BFCHW, (self.batch, "F", *shape))
         if self.pending:
             self.update()
+        for chunk in self._chunks(latents_BFCHW):
+            self.update(chunk)
+
+    def _chunks(self, latents_BFCHW: Tensor) -> list[Tensor]:
+        """Latents cut into the next chunks of the stream. Raises ValueError for others."""
+        size, chunk = self.next if not self.given else self.preset.chunk, self.preset.chunk
+        check_shape("latents", latents_BFCHW, (self.batch, "F", *self.x[size].shape[2:]))
         given = latents_BFCHW.shape[1]
-        if given and (given < self.next or (given - self.next) % self.preset.chunk):
+        if given and (given < size or (given - size) % chunk):
             raise ValueError(
-                f"latents have {given} frames: must be {self.next} plus a multiple of "
-                f"{self.preset.chunk}"
+                f"latents have {given} frames: must be {size} plus a multiple of {chunk}"
             )
-        while latents_BFCHW.shape[1]:
-            size = self.next
-            self.update(latents_BFCHW[:, :size])
-            latents_BFCHW = latents_BFCHW[:, size:]
+        sizes = [size, *[chunk] * ((given - size) // chunk)] if given else []
+        return [*latents_BFCHW.split(sizes, 1)]
+
+    def give(self, latents_BFCHW: Tensor, strength: float = 0.0) -> None:
+        """Makes given latents [B, F, C, h, w] the next chunks of the video: an image or a clip that
+        it starts with, or is made of. Shapes as of `prefill`.
+
+        strength: 0 keeps them; more, up to 1, makes noise of so much of them, down to a step of the
+        sampler, which goes on from there. Raises ValueError for one below the last step."""
+        at = sum(step > 1000 * strength for step in self.timesteps)
+        if not 0 <= strength <= 1 or (strength and at == len(self.timesteps)):
+            raise ValueError(
+                f"strength={strength}: must be 0, or {self.timesteps[-1] / TRAIN_STEPS:g} to 1"
+            )
+        self.given += [_Given(chunk.clone(), at) for chunk in self._chunks(latents_BFCHW)]
+
+    def set_prompt(
+        self, text_BTE: Tensor, *, frame: int = 0, over: int = 1, recompute: bool = True
+    ) -> None:
+        """Goes on with another prompt [as many as before, T, E] from the next chunk on, or from the
+        one that begins with latent frame `frame`. May be called while the stream runs.
+
+        over: chunks that go from the old embeddings to the new ones in equal steps. recompute: the
+        window's keys and values are computed anew with the last of them, as a stream that is given
+        its latents would have them; False keeps them, which fades the old prompt out. Raises
+        ValueError for a prompt that does not fit."""
+        check_count("frame", frame, least=0)
+        check_count("over", over)
+        new = _Prompt(frame, self._padded(text_BTE), over, recompute)
+        self.prompts = sorted([*self.prompts, new], key=lambda each: each.frame)
+
+    def _take_prompt(self) -> None:
+        """Takes the next prompt, or a step towards it."""
+        new = self.prompts.pop(0)
+        self.text_BTE.lerp_(new.text_BTE, 1 / new.over)
+        self.set_text()
+        if new.over > 1:
+            rest = new._replace(frame=self.begun + self.next, over=new.over - 1)
+            self.prompts = sorted([rest, *self.prompts], key=lambda each: each.frame)
+        elif new.recompute:
+            self.recompute()
+
+    @torch.no_grad()
+    def recompute(self) -> None:
+        """Computes the window's keys and values anew, as a stream has them that is given its
+        latents, the sink's first. The oldest others that are no whole chunk are dropped."""
+        self.finish_decoding()
+        preset, past = self.preset, self.past
+        sink, rolling = min(preset.sink, past), preset.window - preset.sink
+        frames = [*range(sink), *range(max(sink, past - rolling), past)]
+        count = len(frames) - (len(frames) - self.first) % preset.chunk
+        if count < self.first:
+            return
+        frames = frames[:sink] + frames[len(frames) - count + sink :]
+        slots = [f if f < sink else sink + (f - sink) % rolling for f in frames]
+        held_BFCHW = torch.stack([self.recent_BFCHW[:, slot] for slot in slots], 1)
+        size, pending, following = self.size, self.pending, self.next
+        waiting = self.latents_BFCHW[size].clone()
+        self.cache.reset()
+        self.uncounted += past - count
+        self.past, self.pending, self.next = 0, 0, self.first
+        self.prefill(held_BFCHW)
+        self.before_overwriting()
+        self.latents_BFCHW[size].copy_(waiting)
+        copy_all(self.places[size], self.model.place(self.cache, size, preset.grid))
+        self._move_sink(size)
+        self.size, self.pending, self.next = size, pending, following
 
     def latents(self) -> Iterator[Tensor]:
         """Endless clean latents, a chunk [B, F, C, h, w] in float32 at a time, as soon as its last

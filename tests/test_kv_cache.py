@@ -64,6 +64,29 @@ def test_a_reset_ring_is_a_new_one_but_for_the_prompt() -> None:
     assert not cache.k.any() and not cache.v.any() and cache.text_k.all()
 
 
+def test_a_sink_that_moves() -> None:
+    """By as many frames as have left the window; `keep_sink` keeps its keys as they are then."""
+    moving, still = (
+        RingKVCache(**SIZES, sink=2, positions=positions) for positions in ("relative", "absolute")
+    )
+    assert moving.sink_k.shape == (2, 2, 6, 2, 4) and not still.sink_k.numel()
+    assert moving.nbytes == RingKVCache.bytes_needed(**SIZES, moving=2)
+    moving.k.normal_()
+    moving.keep_sink()
+    assert torch.equal(moving.sink_k, moving.k[:, :, :6])
+    for start in range(0, 30, 2):
+        assert int(moving.chunk(2).moved) == max(0, start + 2 - 5)
+        assert int(moving.chunk(2, after=2).moved) == max(0, start + 4 - 5)
+        assert int(still.chunk(2).moved) == 0
+        assert all(map(torch.equal, moving.chunk(2)[:3], still.chunk(2)[:3]))
+        moving.commit(2)
+        still.commit(2)
+    with pytest.raises(ValueError, match=r"'absolute'\): this cache has \(5, 2, 3, 'relative'\)"):
+        moving.load_state_dict(still.state_dict())
+    moving.reset()
+    assert not moving.sink_k.any()
+
+
 def test_memory_is_known_before_it_is_taken() -> None:
     # FACTS of Wan2.1-1.3B: keys and values of one latent frame in bfloat16 over 30 layers: 274 MiB.
     wan: dict[str, Any] = dict(layers=30, batch=1, heads=12, head_dim=128, dtype=torch.bfloat16)
@@ -102,6 +125,7 @@ def test_save_and_restore(tmp_path: Path) -> None:
         (dict(sink=-1), "sink=-1"),
         (dict(window=2.5), "window=2.5: must be an integer"),
         (dict(heads=-1), "heads=-1"),
+        (dict(positions="here"), "positions='here': must be 'absolute' or 'relative'"),
         (dict(head_dim="4"), "head_dim='4'"),
         (dict(text_tokens=-1), "text_tokens=-1"),
         (dict(dtype=None), "dtype=None: must be floating point"),
@@ -183,9 +207,9 @@ def test_the_index_is_kept_for_as_long_as_it_fits() -> None:
         (dict(k=torch.zeros(2, 2, 15, 2, 4).half()), "saved k is torch.float16 on cpu"),
         (dict(v=torch.zeros(2, 2, 15, 2, 4, device="meta")), "saved v is torch.float32 on meta"),
         (dict(v=torch.zeros(2, 2, 15, 2, 4).to_sparse()), "saved v is of layout torch.sparse_coo"),
-        (dict(geometry=None), r"saved with \(window, sink, frame_tokens\) None"),
-        (dict(geometry=(5, 0)), r"frame_tokens\) \(5, 0\): this cache has \(5, 0, 3\)"),
-        (dict(geometry="abc"), "frame_tokens. abc"),
+        (dict(geometry=None), r"saved with \(window, sink, frame_tokens, positions\) None"),
+        (dict(geometry=(5, 0)), r"positions\) \(5, 0\): this cache has \(5, 0, 3, 'abs"),
+        (dict(geometry="abc"), "positions. abc"),
     ],
 )
 def test_a_damaged_state(change: dict[str, Any], said: str) -> None:
@@ -199,5 +223,5 @@ def test_a_damaged_state(change: dict[str, Any], said: str) -> None:
 
 @pytest.mark.parametrize("state", [None, [], 3, torch.zeros(3)])
 def test_what_is_no_state(state: Any) -> None:
-    with pytest.raises(ValueError, match="not a saved KV cache: geometry, k, start"):
+    with pytest.raises(ValueError, match="not a saved KV cache: geometry, k, sink_k, start"):
         RingKVCache(**SIZES).load_state_dict(state)

@@ -310,7 +310,7 @@ def test_kernels_read_no_more_than_a_ring(
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     if valid > 0:
         table = torch.randn(100, 8, 2, device=DEVICE)
-        rotated = gpu.rotate_ring(k, table, length)
+        rotated = gpu.rotate_keys(k, table, length)
         torch.testing.assert_close(rotated, reference.rope(k, table), rtol=1e-5, atol=1e-5)
 
 

@@ -93,6 +93,7 @@ def test_opcheck(grad: bool, impl: str) -> None:
                 ),
                 (attention._ring_attention, (dq, *rings, slots[0], None, None, False, 0.3, impl)),
                 (attention._ring_attention, by_table),
+                (rope._rotate_keys, (dq, rand(TOKENS, D // 2, 2), slots[0], rings[0], impl)),
                 (
                     attention._attention_bwd,
                     (dq, *heads, dk, lse, None, None, rows, (), 0.3, impl),

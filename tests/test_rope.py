@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import sfkernels as sf
-from sfkernels import launch
+from sfkernels import launch, reference
 from sfkernels.launch import RowTile
 from sfkernels.testing import close_as_eager, nan_filled
 from tests.oracle import DEVICE, check, each, each_size, rand
@@ -162,3 +162,61 @@ append = functools.partial(sf.qk_norm_rope_append, QKV, W, W, TABLE)
 def test_bad_input_says_what_is_wrong(call: Callable[[str], Any], said: str, impl: str) -> None:
     with pytest.raises(ValueError, match=said):
         call(impl)
+
+
+@pytest.mark.parametrize("valid", [-3, 0, 1, 13, 14, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_keys_rotated_into_a_ring(valid: int, dtype: torch.dtype) -> None:
+    """The first `valid` of them, into the first slots of one layer of a ring; nothing else."""
+    batch, tokens, heads, head_dim = 2, 14, 3, 16
+    table = sf.rope_table(frames_from(9, tokens), (1, 1), head_dim, impl="reference")
+    count = torch.tensor(valid, device=DEVICE, dtype=torch.int32)
+
+    def op(k: Tensor, rings: Tensor, impl: str) -> Tensor:
+        rings = rings.clone()
+        with launch.using(qk_norm_rope_fwd=RowTile(4, 8)):
+            sf.rotate_keys(k[:, 1], table, count, rings[:, 1], impl=impl)
+        return rings
+
+    tensors = [rand(batch, 2, tokens, heads, head_dim), rand(batch, 2, 20, heads, head_dim)]
+    check(op, tensors, dtype, gradients=False)
+    k, rings = tensors
+    changed = (op(k, rings, "reference") != rings).flatten(3).any(3)
+    written = max(0, min(valid, tokens))
+    assert changed[:, 1, :written].all() and changed.sum() == batch * written
+
+
+def test_keys_are_moved_in_time_alone() -> None:
+    """A key that was rotated at one frame, by a table of single tokens, to that of another."""
+    head_dim, grid = 32, (3, 5)
+    keys = rand(1, 15, 2, head_dim)
+    at, later = (
+        sf.rope_table(frames_from(first, 1), grid, head_dim, impl="reference") for first in (4, 11)
+    )
+    move = sf.rope_table(torch.full((15,), 7, device=DEVICE), (1, 1), head_dim, impl="reference")
+    moved = torch.zeros_like(keys)
+    count = torch.tensor(15, device=DEVICE)
+    sf.rotate_keys(reference.rope(keys, at), move, count, moved, impl="reference")
+    torch.testing.assert_close(moved, reference.rope(keys, later), rtol=1e-6, atol=1e-6)
+
+
+K = torch.zeros(1, 6, 2, 8, device=DEVICE)
+MOVE, COUNT = torch.zeros(6, 4, 2, device=DEVICE), torch.tensor(6, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: sf.rotate_keys(K, MOVE[1:], COUNT, K + 1), r"table has shape .* \[6, 4, 2\]"),
+        (lambda: sf.rotate_keys(K, MOVE, COUNT.float(), K + 1), "valid is torch.float32"),
+        (lambda: sf.rotate_keys(K, MOVE, COUNT, K[:, 1:].clone()), "out holds 5 tokens: must hold"),
+        (lambda: sf.rotate_keys(K, MOVE, COUNT, K), "out and k share memory"),
+        (lambda: sf.rotate_keys(K, MOVE, COUNT, K.half()), "out has dtype torch.float16"),
+        (lambda: sf.rotate_keys(K, MOVE, COUNT, K + 1, impl="cpp"), "rotate_keys has triton, ref"),
+        (lambda: sf.rotate_keys(K[0], MOVE, COUNT, K + 1), r"k has shape \[6, 2, 8\]"),
+        (lambda: sf.rotate_keys(K[:, :0], MOVE[:0], COUNT, K + 1), "must have keys"),
+    ],
+)
+def test_keys_that_cannot_be_rotated(call: Callable[[], None], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        call()

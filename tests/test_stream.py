@@ -142,6 +142,53 @@ def test_the_merged_pass_is_the_two_it_merges(model: DiT, settings: Any, euler: 
         torch.testing.assert_close(merged, apart, rtol=1e-6, atol=1e-6 * float(apart.abs().max()))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(chunk=3, window=9, sink=3),
+        dict(chunk=1, window=4, sink=1),
+        dict(chunk=2, window=8, sink=2, first=1),
+        dict(chunk=3, window=9),
+    ],
+)
+def test_relative_positions_are_absolute_until_the_window_moves(model: DiT, settings: Any) -> None:
+    """And without a sink for ever, as RoPE sees differences alone."""
+    frames, chunk = 18, settings["chunk"]
+    relative, absolute = (
+        take(frames // chunk, model, replace(SMALL, **settings, positions=positions))
+        for positions in ("relative", "absolute")
+    )
+    window, first = settings["window"], settings.get("first", chunk)
+    held = first + (window - first) // chunk * chunk if settings.get("sink") else relative.shape[1]
+    torch.testing.assert_close(relative[:, :held], absolute[:, :held], rtol=1e-5, atol=1e-5)
+    if held < relative.shape[1]:
+        assert (relative - absolute)[:, held : held + chunk].abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("start", [0, 10_000])
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_sink_stays_right_before_the_window(model: DiT, merge: bool, start: int) -> None:
+    """Its keys, in complex numbers of 64 bits, turned on by as many frames as have left; those of
+    the other frames stay where they were written."""
+    preset = replace(SMALL, chunk=2, window=7, sink=3)
+    mine = Stream(model, None, TEXT[:1], preset, merge=merge)
+    for _ in range(4):
+        mine.denoise()
+    kept, sink = mine.cache.sink_k.clone(), 3 * preset.grid[0] * preset.grid[1]
+    assert kept.any()
+    mine.cache.start += start
+    for _ in range(5):
+        mine.denoise()
+    end = 18 + start
+    pairs = torch.view_as_complex(kept.double().unflatten(-1, (-1, 2)))
+    in_time = pairs.shape[-1] - 2 * (pairs.shape[-1] // 3)
+    angle = (end - 7) * 10_000.0 ** -(torch.arange(in_time, dtype=torch.float64) / in_time)
+    pairs[..., :in_time] *= torch.polar(torch.ones_like(angle), angle)
+    want = torch.view_as_real(pairs).flatten(-2).float()
+    torch.testing.assert_close(mine.cache.k[:, :, :sink], want, rtol=1e-5, atol=1e-5)
+
+
 def pretend_capture(run: Callable[[], object], *more: Any) -> tuple[Callable[[], object], str]:
     """Runs before the capture, as a capture does, and hands the function itself out."""
     for _ in range(3):
@@ -149,18 +196,18 @@ def pretend_capture(run: Callable[[], object], *more: Any) -> tuple[Callable[[],
     return run, ""
 
 
-@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize(("chunk", "sink"), [(1, 0), (3, 0), (1, 2), (3, 3)])
 @pytest.mark.parametrize("first", [None, 1])
 @torch.no_grad()
 def test_graphs_are_the_eager_stream(
-    model: DiT, chunk: int, first: int | None, monkeypatch: pytest.MonkeyPatch
+    model: DiT, chunk: int, sink: int, first: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit, three times around the ring, whatever was run before to warm up; then again from
     the start, of another prompt and another seed."""
     monkeypatch.setattr(graphs, "captured", pretend_capture)
     monkeypatch.setattr(graphs, "shared_pool", lambda *_: None)
     monkeypatch.setattr(graphs, "possible", lambda _: True)
-    preset, codec = replace(SMALL, chunk=chunk, first=first), ToyVAE()
+    preset, codec = replace(SMALL, chunk=chunk, sink=sink, first=first), ToyVAE()
     mine = Stream(model, codec, TEXT[:1], preset, seed=5, graph=True)
     assert not mine.notes
     for text, seed in ((TEXT[:1], 5), (TEXT[1:, :3], 6)):

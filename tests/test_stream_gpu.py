@@ -22,15 +22,17 @@ from tests.test_stream import model as model
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.parametrize("sink", [0, 2])
 @torch.no_grad()
-def test_captured_and_eager_agree_bit_for_bit(model: DiT) -> None:
+def test_captured_and_eager_agree_bit_for_bit(model: DiT, sink: int) -> None:
     """A replayed chunk is the next one of the stream, past the wrap of the ring."""
     device = torch.device("cuda")
     on_gpu = DiT(SMALL.dit).to(device).eval()
     on_gpu.load_state_dict(model.state_dict())
     codec, text = ToyVAE().to(device), TEXT[:1].to(device)
-    mine = Stream(on_gpu, codec, text, SMALL, graph=True)
-    eager = Stream(on_gpu, codec, text, SMALL)
+    preset = replace(SMALL, sink=sink)
+    mine = Stream(on_gpu, codec, text, preset, graph=True)
+    eager = Stream(on_gpu, codec, text, preset)
     assert not mine.notes
     for _ in range(7):
         assert torch.equal(mine.denoise(), eager.denoise())

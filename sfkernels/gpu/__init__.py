@@ -11,7 +11,7 @@ from sfkernels.gpu.convolution import causal_conv3d, upsampled_conv2d
 from sfkernels.gpu.linear import linear
 from sfkernels.gpu.norm import norm_bwd, norm_fwd
 from sfkernels.gpu.quant import quantize_rows
-from sfkernels.gpu.rope import qk_norm_rope_bwd, qk_norm_rope_fwd, rope_table, rotate_ring
+from sfkernels.gpu.rope import qk_norm_rope_bwd, qk_norm_rope_fwd, rope_table, rotate_keys
 from sfkernels.gpu.sampler import dmd_gradient, normal, sampler_step
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
     "quantize_rows",
     "ring_attention",
     "rope_table",
-    "rotate_ring",
+    "rotate_keys",
     "row_delta",
     "sampler_step",
     "upsampled_conv2d",

@@ -162,7 +162,7 @@ def _qk_norm_rope_fwd_kernel(
 
 
 @triton.jit
-def _rotate_ring_kernel(
+def _rotate_keys_kernel(
     k_ptr,
     table_ptr,
     valid_ptr,
@@ -170,6 +170,8 @@ def _rotate_ring_kernel(
     slots,
     stride_kb,
     stride_kl,
+    stride_ob,
+    stride_ol,
     C: tl.constexpr,
     D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -182,7 +184,7 @@ def _rotate_ring_kernel(
     k_at = k_ptr + batch * stride_kb + first * stride_kl + (row_R1 * stride_kl + col_1C)
     k_RC = tl.load(k_at, mask_RC, 0.0).to(tl.float32)
     cos_RH, sin_RH = _load_rotation(table_ptr, first, row_R1, col_1C, mask_RC, D)
-    out_at = out_ptr + (batch * slots + first) * C + (row_R1 * C + col_1C)
+    out_at = out_ptr + batch * stride_ob + first * stride_ol + (row_R1 * stride_ol + col_1C)
     tl.store(out_at, _rotate(k_RC, cos_RH, sin_RH).to(out_ptr.dtype.element_ty), mask_RC)
 
 
@@ -370,19 +372,23 @@ def qk_norm_rope_fwd(
     return q_BLHD, k_BSHD, v_BSHD, rstd_BL2
 
 
-def rotate_ring(k_ring_BSHD: Tensor, table_SP2: Tensor, valid: Tensor) -> Tensor:
-    """The ring's first `valid` keys rotated, in a new tensor [B, S, H, D] whose other slots are not
-    written. Every tile of queries reads every key. Rotating them once, before, costs 201 MB for a
-    full window of Wan2.1-1.3B, 47 us at 4.3 TB/s: 4% of the time that a chunk's attention takes."""
-    batch, slots, heads, head_dim = k_ring_BSHD.shape
-    out_BSHD = torch.empty_like(k_ring_BSHD, memory_format=torch.contiguous_format)
+def rotate_keys(
+    k_BSHD: Tensor, table_SP2: Tensor, valid: Tensor, out_BSHD: Tensor | None = None
+) -> Tensor:
+    """The first `valid` keys rotated, in the first slots of `out` or in a new tensor [B, S, H, D];
+    its other slots are not written. For attention over a ring of unrotated keys: every tile of
+    queries reads every key. Rotating them once, before, costs 201 MB for a full window of
+    Wan2.1-1.3B, 47 us at 4.3 TB/s: 4% of the time that a chunk's attention takes."""
+    batch, slots, heads, head_dim = k_BSHD.shape
+    if out_BSHD is None:
+        out_BSHD = torch.empty_like(k_BSHD, memory_format=torch.contiguous_format)
     channels = heads * head_dim
-    setting = launch.rows("qk_norm_rope_fwd", k_ring_BSHD.device, channels)
+    setting = launch.rows("qk_norm_rope_fwd", k_BSHD.device, channels)
     block = triton.next_power_of_2(channels)
     launch.run(
-        _rotate_ring_kernel,
+        _rotate_keys_kernel,
         (triton.cdiv(slots, setting.rows), batch),
-        (k_ring_BSHD, table_SP2, valid, out_BSHD, slots, *launch.outer_strides(k_ring_BSHD)),
+        (k_BSHD, table_SP2, valid, out_BSHD, slots, *launch.outer_strides(k_BSHD, out_BSHD)),
         num_warps=setting.warps(block),
         C=channels,
         D=head_dim,

@@ -21,6 +21,7 @@ def evaluate(
     chunk: int = 3,
     window: int = 7,
     sink: int = 0,
+    positions: Literal["relative", "absolute"] = "relative",
     frames: int = 28,
     trained: int = 7,
     videos: int = 256,
@@ -36,6 +37,7 @@ def evaluate(
         chunk: Latent frames generated at a time.
         window: Latent frames that the KV cache holds, the current chunk included.
         sink: First latent frames that stay in the cache for good.
+        positions: Of the sink: relative to the window, with which it moves along, or absolute.
         frames: Latent frames of a video.
         trained: Latent frames of a training clip, within which the exposure gap is measured.
         videos: To generate.
@@ -47,7 +49,8 @@ def evaluate(
         least = {"videos": 16, "trained": 2, "frames": trained}[name]
         if value < least:
             raise ValueError(f"{name}={value}: must be at least {least}")
-    sampling = Sampling(replace(PRESETS["toy"], chunk=chunk, window=window, sink=sink), euler)
+    preset = replace(PRESETS["toy"], chunk=chunk, window=window, sink=sink, positions=positions)
+    sampling = Sampling(preset, euler)
     for name in ("evaluation.json", "evaluation.png"):
         check_writable(output / name)
     model, codec, _ = load_toy(checkpoint)

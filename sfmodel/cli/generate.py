@@ -36,6 +36,7 @@ def generate(
     frames: int | Literal["endless"] = 121,
     window: int | None = None,
     sink: int | None = None,
+    positions: Literal["relative", "absolute"] | None = None,
     chunk: int | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -64,6 +65,7 @@ def generate(
         frames: Pixel frames, or "endless".
         window: Latent frames that the KV cache holds, the current chunk included.
         sink: First latent frames that stay in the cache for good.
+        positions: Of the sink: relative to the window, with which it moves along, or absolute.
         chunk: Latent frames generated at a time.
         height: Of the video in pixels; the preset's if not given.
         width: Of the video in pixels; the preset's if not given.
@@ -86,6 +88,7 @@ def generate(
         window=settings.window if window is None else window,
         sink=settings.sink if sink is None else sink,
         chunk=settings.chunk if chunk is None else chunk,
+        positions=positions or settings.positions,
     ).check()
     if frames != "endless" and frames < 1:
         raise ValueError(f"frames={frames}: must be at least 1")
