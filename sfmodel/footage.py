@@ -19,7 +19,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 Images = npt.NDArray[np.uint8]
@@ -73,6 +73,24 @@ def covering_frames(
         for frame, count in _counted(timed, fps):
             if count:
                 yield from itertools.repeat(_picture(frame, stream, (height, width)), count)
+
+
+def covering_image(path: Path, height: int, width: int) -> Images:
+    """A picture [H, W, 3], upright, scaled to cover H × W and cropped around the centre. Raises
+    ValueError for a file that is none."""
+    try:
+        with open(path, "rb") as file, Image.open(file) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(
+                    f"{path}: is {image.width} × {image.height} pixels: must be at most "
+                    f"{MAX_PIXELS:,}"
+                )
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BICUBIC)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "damaged, or no picture"
+        raise ValueError(f"{path}: {reason}") from None
+    return np.asarray(fitted)
 
 
 def length(stream: av.VideoStream, fps: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,24 @@ def read_prompts(path: Path, largest: int = LARGEST) -> list[str]:
                 f"{largest:,} characters"
             )
     return prompts
+
+
+def read_timeline(path: Path) -> list[tuple[float, str]]:
+    """Prompts over time, in the order of their seconds, of lines such as "7.5 a cat sleeps". Raises
+    ValueError as `read_prompts` does, and for a line without a second or with that of another."""
+    found: dict[float, str] = {}
+    for line in read_prompts(path):
+        second, _, prompt = line.partition(" ")
+        try:
+            at = float(second.removesuffix(":").removesuffix("s"))
+        except ValueError:
+            at = math.nan
+        if not (0 <= at < math.inf and prompt.strip()):
+            raise ValueError(f"{path}: {line!r} must be a second and a prompt: 7.5 a cat sleeps")
+        if at in found:
+            raise ValueError(f"{path}: has two prompts at second {at:g}")
+        found[at] = prompt.strip()
+    return sorted(found.items())
 
 
 def prompt_beside(video: Path) -> str:

@@ -281,7 +281,7 @@ class Stream(FrameStream):
         """The next chunk's clean latents x0 [B, F, C, h, w] in float32, after the cache update of
         the one before, in memory that the next one overwrites."""
         self.finish_decoding()
-        while self.prompts and self.prompts[0].frame <= self.begun:
+        while self.prompts and self.prompts[0].frame < self.begun + self.next:
             self._take_prompt()
         if self.pending and (not self.merge or self._holds_sink() or self.given):
             self.update()
@@ -390,7 +390,7 @@ class Stream(FrameStream):
         self, text_BTE: Tensor, *, frame: int = 0, over: int = 1, recompute: bool = True
     ) -> None:
         """Goes on with another prompt [as many as before, T, E] from the next chunk on, or from the
-        one that begins with latent frame `frame`. May be called while the stream runs.
+        one that shows latent frame `frame`. May be called while the stream runs.
 
         over: chunks that go from the old embeddings to the new ones in equal steps. recompute: the
         window's keys and values are computed anew with the last of them, as a stream that is given

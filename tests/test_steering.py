@@ -89,7 +89,7 @@ def test_the_same_prompt_again_changes_nothing_while_the_window_holds_all(
 
 @torch.no_grad()
 def test_prompts_over_time(model: DiT) -> None:
-    """At the chunk that begins with a frame or after it, at once or over several chunks."""
+    """From the chunk on that shows a frame, at once or over several chunks."""
     mine = Stream(model, None, TEXT[:1], SMALL)
     mine.set_prompt(TEXT[1:], frame=10, over=3, recompute=False)
     mine.set_prompt(TEXT[:1], frame=4)
@@ -98,7 +98,7 @@ def test_prompts_over_time(model: DiT) -> None:
         mine.denoise()
         seen.append(mine.text_BTE.clone())
     first, second = (mine._padded(text) for text in (TEXT[:1], TEXT[1:]))
-    shares = [0, 0, 0, 0, 1 / 3, 2 / 3, 1, 1]
+    shares = [0, 0, 0, 1 / 3, 2 / 3, 1, 1, 1]
     for i, (got, share) in enumerate(zip(seen, shares, strict=True)):
         torch.testing.assert_close(got, torch.lerp(first, second, share), msg=f"chunk {i}")
     mine.set_prompt(TEXT[1:], frame=100)

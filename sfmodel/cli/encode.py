@@ -144,7 +144,7 @@ def encode(
         assert codec is not None
         name = job.of["file"]
         try:
-            latents_1FCHW = _latents_of(job.video, codec, settings, frames, fps, device)
+            latents_1FCHW = latents_of(job.video, codec, settings, frames, fps, device)
         except ValueError as error:
             skip(name, error)
             continue
@@ -383,19 +383,21 @@ def write_videos(
         raise stopped
 
 
-def _latents_of(
+def latents_of(
     path: Path,
     codec: VideoCodec,
     preset: Preset,
     frames: int | None,
     fps: float | None,
     device: torch.device,
+    most: int | None = None,
 ) -> Tensor:
-    """Latents [1, F, C, h, w], without pixel frames at the end that do not fill one. Raises
+    """Latents [1, F, C, h, w], without pixel frames at the end that do not fill one. frames: latent
+    frames that there must be, and all that are read; most: pixel frames that are read. Raises
     ValueError, without the name, for a video that cannot be read, is too short or gives NaN."""
     scale, group = codec.spatial_factor, codec.temporal_factor
     size = preset.height * scale, preset.width * scale
-    count = None if frames is None else 1 + group * (frames - 1)
+    count = most if frames is None else 1 + group * (frames - 1)
     images = itertools.islice(covering_frames(path, *size, preset.fps, fps), count)
     latents, state, first, done = [], None, 1, 0
     with _progress(path.name) as progress:

@@ -1,19 +1,23 @@
-"""`sfmodel generate`: videos streamed from sentences."""
+"""`sfmodel generate`: videos streamed from sentences, images and other videos."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections import deque
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tyro.conf import OmitArgPrefixes
 
-from sfmodel.cli.encode import check_outputs, write_videos
-from sfmodel.config import check_seed
+from sfmodel.cli.encode import check_outputs, latents_of, write_videos
+from sfmodel.config import Preset, check_seed
+from sfmodel.cost import pixel_frames
+from sfmodel.footage import covering_image, to_pixels
 from sfmodel.pretrained import (
     Vae,
     checked_codec,
@@ -24,129 +28,267 @@ from sfmodel.pretrained import (
     progress,
     sized,
 )
-from sfmodel.prompts import read_prompts
+from sfmodel.prompts import read_prompts, read_timeline
 from sfmodel.ranks import started
 from sfmodel.sequence_parallel import Received, Team, chunks_of
 from sfmodel.stream import Stream
+from sfmodel.vae.codec import VideoCodec
+
+FRAMES = 121  # pixel frames, if nothing else is said
 
 
-def generate(
-    prompt: str = "a large red ball moves up slowly",
-    prompt_file: Path | None = None,
-    frames: int | Literal["endless"] = 121,
-    window: int | None = None,
-    sink: int | None = None,
-    positions: Literal["relative", "absolute"] | None = None,
-    chunk: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    seed: int = 0,
-    checkpoint: Path | None = None,
-    preset: str = "toy",
-    models: Path | None = None,
-    vae: Vae = "auto",
-    tile: int | None = None,
-    output: Path = Path("out/video.mp4"),
-    watch: bool = False,
-    eager: bool = False,
-    low_latency: bool = False,
-) -> None:
-    """Stream a video from a sentence, chunk by chunk, into an MP4 and a contact sheet beside it.
-
-    Ctrl-C ends the video there and keeps what was written; so do SIGTERM, SIGHUP and SIGUSR1.
-    Started by torchrun, the ranks share one stream: they divide the model's heads, all of them or
-    all but the last, which then decodes beside the next chunk, as is predicted to be faster.
+@dataclass(frozen=True)
+class Content:
+    """What to show.
 
     Args:
         prompt: What to show. The toy model knows: a small|large dim|bright red|green|blue|yellow|
             magenta|cyan|white ball moves up|down|left|right [and …] slowly|fast; leave out any.
         prompt_file: A text file with one prompt a line, each streamed into a video of its own
             (video-0.mp4, video-1.mp4, …); takes the place of the prompt.
-        frames: Pixel frames, or "endless".
+        prompts_at: A text file of prompts over time, each line a second and a prompt ("7.5 a cat
+            sleeps"); one at 0 takes the place of the prompt.
+        image: A picture that the video starts with, scaled to cover it and cropped.
+        video: A video to go on from, from its start, or with a strength to make anew.
+        strength: How much of the video is made anew: 0 keeps it, 1 leaves nothing of it.
+        frames: Pixel frames in all, those of a given video included, or "endless"; if not given 121
+            more than that has, or with a strength as many.
+        seed: The same seed gives the same video.
+    """
+
+    prompt: str = "a large red ball moves up slowly"
+    prompt_file: Path | None = None
+    prompts_at: Path | None = None
+    image: Path | None = None
+    video: Path | None = None
+    strength: float = 0.0
+    frames: int | Literal["endless"] | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises ValueError for what does not go together."""
+        if isinstance(self.frames, int) and self.frames < 1:
+            raise ValueError(f"frames={self.frames}: must be at least 1")
+        if self.image and self.video:
+            raise ValueError("image and video: give one of them")
+        if self.strength and not self.video:
+            raise ValueError(f"strength={self.strength}: goes with a video")
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"strength={self.strength}: must be 0 to 1")
+        if self.prompt_file and self.prompts_at:
+            raise ValueError("prompt_file and prompts_at: give one of them")
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How it is streamed; what is not given is the preset's.
+
+    Args:
         window: Latent frames that the KV cache holds, the current chunk included.
         sink: First latent frames that stay in the cache for good.
         positions: Of the sink: relative to the window, with which it moves along, or absolute.
         chunk: Latent frames generated at a time.
-        height: Of the video in pixels; the preset's if not given.
-        width: Of the video in pixels; the preset's if not given.
-        seed: The same seed gives the same video.
+        height: Of the video in pixels.
+        width: Of the video in pixels.
+        low_latency: Decode a chunk's latent frames one by one, so that the first come earlier.
+        eager: On a GPU, launch kernels one by one instead of by CUDA graphs.
+    """
+
+    window: int | None = None
+    sink: int | None = None
+    positions: Literal["relative", "absolute"] | None = None
+    chunk: int | None = None
+    height: int | None = None
+    width: int | None = None
+    low_latency: bool = False
+    eager: bool = False
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The model and its weights.
+
+    Args:
+        preset: Sizes of the model and its stream: toy, wan-1.3b or wan-14b.
         checkpoint: Weights (.safetensors, .pt, .pth, a folder); if not given the toy's own, or the
             few-step generator in the folder of models.
-        preset: Sizes of the model and its stream: toy, wan-1.3b or wan-14b.
         models: Folder of the public weights; models, or what SFMODEL_MODELS names, if not given.
         vae: Wan2.1's own decoder, the tiny one, or the first of the two that is there.
         tile: Decode in tiles of so many latents a side, for little memory; with --vae wan.
+    """
+
+    preset: str = "toy"
+    checkpoint: Path | None = None
+    models: Path | None = None
+    vae: Vae = "auto"
+    tile: int | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where it goes.
+
+    Args:
         output: The MP4 to write.
         watch: Play the video in the terminal while it is made.
-        eager: On a GPU, launch kernels one by one instead of by CUDA graphs.
-        low_latency: Decode a chunk's latent frames one by one, so that the first come earlier.
     """
-    given = dict(locals())
-    settings = sized(find_preset(preset), height, width)
-    settings = replace(
-        settings,
-        window=settings.window if window is None else window,
-        sink=settings.sink if sink is None else sink,
-        chunk=settings.chunk if chunk is None else chunk,
-        positions=positions or settings.positions,
-    ).check()
-    if frames != "endless" and frames < 1:
-        raise ValueError(f"frames={frames}: must be at least 1")
-    prompts = [prompt] if prompt_file is None else read_prompts(prompt_file)
-    check_seed(seed, len(prompts))
-    names = (
-        [output]
-        if len(prompts) == 1
-        else [output.with_stem(f"{output.stem}-{i}") for i in range(len(prompts))]
-    )
-    check_outputs(names, watch)
+
+    output: Path = Path("out/video.mp4")
+    watch: bool = False
+
+
+def generate(
+    content: OmitArgPrefixes[Content] = Content(),
+    stream: OmitArgPrefixes[Streaming] = Streaming(),
+    weights: OmitArgPrefixes[Weights] = Weights(),
+    output: OmitArgPrefixes[Output] = Output(),
+) -> None:
+    """Stream a video from a sentence, chunk by chunk, into an MP4 and a contact sheet beside it.
+
+    Ctrl-C ends the video there and keeps what was written; so do SIGTERM, SIGHUP and SIGUSR1.
+    Started by torchrun, the ranks share one stream: they divide the model's heads, all of them or
+    all but the last, which then decodes beside the next chunk, as is predicted to be faster.
+    """
+    content.check()
+    settings = _settings(content, stream, weights.preset)
+    timeline = read_timeline(content.prompts_at) if content.prompts_at else []
+    prompts = read_prompts(content.prompt_file) if content.prompt_file else [content.prompt]
+    if timeline and not timeline[0][0]:
+        prompts = [timeline.pop(0)[1]]
+    check_seed(content.seed, len(prompts))
+    file = output.output
+    names = [file.with_stem(f"{file.stem}-{i}") for i in range(len(prompts))]
+    names = [file] if len(prompts) == 1 else names
+    check_outputs(names, output.watch)
+    preset, models = weights.preset, weights.models
     with started() as ranks:
-        ranks.agree(**given)
-        kind = "wan" if preset == "toy" else chosen_vae(preset, vae, models)
+        ranks.agree(content=content, stream=stream, weights=weights)
+        kind = "wan" if preset == "toy" else chosen_vae(preset, weights.vae, models)
         team = Team.of(ranks, settings, {"tiny": "taehv"}.get(kind, kind))
-        device = ranks.device
+        device, encodes = ranks.device, ranks.first and (content.image or content.video)
         # All files are checked before one is loaded. Then the text comes first: its encoder leaves
         # the GPU before the model comes. It keeps on disk what each of many prompts is encoded as.
         text = load_text(preset, models) if ranks.first else None
-        load_model = checked_model(preset, checkpoint, device, models) if team.runs else None
-        load_codec = checked_codec(preset, device, vae, models, tile) if team.decodes else None
+        load_model = (
+            checked_model(preset, weights.checkpoint, device, models) if team.runs else None
+        )
+        load_codec = (
+            checked_codec(preset, device, weights.vae, models, weights.tile)
+            if team.decodes or encodes
+            else None
+        )
+        image = None
+        if content.image and encodes:
+            image = covering_image(content.image, *_pixels(settings))
+        last: deque[Tensor] = deque(maxlen=1)
+        later: list[Tensor] = []
         if text is not None:
             with progress("encoding the prompts" if len(prompts) > 1 else "encoding the prompt"):
-                last = deque(text.rows(prompts, device), maxlen=1)
+                later = [row.float().cpu() for row in text.rows([p for _, p in timeline], device)]
+                last.extend(text.rows(prompts, device))
+        later = ranks.from_first(later)
         model, codec = load_model and load_model(), load_codec and load_codec()
-        graph = device.type == "cuda" and not eager
-        options: Any = {"graph": graph, "low_latency": low_latency}
+        given = None
+        if encodes:
+            assert codec is not None
+            given = _given(image, content, settings, codec, device)
+        given = ranks.from_first(given)
+        frames = _frames(content, given)
+        graph = device.type == "cuda" and not stream.eager
+        options: Any = {"graph": graph, "low_latency": stream.low_latency}
 
         def begun(text_BTE: Tensor, seed: int) -> Stream | Received:
             if model is None:
                 assert codec is not None
                 return Received(codec, settings, len(text_BTE), device, **options)
             model.ranks, batch = team.heads, len(text_BTE)
-            return Stream(model, codec, text_BTE, settings, seed=seed, batch=batch, **options)
+            decoder = codec if team.decodes else None
+            return Stream(model, decoder, text_BTE, settings, seed=seed, batch=batch, **options)
 
         # A few videos of the toy fit side by side, of a large model one after the other.
         together = 16 if preset == "toy" else 1
-        stream: Stream | Received | None = None
+        made: Stream | Received | None = None
         for i in range(0, len(prompts), together):
             few, rows = slice(i, i + together), None
             if text is not None:
                 encoded = last if len(prompts) == 1 else text.rows(prompts[few], device)
                 rows = [row.float().cpu() for row in encoded]
             text_BTE = pad_sequence(ranks.from_first(rows), batch_first=True).to(device)
-            if stream is not None and stream.batch == len(text_BTE):
-                stream.restart(text_BTE, seed + i)
+            if made is not None and made.batch == len(text_BTE):
+                made.restart(text_BTE, content.seed + i)
             else:
                 with progress("capturing CUDA graphs" if graph else "preparing the stream"):
-                    stream = begun(text_BTE, seed + i)
+                    made = begun(text_BTE, content.seed + i)
+            if isinstance(made, Stream):
+                if given is not None:
+                    batch = given.expand(len(text_BTE), -1, -1, -1, -1)
+                    made.give(batch.to(device), content.strength)
+                for (second, _), row in zip(timeline, later, strict=True):
+                    made.set_prompt(row[None].to(device), frame=_latent_frame(second, settings))
             if team.decodes:
-                for note in stream.notes:
+                for note in made.notes:
                     print(note, file=sys.stderr)
                 on = f"{ranks.world} ranks, {device.type}" if ranks.world > 1 else str(device)
-                where = f"{on}, in CUDA graphs" if graph and not stream.notes else on
-                chunks = stream.frames(None if frames == "endless" else frames)
-                write_videos(chunks, names[few], prompts[few], settings.fps, frames, where, watch)
+                where = f"{on}, in CUDA graphs" if graph and not made.notes else on
+                chunks = made.frames(None if frames == "endless" else frames)
+                titles = [" > ".join([each, *(p for _, p in timeline)]) for each in prompts[few]]
+                write_videos(chunks, names[few], titles, settings.fps, frames, where, output.watch)
             else:
                 left = math.inf if frames == "endless" else chunks_of(settings, frames)
                 while left > 0:
-                    team.send(stream.denoise())
+                    team.send(made.denoise())
                     left -= 1
+
+
+def _settings(content: Content, stream: Streaming, preset: str) -> Preset:
+    """The preset with what was asked for. A picture is a first chunk of its own."""
+    settings = sized(find_preset(preset), stream.height, stream.width)
+    given = {name: getattr(stream, name) for name in ("window", "sink", "positions", "chunk")}
+    given |= {"first": 1 if content.image else None}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return replace(settings, **changes).check()
+
+
+def _pixels(settings: Preset) -> tuple[int, int]:
+    """Height and width of the video."""
+    return settings.height * 8, settings.width * 8
+
+
+def _latent_frame(second: float, settings: Preset) -> int:
+    """The latent frame that shows a second of the video."""
+    return -(-round(second * settings.fps) // 4)
+
+
+@torch.no_grad()
+def _given(
+    image: Any, content: Content, settings: Preset, codec: VideoCodec, device: torch.device
+) -> Tensor:
+    """Latents [1, F, C, h, w] of the picture or the video that was given, of whole chunks."""
+    if image is not None:
+        return codec.encode_chunk(to_pixels([image])[None].to(device))[0].cpu()
+    assert content.video is not None
+    wanted = content.frames if content.strength and content.frames != "endless" else None
+    try:
+        latents = latents_of(content.video, codec, settings, None, None, device, most=wanted)
+    except ValueError as error:
+        raise ValueError(f"{content.video}: {error}") from None
+    first = settings.first or settings.chunk
+    if latents.shape[1] < first:
+        raise ValueError(
+            f"{content.video}: has {pixel_frames(latents.shape[1])} frames: must have "
+            f"{pixel_frames(first)}, a first chunk"
+        )
+    return latents[:, : latents.shape[1] - (latents.shape[1] - first) % settings.chunk]
+
+
+def _frames(content: Content, given: Tensor | None) -> int | Literal["endless"]:
+    """Pixel frames of the video. Raises ValueError where those that were given are as many."""
+    there = 0 if given is None or content.image else pixel_frames(given.shape[1])
+    if content.frames is None:
+        return there if content.strength else there + FRAMES
+    if isinstance(content.frames, int) and not content.strength and content.frames <= there:
+        raise ValueError(
+            f"frames={content.frames}: {content.video} has {there} already, which are kept: must "
+            "be more, or give a --strength"
+        )
+    return content.frames

@@ -1,0 +1,169 @@
+"""`sfmodel generate` with prompts over time, images and videos, in the toy world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from sfmodel.cli.generate import generate
+from sfmodel.cli.main import run_command
+from sfmodel.footage import covering_image, to_pixels
+from sfmodel.prompts import read_timeline
+from sfmodel.toy import world
+from sfmodel.video import VideoWriter
+from tests.clips import read_video
+
+RED, BLUE = (list(world.COLOURS).index(name) for name in ("red", "blue"))
+
+
+def seen(file: Path, frames: int | None = None) -> Tensor:
+    """Pixels [T, 3, 64, 64] of a video, which is written in larger ones."""
+    pixels_TCHW = read_video(file, frames)[0]
+    return F.avg_pool2d(pixels_TCHW, pixels_TCHW.shape[-1] // 64)
+
+
+def made(folder: Path, *words: str | Path) -> Tensor:
+    """Pixels [T, 3, 64, 64] of the video that the command makes."""
+    file = folder / "made.mp4"
+    arguments = ["generate", *map(str, words), "--output", str(file)]
+    run_command("sfmodel", {"generate": generate, "other": generate}, arguments)
+    return seen(file)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    with pytest.raises(SystemExit) as ended:
+        made(Path("out"), *words)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1
+    return said
+
+
+def clip(folder: Path, frames: int = 33) -> Path:
+    """A real video of a red ball."""
+    truth = world.draw(64, frames, 5)
+    red = truth.colour_B.tolist().index(RED)
+    file = folder / "red.mp4"
+    with VideoWriter(file, 16) as writer:
+        writer.write(world.render(truth)[red])
+    return file
+
+
+def colours(pixels_TCHW: Tensor) -> list[int]:
+    return world.measure(pixels_TCHW[None]).colour_BT[0].tolist()
+
+
+def test_prompts_over_time(tmp_path: Path) -> None:
+    """Red from the start, blue from the chunk on that shows second 2, frames 25 to 36."""
+    (tmp_path / "at.txt").write_text("2.0s: a large blue ball\n0 a large red ball moves slowly\n")
+    seen = colours(made(tmp_path, "--prompts-at", tmp_path / "at.txt", "--frames", "61"))
+    assert {*seen[:25]} == {RED} and {*seen[37:]} == {BLUE}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a red ball", "'a red ball' must be a second and a prompt: 7.5 a cat sleeps"),
+        ("1 a ball\n1.0 a red ball", "has two prompts at second 1"),
+        ("-1 a ball", "must be a second and a prompt"),
+        ("nan a ball", "must be a second and a prompt"),
+        ("3", "must be a second and a prompt"),
+        ("", "has no prompt"),
+    ],
+)
+def test_a_timeline_that_is_none(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "at.txt").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read_timeline(tmp_path / "at.txt")
+
+
+def test_an_image_is_the_first_frame(tmp_path: Path) -> None:
+    """Through the codec; the ball goes on from there. Taller than the video: its middle."""
+    pixels = seen(clip(tmp_path), 1)
+    still = pixels[0].add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    tall = Image.new("RGB", (64, 128))
+    tall.paste(Image.fromarray(still), (0, 32))
+    tall.save(tmp_path / "still.png")
+    got = made(
+        tmp_path, "--image", tmp_path / "still.png", "--prompt", "a red ball", "--frames", "25"
+    )
+    assert (got[0] - pixels[0]).abs().mean() < 0.05
+    at = world.measure(got[None]).position_BT2[0]
+    want = world.measure(pixels[None]).position_BT2[0, 0]
+    assert (at[0] - want).norm() < 2 and (at[1] - at[0]).norm() < 4
+    assert {*colours(got)} == {RED}
+
+
+def test_an_image_is_seen_as_it_is_meant(tmp_path: Path) -> None:
+    """Upright, whatever the file says of it, and without transparency."""
+    image = Image.new("RGBA", (4, 2), (255, 0, 0, 255))
+    image.putpixel((0, 0), (0, 0, 255, 255))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned right by a quarter
+    image.save(tmp_path / "turned.png", exif=turned)
+    seen = covering_image(tmp_path / "turned.png", 4, 2)
+    assert seen.shape == (4, 2, 3) and seen[0, 1].tolist() == [0, 0, 255]
+    assert to_pixels([seen]).shape == (1, 3, 4, 2)
+
+
+def test_a_video_goes_on(tmp_path: Path) -> None:
+    """It is kept as it is, but for what fills no chunk; the ball flies on from its end."""
+    file = clip(tmp_path)  # 1 + 32 pixel frames: a still and 8 latent frames, two chunks of three
+    pixels, got = seen(file), made(tmp_path, "--video", file, "--frames", "49")
+    assert len(got) == 49 and (got[:25] - pixels[:25]).abs().mean() < 0.05
+    at = world.measure(got[None]).position_BT2[0, 20:40]
+    assert at.diff(dim=0).norm(dim=-1).max() < 5
+    assert len(made(tmp_path, "--video", file)) == 25 + 121
+
+
+def test_a_video_made_anew(tmp_path: Path) -> None:
+    """With less strength the ball is where it was; another prompt gives it another colour."""
+    file = clip(tmp_path)
+    want = world.measure(seen(file)[None, :25]).position_BT2[0]
+
+    def away(strength: str) -> float:
+        words = "--strength", strength, "--prompt", "a large blue ball"
+        got = made(tmp_path, "--video", file, *words)
+        assert len(got) == 25
+        if strength != "0.15":
+            assert colours(got)[-1] == BLUE
+        return float((world.measure(got[None]).position_BT2[0] - want).norm(dim=-1).nanmean())
+
+    assert away("0.15") < 3 < away("1")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--image {0}/no.png", "no.png: No such file"),
+        ("--image {0}/bad.png", "bad.png: damaged, or no picture"),
+        ("--image {0}", "Is a directory"),
+        ("--image {0}/bad.png --video {0}/v.mp4", "image and video: give one of them"),
+        ("--video {0}/no.mp4", "no.mp4: cannot be read: there is no such file"),
+        ("--video {0}/bad.png", "bad.png: damaged or no video"),
+        ("--video {0}/red.mp4 --frames 20", "red.mp4 has 25 already"),
+        ("--video {0}/red.mp4 --strength 0.01", "strength=0.01: must be 0, or 0.1 to 1"),
+        ("--video {0}/red.mp4 --strength 2", "strength=2.0: must be 0 to 1"),
+        ("--strength 0.5", "strength=0.5: goes with a video"),
+        ("--prompts-at {0}/no.txt", "no.txt: No such file"),
+        ("--prompts-at {0}/bad.txt", "'a cat' must be a second and a prompt"),
+        ("--prompts-at {0}/bad.txt --prompt-file {0}/bad.txt", "prompts_at: give one of them"),
+        ("--positions here", "positions"),
+    ],
+)
+def test_what_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, said: str
+) -> None:
+    (tmp_path / "bad.png").write_bytes(b"none")
+    (tmp_path / "bad.txt").write_text("a cat")
+    if "red.mp4" in words:
+        clip(tmp_path)
+    if words == "--positions here":
+        with pytest.raises(SystemExit):
+            made(tmp_path, *words.split())
+        return
+    assert said in refused(capsys, *words.format(tmp_path).split())
