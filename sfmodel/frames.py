@@ -116,8 +116,9 @@ class FrameStream(abc.ABC):
     a chunk are decoded one by one.
 
     latents [B, F, C, h, w]: by a chunk's size F. size, next: latent frames of the chunk that is
-    there and of the next one. decoded: pieces of it that are. notes: why a phase is no graph, where
-    that was asked for."""
+    there and of the next one. decoded: pieces of it that are. leaving: what is on its way to the
+    host, with the events of its arrival; handed_out: pixel frames that `frames` gave. notes: why a
+    phase is no graph, where that was asked for."""
 
     @torch.no_grad()
     def __init__(
@@ -135,7 +136,8 @@ class FrameStream(abc.ABC):
         self.graph, self.low_latency = graph, low_latency
         self.notes: dict[str, None] = {}
         self.size = self.next = self.first = preset.first or preset.chunk
-        self.decoded = 0
+        self.decoded = self.handed_out = 0
+        self.leaving: deque[tuple[OnHost, Any]] = deque()
         latent = preset.dit.channels, preset.height, preset.width
         self.latents_BFCHW = {frames: torch.zeros(batch, frames, *latent, device=device)
                               for frames in {self.first, preset.chunk}}  # fmt: skip
@@ -185,6 +187,8 @@ class FrameStream(abc.ABC):
         """Goes back to before the first chunk. Prompt and seed are for whoever makes latents."""
         self.size = self.next = self.first
         self.decoded = 0
+        self.handed_out = 0
+        self.leaving.clear()
         if self.decoding is not None:
             self.decoding.state = None
 
@@ -214,32 +218,44 @@ class FrameStream(abc.ABC):
 
     def frames(self, frames: int | None = None) -> Iterator[Tensor]:
         """Decoded video as bytes [B, T, H, W, 3] in host memory, a chunk or a piece of one at a
-        time; `frames` pixel frames in all, endless if None. Memory does not grow. What is left of
-        the last chunk is dropped: a later call goes on with the next one.
+        time; `frames` pixel frames in all, endless if None. Memory does not grow. A later call goes
+        on with the next frame.
 
         In CUDA graphs, decoding and copies run on streams of the device of their own, and a chunk
         is handed out when the next one has been launched: the device does not wait for whoever
         takes them, and a new prompt is seen a chunk later. Raises `NotFinite` for a frame with NaN
         or infinity, ValueError for frames below 1."""
-        left, done = _wanted(frames), 0
-        leaving: deque[tuple[OnHost, Any]] = deque()
-        while left > 0 or leaving:
-            launched = len(leaving)
-            if left > 0:
-                self.denoise()
-                for piece in range(self.pieces):
-                    if left > 0:
-                        on_host, event = self._leave(piece)
-                        wanted = OnHost(*(t[:, : int(min(left, t.shape[1]))] for t in on_host))
-                        leaving.append((wanted, event))
-                        left -= wanted.finite_BT.shape[1]
-                    if not self.lanes and leaving:
-                        yield _arrived(*leaving.popleft(), done)
-                        done += wanted.finite_BT.shape[1]
-            for _ in range(launched if left > 0 else len(leaving)):
-                on_host, event = leaving.popleft()
-                yield _arrived(on_host, event, done)
-                done += on_host.finite_BT.shape[1]
+        left = _wanted(frames)
+        while left > 0:
+            ready = len(self.leaving)
+            if sum(on_host.finite_BT.shape[1] for on_host, _ in self.leaving) < left:
+                self._leave_next()
+                while self.lanes and self.decoded < self.pieces:
+                    self._leave_next()
+                ready = ready if self.lanes else len(self.leaving)
+            for _ in range(ready):
+                if left > 0:
+                    bytes_BTHWC = self._hand_out(left)
+                    left -= bytes_BTHWC.shape[1]
+                    yield bytes_BTHWC
+
+    def _leave_next(self) -> None:
+        """Sends the next piece on its way, of the next chunk where this one has no more."""
+        if not 0 < self.decoded < self.pieces:
+            self.denoise()
+        self.leaving.append(self._leave(self.decoded))
+
+    def _hand_out(self, most: float) -> Tensor:
+        """The frames that left first, once they are there, at most so many."""
+        on_host, event = self.leaving[0]
+        bytes_BTHWC = _arrived(on_host, event, self.handed_out)
+        count = int(min(most, bytes_BTHWC.shape[1]))
+        rest = OnHost(*(t[:, count:] for t in on_host))
+        self.leaving.popleft()
+        if rest.finite_BT.shape[1]:
+            self.leaving.appendleft((rest, None))
+        self.handed_out += count
+        return bytes_BTHWC[:, :count]
 
     def _leave(self, piece: int) -> tuple[OnHost, Any]:
         """A piece of the chunk on its way to the host, and the event of its arrival: none where it

@@ -162,7 +162,7 @@ def generate(
     check_outputs(names, output.watch)
     preset, models = weights.preset, weights.models
     with started() as ranks:
-        ranks.agree(content=content, stream=stream, weights=weights)
+        ranks.agree(**vars(content), **vars(stream), **vars(weights))
         kind = "wan" if preset == "toy" else chosen_vae(preset, weights.vae, models)
         team = Team.of(ranks, settings, {"tiny": "taehv"}.get(kind, kind))
         device, encodes = ranks.device, ranks.first and (content.image or content.video)
