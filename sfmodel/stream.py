@@ -51,7 +51,7 @@ def check_euler(steps: int) -> None:
         raise ValueError(f"euler={steps}: must be 0 to {TRAIN_STEPS} steps")
 
 
-class _Given(NamedTuple):
+class Given(NamedTuple):
     """A chunk's latents [B, F, C, h, w] to go on from, and the sampler's step that does; one past
     the last for none."""
 
@@ -59,7 +59,7 @@ class _Given(NamedTuple):
     step: int
 
 
-class _Prompt(NamedTuple):
+class Prompt(NamedTuple):
     """A prompt to come, from a latent frame on, over so many chunks."""
 
     frame: int
@@ -259,8 +259,8 @@ class Stream(FrameStream):
         self.pending = 0  # frames of the one that is there, while its cache update is to come
         self.past = 0  # frames that are past
         self.begun = 0  # frames of all chunks so far
-        self.given: list[_Given] = []  # chunks to come
-        self.prompts: list[_Prompt] = []  # to come
+        self.given: list[Given] = []  # chunks to come
+        self.prompts: list[Prompt] = []  # to come
 
     def _padded(self, text_BTE: Tensor) -> Tensor:
         """A prompt as `text_BTE` has it. Raises ValueError for one that does not fit."""
@@ -307,7 +307,7 @@ class Stream(FrameStream):
         self.pending, self.next = self.size, self.preset.chunk
         return self.latents_BFCHW[self.size]
 
-    def _take(self, given: _Given) -> None:
+    def _take(self, given: Given) -> None:
         """Makes a given chunk the noisy one of a step, of its own noise, or the chunk's latents."""
         x = self.x[self.size]
         if given.step == len(self.sigmas):
@@ -384,7 +384,7 @@ class Stream(FrameStream):
             raise ValueError(
                 f"strength={strength}: must be 0, or {self.timesteps[-1] / TRAIN_STEPS:g} to 1"
             )
-        self.given += [_Given(chunk.clone(), at) for chunk in self._chunks(latents_BFCHW)]
+        self.given += [Given(chunk.clone(), at) for chunk in self._chunks(latents_BFCHW)]
 
     def set_prompt(
         self, text_BTE: Tensor, *, frame: int = 0, over: int = 1, recompute: bool = True
@@ -398,7 +398,7 @@ class Stream(FrameStream):
         ValueError for a prompt that does not fit."""
         check_count("frame", frame, least=0)
         check_count("over", over)
-        new = _Prompt(frame, self._padded(text_BTE), over, recompute)
+        new = Prompt(frame, self._padded(text_BTE), over, recompute)
         self.prompts = sorted([*self.prompts, new], key=lambda each: each.frame)
 
     def _take_prompt(self) -> None:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
 from sfmodel.cli.generate import generate
 from sfmodel.cli.main import run_command
+from sfmodel.config import PRESETS
 from sfmodel.footage import covering_image, to_pixels
+from sfmodel.pretrained import load_toy
 from sfmodel.prompts import read_timeline
+from sfmodel.saved_stream import load_stream
+from sfmodel.stream import Stream
 from sfmodel.toy import world
+from sfmodel.toy.text import ToyTextEncoder
 from sfmodel.video import VideoWriter
 from tests.clips import read_video
 
@@ -153,6 +165,13 @@ def test_a_video_made_anew(tmp_path: Path) -> None:
         ("--prompts-at {0}/bad.txt", "'a cat' must be a second and a prompt"),
         ("--prompts-at {0}/bad.txt --prompt-file {0}/bad.txt", "prompts_at: give one of them"),
         ("--positions here", "positions"),
+        ("--resume {0}/no", "no: there is no such file"),
+        ("--resume {0}/bad.png", "bad.png: damaged, or no file of tensors"),
+        ("--save-state {0}", "it is a folder"),
+        ("--save-state {0}/s --prompt-file {0}/two.txt", "save_state: is of one prompt's stream"),
+        ("--resume {0}/s --seed 3", "seed: is of a new stream"),
+        ("--resume {0}/s --window 5", "window=5: {0}/s goes on with its own"),
+        ("--resume {0}/s --preset wan-1.3b", "preset=wan-1.3b: {0}/s goes on with its own"),
     ],
 )
 def test_what_is_refused(
@@ -160,10 +179,44 @@ def test_what_is_refused(
 ) -> None:
     (tmp_path / "bad.png").write_bytes(b"none")
     (tmp_path / "bad.txt").write_text("a cat")
+    (tmp_path / "two.txt").write_text("a red ball\na blue ball")
     if "red.mp4" in words:
         clip(tmp_path)
+    if "--resume {0}/s" in words:
+        made(tmp_path, "--frames", "5", "--save-state", tmp_path / "s")
+        capsys.readouterr()
     if words == "--positions here":
         with pytest.raises(SystemExit):
             made(tmp_path, *words.split())
         return
-    assert said in refused(capsys, *words.format(tmp_path).split())
+    assert said.format(tmp_path) in refused(capsys, *words.format(tmp_path).split())
+
+
+def test_a_stream_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    """In another process: what is in the file of the stream comes after what is in the video."""
+    state, video = tmp_path / "state", tmp_path / "endless.mp4"
+    words = ["generate", "--frames", "endless", "--prompt", "a red ball", "--sink", "1"]
+    words += ["--output", str(video), "--save-state", str(state)]
+    command = [sys.executable, "-m", "sfmodel", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while not (video.exists() or list(tmp_path.glob(".*"))):
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"the stream: {state}" in said
+    with safe_open(state, "pt") as file:
+        counts = json.loads(file.metadata()["facts"])["counts"]
+    assert counts["handed_out"] == len(read_video(video)[0]) > 12
+    text = ToyTextEncoder()(["a red ball"])
+    model, codec, _ = load_toy()
+    whole = Stream(model, codec, text, replace(PRESETS["toy"], sink=1))
+    want = torch.cat([*whole.frames(counts["handed_out"] + 20)], 1)[:, -20:]
+    other = Stream(model, codec, text, replace(PRESETS["toy"], sink=1), seed=5)
+    load_stream(other, state)
+    got = torch.cat([*other.frames(20)], 1)
+    assert (got.int() - want.int()).abs().max() <= 1  # other numbers of threads round otherwise
+    resumed = made(tmp_path, "--resume", state, "--frames", "20")
+    assert {*colours(resumed)} == {RED}
+    other_prompt = made(tmp_path, "--resume", state, "--frames", "30", "--prompt", "a blue ball")
+    assert colours(other_prompt)[-1] == BLUE

@@ -36,6 +36,7 @@ from sfmodel.pretrained import (
     progress,
     sized,
 )
+from sfmodel.process import noting
 from sfmodel.prompts import continued, prompt_beside, prompts_in
 from sfmodel.terminal import TerminalPlayer
 from sfmodel.toy.text import ToyTextEncoder
@@ -354,10 +355,13 @@ def write_videos(
             for pixels in chunks:
                 done += pixels.shape[1]
                 first = first or time.perf_counter() - began
-                for writer, sheet, video in zip(writers, sheets, pixels, strict=True):
-                    writer.write(video)
-                    sheet.add(video)
-                shown = done
+                with noting() as signals:  # a chunk is written whole or not at all
+                    for writer, sheet, video in zip(writers, sheets, pixels, strict=True):
+                        writer.write(video)
+                        sheet.add(video)
+                    shown = done
+                if signals:
+                    raise KeyboardInterrupt
                 rate = done / (time.perf_counter() - began)
                 status = f"frame {done} of {'∞' if frames == 'endless' else frames}, {rate:.1f} FPS"
                 progress.update(task, text=status)

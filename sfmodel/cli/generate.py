@@ -17,6 +17,7 @@ from tyro.conf import OmitArgPrefixes
 from sfmodel.cli.encode import check_outputs, latents_of, write_videos
 from sfmodel.config import Preset, check_seed
 from sfmodel.cost import pixel_frames
+from sfmodel.files import check_writable
 from sfmodel.footage import covering_image, to_pixels
 from sfmodel.pretrained import (
     Vae,
@@ -28,13 +29,15 @@ from sfmodel.pretrained import (
     progress,
     sized,
 )
+from sfmodel.process import noting
 from sfmodel.prompts import read_prompts, read_timeline
 from sfmodel.ranks import started
+from sfmodel.saved_stream import load_stream, read_notes, read_preset, save_stream
 from sfmodel.sequence_parallel import Received, Team, chunks_of
 from sfmodel.stream import Stream
 from sfmodel.vae.codec import VideoCodec
 
-FRAMES = 121  # pixel frames, if nothing else is said
+FRAMES, RED = 121, "a large red ball moves up slowly"  # if nothing else is said
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Content:
 
     Args:
         prompt: What to show. The toy model knows: a small|large dim|bright red|green|blue|yellow|
-            magenta|cyan|white ball moves up|down|left|right [and …] slowly|fast; leave out any.
+            magenta|cyan|white ball moves up|down|left|right [and …] slowly|fast; leave out any. If
+            not given: a large red ball moves up slowly.
         prompt_file: A text file with one prompt a line, each streamed into a video of its own
             (video-0.mp4, video-1.mp4, …); takes the place of the prompt.
         prompts_at: A text file of prompts over time, each line a second and a prompt ("7.5 a cat
@@ -54,9 +58,11 @@ class Content:
         frames: Pixel frames in all, those of a given video included, or "endless"; if not given 121
             more than that has, or with a strength as many.
         seed: The same seed gives the same video.
+        resume: A stream that was saved, to go on from, of the sizes that it has; under another
+            prompt if one is given.
     """
 
-    prompt: str = "a large red ball moves up slowly"
+    prompt: str | None = None
     prompt_file: Path | None = None
     prompts_at: Path | None = None
     image: Path | None = None
@@ -64,6 +70,7 @@ class Content:
     strength: float = 0.0
     frames: int | Literal["endless"] | None = None
     seed: int = 0
+    resume: Path | None = None
 
     def check(self) -> None:
         """Raises ValueError for what does not go together."""
@@ -77,6 +84,9 @@ class Content:
             raise ValueError(f"strength={self.strength}: must be 0 to 1")
         if self.prompt_file and self.prompts_at:
             raise ValueError("prompt_file and prompts_at: give one of them")
+        new = ("prompt_file", "prompts_at", "image", "video", "seed")
+        if self.resume and (given := [name for name in new if getattr(self, name)]):
+            raise ValueError(f"{given[0]}: is of a new stream, and {self.resume} is resumed")
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,8 @@ class Weights:
     """The model and its weights.
 
     Args:
-        preset: Sizes of the model and its stream: toy, wan-1.3b or wan-14b.
+        preset: Sizes of the model and its stream: toy, wan-1.3b or wan-14b; if not given toy, or
+            that of the stream that is resumed.
         checkpoint: Weights (.safetensors, .pt, .pth, a folder); if not given the toy's own, or the
             few-step generator in the folder of models.
         models: Folder of the public weights; models, or what SFMODEL_MODELS names, if not given.
@@ -117,7 +128,7 @@ class Weights:
         tile: Decode in tiles of so many latents a side, for little memory; with --vae wan.
     """
 
-    preset: str = "toy"
+    preset: str | None = None
     checkpoint: Path | None = None
     models: Path | None = None
     vae: Vae = "auto"
@@ -130,10 +141,12 @@ class Output:
 
     Args:
         output: The MP4 to write.
+        save_state: A file to save the stream in at its end, also after Ctrl-C, for --resume.
         watch: Play the video in the terminal while it is made.
     """
 
     output: Path = Path("out/video.mp4")
+    save_state: Path | None = None
     watch: bool = False
 
 
@@ -150,9 +163,11 @@ def generate(
     all but the last, which then decodes beside the next chunk, as is predicted to be faster.
     """
     content.check()
-    settings = _settings(content, stream, weights.preset)
+    saved = read_notes(content.resume) if content.resume else {}
+    preset, models = weights.preset or saved.get("preset", "toy"), weights.models
+    settings = _settings(content, stream, preset, saved)
     timeline = read_timeline(content.prompts_at) if content.prompts_at else []
-    prompts = read_prompts(content.prompt_file) if content.prompt_file else [content.prompt]
+    prompts = read_prompts(content.prompt_file) if content.prompt_file else [content.prompt or RED]
     if timeline and not timeline[0][0]:
         prompts = [timeline.pop(0)[1]]
     check_seed(content.seed, len(prompts))
@@ -160,9 +175,14 @@ def generate(
     names = [file.with_stem(f"{file.stem}-{i}") for i in range(len(prompts))]
     names = [file] if len(prompts) == 1 else names
     check_outputs(names, output.watch)
-    preset, models = weights.preset, weights.models
+    if output.save_state:
+        check_writable(output.save_state)
+        if len(prompts) > 1:
+            raise ValueError("save_state: is of one prompt's stream")
     with started() as ranks:
         ranks.agree(**vars(content), **vars(stream), **vars(weights))
+        if ranks.world > 1 and (content.resume or output.save_state):
+            raise ValueError("resume and save_state: go with one rank")
         kind = "wan" if preset == "toy" else chosen_vae(preset, weights.vae, models)
         team = Team.of(ranks, settings, {"tiny": "taehv"}.get(kind, kind))
         device, encodes = ranks.device, ranks.first and (content.image or content.video)
@@ -225,6 +245,10 @@ def generate(
                     made.give(batch.to(device), content.strength)
                 for (second, _), row in zip(timeline, later, strict=True):
                     made.set_prompt(row[None].to(device), frame=_latent_frame(second, settings))
+                if content.resume:
+                    load_stream(made, content.resume)
+                    if content.prompt is not None:
+                        made.set_prompt(text_BTE)
             if team.decodes:
                 for note in made.notes:
                     print(note, file=sys.stderr)
@@ -232,7 +256,18 @@ def generate(
                 where = f"{on}, in CUDA graphs" if graph and not made.notes else on
                 chunks = made.frames(None if frames == "endless" else frames)
                 titles = [" > ".join([each, *(p for _, p in timeline)]) for each in prompts[few]]
-                write_videos(chunks, names[few], titles, settings.fps, frames, where, output.watch)
+                if content.resume and content.prompt is None:
+                    titles = [saved["title"]]
+                try:
+                    write_videos(
+                        chunks, names[few], titles, settings.fps, frames, where, output.watch
+                    )
+                except FloatingPointError:
+                    raise
+                except KeyboardInterrupt:
+                    _save(made, output.save_state, preset, titles[0])
+                    raise
+                _save(made, output.save_state, preset, titles[0])
             else:
                 left = math.inf if frames == "endless" else chunks_of(settings, frames)
                 while left > 0:
@@ -240,8 +275,24 @@ def generate(
                     left -= 1
 
 
-def _settings(content: Content, stream: Streaming, preset: str) -> Preset:
-    """The preset with what was asked for. A picture is a first chunk of its own."""
+def _save(made: Stream | Received, path: Path | None, preset: str, title: str) -> None:
+    if path is not None and isinstance(made, Stream):
+        with noting():
+            save_stream(made, path, {"preset": preset, "title": title})
+        print(f"the stream: {path}")
+
+
+def _settings(content: Content, stream: Streaming, preset: str, saved: dict[str, Any]) -> Preset:
+    """The preset with what was asked for, or that of a saved stream. A picture is a first chunk of
+    its own."""
+    if content.resume:
+        sizes = {"preset": preset, "window": stream.window, "sink": stream.sink}
+        sizes |= {"positions": stream.positions, "chunk": stream.chunk}
+        sizes |= {"height": stream.height, "width": stream.width}
+        for name, value in sizes.items():
+            if value not in (None, saved.get(name)):
+                raise ValueError(f"{name}={value}: {content.resume} goes on with its own")
+        return read_preset(content.resume)
     settings = sized(find_preset(preset), stream.height, stream.width)
     given = {name: getattr(stream, name) for name in ("window", "sink", "positions", "chunk")}
     given |= {"first": 1 if content.image else None}
