@@ -26,6 +26,8 @@ from sfmodel.vae.convolution import channels_last
 from sfmodel.vae.taehv import TinyVAE
 from sfmodel.vae.wan import WanVAE
 from sfmodel.weights import checkpoint as checkpoints
+from sfmodel.weights import names
+from sfmodel.weights.lora import Lora, merge, read_lora
 
 log = logging.getLogger(__name__)
 TOY_WEIGHTS = Path(__file__).parent / "toy" / "weights" / "toy.safetensors"
@@ -98,15 +100,24 @@ def progress(doing: str) -> Iterator[None]:
 
 
 def load_model(
-    preset: str, path: Path | None, device: torch.device, models: Path | None = None
+    preset: str,
+    path: Path | None,
+    device: torch.device,
+    models: Path | None = None,
+    loras: Sequence[Lora] = (),
 ) -> DiT:
     """The transformer of a preset with the weights at `path`; None: the shipped ones of the toy, or
-    the first few-step generator in the folder of models. Raises ValueError where there is none."""
-    return checked_model(preset, path, device, models)()
+    the first few-step generator in the folder of models. loras: merged into it. Raises ValueError
+    where there is none."""
+    return checked_model(preset, path, device, models, loras)()
 
 
 def checked_model(
-    preset: str, path: Path | None, device: torch.device, models: Path | None = None
+    preset: str,
+    path: Path | None,
+    device: torch.device,
+    models: Path | None = None,
+    loras: Sequence[Lora] = (),
 ) -> Callable[[], DiT]:
     """Loader for later: checks now, and raises ValueError, as `load_model` does."""
     config = find_preset(preset).dit
@@ -117,10 +128,16 @@ def checked_model(
         path = TOY_WEIGHTS if toy else _needed("generators", preset, models)
     dtype = torch.float32 if toy else default_dtype(device)
     load = checkpoints.checked(lambda: DiT(config), path, device=device, dtype=dtype)
+    with torch.device("meta"):
+        wanted = names.to_official(DiT(config).state_dict()) if loras else {}
+    changes = [read_lora(lora, wanted) for lora in loras]
 
     def loaded() -> DiT:
         with progress(f"loading {path}"):
-            return load().eval()
+            model = load().eval()
+            for change in changes:
+                merge(model, change)
+            return model
 
     return loaded
 

@@ -199,9 +199,9 @@ def test_a_stream_that_was_stopped_goes_on(tmp_path: Path) -> None:
     words += ["--output", str(video), "--save-state", str(state)]
     command = [sys.executable, "-m", "sfmodel", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    while not (video.exists() or list(tmp_path.glob(".*"))):
-        time.sleep(0.05)
-    time.sleep(1)
+    while sum(each.stat().st_size for each in tmp_path.rglob("*")) < 30_000:  # of video
+        time.sleep(0.1)
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and f"the stream: {state}" in said

@@ -36,6 +36,7 @@ from sfmodel.saved_stream import load_stream, read_notes, read_preset, save_stre
 from sfmodel.sequence_parallel import Received, Team, chunks_of
 from sfmodel.stream import Stream
 from sfmodel.vae.codec import VideoCodec
+from sfmodel.weights.lora import Lora
 
 FRAMES, RED = 121, "a large red ball moves up slowly"  # if nothing else is said
 
@@ -123,6 +124,8 @@ class Weights:
             that of the stream that is resumed.
         checkpoint: Weights (.safetensors, .pt, .pth, a folder); if not given the toy's own, or the
             few-step generator in the folder of models.
+        lora: Changes to the model that are merged into it, PATH or PATH:STRENGTH each, a file or
+            PEFT's folder.
         models: Folder of the public weights; models, or what SFMODEL_MODELS names, if not given.
         vae: Wan2.1's own decoder, the tiny one, or the first of the two that is there.
         tile: Decode in tiles of so many latents a side, for little memory; with --vae wan.
@@ -130,6 +133,7 @@ class Weights:
 
     preset: str | None = None
     checkpoint: Path | None = None
+    lora: tuple[str, ...] = ()
     models: Path | None = None
     vae: Vae = "auto"
     tile: int | None = None
@@ -175,6 +179,7 @@ def generate(
     names = [file.with_stem(f"{file.stem}-{i}") for i in range(len(prompts))]
     names = [file] if len(prompts) == 1 else names
     check_outputs(names, output.watch)
+    loras = [Lora.parse(said) for said in weights.lora]
     if output.save_state:
         check_writable(output.save_state)
         if len(prompts) > 1:
@@ -190,7 +195,7 @@ def generate(
         # the GPU before the model comes. It keeps on disk what each of many prompts is encoded as.
         text = load_text(preset, models) if ranks.first else None
         load_model = (
-            checked_model(preset, weights.checkpoint, device, models) if team.runs else None
+            checked_model(preset, weights.checkpoint, device, models, loras) if team.runs else None
         )
         load_codec = (
             checked_codec(preset, device, weights.vae, models, weights.tile)
