@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sfkernels.arguments import check_positive
 from sfkernels.layout import check_positions, check_window
 
 
@@ -104,7 +105,8 @@ class VAEConfig:
 class Preset:
     """A model with the settings it streams at.
 
-    height, width: of the latents. shift, steps: noise schedule and few-step list. chunk, first,
+    height, width: of the latents. shift, steps: noise schedule and few-step list. warped: the steps
+    are taken as they are, instead of shifted as the schedule is (CausVid's). chunk, first,
     window, sink: latent frames; `first` is the size of the first chunk if it differs from `chunk`
     (1: an independent first frame). positions: of the sink, "absolute" or "relative" to the window,
     as of `sfkernels.RingKVCache`. fps: pixel frames a second of the video.
@@ -115,6 +117,7 @@ class Preset:
     width: int
     shift: float = 5.0
     steps: tuple[int, ...] = (1000, 750, 500, 250)
+    warped: bool = False
     chunk: int = 3
     first: int | None = None
     window: int = 21
@@ -128,6 +131,7 @@ class Preset:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
+        check_positive("shift", self.shift)
         check_window(self.window, self.sink, max(self.chunk, self.first or 1))
         check_positions(self.positions)
         return self

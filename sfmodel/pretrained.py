@@ -31,6 +31,7 @@ from sfmodel.weights.lora import Lora, merge, read_lora
 
 log = logging.getLogger(__name__)
 TOY_WEIGHTS = Path(__file__).parent / "toy" / "weights" / "toy.safetensors"
+TOY_TEACHER = TOY_WEIGHTS.with_stem("toy_teacher")
 Vae = Literal["auto", "wan", "tiny"]
 
 
@@ -118,14 +119,18 @@ def checked_model(
     device: torch.device,
     models: Path | None = None,
     loras: Sequence[Lora] = (),
+    base: bool = False,
 ) -> Callable[[], DiT]:
-    """Loader for later: checks now, and raises ValueError, as `load_model` does."""
+    """Loader for later: checks now, and raises ValueError, as `load_model` does. base: without a
+    path it is the bidirectional model of many steps."""
     config = find_preset(preset).dit
-    toy = preset == "toy"
-    if path is None and not toy and "generators" not in assets.PUBLIC[preset]:
+    toy, kind = preset == "toy", "dit" if base else "generators"
+    if path is None and not toy and kind not in assets.PUBLIC[preset]:
         raise ValueError(f"preset={preset!r}: has no public few-step weights: name a checkpoint")
-    if path is None:
-        path = TOY_WEIGHTS if toy else _needed("generators", preset, models)
+    if path is None and toy:
+        path = TOY_TEACHER if base else TOY_WEIGHTS
+    elif path is None:
+        path = _needed(kind, preset, models)
     dtype = torch.float32 if toy else default_dtype(device)
     load = checkpoints.checked(lambda: DiT(config), path, device=device, dtype=dtype)
     with torch.device("meta"):

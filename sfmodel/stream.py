@@ -124,7 +124,8 @@ class Stream(FrameStream):
             [round(TRAIN_STEPS * (1 - i / euler)) for i in range(euler)] if euler else preset.steps
         )
         schedule, device = FlowSchedule(preset.check().shift), model.device
-        t = schedule.warp(self.timesteps).to(device)
+        t = schedule.warp(self.timesteps)
+        t = (torch.tensor(self.timesteps).float() if preset.warped and not euler else t).to(device)
         self.sigmas = [*schedule.sigma(t)]
         self.modulations = [model.modulation(one) for one in t]
         self.clean = model.modulation(torch.zeros((), device=device))

@@ -33,12 +33,15 @@ from sfmodel.process import noting
 from sfmodel.prompts import read_prompts, read_timeline
 from sfmodel.ranks import started
 from sfmodel.saved_stream import load_stream, read_notes, read_preset, save_stream
+from sfmodel.schedule import FlowSchedule
 from sfmodel.sequence_parallel import Received, Team, chunks_of
 from sfmodel.stream import Stream
 from sfmodel.vae.codec import VideoCodec
 from sfmodel.weights.lora import Lora
+from sfmodel.whole_clip import WholeClip
 
-FRAMES, RED = 121, "a large red ball moves up slowly"  # if nothing else is said
+# If nothing else is said: pixel frames of a stream and of a whole clip, its steps, a prompt.
+FRAMES, CLIP, STEPS, RED = 121, 81, 50, "a large red ball moves up slowly"
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Streaming:
         sink: First latent frames that stay in the cache for good.
         positions: Of the sink: relative to the window, with which it moves along, or absolute.
         chunk: Latent frames generated at a time.
+        first: Of the first chunk, where it has others: 1 is a still.
         height: Of the video in pixels.
         width: Of the video in pixels.
         low_latency: Decode a chunk's latent frames one by one, so that the first come earlier.
@@ -109,10 +113,34 @@ class Streaming:
     sink: int | None = None
     positions: Literal["relative", "absolute"] | None = None
     chunk: int | None = None
+    first: int | None = None
     height: int | None = None
     width: int | None = None
     low_latency: bool = False
     eager: bool = False
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How noise becomes video.
+
+    Args:
+        sampler: few-step streams from a distilled causal model; euler and unipc make a whole clip
+            at once, of 81 frames if not said, with a plain bidirectional one, as Wan2.1 is.
+        steps: The few-step list, falling from 1000, the preset's if not given; of a whole clip how
+            many, 50 if not given.
+        shift: Of the noise levels; the preset's if not given.
+        warped: The steps are meant as they are, not to be shifted (CausVid).
+        guidance: Of a whole clip: how far from the negative prompt; 1 is none.
+        negative: A prompt that guidance leads away from.
+    """
+
+    sampler: Literal["few-step", "euler", "unipc"] = "few-step"
+    steps: tuple[int, ...] | None = None
+    shift: float | None = None
+    warped: bool = False
+    guidance: float = 5.0
+    negative: str = ""
 
 
 @dataclass(frozen=True)
@@ -157,6 +185,7 @@ class Output:
 def generate(
     content: OmitArgPrefixes[Content] = Content(),
     stream: OmitArgPrefixes[Streaming] = Streaming(),
+    sampling: OmitArgPrefixes[Sampling] = Sampling(),
     weights: OmitArgPrefixes[Weights] = Weights(),
     output: OmitArgPrefixes[Output] = Output(),
 ) -> None:
@@ -169,7 +198,10 @@ def generate(
     content.check()
     saved = read_notes(content.resume) if content.resume else {}
     preset, models = weights.preset or saved.get("preset", "toy"), weights.models
-    settings = _settings(content, stream, preset, saved)
+    whole = sampling.sampler != "few-step"
+    settings = _settings(content, stream, sampling, preset, saved)
+    if whole:
+        _check_whole(content, output)
     timeline = read_timeline(content.prompts_at) if content.prompts_at else []
     prompts = read_prompts(content.prompt_file) if content.prompt_file else [content.prompt or RED]
     if timeline and not timeline[0][0]:
@@ -185,9 +217,9 @@ def generate(
         if len(prompts) > 1:
             raise ValueError("save_state: is of one prompt's stream")
     with started() as ranks:
-        ranks.agree(**vars(content), **vars(stream), **vars(weights))
-        if ranks.world > 1 and (content.resume or output.save_state):
-            raise ValueError("resume and save_state: go with one rank")
+        ranks.agree(**vars(content), **vars(stream), **vars(sampling), **vars(weights))
+        if ranks.world > 1 and (content.resume or output.save_state or whole):
+            raise ValueError("resume, save_state and a whole clip: go with one rank")
         kind = "wan" if preset == "toy" else chosen_vae(preset, weights.vae, models)
         team = Team.of(ranks, settings, {"tiny": "taehv"}.get(kind, kind))
         device, encodes = ranks.device, ranks.first and (content.image or content.video)
@@ -195,7 +227,9 @@ def generate(
         # the GPU before the model comes. It keeps on disk what each of many prompts is encoded as.
         text = load_text(preset, models) if ranks.first else None
         load_model = (
-            checked_model(preset, weights.checkpoint, device, models, loras) if team.runs else None
+            checked_model(preset, weights.checkpoint, device, models, loras, whole)
+            if team.runs
+            else None
         )
         load_codec = (
             checked_codec(preset, device, weights.vae, models, weights.tile)
@@ -209,7 +243,8 @@ def generate(
         later: list[Tensor] = []
         if text is not None:
             with progress("encoding the prompts" if len(prompts) > 1 else "encoding the prompt"):
-                later = [row.float().cpu() for row in text.rows([p for _, p in timeline], device)]
+                more = [p for _, p in timeline] + [sampling.negative] * whole
+                later = [row.float().cpu() for row in text.rows(more, device)]
                 last.extend(text.rows(prompts, device))
         later = ranks.from_first(later)
         model, codec = load_model and load_model(), load_codec and load_codec()
@@ -218,11 +253,19 @@ def generate(
             assert codec is not None
             given = _given(image, content, settings, codec, device)
         given = ranks.from_first(given)
-        frames = _frames(content, given)
-        graph = device.type == "cuda" and not stream.eager
+        frames = _frames(content, given, whole)
+        graph = device.type == "cuda" and not stream.eager and not whole
         options: Any = {"graph": graph, "low_latency": stream.low_latency}
 
-        def begun(text_BTE: Tensor, seed: int) -> Stream | Received:
+        def begun(text_BTE: Tensor, seed: int) -> Stream | Received | WholeClip:
+            if whole:
+                assert model is not None
+                count = sampling.steps[0] if sampling.steps else STEPS
+                return WholeClip(
+                    model, codec, text_BTE, settings, negative_BTE=later[-1][None].to(device),
+                    guidance=sampling.guidance, sampler=sampling.sampler, steps=count, seed=seed,
+                    batch=len(text_BTE),
+                )  # fmt: skip
             if model is None:
                 assert codec is not None
                 return Received(codec, settings, len(text_BTE), device, **options)
@@ -232,14 +275,14 @@ def generate(
 
         # A few videos of the toy fit side by side, of a large model one after the other.
         together = 16 if preset == "toy" else 1
-        made: Stream | Received | None = None
+        made: Stream | Received | WholeClip | None = None
         for i in range(0, len(prompts), together):
             few, rows = slice(i, i + together), None
             if text is not None:
                 encoded = last if len(prompts) == 1 else text.rows(prompts[few], device)
                 rows = [row.float().cpu() for row in encoded]
             text_BTE = pad_sequence(ranks.from_first(rows), batch_first=True).to(device)
-            if made is not None and made.batch == len(text_BTE):
+            if isinstance(made, (Stream, Received)) and made.batch == len(text_BTE):
                 made.restart(text_BTE, content.seed + i)
             else:
                 with progress("capturing CUDA graphs" if graph else "preparing the stream"):
@@ -273,21 +316,32 @@ def generate(
                     _save(made, output.save_state, preset, titles[0])
                     raise
                 _save(made, output.save_state, preset, titles[0])
-            else:
+            elif not isinstance(made, WholeClip):
                 left = math.inf if frames == "endless" else chunks_of(settings, frames)
                 while left > 0:
                     team.send(made.denoise())
                     left -= 1
 
 
-def _save(made: Stream | Received, path: Path | None, preset: str, title: str) -> None:
+def _save(made: object, path: Path | None, preset: str, title: str) -> None:
     if path is not None and isinstance(made, Stream):
         with noting():
             save_stream(made, path, {"preset": preset, "title": title})
         print(f"the stream: {path}")
 
 
-def _settings(content: Content, stream: Streaming, preset: str, saved: dict[str, Any]) -> Preset:
+def _check_whole(content: Content, output: Output) -> None:
+    """Raises ValueError for what only a stream can do."""
+    asked = ("prompts_at", "image", "video", "resume")
+    if given := [name for name in asked if getattr(content, name)]:
+        raise ValueError(f"{given[0]}: goes with --sampler few-step, a stream")
+    if output.save_state or content.frames == "endless":
+        raise ValueError("save_state and endless frames: go with --sampler few-step, a stream")
+
+
+def _settings(
+    content: Content, stream: Streaming, sampling: Sampling, preset: str, saved: dict[str, Any]
+) -> Preset:
     """The preset with what was asked for, or that of a saved stream. A picture is a first chunk of
     its own."""
     if content.resume:
@@ -299,8 +353,19 @@ def _settings(content: Content, stream: Streaming, preset: str, saved: dict[str,
                 raise ValueError(f"{name}={value}: {content.resume} goes on with its own")
         return read_preset(content.resume)
     settings = sized(find_preset(preset), stream.height, stream.width)
-    given = {name: getattr(stream, name) for name in ("window", "sink", "positions", "chunk")}
-    given |= {"first": 1 if content.image else None}
+    names = ("window", "sink", "positions", "chunk", "first")
+    given = {name: getattr(stream, name) for name in names} | {"shift": sampling.shift}
+    if content.image:
+        given |= {"first": 1}
+    if sampling.sampler != "few-step":
+        if sampling.steps and len(sampling.steps) > 1:
+            raise ValueError(f"steps={sampling.steps}: of a whole clip must be a number of steps")
+        frames = content.frames if isinstance(content.frames, int) else CLIP
+        given |= dict.fromkeys(("window", "chunk", "first"), 1 - (1 - frames) // 4)
+        given |= {"sink": 0}
+    elif sampling.steps:
+        FlowSchedule().warp(sampling.steps)  # checks them
+        given |= {"steps": sampling.steps, "warped": sampling.warped}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return replace(settings, **changes).check()
 
@@ -337,9 +402,11 @@ def _given(
     return latents[:, : latents.shape[1] - (latents.shape[1] - first) % settings.chunk]
 
 
-def _frames(content: Content, given: Tensor | None) -> int | Literal["endless"]:
+def _frames(content: Content, given: Tensor | None, whole: bool) -> int | Literal["endless"]:
     """Pixel frames of the video. Raises ValueError where those that were given are as many."""
     there = 0 if given is None or content.image else pixel_frames(given.shape[1])
+    if content.frames is None and whole:
+        return CLIP
     if content.frames is None:
         return there if content.strength else there + FRAMES
     if isinstance(content.frames, int) and not content.strength and content.frames <= there:
