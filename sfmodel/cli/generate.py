@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -303,6 +304,8 @@ def generate(
                 on = f"{ranks.world} ranks, {device.type}" if ranks.world > 1 else str(device)
                 where = f"{on}, in CUDA graphs" if graph and not made.notes else on
                 chunks = made.frames(None if frames == "endless" else frames)
+                if output.save_state:
+                    chunks = _whole_chunks(chunks)
                 titles = [" > ".join([each, *(p for _, p in timeline)]) for each in prompts[few]]
                 if content.resume and content.prompt is None:
                     titles = [saved["title"]]
@@ -310,10 +313,9 @@ def generate(
                     write_videos(
                         chunks, names[few], titles, settings.fps, frames, where, output.watch
                     )
-                except FloatingPointError:
-                    raise
-                except KeyboardInterrupt:
-                    _save(made, output.save_state, preset, titles[0])
+                except KeyboardInterrupt as stop:
+                    if not isinstance(stop, _TornError):
+                        _save(made, output.save_state, preset, titles[0])
                     raise
                 _save(made, output.save_state, preset, titles[0])
             elif not isinstance(made, WholeClip):
@@ -321,6 +323,27 @@ def generate(
                 while left > 0:
                     team.send(made.denoise())
                     left -= 1
+
+
+class _TornError(KeyboardInterrupt):
+    """A second Ctrl-C, within a chunk."""
+
+
+def _whole_chunks(chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The chunks, none of which Ctrl-C tears: a stream that is torn is not worth saving. A second
+    Ctrl-C does, and raises `_TornError`."""
+    while True:
+        try:
+            with noting() as signals:
+                chunk = next(chunks, None)
+        except KeyboardInterrupt:
+            print("stopped within a chunk: the stream is not saved", file=sys.stderr)
+            raise _TornError from None
+        if chunk is None:
+            return
+        yield chunk
+        if signals:
+            raise KeyboardInterrupt
 
 
 def _save(made: object, path: Path | None, preset: str, title: str) -> None:
