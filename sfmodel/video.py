@@ -38,7 +38,7 @@ BT709 = 1  # the code of HD television in ITU-T H.273, for primaries and transfe
 MIN_SHORT_SIDE = 256  # px: smaller videos are enlarged, players would blur them on a screen
 
 
-def _to_images(frames: Tensor, numbers: Sequence[int], name: str = "") -> Images:
+def to_images(frames: Tensor, numbers: Sequence[int], name: str = "") -> Images:
     """Float frames [T, 3, H, W] in [-1, 1] on any device to bytes [T, H, W, 3]; bytes are copied.
 
     Raises FloatingPointError, with the name and the frame's number, for one that holds NaN or
@@ -149,7 +149,7 @@ class VideoWriter:
         if self._closed:
             raise ValueError(f"{self.path} is closed, no more frames can be written")
         numbers = range(self._given, self._given + len(frames))
-        images_THWC = _to_images(frames, numbers, str(self.path))
+        images_THWC = to_images(frames, numbers, str(self.path))
         size = (images_THWC.shape[1], images_THWC.shape[2])
         if self._size is None:
             self._size = size
@@ -292,7 +292,7 @@ class ContactSheet:
         first = -self.seen % self.every
         indices = range(self.seen + first, self.seen + len(frames), self.every)
         # One copy for the batch, of what may be kept: on a GPU each copy makes the host wait.
-        images_THWC = _to_images(frames[first :: self.every], indices)
+        images_THWC = to_images(frames[first :: self.every], indices)
         for index, image_HWC in zip(indices, images_THWC, strict=True):
             if index % self.every:  # the spacing has grown within this batch
                 continue
@@ -335,7 +335,7 @@ def contact_sheet_of_rows(
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(videos), len(chosen), squeeze=False)
     for row, video, label in zip(axes, videos, labels, strict=True):
-        images_THWC = _to_images(video, range(len(video)), f"{path}: {label}")
+        images_THWC = to_images(video, range(len(video)), f"{path}: {label}")
         for ax, image_HWC in zip(row, images_THWC[chosen], strict=True):
             ax.imshow(image_HWC)
             ax.set(xticks=[], yticks=[])

@@ -90,7 +90,7 @@ def test_bad_input_is_one_sentence(
     blocked = tmp_path / "file"
     blocked.touch()
     assert "cannot write" in said("--output", blocked / "v.mp4")
-    assert "expected a name ending in .mp4" in said("--output", tmp_path / "v.avi")
+    assert "must be a name ending in .mp4" in said("--output", tmp_path / "v.avi")
     assert not list(tmp_path.glob("*.mp4"))
 
 
@@ -119,7 +119,7 @@ def nothing_heavy(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("generate --output {0}/a/v.gif", "expected a name ending in .mp4"),
+        ("generate --output {0}/a/v.avi", "must be a name ending in .mp4"),
         ("generate --output /proc/none/v.mp4", "cannot write /proc/none/v.mp4"),
         ("generate --output {0}/sheet.mp4", "sheet.png: it is a folder"),
         ("generate --frames 0", "frames=0: must be at least 1"),
@@ -146,7 +146,7 @@ def nothing_heavy(monkeypatch: pytest.MonkeyPatch) -> None:
         ("evaluate --euler -1", "euler=-1: must be 0 to 1000"),
         ("encode {0}/none.mp4 --preset toy --frames 0", "frames=0: must be at least 1"),
         ("encode {0}/none.mp4 --preset toy --output /proc/none", "cannot write /proc/none"),
-        ("decode {0}/latents.pt --preset toy --output {0}/v.avi", "expected a name ending in .mp4"),
+        ("decode {0}/latents.pt --preset toy --output {0}/v.avi", "must be a name ending in .mp4"),
         ("decode {0}/none.pt --preset toy", "there is no such checkpoint file"),
         ("convert {0}/toy.safetensors {0}/to --to diffusers --shard-gb 0", "shard_gb=0.0"),
         ("doctor --json {0}", "it is a folder"),

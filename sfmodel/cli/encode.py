@@ -24,6 +24,7 @@ from torch import Tensor
 from sfmodel.config import Preset
 from sfmodel.files import LONGEST, VIDEOS, check_writable, within
 from sfmodel.footage import covering_frames, to_pixels
+from sfmodel.frame_files import STANDARD_OUTPUT, check_name, numbered, sheet_of, writer
 from sfmodel.pretrained import (
     TextEncoder,
     Vae,
@@ -41,7 +42,7 @@ from sfmodel.prompts import continued, prompt_beside, prompts_in
 from sfmodel.terminal import TerminalPlayer
 from sfmodel.toy.text import ToyTextEncoder
 from sfmodel.vae.codec import NotFinite, VideoCodec
-from sfmodel.video import ContactSheet, VideoWriter, check_name
+from sfmodel.video import ContactSheet
 from sfmodel.weights import checkpoint
 from sfmodel.weights.saving import save_tensors
 
@@ -296,7 +297,7 @@ def decode(
         source: A .safetensors, .pt or .pth file with the latents [N, frames, channels, height,
             width] of a normal distribution, as diffusion models make them, named `latents` or alone
             in the file.
-        output: The MP4 to write; of several videos video-0.mp4, video-1.mp4, …
+        output: The MP4 to write (or a .gif, …, as `generate`); of several video-0.mp4, …
         preset: Whose video decoder: toy, wan-1.3b or wan-14b.
         models: Folder of the public weights; models, or what SFMODEL_MODELS names, if not given.
         vae: Wan2.1's own decoder, the tiny one, or the first of the two that is there.
@@ -306,7 +307,7 @@ def decode(
     settings, device = find_preset(preset), default_device()
     latents_NFCHW = _read_latents(source, settings.dit.channels, axes)
     count = len(latents_NFCHW)
-    names = [output.with_stem(f"{output.stem}-{i}") if count > 1 else output for i in range(count)]
+    names = numbered(output, count)
     check_outputs(names)
     codec = load_codec(preset, device, vae, models, tile)
     frames = 1 + codec.temporal_factor * (latents_NFCHW.shape[1] - 1)
@@ -319,8 +320,13 @@ def check_outputs(names: Sequence[Path], watch: bool = False) -> None:
     """Raises as `write_videos` does where it cannot write or show a video, and leaves nothing."""
     for name in names:
         check_name(name)
-        check_writable(name)
-        check_writable(name.with_suffix(".png"))
+        if name != STANDARD_OUTPUT:
+            first = name.with_name(name.name % 0) if "%" in name.name else name
+            check_writable(first)
+        if sheet := sheet_of(name):
+            check_writable(sheet)
+    if watch and STANDARD_OUTPUT in names:
+        raise ValueError("watch: goes with a file, not with output -")
     if watch:
         TerminalPlayer(1)
 
@@ -342,11 +348,11 @@ def write_videos(
     sheets = [ContactSheet() for _ in names]
     player = TerminalPlayer(fps) if watch else None
     done, shown, began, first = 0, 0, time.perf_counter(), 0.0
-    console = Console()
+    console = Console(stderr=STANDARD_OUTPUT in names)
     columns = (SpinnerColumn(), TextColumn("{task.fields[text]}"))
     stopped: BaseException | None = None
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(VideoWriter(name, fps)) for name in names]
+        writers = [stack.enter_context(writer(name, fps)) for name in names]
         progress = stack.enter_context(
             Progress(*columns, console=console, disable=watch or not console.is_terminal)
         )
@@ -356,8 +362,8 @@ def write_videos(
                 done += pixels.shape[1]
                 first = first or time.perf_counter() - began
                 with noting() as signals:  # a chunk is written whole or not at all
-                    for writer, sheet, video in zip(writers, sheets, pixels, strict=True):
-                        writer.write(video)
+                    for each, sheet, video in zip(writers, sheets, pixels, strict=True):
+                        each.write(video)
                         sheet.add(video)
                     shown = done
                 if signals:
@@ -367,8 +373,10 @@ def write_videos(
                 progress.update(task, text=status)
                 if player:
                     player.show(pixels[0], f"{titles[0]}  {status}")
-        except (KeyboardInterrupt, FloatingPointError) as error:
-            if isinstance(error, NotFinite):
+        except (KeyboardInterrupt, FloatingPointError, BrokenPipeError) as error:
+            if isinstance(error, BrokenPipeError):  # nobody reads any more
+                stopped = KeyboardInterrupt()
+            elif isinstance(error, NotFinite):
                 stopped = FloatingPointError(f"{names[error.video]}: {error}")
             else:
                 stopped = error
@@ -376,12 +384,14 @@ def write_videos(
                 print("stopped before the first frame: no video was written")
                 raise stopped from None
     for sheet, name, title in zip(sheets, names, titles, strict=True):
-        sheet.save(name.with_suffix(".png"), title=title or "(no prompt)")
+        if beside := sheet_of(name):
+            sheet.save(beside, title=title or "(no prompt)")
     seconds = time.perf_counter() - began
     print(
         f"{'stopped after ' if stopped else ''}{shown} frames in {seconds:.2f} s "
         f"({len(names) * shown / seconds:.1f} FPS; first frame after {first:.3f} s), "
-        f"{where}: {', '.join(str(name) for name in names)}"
+        f"{where}: {', '.join(str(name) for name in names)}",
+        file=sys.stderr if STANDARD_OUTPUT in names else sys.stdout,
     )
     if stopped:
         raise stopped
