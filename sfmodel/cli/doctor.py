@@ -1,5 +1,6 @@
 """Report on this machine: its GPUs and libraries, the memory that each preset needs, the public
-files that are here, and the command to run next. Nothing is downloaded, no weights are read."""
+files that are here, and the command to run next. No weights are read, and nothing is downloaded
+that was not asked for."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sfkernels import cpp
-from sfmodel import assets
+from sfmodel import assets, hub
 from sfmodel.config import PRESETS
 from sfmodel.cost import DECODER_MEMORY, GIB, activations_gib, decoder_gib, memory_gib
 from sfmodel.files import atomic, check_writable
@@ -50,23 +51,37 @@ LIBRARIES = (
 def doctor(
     models: Path | None = None,
     json_path: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    download: bool = False,
 ) -> None:
     """Say what this machine can run and what to run next.
 
     Args:
         models: Folder of the public weights; models, or what SFMODEL_MODELS names, if not given.
         json_path: A file for the same as JSON.
+        download: Fetch first what streaming at full size still needs, from the Hugging Face Hub.
     """
-    if models is not None and not models.is_dir():
+    if models is not None and not models.is_dir() and not download:
         raise ValueError(f"{models}: there is no such folder of models")
     if json_path is not None:
         check_writable(json_path)
     found = examine(models)
+    if download:
+        _download(found, Path(found["models"]))
+        found = examine(models)
     if json_path is not None:
         with atomic(json_path) as part:
             part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     console = Console()
     report(found, console if console.is_terminal else Console(width=160))
+
+
+def _download(found: dict[str, Any], folder: Path) -> None:
+    """Fetches what STREAMS needs and lacks to where `assets.find` looks. What was begun goes on."""
+    for each in found["missing"]:
+        if each["preset"] == STREAMS and each["field"] in NEEDED:
+            target = folder if each["field"] == "generators" else folder / Path(each["where"]).name
+            print(f"{each['name']}: {each['where']}, into {target}", flush=True)
+            hub.download(each["where"], each["files"], target)
 
 
 def examine(models: Path | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sfmodel.hub import local
 from sfmodel.weights import names
 from sfmodel.weights.opening import open_weights, some
 
@@ -118,6 +119,7 @@ def read_lora(lora: Lora, wanted: Mapping[str, Tensor]) -> dict[str, Change]:
 def _opened(path: Path) -> tuple[dict[str, Tensor], Any]:
     """A LoRA's tensors, and what alpha is by name and rank where no tensor says it."""
     config: dict[str, Any] = {}
+    path = local(path)
     if path.is_dir():
         beside = path / "adapter_config.json"
         if beside.is_file():

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sfmodel.hub import local
 from sfmodel.weights import names
 
 # Parts of a training checkpoint, the best for generating first; "" is what is in none of them.
@@ -72,7 +73,7 @@ def open_weights(path: str | Path, weights: str | None = None, family: str = "")
     whole model, or else the first of `ENTRIES` that holds any tensor.
     family: which model of a folder with several (`names.Kind`); else the first of DiT, VAE, tiny
     VAE. Raises ValueError with one sentence for what is missing, truncated or foreign."""
-    path = Path(path)
+    path = local(path)
     if path.is_dir():
         places = _INSIDE.get(family) or dict.fromkeys(sum(_INSIDE.values(), ()))
         inside = next((path / place for place in places if (path / place).is_file()), None)
