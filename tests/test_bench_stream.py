@@ -83,6 +83,12 @@ def test_what_is_timed_is_the_stream(
     assert [*timed.phases] == [*CHUNK, "decode, tiny VAE"]
     assert all(ms > 0 for ms in timed.phases.values())
     assert sum(timed.phases[name] for name in CHUNK) <= timed.whole
+    for recompute in (False, True, False):  # whatever an earlier one has left behind
+        phases = [*mine.reaction(recompute).phases]
+        assert phases[:2] == ["text encoding", "prompt keys and values"]
+        assert {f"step {i}" for i in (2, 3, 4)} <= {*phases} and (
+            "cache update" in phases
+        ) == recompute
     again = mine.first_latents(2)
     chunks = Stream(setting.model, None, TEXT, SMALL, seed=5).latents()
     assert torch.equal(again, torch.cat([*itertools.islice(chunks, 2)], 1))
