@@ -60,6 +60,8 @@ class Context(NamedTuple):
     the past, if there is one. With a cache: the places of the chunks, one after the other, whether
     the first of them, and so all, is known to fill the ring, and the ranks that share the pass,
     with the rotations of this one's tokens in all chunks.
+    streams: instead of one cache and its places those of each sample, which are streams of their
+    own.
     appended: how many tokens, the first ones, are there to leave their keys and values behind: of
     them nothing more is asked of the last layer.
     """
@@ -72,6 +74,7 @@ class Context(NamedTuple):
     places: Sequence[Place] = ()
     full: bool = False
     ranks: HeadRanks | None = None
+    streams: Sequence[tuple[sf.RingKVCache, Sequence[Place]]] = ()
     appended: int = 0
 
 
@@ -91,7 +94,13 @@ class SelfAttention(nn.Module):
         """skip: tokens, the first ones, whose keys and values are left behind and whose output
         nobody asks for, which are whole chunks. Returns None where these are all."""
         qkv_BLC = self.qkv(x_BLD)
-        if context.cache is not None:
+        if context.streams:
+            outs = [
+                self._over_ring(qkv_1LC, cache, context._replace(places=places), skip)
+                for qkv_1LC, (cache, places) in zip(qkv_BLC.split(1), context.streams, strict=True)
+            ]
+            out = None if outs[0] is None else torch.cat([o for o in outs if o is not None])
+        elif context.cache is not None:
             out = self._over_ring(qkv_BLC, context.cache, context, skip)
         else:
             out = self._under_layout(qkv_BLC, context, skip)

@@ -109,9 +109,9 @@ class DiT(nn.Module):
         *,
         layout: sf.BlockLayout | None = None,
         clean_BFCHW: Tensor | None = None,
-        cache: sf.RingKVCache | None = None,
+        cache: sf.RingKVCache | Sequence[sf.RingKVCache] | None = None,
         past: Past | None = None,
-        places: Sequence[Place] = (),
+        places: Sequence[Any] = (),
         full: bool = False,
     ) -> Tensor:
         """Predicts the flow ε − x0, [B, F, C, H, W] float32.
@@ -129,7 +129,8 @@ class DiT(nn.Module):
         With clean latents [B, F', C, H, W] in front x is the chunk after them, and the pass appends
         them as well: the caller commits F' frames. places: of the chunks, where the caller has them
         from `place`. full: whether the caller knows that the first of them fills the ring, as
-        `sfkernels.ring_attention` says.
+        `sfkernels.ring_attention` says. A list of caches, of one sample each: the samples are
+        streams of their own, each wherever it is, and places, if given, a list for each.
 
         Raises ValueError for shapes or arguments that do not fit together.
         """
@@ -154,7 +155,7 @@ class DiT(nn.Module):
         t: Tensor | Modulation,
         text_BTE: Tensor | TextKeys | None,
         *,
-        cache: sf.RingKVCache | None = None,
+        cache: sf.RingKVCache | Sequence[sf.RingKVCache] | None = None,
         past: Past | None = None,
     ) -> None:
         """Leaves the keys and values of a chunk's final latents in the cache, which the caller
@@ -178,6 +179,13 @@ class DiT(nn.Module):
             sink = moved, chunk.moved.clamp(max=1) * tokens
         return Place(chunk, self.ranks.own(table[None])[0] if self.ranks else table, sink)
 
+    def _placed(
+        self, cache: sf.RingKVCache, before: int, frames: int, grid: tuple[int, int]
+    ) -> list[Place]:
+        """The places of so many frames and of those before them in a pass."""
+        first = [self.place(cache, before, grid)] if before else []
+        return [*first, self.place(cache, frames, grid, before)]
+
     def features(
         self,
         x_BFCHW: Tensor,
@@ -199,9 +207,9 @@ class DiT(nn.Module):
         text_BTE: Tensor | TextKeys | None,
         layout: sf.BlockLayout | None = None,
         clean_BFCHW: Tensor | None = None,
-        cache: sf.RingKVCache | None = None,
+        cache: sf.RingKVCache | Sequence[sf.RingKVCache] | None = None,
         past: Past | None = None,
-        places: Sequence[Place] = (),
+        places: Sequence[Any] = (),
     ) -> tuple[Tensor, Modulation, Context]:
         """Arguments of `forward` as `_run` takes them: tokens, modulation and context."""
         grid = self._check_latents(x_BFCHW)
@@ -234,18 +242,33 @@ class DiT(nn.Module):
             modulation = self.modulation(t)
 
         if cache is not None:
-            if cache.frame_tokens != math.prod(grid):
-                raise ValueError(
-                    f"x has {math.prod(grid)} tokens a frame: the cache has {cache.frame_tokens}"
+            caches = [cache] if isinstance(cache, sf.RingKVCache) else [*cache]
+            for each in caches:
+                if each.frame_tokens != math.prod(grid):
+                    raise ValueError(
+                        f"x has {math.prod(grid)} tokens a frame: the cache has {each.frame_tokens}"
+                    )
+            appended = tokens_BLD.shape[1] * before // (before + frames)
+            if not isinstance(cache, sf.RingKVCache):
+                if len(caches) != batch or self.ranks is not None:
+                    raise ValueError(
+                        f"{len(caches)} caches: must be one for each of {batch} samples, on 1 rank"
+                    )
+                by_sample = places or [self._placed(each, before, frames, grid) for each in caches]
+                of_layers = range(self.config.layers)
+                text_keys = TextKeys(
+                    [torch.cat([each.text_k[i] for each in caches]) for i in of_layers],
+                    [torch.cat([each.text_v[i] for each in caches]) for i in of_layers],
                 )
-            if not places:
-                first = [self.place(cache, before, grid)] if before else []
-                places = [*first, self.place(cache, frames, grid, before)]
+                streams = [*zip(caches, by_sample, strict=True)]
+                context = Context(text_keys, None, streams=streams, appended=appended)
+                return tokens_BLD, modulation, context
+            places = places or self._placed(cache, before, frames, grid)
             table = None
             if self.ranks is not None:
                 tokens_BLD = self.ranks.own(tokens_BLD)
                 table = torch.cat([place.rope_LP2 for place in places])
-            appended = tokens_BLD.shape[1] * before // (before + frames)
+                appended = tokens_BLD.shape[1] * before // (before + frames)
             context = Context(
                 TextKeys(cache.text_k, cache.text_v),
                 table,
@@ -353,7 +376,8 @@ class DiT(nn.Module):
 
         # A cached pass writes the ring, which the backward pass must not do again.
         run: Any = through
-        if self.recompute and torch.is_grad_enabled() and context.cache is None:
+        cached = context.cache is not None or context.streams
+        if self.recompute and torch.is_grad_enabled() and not cached:
             options: Any = {"use_reentrant": False, "preserve_rng_state": False}
             run = functools.partial(checkpoint, through, **options)
         kept: dict[int, Tensor] = {}

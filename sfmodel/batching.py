@@ -1,0 +1,214 @@
+"""Many streams in one batch: each with a prompt, a seed, a length and a state of its own, at any
+frame of its own; passes that have the same shape and the same noise level are run as one.
+
+Linear layers, norms and attention to the text see all streams at once, the ring's attention one
+after the other. A stream is what it is alone, up to rounding. Not measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sfkernels import RingKVCache
+from sfmodel.config import Preset
+from sfmodel.dit import DiT, Modulation
+from sfmodel.stream import Stream
+from sfmodel.vae.codec import VideoDecoder
+
+T = TypeVar("T")
+
+
+class _Pass:
+    """A pass that a stream waits for. key: what those that are run as one have in common."""
+
+    def __init__(self, key: tuple[Any, ...], **arguments: Any) -> None:
+        self.key, self.arguments = key, arguments
+        self.done = False
+        self.out: Tensor | None = None
+        self.error: BaseException | None = None
+
+
+class _Clips(NamedTuple):
+    """What a group of passes takes: of all samples, one after the other."""
+
+    x: Tensor
+    clean: Tensor | None
+    caches: Sequence[RingKVCache]
+    places: Sequence[Any]
+
+
+class _Joint:
+    """The model as a stream of the batch sees it. Its passes wait for those of the others; all
+    else is the model's own."""
+
+    def __init__(self, model: DiT, batch: StreamBatch) -> None:
+        self._model, self._batch = model, batch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(
+        self, x_BFCHW: Tensor, t: Modulation, text: None, *, clean_BFCHW: Tensor | None = None,
+        cache: RingKVCache, places: Sequence[Any], full: bool,
+    ) -> Tensor:  # fmt: skip
+        before = 0 if clean_BFCHW is None else clean_BFCHW.shape[1]
+        key = "forward", tuple(x_BFCHW.shape[1:]), before, self._batch.level(t), full
+        out = self._batch.wait_for(
+            _Pass(key, x=x_BFCHW, t=t, clean=clean_BFCHW, cache=cache, places=places)
+        )
+        assert out is not None
+        return out
+
+    def append(self, x_BFCHW: Tensor, t: Modulation, text: None, *, cache: RingKVCache) -> None:
+        key = "append", tuple(x_BFCHW.shape[1:]), self._batch.level(t)
+        self._batch.wait_for(_Pass(key, x=x_BFCHW, t=t, clean=None, cache=cache, places=()))
+
+
+class StreamBatch:
+    """Streams of one model that go on together, a chunk at a time.
+
+    `open` adds one, at any time between two chunks, and `close` takes it out; the others go on as
+    they would have. A stream of the batch is a `Stream` of one sample, eager: its prompt may be
+    changed, latents given, its state saved. streams: those that are open. failures: the errors of
+    those that ended by one, which are closed then.
+
+        batch = StreamBatch(model)
+        cat, dog = (batch.open(codec, text, preset, seed=i) for i, text in enumerate(texts))
+        for _ in range(10):
+            for stream, frames in batch.step().items():
+                show(stream, frames)  # bytes [1, T, H, W, 3]
+    """
+
+    def __init__(self, model: DiT) -> None:
+        self.model = model
+        self.joint = _Joint(model, self)
+        self.streams: list[Stream] = []
+        self.failures: dict[Stream, Exception] = {}
+        self._levels = WeakIdKeyDictionary()
+        self._turn = threading.Condition()
+        self._waiting: list[_Pass] = []
+        self._running = 0
+        self._stopped = False
+
+    def open(
+        self, codec: VideoDecoder | None, text_1TE: Tensor, preset: Preset, **options: Any
+    ) -> Stream:
+        """A new stream; options as of `Stream`, of one sample and without graphs. Raises ValueError
+        as it does."""
+        for name in ("graph", "batch"):
+            if options.get(name, 0) > (name == "batch"):
+                raise ValueError(f"{name}={options[name]}: streams of a batch are eager and of one")
+        joint: Any = self.joint
+        stream = Stream(joint, codec, text_1TE, preset, **options)
+        self.streams.append(stream)
+        return stream
+
+    def close(self, stream: Stream) -> None:
+        """Takes a stream out. Raises ValueError for one that is not in it."""
+        if stream not in self.streams:
+            raise ValueError("the stream is not in this batch, or closed already")
+        self.streams.remove(stream)
+
+    def step(self) -> dict[Stream, Tensor]:
+        """The next frames of each stream, a chunk or a piece of one [1, T, H, W, 3], as
+        `Stream.frames` gives them. Of a stream that fails there are none: its error is in
+        `failures`."""
+        return self._together(lambda stream: next(stream.frames()))
+
+    def denoise(self) -> dict[Stream, Tensor]:
+        """The next chunk's latents of each stream, as `Stream.denoise` gives them."""
+        return self._together(lambda stream: stream.denoise())
+
+    def _together(self, work: Callable[[Stream], T]) -> dict[Stream, T]:
+        found: dict[Stream, T] = {}
+
+        def run(stream: Stream) -> None:
+            try:
+                found[stream] = work(stream)
+            except Exception as error:
+                self.failures[stream] = error
+            finally:
+                with self._turn:
+                    self._running -= 1
+                    self._turn.notify_all()
+
+        streams = [*self.streams]
+        self._running, self._stopped = len(streams), False
+        threads = [threading.Thread(target=run, args=(each,), daemon=True) for each in streams]
+        for thread in threads:
+            thread.start()
+        try:
+            self._serve()
+        finally:  # also after Ctrl-C, which falls on this thread
+            with self._turn:
+                self._stopped = True
+                self._turn.notify_all()
+            for thread in threads:
+                thread.join()
+        self.streams = [each for each in self.streams if each not in self.failures]
+        return {each: found[each] for each in streams if each in found}
+
+    def _serve(self) -> None:
+        """Runs passes whenever all streams that are not done wait for one."""
+        with self._turn:
+            while self._running:
+                self._turn.wait_for(lambda: len(self._waiting) == self._running)
+                groups: dict[Any, list[_Pass]] = {}
+                for each in self._waiting:
+                    groups.setdefault(each.key, []).append(each)
+                self._waiting = []
+                for group in groups.values():
+                    self._run(group)
+                self._turn.notify_all()
+
+    @torch.no_grad()
+    def _run(self, group: list[_Pass]) -> None:
+        given = [each.arguments for each in group]
+        clean = None if given[0]["clean"] is None else torch.cat([one["clean"] for one in given])
+        clips = _Clips(
+            torch.cat([one["x"] for one in given]),
+            clean,
+            [one["cache"] for one in given],
+            [one["places"] for one in given],
+        )
+        try:
+            outs: Sequence[Tensor | None] = [None] * len(group)
+            if group[0].key[0] == "append":
+                self.model.append(clips.x, given[0]["t"], None, cache=clips.caches)
+            else:
+                outs = self.model(
+                    clips.x, given[0]["t"], None, clean_BFCHW=clips.clean, cache=clips.caches,
+                    places=clips.places, full=group[0].key[-1],
+                ).split(1)  # fmt: skip
+            for each, out in zip(group, outs, strict=True):
+                each.out = out
+        except Exception as error:
+            for each in group:
+                each.error = error
+        for each in group:
+            each.done = True
+
+    def wait_for(self, one: _Pass) -> Tensor | None:
+        """What a pass gives, once it has been run with those of others; raises what it raised."""
+        with self._turn:
+            self._waiting.append(one)
+            self._turn.notify_all()
+            self._turn.wait_for(lambda: one.done or self._stopped)
+        if not one.done:
+            raise RuntimeError("the batch was stopped within a chunk")
+        if one.error is not None:
+            raise one.error
+        return one.out
+
+    def level(self, modulation: Modulation) -> tuple[float, ...]:
+        """The noise levels of a pass, which are looked at once."""
+        if modulation.t not in self._levels:
+            self._levels[modulation.t] = tuple(modulation.t.flatten().tolist())
+        levels: tuple[float, ...] = self._levels[modulation.t]
+        return levels
