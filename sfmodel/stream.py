@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sfkernels import Noise, euler_step, normal, rotate_keys, sampler_step
-from sfkernels.arguments import check_count, check_shape
+from sfkernels.arguments import check_count, check_shape, check_tensor
 from sfkernels.attention import differs_when_full
 from sfmodel.config import Preset, check_seed
 from sfmodel.dit import DiT
@@ -59,13 +59,18 @@ class Given(NamedTuple):
     step: int
 
 
+# Latents, frames that are dropped, and what is put back (`Stream.recompute`).
+_Window = tuple[Tensor, int, tuple[Tensor, list["Given"], int, int, int]]
+
+
 class Prompt(NamedTuple):
-    """A prompt to come, from a latent frame on, over so many chunks."""
+    """A prompt to come, from a latent frame on, over so many chunks. begun: some are over."""
 
     frame: int
     text_BTE: Tensor
     over: int
     recompute: bool
+    begun: bool = False
 
 
 class Stream(FrameStream):
@@ -112,6 +117,7 @@ class Stream(FrameStream):
     ) -> None:
         check_seed(seed, batch)
         check_euler(euler)
+        check_tensor("text", text_BTE)
         if text_BTE.dim() != 3 or len(text_BTE) not in (1, batch):
             raise ValueError(
                 f"text has shape {[*text_BTE.shape]}: must be [1, T, {model.config.text_dim}], or "
@@ -164,6 +170,7 @@ class Stream(FrameStream):
         self.steps = {(frames, full): self._steps(frames, full)
                       for frames in sizes for full in fullness}  # fmt: skip
         self.updates = {frames: self._update(frames) for frames in sizes}
+        self.prompts: list[Prompt] = []  # to come
         self.restart(text_BTE, seed)
 
     def _draw(self, frames: int, before: int) -> Run:
@@ -249,8 +256,9 @@ class Stream(FrameStream):
         another seed where one is given. Raises ValueError for a prompt that does not fit."""
         if seed is not None:
             check_seed(seed, self.batch)
-        if text_BTE is not None:
-            self.text_BTE.copy_(self._padded(text_BTE))
+        on_the_way = [each.text_BTE for each in self.prompts if each.begun]
+        if text_BTE is not None or on_the_way:
+            self.text_BTE.copy_(on_the_way[0] if text_BTE is None else self._padded(text_BTE))
             self.set_text()
         if seed is not None:
             self.seed_B.copy_(torch.arange(seed, seed + self.batch))
@@ -261,7 +269,8 @@ class Stream(FrameStream):
         self.past = 0  # frames that are past
         self.begun = 0  # frames of all chunks so far
         self.given: list[Given] = []  # chunks to come
-        self.prompts: list[Prompt] = []  # to come
+        self.prompts = []
+        self.torn: _Window | None = None  # what the window is computed anew from, after an error
 
     def _padded(self, text_BTE: Tensor) -> Tensor:
         """A prompt as `text_BTE` has it. Raises ValueError for one that does not fit."""
@@ -280,8 +289,11 @@ class Stream(FrameStream):
     @torch.no_grad()
     def denoise(self) -> Tensor:
         """The next chunk's clean latents x0 [B, F, C, h, w] in float32, after the cache update of
-        the one before, in memory that the next one overwrites."""
+        the one before, in memory that the next one overwrites. After an error it begins the chunk
+        again; where that tore a full window, its keys and values are computed anew first."""
         self.finish_decoding()
+        if self.torn is not None:
+            self.recompute()
         while self.prompts and self.prompts[0].frame < self.begun + self.next:
             self._take_prompt()
         if self.pending and (not self.merge or self._holds_sink() or self.given):
@@ -300,8 +312,14 @@ class Stream(FrameStream):
         for i, (name, run) in enumerate(runs.items(), 1):
             if i == len(runs):
                 self.before_overwriting()
-            with phase(name):
-                run()
+            try:
+                with phase(name):
+                    run()
+            except BaseException:
+                if name == MERGED and self.past + before + self.size > self.preset.window:
+                    # It has written over what it has yet to see in other layers.
+                    self.torn = self._window()
+                raise
             if name == MERGED:  # at once: what is interrupted now goes on from here
                 self.past, self.pending = self.past + before, 0
         self.given, self.begun = self.given[1:], self.begun + self.size
@@ -311,12 +329,12 @@ class Stream(FrameStream):
     def _take(self, given: Given) -> None:
         """Makes a given chunk the noisy one of a step, of its own noise, or the chunk's latents."""
         x = self.x[self.size]
-        if given.step == len(self.sigmas):
-            self.latents_BFCHW[self.size].copy_(given.latents_BFCHW)
-            return
-        x.copy_(torch.lerp(given.latents_BFCHW.to(x), x, self.sigmas[given.step]))
         if given.step:  # or the first step does it
             self._move_sink(self.size)
+        if given.step == len(self.sigmas):
+            self.latents_BFCHW[self.size].copy_(given.latents_BFCHW)
+        else:
+            x.copy_(torch.lerp(given.latents_BFCHW.to(x), x, self.sigmas[given.step]))
 
     def _move_sink(self, frames: int) -> None:
         """Moves the sink to where the chunk of so many frames sees it."""
@@ -342,6 +360,8 @@ class Stream(FrameStream):
         self.finish_decoding()
         self.size = self.pending or self.next
         if clean_BFCHW is not None:
+            if self.given:
+                raise ValueError("given latents are to come: they are the next chunks")
             check_shape("latents", clean_BFCHW, tuple(self.x[self.size].shape))
             self.before_overwriting()
             self.latents_BFCHW[self.size].copy_(clean_BFCHW)
@@ -357,6 +377,8 @@ class Stream(FrameStream):
         """Makes given latents [B, F, C, h, w] the stream's newest past: whole chunks, the first of
         the preset's `first` frames at the start of the stream. They are not decoded: the next chunk
         is the first one that is, as the start of a clip. Raises ValueError for others."""
+        if self.given:
+            raise ValueError("given latents are to come: they are the next chunks")
         if self.pending:
             self.update()
         for chunk in self._chunks(latents_BFCHW):
@@ -404,13 +426,17 @@ class Stream(FrameStream):
 
     def _take_prompt(self) -> None:
         """Takes the next prompt, or a step towards it."""
-        new = self.prompts.pop(0)
-        self.text_BTE.lerp_(new.text_BTE, 1 / new.over)
-        self.set_text()
+        new, *others = self.prompts
+        if not new.begun:  # it ends what was on the way to another
+            others = [each for each in others if not each.begun]
         if new.over > 1:
-            rest = new._replace(frame=self.begun + self.next, over=new.over - 1)
-            self.prompts = sorted([rest, *self.prompts], key=lambda each: each.frame)
-        elif new.recompute:
+            frame = self.begun + self.next
+            rest = new._replace(frame=frame, over=new.over - 1, begun=True)
+            others = sorted([rest, *others], key=lambda each: each.frame)
+        self.text_BTE.lerp_(new.text_BTE, 1 / new.over)
+        self.prompts = others
+        self.set_text()
+        if new.over == 1 and new.recompute:
             self.recompute()
 
     @torch.no_grad()
@@ -418,26 +444,42 @@ class Stream(FrameStream):
         """Computes the window's keys and values anew, as a stream has them that is given its
         latents, the sink's first. The oldest others that are no whole chunk are dropped."""
         self.finish_decoding()
+        if self.torn is None:
+            self.torn = self._window()
+        held_BFCHW, dropped, before = self.torn
+        if not held_BFCHW.shape[1]:  # not yet a chunk, which is written again anyway
+            self.torn = None
+            return
+        # Until the end an error leaves `torn` there, to begin again from.
+        waiting, self.given, given = before[0], [], before[1]
+        self.cache.reset()
+        self.past, self.pending, self.next = 0, 0, self.first
+        self.prefill(held_BFCHW)
+        self.uncounted += dropped
+        size, pending, following = before[2:]
+        self.before_overwriting()
+        self.latents_BFCHW[size].copy_(waiting)
+        copy_all(self.places[size], self.model.place(self.cache, size, self.preset.grid))
+        self._move_sink(size)
+        self.size, self.pending, self.next, self.given = size, pending, following, given
+        self.torn = None
+
+    def _window(self) -> _Window:
+        """The window's latents that are computed anew, and what is put back after that."""
         preset, past = self.preset, self.past
         sink, rolling = min(preset.sink, past), preset.window - preset.sink
         frames = [*range(sink), *range(max(sink, past - rolling), past)]
         count = len(frames) - (len(frames) - self.first) % preset.chunk
-        if count < self.first:
-            return
-        frames = frames[:sink] + frames[len(frames) - count + sink :]
+        count = count if count >= self.first else 0
+        frames = frames[:sink] + frames[len(frames) - count + sink :] if count else []
         slots = [f if f < sink else sink + (f - sink) % rolling for f in frames]
-        held_BFCHW = torch.stack([self.recent_BFCHW[:, slot] for slot in slots], 1)
-        size, pending, following = self.size, self.pending, self.next
+        held_BFCHW = self.recent_BFCHW[:, :0]
+        if slots:
+            held_BFCHW = torch.stack([self.recent_BFCHW[:, slot] for slot in slots], 1)
+        size = self.pending or self.size
         waiting = self.latents_BFCHW[size].clone()
-        self.cache.reset()
-        self.uncounted += past - count
-        self.past, self.pending, self.next = 0, 0, self.first
-        self.prefill(held_BFCHW)
-        self.before_overwriting()
-        self.latents_BFCHW[size].copy_(waiting)
-        copy_all(self.places[size], self.model.place(self.cache, size, preset.grid))
-        self._move_sink(size)
-        self.size, self.pending, self.next = size, pending, following
+        back = waiting, self.given, size, self.pending, self.next
+        return held_BFCHW, past - count, back
 
     def latents(self) -> Iterator[Tensor]:
         """Endless clean latents, a chunk [B, F, C, h, w] in float32 at a time, as soon as its last

@@ -172,6 +172,18 @@ def test_on_a_real_past_only_that_is_seen(model: DiT) -> None:
     assert (again[:, 4:] - got[:, 4:]).abs().amax((0, 2, 3, 4)).min() > 1e-3
 
 
+def test_a_video_that_goes_on_from_a_real_one(model: DiT) -> None:
+    """It begins with the given frames; what follows is what a stream makes of them."""
+    text, real = torch.randn(2, 3, 32), torch.randn(2, 4, 4, 8, 8)
+    got = generate(model, Sampling(SMALL, given=4), text, 7, seed=3, start_BFCHW=real)
+    stream = Stream(model, None, text, SMALL, seed=3, batch=2)
+    stream.prefill(real)
+    torch.testing.assert_close(got[:, :4], real, rtol=0, atol=0)
+    torch.testing.assert_close(got[:, 4:], stream.denoise(), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="given=3: must be 1 plus a multiple of 3"):
+        Sampling(SMALL, given=3)
+
+
 def test_euler_steps_follow_the_flow(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the flow x, dx/dσ = x from 1 to 0: the product of 1 − Δσ."""
     monkeypatch.setattr(DiT, "forward", lambda self, x, *_, **__: x)

@@ -100,6 +100,11 @@ def test_jobs() -> None:
     for prompt in ("a/b", "a" * 300):
         with pytest.raises(ValueError, match="cannot be the name of a file"):
             Output(Path("out"), layout="vbench").jobs([prompt], 0)
+    for folder in ("out/v.mp4", "-"):
+        with pytest.raises(ValueError, match="with a layout must be a folder"):
+            Output(Path(folder), layout="vbench").jobs(["a"], 0)
+    with pytest.raises(ValueError, match=r"a-0\.mp4: two prompts are the same"):
+        Output(Path("out"), layout="vbench").jobs(["a", "a"], 0)
     with pytest.raises(ValueError, match="samples=0: must be at least 1"):
         Output(samples=0).jobs(["a"], 0)
     assert Content().check() is None  # type: ignore[func-returns-value]

@@ -196,6 +196,9 @@ def test_no_file(model: DiT, tmp_path: Path) -> None:
         read_lora(Lora.parse(f"{tmp_path}/none.safetensors:2"), wanted(model))
     with pytest.raises(ValueError, match="holds no LoRA"):
         read_lora(Lora(tmp_path), wanted(model))
+    (tmp_path / "a.pt").touch()
+    with pytest.raises(ValueError, match=r"a\.pt:abc: 'abc' must be a number, a strength"):
+        Lora.parse(f"{tmp_path}/a.pt:abc")
     assert Lora.parse("C:models.pt") == Lora(Path("C:models.pt"))
     assert Lora.parse("a/b.pt:-0.5") == Lora(Path("a/b.pt"), -0.5)
 

@@ -175,3 +175,110 @@ def test_what_cannot_be_given(model: DiT) -> None:
         with pytest.raises(ValueError, match=said):
             mine.give(latents, strength)
     assert not mine.given
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", GIVEN)
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_a_new_prompt_while_latents_are_to_come(model: DiT, settings: Any, strength: float) -> None:
+    """They stay to come, and the window is computed anew as without them."""
+    preset = replace(SMALL, **settings)
+    count = (preset.first or preset.chunk) + 4 * preset.chunk
+    clip = torch.randn(1, count, 4, 8, 8)
+    mine, other = (Stream(model, None, TEXT[:1], preset, seed=4) for _ in range(2))
+    mine.give(clip, strength)
+    mine.set_prompt(TEXT[1:], frame=count - preset.chunk)
+    made = torch.cat([mine.denoise().clone() for _ in range(5)], 1)
+    assert made.shape[1] == count and not mine.given and not mine.prompts
+    assert strength or torch.equal(made, clip)
+    other.give(clip[:, : count - preset.chunk], strength)
+    for _ in range(4):
+        other.denoise()
+    other.set_prompt(TEXT[1:])
+    other._take_prompt()
+    other.give(clip[:, count - preset.chunk :], strength)
+    other.denoise()
+    for _ in range(2):
+        torch.testing.assert_close(mine.denoise(), other.denoise(), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("merge", [False, True])
+def test_the_last_given_chunk_sees_the_sink_where_it_is(model: DiT, merge: bool) -> None:
+    preset = replace(SMALL, window=8, sink=2)
+    clip = torch.randn(1, 15, 4, 8, 8)
+    given, past = (Stream(model, None, TEXT[:1], preset, merge=merge) for _ in range(2))
+    given.prefill(clip[:, :12])
+    given.give(clip[:, 12:])
+    given.denoise()
+    past.prefill(clip)
+    for _ in range(3):
+        torch.testing.assert_close(given.denoise(), past.denoise(), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_newest_prompt_is_the_one(model: DiT) -> None:
+    """Whatever was on the way to another; and a restart keeps the one on the way."""
+    mine = Stream(model, None, TEXT[:1], SMALL)
+    mine.set_prompt(TEXT[1:], over=4)
+    mine.denoise()
+    mine.denoise()
+    third = TEXT.mean(0, keepdim=True)
+    mine.set_prompt(third)
+    for _ in range(4):
+        mine.denoise()
+        torch.testing.assert_close(mine.text_BTE, mine._padded(third))
+    mine.set_prompt(TEXT[1:], over=4)
+    mine.denoise()
+    mine.restart()
+    torch.testing.assert_close(mine.text_BTE, mine._padded(TEXT[1:]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [*GIVEN, dict(window=9)])
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("where", ["step", "recompute"])
+def test_after_an_error_it_goes_on(
+    model: DiT, settings: Any, layer: int, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error in the merged pass, which tears a full window, or while the window is computed anew:
+    as a stream without it whose window is computed anew there."""
+    preset = replace(SMALL, **settings)
+    mine, want = (Stream(model, None, TEXT[:1], preset, seed=4) for _ in range(2))
+    for _ in range(6):
+        mine.denoise()
+        want.denoise()
+    block = model.blocks[layer]
+    run = type(block).forward
+    calls = 0
+
+    def broken(self: Any, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += self is block
+        if calls == (1 if where == "step" else 2):
+            calls += 1
+            raise KeyboardInterrupt
+        return run(self, *arguments)
+
+    if where == "recompute":
+        mine.set_prompt(TEXT[1:])
+        want.set_prompt(TEXT[1:])
+    with monkeypatch.context() as patch:
+        patch.setattr(type(block), "forward", broken)
+        with pytest.raises(KeyboardInterrupt):
+            mine.denoise()
+    if where == "step":
+        want.recompute()
+    for _ in range(3):
+        torch.testing.assert_close(mine.denoise(), want.denoise(), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_nothing_comes_before_given_latents(model: DiT) -> None:
+    mine = Stream(model, None, TEXT[:1], SMALL)
+    mine.give(torch.zeros(1, 3, 4, 8, 8))
+    for call in (mine.update, mine.prefill):
+        with pytest.raises(ValueError, match="given latents are to come"):
+            call(torch.zeros(1, 3, 4, 8, 8))
+    with pytest.raises(ValueError, match="text is 'a ball': must be a tensor"):
+        Stream(model, None, "a ball", SMALL)  # type: ignore[arg-type]

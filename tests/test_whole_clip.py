@@ -101,8 +101,9 @@ def test_generate(tmp_path: Path, sampler: str) -> None:
     ("words", "said"),
     [
         ("--image a.png", "image: goes with --sampler few-step"),
-        ("--save-state a", "save_state and endless frames: go with --sampler few-step"),
-        ("--frames endless", "save_state and endless frames: go with --sampler few-step"),
+        ("--save-state a", "save_state: goes with --sampler few-step"),
+        ("--frames endless", "frames=endless: goes with --sampler few-step"),
+        ("--sink 1", "sink: goes with --sampler few-step"),
         ("--steps 5 4", "steps=(5, 4): of a whole clip must be a number of steps"),
         ("--steps 0", "steps=0: must be at least 1"),
     ],

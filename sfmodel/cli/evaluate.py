@@ -26,6 +26,7 @@ def evaluate(
     trained: int = 7,
     videos: int = 256,
     euler: int = 0,
+    given: int = 0,
     split: Literal["test", "validation"] = "test",
     output: Path = Path("out/evaluation"),
 ) -> None:
@@ -42,6 +43,7 @@ def evaluate(
         trained: Latent frames of a training clip, within which the exposure gap is measured.
         videos: To generate.
         euler: Euler steps a chunk, for a model that is not distilled; 0 takes the few steps.
+        given: Latent frames of a real video that each goes on from, whole chunks.
         split: Real videos to measure against.
         output: Folder for the files.
     """
@@ -50,7 +52,9 @@ def evaluate(
         if value < least:
             raise ValueError(f"{name}={value}: must be at least {least}")
     preset = replace(PRESETS["toy"], chunk=chunk, window=window, sink=sink, positions=positions)
-    sampling = Sampling(preset, euler)
+    sampling = Sampling(preset, euler, given)
+    if given >= trained:
+        raise ValueError(f"given={given}: must be less than trained={trained}")
     for name in ("evaluation.json", "evaluation.png"):
         check_writable(output / name)
     model, codec, _ = load_toy(checkpoint)

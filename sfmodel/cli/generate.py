@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from sfmodel.cli.options import (
     Sampling,
     Streaming,
     Weights,
-    check_whole,
+    check_sampler,
     settings_of,
 )
 from sfmodel.config import Preset
@@ -33,6 +33,7 @@ from sfmodel.cost import pixel_frames
 from sfmodel.dit import DiT
 from sfmodel.files import check_writable
 from sfmodel.footage import covering_image, to_pixels
+from sfmodel.frame_files import STANDARD_OUTPUT, sheet_of
 from sfmodel.pretrained import checked_codec, checked_model, chosen_vae, load_text, progress
 from sfmodel.process import noting
 from sfmodel.prompts import read_prompts, read_timeline
@@ -65,8 +66,7 @@ def generate(
     preset, models = weights.preset or saved.get("preset", "toy"), weights.models
     whole = sampling.sampler != "few-step"
     settings = settings_of(content, stream, sampling, preset, saved)
-    if whole:
-        check_whole(content, output)
+    check_sampler(content, stream, sampling, output)
     timeline = read_timeline(content.prompts_at) if content.prompts_at else []
     prompts = read_prompts(content.prompt_file) if content.prompt_file else [content.prompt or RED]
     if timeline and not timeline[0][0]:
@@ -76,6 +76,9 @@ def generate(
         check_writable(output.save_state)
         if len(jobs) > 1:
             raise ValueError("save_state: is of one prompt's stream")
+    if content.frames == "endless" and len(jobs) > 1:
+        raise ValueError(f"frames=endless: the first of {len(jobs)} videos would never end")
+    _check_apart(content, output, [job.file for job in jobs])
     if output.layout != "numbers":
         there = [job for job in jobs if job.file.exists()]
         jobs = [job for job in jobs if job not in there]
@@ -155,12 +158,15 @@ def generate(
                 if given is not None:
                     batch = given.expand(len(text_BTE), -1, -1, -1, -1)
                     made.give(batch.to(device), content.strength)
+                count = len(made.text_BTE)
+                how: Any = {"over": content.prompt_over, "recompute": not content.keep_cache}
                 for (second, _), row in zip(timeline, later, strict=True):
-                    made.set_prompt(row[None], frame=_latent_frame(second, settings))
+                    row_BTE = row[None].expand(count, -1, -1)
+                    made.set_prompt(row_BTE, frame=_latent_frame(second, settings), **how)
                 if content.resume:
                     load_stream(made, content.resume)
                     if content.prompt is not None:
-                        made.set_prompt(text_BTE)
+                        made.set_prompt(text_BTE, **how)
                     else:
                         titles = [saved["title"]]
             if not team.decodes:
@@ -177,6 +183,10 @@ def generate(
             try:
                 write_videos(chunks, files, titles, settings.fps, frames, where, output.watch)
             except KeyboardInterrupt as stop:
+                if output.layout != "numbers":  # where what is there counts as made
+                    for file in files:
+                        file.unlink(missing_ok=True)
+                    print("the unfinished videos are removed")
                 if not isinstance(stop, _TornError):
                     _save(made, output.save_state, preset, titles[0])
                 raise
@@ -205,6 +215,18 @@ def _send(made: Stream, team: Team, chunks: float) -> None:
         chunks -= 1
 
 
+def _check_apart(content: Content, output: Output, files: Sequence[Path]) -> None:
+    """Raises ValueError where a file that is written is one that is read, or another one."""
+    read = [content.image, content.video, content.prompt_file, content.prompts_at]
+    written = [*files, *(sheet_of(file) for file in files), output.save_state]
+    seen = {each.resolve() for each in read if each is not None}
+    for each in written:
+        if each is not None and each != STANDARD_OUTPUT:
+            if each.resolve() in seen:
+                raise ValueError(f"{each}: would be written over: name another --output")
+            seen.add(each.resolve())
+
+
 class _TornError(KeyboardInterrupt):
     """A second Ctrl-C, within a chunk."""
 
@@ -230,7 +252,7 @@ def _save(made: object, path: Path | None, preset: str, title: str) -> None:
     if path is not None and isinstance(made, Stream):
         with noting():
             save_stream(made, path, {"preset": preset, "title": title})
-        print(f"the stream: {path}")
+        print(f"the stream: {path}", file=sys.stderr)
 
 
 def _pixels(settings: Preset) -> tuple[int, int]:
@@ -259,8 +281,8 @@ def _given(
     first = settings.first or settings.chunk
     if latents.shape[1] < first:
         raise ValueError(
-            f"{content.video}: has {pixel_frames(latents.shape[1])} frames: must have "
-            f"{pixel_frames(first)}, a first chunk"
+            f"{content.video}: fills {latents.shape[1]} latent frames: must fill a first chunk, of "
+            f"{first}, with {pixel_frames(first)} frames"
         )
     return latents[:, : latents.shape[1] - (latents.shape[1] - first) % settings.chunk]
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from sfmodel.config import Preset, check_seed
 from sfmodel.files import LONGEST
-from sfmodel.frame_files import numbered
+from sfmodel.frame_files import STANDARD_OUTPUT, numbered
 from sfmodel.pretrained import Vae, find_preset, sized
 from sfmodel.saved_stream import read_preset
 from sfmodel.schedule import FlowSchedule
@@ -31,9 +31,12 @@ class Content:
             (video-0.mp4, video-1.mp4, …); takes the place of the prompt.
         prompts_at: A text file of prompts over time, each line a second and a prompt ("7.5 a cat
             sleeps"); one at 0 takes the place of the prompt.
+        prompt_over: Chunks over which one prompt becomes the next.
+        keep_cache: What was seen under the old prompt stays in the cache, and fades out.
         image: A picture that the video starts with, scaled to cover it and cropped.
         video: A video to go on from, from its start, or with a strength to make anew.
-        strength: How much of the video is made anew: 0 keeps it, 1 leaves nothing of it.
+        strength: How much of the video is made anew: 0 keeps it, 1 leaves nothing of it; between
+            them it begins at the first of the steps (of 1000) that is not above it.
         frames: Pixel frames in all, those of a given video included, or "endless"; if not given 121
             more than that has, or with a strength as many.
         seed: The same seed gives the same video.
@@ -44,6 +47,8 @@ class Content:
     prompt: str | None = None
     prompt_file: Path | None = None
     prompts_at: Path | None = None
+    prompt_over: int = 1
+    keep_cache: bool = False
     image: Path | None = None
     video: Path | None = None
     strength: float = 0.0
@@ -55,6 +60,8 @@ class Content:
         """Raises ValueError for what does not go together."""
         if isinstance(self.frames, int) and self.frames < 1:
             raise ValueError(f"frames={self.frames}: must be at least 1")
+        if self.prompt_over < 1:
+            raise ValueError(f"prompt_over={self.prompt_over}: must be at least 1")
         if self.image and self.video:
             raise ValueError("image and video: give one of them")
         if self.strength and not self.video:
@@ -102,8 +109,8 @@ class Sampling:
     Args:
         sampler: few-step streams from a distilled causal model; euler and unipc make a whole clip
             at once, of 81 frames if not said, with a plain bidirectional one, as Wan2.1 is.
-        steps: The few-step list, falling from 1000, the preset's if not given; of a whole clip how
-            many, 50 if not given.
+        steps: The few-step list, falling, of 1000 to 1, the preset's if not given; of a whole clip
+            how many, 50 if not given.
         shift: Of the noise levels; the preset's if not given.
         warped: The steps are meant as they are, not to be shifted (CausVid).
         guidance: Of a whole clip: how far from the negative prompt; 1 is none.
@@ -156,7 +163,8 @@ class Output:
 
     Args:
         output: The file to write: .mp4, .gif, a .png each (frames/%05d.png), or - for raw bytes
-            (rgb24) to standard output; with a layout the folder for the videos.
+            (rgb24) to standard output; with a layout the folder for the videos. out/video.mp4, or
+            out, if not given.
         samples: Videos of each prompt, each of a seed of its own.
         layout: Names of several videos: of numbers (video-0.mp4, …); of vbench, "PROMPT-0.mp4"; of
             moviegen the number of the prompt, "0.mp4". The last two leave what is there already.
@@ -165,7 +173,7 @@ class Output:
         watch: Play the video in the terminal while it is made.
     """
 
-    output: Path = Path("out/video.mp4")
+    output: Path | None = None
     samples: int = 1
     layout: Literal["numbers", "vbench", "moviegen"] = "numbers"
     batch: int | None = None
@@ -180,10 +188,14 @@ class Output:
         every = [(i, prompt, s) for i, prompt in enumerate(prompts) for s in range(self.samples)]
         check_seed(seed, len(every))
         if self.layout == "numbers":
-            names = numbered(self.output, len(every))
+            names = numbered(self.output or Path("out/video.mp4"), len(every))
         else:
-            folder = self.output.parent if self.output.suffix else self.output
+            folder = self.output or Path("out")
+            if folder.suffix or folder == STANDARD_OUTPUT:
+                raise ValueError(f"output {str(folder)!r}: with a layout must be a folder")
             names = [folder / self._name(*each) for each in every]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{twice[0]}: two prompts are the same: use another --layout")
         return [
             Job(prompt, seed + i, name)
             for i, ((_, prompt, _), name) in enumerate(zip(every, names, strict=True))
@@ -200,13 +212,20 @@ class Output:
         return name
 
 
-def check_whole(content: Content, output: Output) -> None:
-    """Raises ValueError for what only a stream can do."""
-    asked = ("prompts_at", "image", "video", "resume")
-    if given := [name for name in asked if getattr(content, name)]:
+def check_sampler(content: Content, stream: Streaming, sampling: Sampling, output: Output) -> None:
+    """Raises ValueError for what only a stream can do where a whole clip is asked for, and for what
+    only that can where it is not."""
+    if sampling.sampler == "few-step":
+        if sampling.negative or sampling.guidance != Sampling.guidance:
+            raise ValueError("guidance and negative: go with --sampler euler or unipc")
+        return
+    asked = {name: getattr(content, name) for name in ("prompts_at", "image", "video", "resume")}
+    asked |= {"save_state": output.save_state, "frames=endless": content.frames == "endless"}
+    asked |= {
+        name: value for name, value in vars(stream).items() if name not in ("height", "width")
+    }
+    if given := [name for name, value in asked.items() if value]:
         raise ValueError(f"{given[0]}: goes with --sampler few-step, a stream")
-    if output.save_state or content.frames == "endless":
-        raise ValueError("save_state and endless frames: go with --sampler few-step, a stream")
 
 
 def settings_of(

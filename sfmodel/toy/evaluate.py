@@ -119,14 +119,19 @@ def distances(made_BFD: Tensor, real_NFD: Tensor, which: slice = slice(None)) ->
 @dataclass(frozen=True)
 class Sampling:
     """The way a model is sampled. euler: so many equal Euler steps (flow-matching models) instead
-    of the preset's few steps with fresh noise in between."""
+    of the preset's few steps with fresh noise in between. given: latent frames of a real video that
+    each begins with, whole chunks."""
 
     preset: Preset
     euler: int = 0
+    given: int = 0
 
     def __post_init__(self) -> None:
         self.preset.check()
         check_euler(self.euler)
+        first, chunk = self.preset.first or self.preset.chunk, self.preset.chunk
+        if self.given and (self.given < first or (self.given - first) % chunk):
+            raise ValueError(f"given={self.given}: must be {first} plus a multiple of {chunk}")
 
 
 def generate(
@@ -137,11 +142,14 @@ def generate(
     *,
     seed: int = 0,
     context_BFCHW: Tensor | None = None,
+    start_BFCHW: Tensor | None = None,
 ) -> Tensor:
     """Latents [B, F, C, H, W] that a model generates chunk by chunk, on its own past, or, where
-    real latents are given as context, every chunk on theirs."""
+    real latents are given as context, every chunk on theirs. start: the first of them."""
     preset, euler = sampling.preset, sampling.euler
     stream = Stream(model, None, text_BTE, preset, seed=seed, batch=len(text_BTE), euler=euler)
+    if start_BFCHW is not None:
+        stream.give(start_BFCHW)
     made = stream.denoise().clone()
     while (begin := made.shape[1]) < frames:
         if context_BFCHW is not None:
@@ -225,9 +233,11 @@ def evaluate(
         for begin in range(0, videos, BATCH):
             progress(f"{'real' if real else 'own'} past: video {begin} of {videos}")
             rows = slice(begin, begin + BATCH)
-            context = held.latents_BFCHW[rows].to(model.device) if real else None
+            latents = held.latents_BFCHW[rows].to(model.device)
             text = held.text_BTE[rows].to(model.device)
-            options: Any = {"seed": seed + begin, "context_BFCHW": context}
+            options: Any = {"seed": seed + begin, "context_BFCHW": latents if real else None}
+            if sampling.given and not real:
+                options["start_BFCHW"] = latents[:, : sampling.given]
             parts.append(generate(model, sampling, text, length, **options).cpu())
         return torch.cat(parts)
 

@@ -45,11 +45,15 @@ class Lora(NamedTuple):
 
     @classmethod
     def parse(cls, said: str) -> Lora:
-        """A LoRA from PATH or PATH:STRENGTH."""
+        """A LoRA from PATH or PATH:STRENGTH. Raises ValueError for a strength that is no number."""
         path, _, strength = said.rpartition(":")
         try:
             return cls(Path(path), float(strength)) if path else cls(Path(said))
         except ValueError:
+            if Path(path).exists() and not Path(said).exists():
+                raise ValueError(
+                    f"lora {said}: {strength!r} must be a number, a strength"
+                ) from None
             return cls(Path(said))
 
 
