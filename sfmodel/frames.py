@@ -116,7 +116,8 @@ class FrameStream(abc.ABC):
     a chunk are decoded one by one.
 
     latents [B, F, C, h, w]: by a chunk's size F. size, next: latent frames of the chunk that is
-    there and of the next one. decoded: pieces of it that are. leaving: what is on its way to the
+    there and of the next one. decoded: pieces of it that are; to_leave: those that `frames` has yet
+    to decode. leaving: what is on its way to the
     host, with the events of its arrival; handed_out: pixel frames that `frames` gave. notes: why a
     phase is no graph, where that was asked for."""
 
@@ -136,7 +137,7 @@ class FrameStream(abc.ABC):
         self.graph, self.low_latency = graph, low_latency
         self.notes: dict[str, None] = {}
         self.size = self.next = self.first = preset.first or preset.chunk
-        self.decoded = self.handed_out = 0
+        self.decoded = self.to_leave = self.handed_out = 0
         self.leaving: deque[tuple[OnHost, Any]] = deque()
         latent = preset.dit.channels, preset.height, preset.width
         self.latents_BFCHW = {frames: torch.zeros(batch, frames, *latent, device=device)
@@ -161,7 +162,9 @@ class FrameStream(abc.ABC):
 
     def finish_decoding(self) -> None:
         """Decodes what nobody has asked for of a chunk that was decoded in part: the next one goes
-        on from there."""
+        on from there. What `frames` has begun to hand out leaves."""
+        while self.to_leave:
+            self._leave_next()
         if self.decoded:
             for piece in range(self.decoded, self.pieces):
                 self._decode_beside(piece)
@@ -186,8 +189,7 @@ class FrameStream(abc.ABC):
     def restart(self, text_BTE: Tensor | None = None, seed: int | None = None) -> None:
         """Goes back to before the first chunk. Prompt and seed are for whoever makes latents."""
         self.size = self.next = self.first
-        self.decoded = 0
-        self.handed_out = 0
+        self.decoded = self.to_leave = self.handed_out = 0
         self.leaving.clear()
         if self.decoding is not None:
             self.decoding.state = None
@@ -230,20 +232,22 @@ class FrameStream(abc.ABC):
             ready = len(self.leaving)
             if sum(on_host.finite_BT.shape[1] for on_host, _ in self.leaving) < left:
                 self._leave_next()
-                while self.lanes and self.decoded < self.pieces:
+                while self.lanes and self.to_leave:
                     self._leave_next()
                 ready = ready if self.lanes else len(self.leaving)
             for _ in range(ready):
-                if left > 0:
+                if left > 0 and self.leaving:  # and no other generator took it
                     bytes_BTHWC = self._hand_out(left)
                     left -= bytes_BTHWC.shape[1]
                     yield bytes_BTHWC
 
     def _leave_next(self) -> None:
         """Sends the next piece on its way, of the next chunk where this one has no more."""
-        if not 0 < self.decoded < self.pieces:
+        if not self.to_leave:
             self.denoise()
-        self.leaving.append(self._leave(self.decoded))
+            self.to_leave = self.pieces
+        self.leaving.append(self._leave(self.pieces - self.to_leave))
+        self.to_leave -= 1
 
     def _hand_out(self, most: float) -> Tensor:
         """The frames that left first, once they are there, at most so many."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sfkernels.arguments import check_shape
+from sfkernels.arguments import check_count, check_shape
 from sfmodel.config import DiTConfig, Preset
 from sfmodel.dit import DiT
 from sfmodel.frames import FrameStream, OnHost, copy_all
@@ -28,7 +29,8 @@ from sfmodel.weights.saving import save_tensors
 
 VERSION = 1
 KIND = "sfmodel stream"
-COUNTS = ("size", "next", "pending", "past", "begun", "decoded", "handed_out")
+COUNTS = ("size", "next", "pending", "past", "begun", "decoded", "to_leave", "handed_out")
+DAMAGED = (ValueError, KeyError, TypeError, IndexError, ArithmeticError, AttributeError)
 TENSORS = ("recent_BFCHW", "seed_B", "uncounted", "text_BTE")
 
 
@@ -42,26 +44,38 @@ def save_stream(stream: Stream, path: Path, notes: Mapping[str, Any] | None = No
 
 def read_notes(path: Path) -> dict[str, Any]:
     """The notes that a stream was saved with. Raises ValueError for a file that holds no stream."""
-    notes: dict[str, Any] = _opened(path)[1]["notes"]
+    notes: dict[str, Any] = _opened(path)[1].get("notes", {})
     return notes
 
 
 def read_preset(path: Path) -> Preset:
     """What a saved stream was made with. Raises ValueError as `read_notes` does."""
-    said = _opened(path)[1]["preset"]
-    dit = DiTConfig(**said["dit"] | {"patch": tuple(said["dit"]["patch"])})
-    return Preset(**said | {"dit": dit, "steps": tuple(said["steps"])}).check()
+    said = _opened(path)[1]
+    with _one_sentence(path):
+        said = said["preset"]
+        dit = DiTConfig(**said["dit"] | {"patch": tuple(said["dit"]["patch"])})
+        return Preset(**said | {"dit": dit, "steps": tuple(said["steps"])}).check()
 
 
 def load_stream(stream: Stream, path: Path) -> None:
     """Makes a stream go on from a file. Raises ValueError, changing nothing, where it is of another
     model, preset, batch or sampler, or damaged."""
     tensors, facts = _opened(path)
-    try:
+    with _one_sentence(path):
         restore(stream, tensors, facts)
-    except (ValueError, KeyError, TypeError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path}: {what}") from None
+
+
+@contextmanager
+def _one_sentence(path: Path) -> Iterator[None]:
+    """Raises what a damaged file leads to as a ValueError that names it."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path}: damaged: {error} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except DAMAGED as error:
+        raise ValueError(f"{path}: damaged: {error}") from None
 
 
 def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -70,9 +84,12 @@ def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             said = file.metadata() or {}
             if said.get("kind") != KIND:
                 raise ValueError(f"{path}: holds no saved stream")
-            if said["version"] != str(VERSION):
-                raise ValueError(f"{path}: is of version {said['version']}: must be {VERSION}")
-            facts = json.loads(said["facts"])
+            if said.get("version") != str(VERSION):
+                raise ValueError(f"{path}: is of version {said.get('version')}: must be {VERSION}")
+            try:
+                facts = dict(json.loads(said["facts"]))
+            except DAMAGED:
+                raise ValueError(f"{path}: damaged: its facts are none") from None
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         damaged = "damaged, or no file of tensors" if path.is_file() else "there is no such file"
@@ -87,6 +104,7 @@ def fork(stream: Stream, other: Stream) -> None:
 
 def state_of(stream: Stream) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A stream's tensors, which are its own, and all else as JSON can hold it."""
+    stream.before_overwriting()  # for what is being decoded leaves its state
     tensors = {name: getattr(stream, name) for name in TENSORS}
     cache = stream.cache.state_dict()
     geometry = cache.pop("geometry")
@@ -106,9 +124,10 @@ def state_of(stream: Stream) -> tuple[dict[str, Tensor], dict[str, Any]]:
         **_made_with(stream),
         "geometry": geometry,
         "counts": {name: getattr(stream, name) for name in COUNTS},
+        "decodes": stream.decoding is not None,
         "decoder": len(leaves),
         "given": [each.step for each in stream.given],
-        "prompts": [[each.frame, each.over, each.recompute] for each in stream.prompts],
+        "prompts": [[each.frame, each.over, each.recompute, each.begun] for each in stream.prompts],
         "leaving": len(stream.leaving),
     }
     return tensors, facts
@@ -147,9 +166,11 @@ def restore(stream: Stream, tensors: Mapping[str, Tensor], facts: Mapping[str, A
     for frames, x in stream.latents_BFCHW.items():
         check_shape("latents", tensors[f"latents.{frames}"], tuple(x.shape))
     state = None
+    if facts["decodes"] != (stream.decoding is not None):
+        which = ("without", "one") if stream.decoding is not None else ("with", "none")
+        raise ValueError(f"was saved {which[0]} a decoder, and this stream has {which[1]}")
     if facts["decoder"]:
-        if stream.decoding is None:
-            raise ValueError("was saved with a decoder, and this stream has none")
+        assert stream.decoding is not None
         codec = stream.decoding.codec
         template = codec.decode_chunk(torch.zeros_like(stream.latents_BFCHW[stream.first]))[1]
         leaves, structure = pytree.tree_flatten(template)
@@ -157,18 +178,41 @@ def restore(stream: Stream, tensors: Mapping[str, Tensor], facts: Mapping[str, A
             raise ValueError("was saved with another decoder")
         for i, leaf in enumerate(leaves):
             check_shape("the decoder's state", tensors[f"decoder.{i}"], tuple(leaf.shape))
-        kept = [tensors[f"decoder.{i}"].to(leaf) for i, leaf in enumerate(leaves)]
+        kept = [tensors[f"decoder.{i}"].to(leaf, copy=True) for i, leaf in enumerate(leaves)]
         state = pytree.tree_unflatten(kept, structure)
-    counts = {name: int(facts["counts"][name]) for name in COUNTS}
+    counts = {name: facts["counts"][name] for name in COUNTS}
+    sizes, steps = [*stream.latents_BFCHW], len(stream.sigmas)
+    for name, value in counts.items():
+        check_count(name, value, least=0, most=2**62)
+    if (
+        {counts["size"], counts["next"], counts["pending"]} - {*sizes, 0}
+        or not counts["size"] * counts["next"]
+        or counts["to_leave"] > counts["size"]
+        or counts["decoded"] > counts["size"]
+    ):
+        raise ValueError(f"damaged: {counts} are no counts of a stream of chunks of {sizes}")
     given = [Given(tensors[f"given.{i}"].to(device), at) for i, at in enumerate(facts["given"])]
+    for each in given:
+        check_count("step of given latents", each.step, least=0, most=steps)
+        latent = tuple(stream.latents_BFCHW[stream.first].shape[2:])
+        check_shape("given latents", each.latents_BFCHW, (stream.batch, "F", *latent))
     prompts = [
-        Prompt(frame, tensors[f"prompts.{i}"].to(device), over, recompute)
-        for i, (frame, over, recompute) in enumerate(facts["prompts"])
+        Prompt(frame, tensors[f"prompts.{i}"].to(device), over, bool(recompute), bool(begun))
+        for i, (frame, over, recompute, begun) in enumerate(facts["prompts"])
     ]
+    for prompt in prompts:
+        check_count("frame of a prompt", prompt.frame, least=0)
+        check_count("over of a prompt", prompt.over)
+        check_shape("prompt", prompt.text_BTE, tuple(stream.text_BTE.shape))
     leaving = [
         OnHost(*(tensors[f"leaving.{i}.{name}"] for name in OnHost._fields))
         for i in range(facts["leaving"])
     ]
+    for on_host in leaving:
+        check_shape("frames", on_host.bytes_BTHWC, (stream.batch, "T", "H", "W", 3))
+        check_shape("finite", on_host.finite_BT, tuple(on_host.bytes_BTHWC.shape[:2]))
+        check_count("frames that leave", on_host.finite_BT.shape[1])
+    stream.before_overwriting()
     # Checks, and changes nothing before.
     stream.cache.load_state_dict(cache | {"geometry": tuple(facts["geometry"])})
     FrameStream.restart(stream)
@@ -183,7 +227,7 @@ def restore(stream: Stream, tensors: Mapping[str, Tensor], facts: Mapping[str, A
         stream.decoding.state = state
     for name, value in counts.items():
         setattr(stream, name, value)
-    stream.given, stream.prompts = given, prompts
+    stream.given, stream.prompts, stream.torn = given, prompts, None
     stream.leaving.extend((each, None) for each in leaving)
     if stream.pending:
         place = stream.model.place(stream.cache, stream.pending, stream.preset.grid)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -127,14 +128,18 @@ class WholeClip(FrameStream):
             raise ValueError(f"sampler={sampler!r}: must be one of {', '.join(SAMPLERS)}")
         if guidance != 1 and negative_BTE is None:
             raise ValueError(f"guidance={guidance:g}: needs a negative prompt to lead away from")
-        check_shape("text", text_BTE, ("B", "T", model.config.text_dim))
+        for name, each in (("text", text_BTE), ("negative", negative_BTE)):
+            if each is not None:
+                check_shape(name, each, ("B", "T", model.config.text_dim))
+                if len(each) not in (1, batch):
+                    raise ValueError(f"{name} has {len(each)} prompts: must be 1 or {batch}")
         self.model, self.sampler, self.steps, self.guidance = model, sampler, steps, guidance
         self.sigmas = levels(sampler, steps, preset.shift)
         self.text = model.text_keys(text_BTE)
         guided = negative_BTE is not None and guidance != 1
         self.negative = model.text_keys(cast(Tensor, negative_BTE)) if guided else None
         self.seed_B = torch.arange(seed, seed + batch, device=model.device)
-        super().__init__(codec, preset, batch, model.device)
+        super().__init__(codec, replace(preset, first=None), batch, model.device)
 
     @torch.no_grad()
     def denoise(self) -> Tensor:

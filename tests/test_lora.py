@@ -132,6 +132,8 @@ def test_every_naming(model: DiT, tmp_path: Path, naming: Any, suffix: str) -> N
         ({}, 1.0),
         ({"lora_alpha": 12, "r": RANK}, 12 / RANK),
         ({"lora_alpha": 12, "r": RANK, "use_rslora": True}, 12 / RANK**0.5),
+        ({"lora_alpha": 12, "alpha_pattern": {"self_attn.k": 3, "k": 5}}, 3 / RANK),
+        ({"lora_alpha": 12, "alpha_pattern": {"attn.k": 3}}, 12 / RANK),
     ],
 )
 def test_alpha_of_a_folder_and_of_metadata(
@@ -146,7 +148,8 @@ def test_alpha_of_a_folder_and_of_metadata(
     (folder / "adapter_config.json").write_text(json.dumps(said))
     save_file(tensors, folder / "adapter_model.safetensors")
     check(model, [Lora(folder)], {f"{layer}.weight": scale * b @ a})
-    metadata = {f"transformer.{key}": value for key, value in said.items()}
+    metadata: dict[str, Any] = {f"transformer.{key}": value for key, value in said.items()}
+    metadata["text_encoder.lora_alpha"] = 1000
     save_file(
         tensors, tmp_path / "one.safetensors", {"lora_adapter_metadata": json.dumps(metadata)}
     )
@@ -157,14 +160,15 @@ def test_changes_themselves_and_several_files(model: DiT, tmp_path: Path) -> Non
     """Of weights, biases, norms and modulations, as LightX2V's files have them; strengths add up,
     and may be negative."""
     changes = {
-        "blocks.0.self_attn.norm_q.weight": ("blocks.0.self_attn.norm_q.diff", CONFIG.dim),
-        "blocks.1.self_attn.k.bias": ("blocks.1.self_attn.k.diff_b", CONFIG.dim),
-        "blocks.1.modulation": ("blocks.1.diff_m", 6 * CONFIG.dim),
-        "blocks.0.norm3.bias": ("blocks.0.norm3.diff_b", CONFIG.dim),
+        "blocks.0.self_attn.norm_q.weight": "blocks.0.self_attn.norm_q.diff",
+        "blocks.1.self_attn.k.bias": "blocks.1.self_attn.k.diff_b",
+        "blocks.1.modulation": "blocks.1.diff_m",
+        "blocks.0.norm3.bias": "blocks.0.norm3.diff_b",
     }
-    made = {name: torch.randn(size) for name, (_, size) in changes.items()}
+    own = names.to_official(model.state_dict())
+    made = {name: torch.randn(own[name].shape) for name in changes}
     for i in range(2):
-        save_file({f"diffusion_model.{changes[name][0]}": value for name, value in made.items()},
+        save_file({f"diffusion_model.{changes[name]}": value for name, value in made.items()},
                   tmp_path / f"{i}.safetensors")  # fmt: skip
     loras = [Lora(tmp_path / "0.safetensors", 0.75), Lora(tmp_path / "1.safetensors", -0.25)]
     check(model, loras, {name: 0.5 * value for name, value in made.items()})
@@ -180,6 +184,13 @@ def test_changes_themselves_and_several_files(model: DiT, tmp_path: Path) -> Non
         ({"blocks.0.self_attn.q.lora_A.weight": (3, 16),
           "blocks.0.self_attn.q.lora_B.weight": (16, 4)}, r"up \[16, 4\]: must be of \[rank, in\]"),
         ({"blocks.0.self_attn.q.diff": (15, 16)}, "as the parameter is, .16, 16."),
+        ({"blocks.0.self_attn.q.diff": (256,)}, "as the parameter is, .16, 16."),
+        ({"blocks.0.self_attn.q.lora_A.weight": (0, 16),
+          "blocks.0.self_attn.q.lora_B.weight": (16, 0)}, "must be of"),
+        ({"blocks.0.self_attn.q.lora_A.weight": (16,),
+          "blocks.0.self_attn.q.lora_B.weight": (16,)}, "must be of"),
+        ({"blocks.0.self_attn.q.lora_A.one.weight": (3, 16),
+          "blocks.0.self_attn.q.lora_A.two.weight": (3, 16)}, "holds two changes of blocks.0"),
     ],
 )  # fmt: skip
 def test_what_is_no_change_of_this_model(
@@ -189,6 +200,34 @@ def test_what_is_no_change_of_this_model(
     save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, file)
     with pytest.raises(ValueError, match=f"lora.safetensors: .*{said}"):
         read_lora(Lora(file), wanted(model))
+
+
+def test_the_bias_of_b_is_scaled_as_it_is(model: DiT, tmp_path: Path) -> None:
+    a, b = torch.randn(RANK, CONFIG.dim), torch.randn(CONFIG.dim, RANK)
+    bias, stem = torch.randn(CONFIG.dim), "base_model.model.blocks.0.self_attn.k"
+    save_file({f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b, f"{stem}.lora_B.bias": bias}
+              | alphas(stem), tmp_path / "a.safetensors")  # fmt: skip
+    layer, scale = "blocks.0.self_attn.k", 2 * ALPHA / RANK
+    check(model, [Lora(tmp_path / "a.safetensors", 2.0)],
+          {f"{layer}.weight": scale * b @ a, f"{layer}.bias": scale * bias})  # fmt: skip
+
+
+@pytest.mark.parametrize("config", ["[]", "{", '{"lora_alpha": [1]}', '{"alpha_pattern": 3}'])
+def test_a_damaged_configuration(model: DiT, tmp_path: Path, config: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(config)
+    stem = "base_model.model.blocks.0.self_attn.k"
+    pair = {
+        f"{stem}.lora_A.weight": torch.zeros(1, 16),
+        f"{stem}.lora_B.weight": torch.zeros(16, 1),
+    }
+    save_file(pair, tmp_path / "adapter_model.safetensors")
+    if config == "[]":  # as good as none
+        assert read_lora(Lora(tmp_path), wanted(model))
+        return
+    with pytest.raises(ValueError, match="its configuration is damaged"):
+        read_lora(Lora(tmp_path), wanted(model))
+    with pytest.raises(ValueError, match="strength nan: must be a number"):
+        read_lora(Lora(tmp_path, float("nan")), wanted(model))
 
 
 def test_no_file(model: DiT, tmp_path: Path) -> None:

@@ -116,9 +116,29 @@ def test_a_file_that_is_none(model: DiT, tmp_path: Path) -> None:
     for name in ("cache.k", "decoder.0", "recent_BFCHW", "latents.3"):
         refused({k: v for k, v in tensors.items() if k != name}, "missing")
         refused(tensors | {name: tensors[name][:1]}, "shape")
+
+    def edited(*keys: str, value: Any) -> str:
+        facts = json.loads(metadata["facts"])
+        inner = facts
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        return json.dumps(facts)
+
     facts = json.loads(metadata["facts"])
     del facts["counts"]["past"]
     refused(tensors, "'past' is missing", facts=json.dumps(facts))
+    refused(tensors, "damaged: its facts are none", facts="[1")
+    refused(tensors, "is of version : must be 1", version="")
+    for name, value in (("past", -1), ("begun", 1e400), ("past", "x"), ("size", 0), ("pending", 2),
+                        ("pending", 10**9), ("decoded", 99), ("handed_out", 2**70)):  # fmt: skip
+        refused(tensors, "b: ", facts=edited("counts", name, value=value))
+    refused(tensors, "b: ", facts=edited("given", value=["a"]))
+    refused(tensors, "b: ", facts=edited("prompts", value=[[0, 0, True, False]]))
+    refused(tensors, "b: ", facts=edited("leaving", value=3))
+    refused(tensors, "was saved with preset=3", facts=edited("preset", value=3))
+    with pytest.raises(ValueError, match="b: damaged"):
+        read_preset(tmp_path / "b")
     (tmp_path / "c").write_bytes((tmp_path / "a").read_bytes()[:-50])
     with pytest.raises(ValueError, match="c: damaged, or no file of tensors"):
         load_stream(mine, tmp_path / "c")

@@ -282,6 +282,33 @@ def test_a_later_call_goes_on_with_the_next_frame(model: DiT, low_latency: bool)
         assert (got.int() - want[:, begin : begin + count].int()).abs().max() <= 1
 
 
+def test_frames_are_lost_by_nothing_between(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another generator, a window computed anew amid a chunk, an error of the decoder."""
+    codec = ToyVAE()
+    made, whole = (Stream(model, codec, TEXT[:1], SMALL, low_latency=True) for _ in range(2))
+    want = torch.cat([*whole.frames(40)], 1)
+    first, got = made.frames(), [*made.frames(3)]
+    got += [next(first), next(made.frames(2)), next(first)]
+    made.recompute()
+    got += [next(first)]
+    decode, calls = codec.decode_chunk, 0
+
+    def failing(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise MemoryError
+        return decode(*arguments)
+
+    monkeypatch.setattr(codec, "decode_chunk", failing)
+    with pytest.raises(MemoryError):
+        for frames in first:
+            got.append(frames)
+    count = sum(each.shape[1] for each in got)
+    got += made.frames(40 - count)
+    assert (torch.cat(got, 1).int() - want.int()).abs().max() <= 1
+
+
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("name", ["step 2", "step 4"])
 def test_an_interrupted_chunk_begins_anew(model: DiT, merge: bool, name: str) -> None:

@@ -12,6 +12,7 @@ from sfmodel.config import Preset, check_seed
 from sfmodel.files import LONGEST
 from sfmodel.frame_files import STANDARD_OUTPUT, numbered
 from sfmodel.pretrained import Vae, find_preset, sized
+from sfmodel.prompts import MOST
 from sfmodel.saved_stream import read_preset
 from sfmodel.schedule import FlowSchedule
 
@@ -186,6 +187,8 @@ class Output:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         every = [(i, prompt, s) for i, prompt in enumerate(prompts) for s in range(self.samples)]
+        if len(every) > MOST:
+            raise ValueError(f"samples={self.samples}: {len(every):,} videos, at most {MOST:,}")
         check_seed(seed, len(every))
         if self.layout == "numbers":
             names = numbered(self.output or Path("out/video.mp4"), len(every))
@@ -234,9 +237,10 @@ def settings_of(
     """The preset with what was asked for, or that of a saved stream. A picture is a first chunk of
     its own."""
     if content.resume:
-        sizes = {"preset": preset, "window": stream.window, "sink": stream.sink}
+        sizes: dict[str, Any] = {"preset": preset, "window": stream.window, "sink": stream.sink}
         sizes |= {"positions": stream.positions, "chunk": stream.chunk}
-        sizes |= {"height": stream.height, "width": stream.width}
+        sizes |= {"height": stream.height, "width": stream.width, "first": stream.first}
+        sizes |= {"steps": sampling.steps, "shift": sampling.shift}
         for name, value in sizes.items():
             if value not in (None, saved.get(name)):
                 raise ValueError(f"{name}={value}: {content.resume} goes on with its own")

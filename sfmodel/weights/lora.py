@@ -10,6 +10,7 @@ themselves.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from sfmodel.weights.opening import open_weights, some
 _PARTS = {
     r"\.lora_A(\.[^.]+)?\.weight": ("down", "weight"),
     r"\.lora_B(\.[^.]+)?\.weight": ("up", "weight"),
-    r"\.lora_B(\.[^.]+)?\.bias": ("diff", "bias"),
+    r"\.lora_B(\.[^.]+)?\.bias": ("up", "bias"),
     r"\.lora_down\.weight": ("down", "weight"),
     r"\.lora_up\.weight": ("up", "weight"),
     r"\.alpha": ("alpha", "weight"),
@@ -68,8 +69,10 @@ class Change(NamedTuple):
     def of(self, shape: Sequence[int]) -> Tensor:
         """The change in float32, in a parameter's shape."""
         if self.diff is not None:
-            return self.scale * self.diff.float().reshape(*shape)
-        assert self.down is not None and self.up is not None
+            return self.scale * self.diff.float().view(*shape)
+        assert self.up is not None
+        if self.down is None:  # the bias of B
+            return self.scale * self.up.float().view(*shape)
         return self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1)).view(*shape)
 
 
@@ -78,8 +81,11 @@ def read_lora(lora: Lora, wanted: Mapping[str, Tensor]) -> dict[str, Change]:
 
     Raises ValueError for what `open_weights` refuses, a name that is of no layer of the model, a
     half of a pair, shapes that do not fit, and kinds of changes that are not known (DoRA, LoHa)."""
+    if not math.isfinite(lora.strength):
+        raise ValueError(f"{lora.path}: strength {lora.strength}: must be a number")
     tensors, alphas = _opened(lora.path)
     parts: dict[str, dict[str, Tensor]] = {}
+    raw: dict[str, str] = {}
     strange = []
     by_kohya = {stem.replace(".", "_"): official for stem, official in _stems(wanted).items()}
     for name, value in tensors.items():
@@ -91,7 +97,10 @@ def read_lora(lora: Lora, wanted: Mapping[str, Tensor]) -> dict[str, Change]:
         if found is None or f"{stem}.{found[2]}" not in wanted:
             strange.append(name)
             continue
-        parts.setdefault(f"{stem}.{found[2]}", {})[found[1]] = value
+        of = parts.setdefault(f"{stem}.{found[2]}", {})
+        if found[1] in of:
+            raise ValueError(f"{lora.path}: holds two changes of {stem}: must be one adapter")
+        of[found[1]], raw[f"{stem}.{found[2]}"] = value, found[0]
     if strange:
         raise ValueError(
             f"{lora.path}: {some(strange)}: of no layer of this model, or of no kind that is known"
@@ -99,22 +108,30 @@ def read_lora(lora: Lora, wanted: Mapping[str, Tensor]) -> dict[str, Change]:
     changes = {}
     for name, of in parts.items():
         shape = tuple(wanted[name].shape)
-        rank = len(of["down"]) if "down" in of else 1
-        alpha = float(of["alpha"]) if "alpha" in of else alphas(name, rank)
+        weight = f"{name.rpartition('.')[0]}.weight"  # whose rank and alpha are those of its bias
+        pair = parts.get(weight, {})
         try:
-            scale = lora.strength * (alpha / rank if "down" in of else 1.0)
+            scale = lora.strength
+            if "diff" not in of:
+                rank = len(pair["down"])
+                alpha = float(pair["alpha"]) if "alpha" in pair else alphas(raw[weight], rank)
+                scale *= alpha / rank
+            if not math.isfinite(scale) or len({*of} & {"diff", "up"}) != 1:
+                raise ValueError
+            if "diff" in of and tuple(of["diff"].shape) != shape:
+                raise ValueError
             change = Change(of.get("down"), of.get("up"), of.get("diff"), scale)
-            if "down" in of and "diff" in of:
+            if name == weight and "up" in of and change.down is None:
                 raise ValueError
             meta: dict[str, Any] = {
                 part: of[part].to("meta") for part in ("down", "up", "diff") if part in of
             }
             Change(**meta).of(shape)
-        except (AssertionError, RuntimeError, ValueError):
+        except (KeyError, TypeError, IndexError, RuntimeError, ValueError, ZeroDivisionError):
             sizes = ", ".join(f"{part} {[*value.shape]}" for part, value in of.items())
             raise ValueError(
                 f"{lora.path}: the change of {name} is of {sizes}: must be of [rank, in] and [out, "
-                f"rank], or as the parameter is, {[*shape]}"
+                f"rank], or as the parameter is, {[*shape]}, and its alpha a number"
             ) from None
         changes[name] = change
     return changes
@@ -122,27 +139,39 @@ def read_lora(lora: Lora, wanted: Mapping[str, Tensor]) -> dict[str, Change]:
 
 def _opened(path: Path) -> tuple[dict[str, Tensor], Any]:
     """A LoRA's tensors, and what alpha is by name and rank where no tensor says it."""
-    config: dict[str, Any] = {}
-    path = local(path)
-    if path.is_dir():
-        beside = path / "adapter_config.json"
-        if beside.is_file():
-            config = json.loads(beside.read_text())
-        files = [*path.glob("adapter_model.*"), *path.glob("pytorch_lora_weights.*")]
-        if not files:
-            raise ValueError(f"{path}: holds no LoRA: no adapter_model or pytorch_lora_weights")
-        path = files[0]
-    found = open_weights(path)
-    for key in ("lora_adapter_metadata", "lora_config"):
-        if isinstance(said := found.metadata.get(key), str):
-            said = json.loads(said)
-        config |= said if isinstance(said, dict) else {}
-    flat = {key.rpartition(".")[2]: value for key, value in config.items()}
-    alpha, rs = flat.get("lora_alpha"), flat.get("use_rslora")
+    path, said = local(path), dict[str, Any]()
+    try:
+        if path.is_dir():
+            beside = path / "adapter_config.json"
+            if beside.is_file():
+                said = dict(json.loads(beside.read_text()))
+            files = [*path.glob("adapter_model.*"), *path.glob("pytorch_lora_weights.*")]
+            if not files:
+                raise ValueError("holds no LoRA: no adapter_model or pytorch_lora_weights")
+            found = open_weights(files[0])
+        else:
+            found = open_weights(path)
+        for key in ("lora_adapter_metadata", "lora_config"):
+            if key in found.metadata:
+                more = found.metadata[key]
+                more = dict(json.loads(more) if isinstance(more, str) else more)
+                # Those of other models, such as text_encoder.r, are not of this one.
+                own = {name.removeprefix("transformer."): value for name, value in more.items()}
+                said |= {name: value for name, value in own.items() if "." not in name}
+        alpha = None if said.get("lora_alpha") is None else float(said["lora_alpha"])
+        patterns = {k: float(v) for k, v in dict(said.get("alpha_pattern") or {}).items()}
+    except (TypeError, json.JSONDecodeError, UnicodeDecodeError, OSError):
+        raise ValueError(f"{path}: its configuration is damaged") from None
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
-    def alphas(_: str, rank: int) -> float:
-        given = float(rank if alpha is None else alpha)
-        return given * rank**0.5 if rs and alpha is not None else given
+    def alphas(stem: str, rank: int) -> float:
+        """Alpha of a layer, by its name in the file, as PEFT has it."""
+        own = (v for k, v in patterns.items() if re.search(rf"(^|\.){k}$", stem))
+        given = next(own, alpha)
+        if given is None:
+            return float(rank)
+        return given * rank**0.5 if said.get("use_rslora") else given
 
     return found.tensors, alphas
 
