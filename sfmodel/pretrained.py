@@ -19,6 +19,7 @@ from torch import Tensor
 from sfmodel import assets
 from sfmodel.config import PRESETS, Preset
 from sfmodel.dit import DiT
+from sfmodel.hub import local
 from sfmodel.toy.text import ToyTextEncoder
 from sfmodel.toy.vae import ToyVAE
 from sfmodel.vae.codec import VideoCodec
@@ -28,6 +29,8 @@ from sfmodel.vae.wan import WanVAE
 from sfmodel.weights import checkpoint as checkpoints
 from sfmodel.weights import names
 from sfmodel.weights.lora import Lora, merge, read_lora
+from sfmodel.weights.opening import open_weights, recognised
+from sfmodel.weights.sizes import dit_config
 
 log = logging.getLogger(__name__)
 TOY_WEIGHTS = Path(__file__).parent / "toy" / "weights" / "toy.safetensors"
@@ -145,6 +148,25 @@ def checked_model(
             return model
 
     return loaded
+
+
+def from_pretrained(
+    name: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> DiT:
+    """A transformer of any size, from a path or a name on the Hugging Face Hub (`hf:owner/name`):
+    its weights and shapes, and the config.json or the metadata beside them. device: a GPU if there
+    is one. dtype: bfloat16 on a GPU, else float32. Raises ValueError for what is none."""
+    place = torch.device(device) if device is not None else default_device()
+    path = local(name)
+    found = open_weights(path, family="DiT")
+    state, (family, label) = recognised(found)
+    if family != "DiT":
+        raise ValueError(f"{name}: is {label or 'no model that is known'}: must be a Wan2.1 DiT")
+    config = dit_config(path, found, state)
+    dtype = dtype or default_dtype(place)
+    return checkpoints.load_model(lambda: DiT(config), path, device=place, dtype=dtype).eval()
 
 
 def load_codec(

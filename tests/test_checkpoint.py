@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfmodel.config import DiTConfig
 from sfmodel.dit import DiT
+from sfmodel.pretrained import from_pretrained
 from sfmodel.weights import checkpoint, names
 
 CONFIG = DiTConfig(
@@ -382,3 +383,22 @@ def test_files_that_are_not_checkpoints(
         checkpoint.load(DiT(CONFIG), path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert not Path("/tmp/sfmodel-was-here").exists()
+
+
+def test_from_pretrained(official: dict[str, Tensor], tmp_path: Path) -> None:
+    """Of our own files by their metadata, of others by the config.json beside them."""
+    checkpoint.save(checkpoint.from_official(official), tmp_path / "own.safetensors", CONFIG)
+    made = from_pretrained(tmp_path / "own.safetensors", "cpu")
+    assert made.config == CONFIG and same(made, official) and not made.training
+    half = from_pretrained(str(tmp_path / "own.safetensors"), "cpu", torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    folder = tmp_path / "wan"
+    folder.mkdir()
+    save_file(official, folder / f"{STEM}.safetensors")
+    with pytest.raises(ValueError, match="width 16 has an unknown number of heads"):
+        from_pretrained(folder, "cpu")
+    config = {"dim": 16, "num_heads": 2, "text_len": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert same(from_pretrained(folder, "cpu"), official)
+    with pytest.raises(ValueError, match=r"must be a Wan2\.1 DiT"):
+        from_pretrained(VAE, "cpu")

@@ -33,12 +33,11 @@ from sfmodel.weights.opening import (
     differences,
     foreign_types,
     open_weights,
-    parse_json,
-    read_json,
     recognised,
     wrong_shapes,
 )
 from sfmodel.weights.saving import size_of, write_tensors
+from sfmodel.weights.sizes import dit_config, dit_sizes, vae_sizes
 
 Form = Literal["official", "self-forcing", "diffusers"]
 State = Mapping[str, Tensor]
@@ -99,7 +98,7 @@ def convert(
         elif target.suffix == ".safetensors":
             metadata = {"format": "pt"} | found.metadata
             if family == "DiT":
-                metadata["config"] = json.dumps(asdict(_dit_config(source, found, state)))
+                metadata["config"] = json.dumps(asdict(dit_config(source, found, state)))
             with atomic(target) as part, _Counting(part, tick) as file:
                 write_tensors(file, state, metadata, new)
         else:
@@ -135,9 +134,9 @@ def _shapes(source: Path, state: State, family: str) -> State:
     model: nn.Module
     with torch.device("meta"):
         if family == "DiT":  # the number of heads does not show in the shapes
-            model = DiT(DiTConfig(heads=1, **_dit_sizes(source, state)))
+            model = DiT(DiTConfig(heads=1, **dit_sizes(source, state)))
         elif family == "VAE":
-            model = WanVAE(VAEConfig(**_vae_sizes(source, state)))
+            model = WanVAE(VAEConfig(**vae_sizes(source, state)))
         else:
             model = TinyVAE()
     return to_official(model.state_dict())
@@ -162,71 +161,10 @@ def _check_target(target: Path, found: Weights, to: Form, *, folder: bool) -> No
             raise ValueError(f"{target}: holds files already: must be a new or an empty folder")
 
 
-def _dit_config(source: Path, found: Weights, state: State) -> DiTConfig:
-    """Sizes from shapes. What these do not tell is in the metadata or in the config.json beside the
-    weights, in this project's words, official ones or those of diffusers; else it is as in Wan2.1.
-    Raises ValueError where the number of heads is not known."""
-    sizes = _dit_sizes(source, state)
-    dim = sizes["dim"]
-    config: dict[str, Any] = {}
-    try:
-        beside = found.files[0].parent / "config.json"
-        kept = found.metadata.get("config")
-        config = read_json(beside) if kept is None else parse_json(kept)
-        heads = config.get("heads") or config.get("num_heads") or int(config["num_attention_heads"])
-        width = config.get("dim") or heads * int(config["attention_head_dim"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        heads = width = None
-    if width != dim:  # there is none, or it is of another model
-        config, heads = {}, None if dim % 128 else dim // 128
-    if not isinstance(heads, int) or heads < 1:
-        raise ValueError(
-            f"{source}: a DiT of width {dim} has an unknown number of heads: must be in a "
-            "config.json beside it"
-        )
-    return DiTConfig(
-        heads=heads,
-        text_len=config.get("text_len", 512),
-        eps=config.get("eps", 1e-6),
-        prediction=config.get("prediction", "flow"),
-        **sizes,
-    )
-
-
-def _dit_sizes(source: Path, state: State) -> dict[str, Any]:
-    """Sizes of a DiTConfig that shapes tell."""
-    dim, channels, *patch = _sizes(source, state, "patch_embedding.weight", 5)
-    return {
-        "dim": dim,
-        "ffn_dim": _sizes(source, state, "blocks.0.ffn.0.weight", 2)[0],
-        "layers": names.blocks(state),
-        "channels": channels,
-        "patch": (patch[0], patch[1], patch[2]),
-        "freq_dim": _sizes(source, state, "time_embedding.0.weight", 2)[1],
-        "text_dim": _sizes(source, state, "text_embedding.0.weight", 2)[1],
-    }
-
-
-def _vae_sizes(source: Path, state: State) -> dict[str, Any]:
-    """Sizes of a VAEConfig that shapes tell."""
-    return {
-        "dim": _sizes(source, state, "encoder.conv1.weight", 5)[0],
-        "channels": _sizes(source, state, "conv2.weight", 5)[0],
-    }
-
-
-def _sizes(source: Path, state: State, name: str, dims: int) -> tuple[int, ...]:
-    """The shape of a tensor. Raises ValueError for another number of dimensions."""
-    shape = tuple(state[name].shape)
-    if len(shape) != dims:
-        raise ValueError(f"{source}: {name} has shape {[*shape]}: must have {dims} dimensions")
-    return shape
-
-
 def _config_json(source: Path, found: Weights, state: State, to: Form) -> dict[str, Any]:
     """The config.json of a folder."""
     if "conv2.weight" in state:
-        sizes = _vae_sizes(source, state)
+        sizes = vae_sizes(source, state)
         return {
             "_class_name": "AutoencoderKLWan",
             "base_dim": sizes["dim"],
@@ -237,7 +175,7 @@ def _config_json(source: Path, found: Weights, state: State, to: Form) -> dict[s
             "temperal_downsample": [False, True, True],
             "dropout": 0.0,
         }
-    c = _dit_config(source, found, state)
+    c = dit_config(source, found, state)
     if c.prediction != "flow":
         raise ValueError(f"{source}: predicts {c.prediction}, which only a .safetensors file says")
     same = {
