@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 import sfkernels
 from sfmodel import frames
 from sfmodel.dit import DiT
+from sfmodel.saved_stream import fork, load_stream, save_stream
 from sfmodel.stream import Stream
 from sfmodel.toy.vae import ToyVAE
 from tests.test_stream import SMALL, TEXT
@@ -152,3 +154,37 @@ def test_a_hundred_chunks_without_a_wait(model: DiT, low_latency: bool) -> None:
         torch.cuda.set_sync_debug_mode("default")
     for got, want in zip(first, eager.frames(), strict=False):
         assert (got.int() - want.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("sink", [0, 2])
+@torch.no_grad()
+def test_what_users_do_in_graphs(model: DiT, sink: int, tmp_path: Path) -> None:
+    """Given latents, made anew or kept, prompts over time, a stream that is saved, loaded and
+    forked: as without graphs."""
+    device = torch.device("cuda")
+    on_gpu = DiT(SMALL.dit).to(device).eval()
+    on_gpu.load_state_dict(model.state_dict())
+    codec, text, preset = ToyVAE().to(device), TEXT.to(device), replace(SMALL, sink=sink)
+    mine, eager, other = (
+        Stream(on_gpu, codec, text[:1], preset, seed=3, graph=graph)
+        for graph in (True, False, True)
+    )
+    clip = torch.randn(1, 9, 4, 8, 8, device=device)
+    for each in (mine, eager):
+        each.give(clip[:, :6])
+        each.give(clip[:, 6:], 0.5)
+        each.set_prompt(text[1:], frame=15, over=2)
+
+    def same(a: Stream, b: Stream, count: int) -> None:
+        got, want = (torch.cat([*each.frames(count)], 1) for each in (a, b))
+        assert (got.int() - want.int()).abs().max() <= 1
+
+    same(mine, eager, 70)
+    save_stream(mine, tmp_path / "mine")
+    load_stream(other, tmp_path / "mine")
+    same(other, eager, 30)
+    fork(other, mine)
+    forked = Stream(on_gpu, codec, text[:1], preset)
+    fork(other, forked)
+    same(mine, forked, 20)
+    same(other, eager, 20)
