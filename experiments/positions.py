@@ -46,26 +46,27 @@ def positions(videos: int = 128, output: Path = Path("out/positions")) -> None:
         raise ValueError(f"videos={videos}: must be at least 16")
     model, codec, _ = load_toy()
     frames, console = TRAINED * TIMES[-1], tables.plain_console(110)
-    found: dict[str, Any] = {}
+    found: dict[str, list[float]] = {}
     with console.status("real videos") as status:
         held = held_out(codec, frames, videos)
-        found["real, other videos"] = score(seen_in(codec, held.latents_BFCHW), held.real_NFD)
+        of_real = score(seen_in(codec, held.latents_BFCHW), held.real_NFD)
+        found["real, other videos"] = of_real["distance"]
         for name, options in SETTINGS.items():
             status.update(name)
             sampling = Sampling(replace(PRESETS["toy"], window=TRAINED, **options))
             made = generate(model, sampling, held.text_BTE.to(model.device), frames)
-            found[name] = score(seen_in(codec, made), held.real_NFD)
+            found[name] = score(seen_in(codec, made), held.real_NFD)["distance"]
     result = {
         "machine": machine(model.device),
         "videos": videos,
         "trained": TRAINED,
-        "score": found,
+        "distance": {name: [float(f"{x:.4g}") for x in each] for name, each in found.items()},
     }
     with atomic(output / "positions.json") as part:
-        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.write_text(json.dumps(result) + "\n")
     figures.save(draw(result), output / "positions.png")
     bands = [(TRAINED * a, TRAINED * b) for a, b in itertools.pairwise(TIMES)]
-    rows = [[name, *(f"{over(each['distance'], band):.2f}" for band in bands)]
+    rows = [[name, *(f"{over(each, band):.2f}" for band in bands)]
             for name, each in found.items()]  # fmt: skip
     columns = ["", *(f"{a}-{b - 1}" for a, b in bands)]
     tables.show(Table("Fréchet distance by latent frame", columns, rows), console)
@@ -76,8 +77,8 @@ def draw(result: dict[str, Any]) -> Any:
     """Distances by frame, as means over a training clip's length."""
     where = f"{describe(result['machine'])}, {result['videos']} videos"
     figure, (ax,) = figures.new(where, 7, 4.2)
-    for name, each in result["score"].items():
-        lines = torch.tensor(each["distance"]).unfold(0, TRAINED, 1).mean(1)
+    for name, each in result["distance"].items():
+        lines = torch.tensor(each).unfold(0, TRAINED, 1).mean(1)
         style = "--" if name.endswith("absolute") else ":" if name not in SETTINGS else "-"
         ax.plot(lines, style, color=COLOURS.get(name, "#000000"), label=name)
     ax.axvline(TRAINED, color=LIGHT, linewidth=0.8)
