@@ -36,8 +36,8 @@ from sfmodel.config import PRESETS, Preset
 from sfmodel.cost import pass_flops, rolling_flops
 from sfmodel.dit import DiT
 from sfmodel.machine import describe
-from sfmodel.schedule import FlowSchedule
-from sfmodel.stream import Stream, few_step
+from sfmodel.schedule import FlowSchedule, few_step
+from sfmodel.stream import Stream
 
 Noises = Callable[[int], Tensor]
 

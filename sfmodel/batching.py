@@ -34,6 +34,14 @@ class _Pass:
         self.error: BaseException | None = None
 
 
+class _StoppedError(RuntimeError):
+    """The batch was stopped while a stream waited: the stream begins its chunk again."""
+
+
+class _SharedError(RuntimeError):
+    """A pass of several streams failed: each is tried alone, for one of them may be at fault."""
+
+
 class _Clips(NamedTuple):
     """What a group of passes takes: of all samples, one after the other."""
 
@@ -76,7 +84,7 @@ class StreamBatch:
     `open` adds one, at any time between two chunks, and `close` takes it out; the others go on as
     they would have. A stream of the batch is a `Stream` of one sample, eager: its prompt may be
     changed, latents given, its state saved. streams: those that are open. failures: the errors of
-    those that ended by one, which are closed then.
+    those that ended by one in the last step, which are closed then.
 
         batch = StreamBatch(model)
         cat, dog = (batch.open(codec, text, preset, seed=i) for i, text in enumerate(texts))
@@ -94,7 +102,7 @@ class StreamBatch:
         self._turn = threading.Condition()
         self._waiting: list[_Pass] = []
         self._running = 0
-        self._stopped = False
+        self._serving = self._stopped = False
 
     def open(
         self, codec: VideoDecoder | None, text_1TE: Tensor, preset: Preset, **options: Any
@@ -102,7 +110,7 @@ class StreamBatch:
         """A new stream; options as of `Stream`, of one sample and without graphs. Raises ValueError
         as it does."""
         for name in ("graph", "batch"):
-            if options.get(name, 0) > (name == "batch"):
+            if (options.get(name) or 0) > (name == "batch"):
                 raise ValueError(f"{name}={options[name]}: streams of a batch are eager and of one")
         joint: Any = self.joint
         stream = Stream(joint, codec, text_1TE, preset, **options)
@@ -127,19 +135,26 @@ class StreamBatch:
 
     def _together(self, work: Callable[[Stream], T]) -> dict[Stream, T]:
         found: dict[Stream, T] = {}
+        failures: dict[Stream, Exception] = {}
+        alone: list[Stream] = []
 
         def run(stream: Stream) -> None:
             try:
                 found[stream] = work(stream)
+            except _SharedError:
+                alone.append(stream)
+            except _StoppedError:
+                pass
             except Exception as error:
-                self.failures[stream] = error
+                failures[stream] = error
             finally:
                 with self._turn:
                     self._running -= 1
                     self._turn.notify_all()
 
         streams = [*self.streams]
-        self._running, self._stopped = len(streams), False
+        self._running, self._waiting, self.failures = len(streams), [], {}
+        self._serving, self._stopped = True, False
         threads = [threading.Thread(target=run, args=(each,), daemon=True) for each in streams]
         for thread in threads:
             thread.start()
@@ -151,7 +166,11 @@ class StreamBatch:
                 self._turn.notify_all()
             for thread in threads:
                 thread.join()
-        self.streams = [each for each in self.streams if each not in self.failures]
+            self._serving = self._stopped = False
+        for stream in alone:
+            run(stream)
+        self.failures = failures
+        self.streams = [each for each in self.streams if each not in failures]
         return {each: found[each] for each in streams if each in found}
 
     def _serve(self) -> None:
@@ -190,18 +209,22 @@ class StreamBatch:
                 each.out = out
         except Exception as error:
             for each in group:
-                each.error = error
+                each.error = _SharedError() if len(group) > 1 else error
         for each in group:
             each.done = True
 
     def wait_for(self, one: _Pass) -> Tensor | None:
-        """What a pass gives, once it has been run with those of others; raises what it raised."""
+        """What a pass gives, once it has been run with those of others, or at once outside of a
+        step of the batch; raises what it raised."""
         with self._turn:
-            self._waiting.append(one)
-            self._turn.notify_all()
-            self._turn.wait_for(lambda: one.done or self._stopped)
+            if self._serving:
+                self._waiting.append(one)
+                self._turn.notify_all()
+                self._turn.wait_for(lambda: one.done or self._stopped)
+            else:
+                self._run([one])
         if not one.done:
-            raise RuntimeError("the batch was stopped within a chunk")
+            raise _StoppedError
         if one.error is not None:
             raise one.error
         return one.out

@@ -172,6 +172,14 @@ def sheet_of(path: Path) -> Path | None:
     return path.with_suffix(".png")
 
 
+def writes(path: Path, other: Path) -> bool:
+    """Tells whether a writer of this name would write that file."""
+    if path.suffix.lower() != ".png":
+        return path.resolve() == other.resolve()
+    name = _NUMBER.sub(r"\\d+", re.escape(path.name))
+    return path.parent.resolve() == other.parent.resolve() and bool(re.fullmatch(name, other.name))
+
+
 def numbered(path: Path, count: int) -> Sequence[Path]:
     """Names for so many videos: the path itself for one, else with -0, -1, … behind its stem."""
     if count == 1:

@@ -37,6 +37,7 @@ TENSORS = ("recent_BFCHW", "seed_B", "uncounted", "text_BTE")
 def save_stream(stream: Stream, path: Path, notes: Mapping[str, Any] | None = None) -> None:
     """Writes a stream as it is between two chunks, with notes that JSON can hold. Raises OSError
     where the file cannot be written."""
+    stream.mend()
     tensors, facts = state_of(stream)
     facts |= {"notes": dict(notes or {})}
     save_tensors(path, tensors, {"kind": KIND, "version": str(VERSION), "facts": json.dumps(facts)})
@@ -99,6 +100,7 @@ def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def fork(stream: Stream, other: Stream) -> None:
     """Makes another stream of the same model, preset and batch go on from where this one is."""
+    stream.mend()
     restore(other, *state_of(stream))
 
 

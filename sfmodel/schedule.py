@@ -1,12 +1,15 @@
-"""The flow-matching noise schedule: x_t = (1 − σ)·x0 + σ·ε, with t = 1000·σ."""
+"""The flow-matching noise schedule, x_t = (1 − σ)·x0 + σ·ε with t = 1000·σ, and the few-step
+sampler on it."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from sfkernels import Noise, sampler_step
 
 TRAIN_STEPS = 1000
 
@@ -66,3 +69,23 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 def x0_of(x: Tensor, flow: Tensor, sigma: Tensor) -> Tensor:
     """x0 that a flow predicts at x [B, F, ...] for sigma [], [B] or [B, F]."""
     return x - sigma.reshape(sigma.shape + (1,) * (x.dim() - sigma.dim())) * flow
+
+
+def few_step(
+    flow: Tensor,
+    x: Tensor,
+    i: int,
+    sigmas: Sequence[Tensor] | Tensor,
+    renoise: Callable[[int], Tensor | Noise],
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Step i of a few-step sampler: from the flow [B, F, C, h, w] at x, x0, and x at the σ of step
+    i + 1 with fresh noise, `renoise(i + 1)`; after the last of the falling `sigmas` both are x0."""
+    following = () if i + 1 == len(sigmas) else (sigmas[i + 1], renoise(i + 1))
+    return sampler_step(x, flow, sigmas[i], *following, impl=impl)
+
+
+def check_euler(steps: int) -> None:
+    """Raises ValueError for a number of Euler steps that the schedule does not have; 0 is none."""
+    if not 0 <= steps <= TRAIN_STEPS:
+        raise ValueError(f"euler={steps}: must be 0 to {TRAIN_STEPS} steps")

@@ -8,7 +8,7 @@ E text dim.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,39 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sfkernels import Noise, euler_step, normal, rotate_keys, sampler_step
+from sfkernels import Noise, euler_step, normal, rotate_keys
 from sfkernels.arguments import check_count, check_shape, check_tensor
 from sfkernels.attention import differs_when_full
 from sfmodel.config import Preset, check_seed
 from sfmodel.dit import DiT
 from sfmodel.frames import FrameStream, Run, copy_all
 from sfmodel.ranges import phase
-from sfmodel.schedule import TRAIN_STEPS, FlowSchedule
+from sfmodel.schedule import TRAIN_STEPS, FlowSchedule, check_euler, few_step
 from sfmodel.vae.codec import VideoDecoder
 
 PROMPT, NOISE, STEP, UPDATE = "prompt keys and values", "noise", "step ", "cache update"
 GIVEN = "given latents"
 MERGED = f"{STEP}1 and {UPDATE}"
-
-
-def few_step(
-    flow: Tensor,
-    x: Tensor,
-    i: int,
-    sigmas: Sequence[Tensor] | Tensor,
-    renoise: Callable[[int], Tensor | Noise],
-    impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Step i of a few-step sampler: from the flow [B, F, C, h, w] at x, x0, and x at the σ of step
-    i + 1 with fresh noise, `renoise(i + 1)`; after the last of the falling `sigmas` both are x0."""
-    following = () if i + 1 == len(sigmas) else (sigmas[i + 1], renoise(i + 1))
-    return sampler_step(x, flow, sigmas[i], *following, impl=impl)
-
-
-def check_euler(steps: int) -> None:
-    """Raises ValueError for a number of Euler steps that the schedule does not have; 0 is none."""
-    if not 0 <= steps <= TRAIN_STEPS:
-        raise ValueError(f"euler={steps}: must be 0 to {TRAIN_STEPS} steps")
 
 
 class Given(NamedTuple):
@@ -180,7 +160,8 @@ class Stream(FrameStream):
 
         def draw() -> None:
             if before:
-                copy_all(places[0], self.places[before]._replace(sink=()))
+                clean = model.place(self.cache, before, self.preset.grid)
+                copy_all(places[0], clean._replace(sink=()))
             copy_all(places[-1], model.place(self.cache, frames, self.preset.grid, before))
             self.noise_F[frames].copy_(places[-1].chunk.frame_F + self.uncounted)
             noise = self._noise(frames, 0)
@@ -256,10 +237,10 @@ class Stream(FrameStream):
         another seed where one is given. Raises ValueError for a prompt that does not fit."""
         if seed is not None:
             check_seed(seed, self.batch)
-        on_the_way = [each.text_BTE for each in self.prompts if each.begun]
-        if text_BTE is not None or on_the_way:
-            self.text_BTE.copy_(on_the_way[0] if text_BTE is None else self._padded(text_BTE))
-            self.set_text()
+        if text_BTE is None:
+            text_BTE = next((each.text_BTE for each in self.prompts if each.begun), self.text_BTE)
+        self.text_BTE.copy_(self._padded(text_BTE))
+        self.set_text()
         if seed is not None:
             self.seed_B.copy_(torch.arange(seed, seed + self.batch))
         self.cache.reset()
@@ -292,8 +273,7 @@ class Stream(FrameStream):
         the one before, in memory that the next one overwrites. After an error it begins the chunk
         again; where that tore a full window, its keys and values are computed anew first."""
         self.finish_decoding()
-        if self.torn is not None:
-            self.recompute()
+        self.mend()
         while self.prompts and self.prompts[0].frame < self.begun + self.next:
             self._take_prompt()
         if self.pending and (not self.merge or self._holds_sink() or self.given):
@@ -357,6 +337,11 @@ class Stream(FrameStream):
         for latents of another shape."""
         if clean_BFCHW is None and not self.pending:
             raise ValueError("no chunk's cache update is to come: give the latents of the next one")
+        self.mend()
+        self._append(clean_BFCHW)
+
+    def _append(self, clean_BFCHW: Tensor | None = None) -> None:
+        """As `update`, of a cache that is whole or computed anew."""
         self.finish_decoding()
         self.size = self.pending or self.next
         if clean_BFCHW is not None:
@@ -379,10 +364,11 @@ class Stream(FrameStream):
         is the first one that is, as the start of a clip. Raises ValueError for others."""
         if self.given:
             raise ValueError("given latents are to come: they are the next chunks")
+        self.mend()
         if self.pending:
-            self.update()
+            self._append()
         for chunk in self._chunks(latents_BFCHW):
-            self.update(chunk)
+            self._append(chunk)
 
     def _chunks(self, latents_BFCHW: Tensor) -> list[Tensor]:
         """Latents cut into the next chunks of the stream. Raises ValueError for others."""
@@ -433,10 +419,20 @@ class Stream(FrameStream):
             frame = self.begun + self.next
             rest = new._replace(frame=frame, over=new.over - 1, begun=True)
             others = sorted([rest, *others], key=lambda each: each.frame)
-        self.text_BTE.lerp_(new.text_BTE, 1 / new.over)
+        old = self.text_BTE.clone()
+        try:
+            self.text_BTE.lerp_(new.text_BTE, 1 / new.over)
+            self.set_text()
+        except BaseException:
+            self.text_BTE.copy_(old)  # and the prompt is still to come
+            raise
         self.prompts = others
-        self.set_text()
         if new.over == 1 and new.recompute:
+            self.recompute()
+
+    def mend(self) -> None:
+        """Computes anew what an error has torn of the cache."""
+        if self.torn is not None:
             self.recompute()
 
     @torch.no_grad()
@@ -454,7 +450,8 @@ class Stream(FrameStream):
         waiting, self.given, given = before[0], [], before[1]
         self.cache.reset()
         self.past, self.pending, self.next = 0, 0, self.first
-        self.prefill(held_BFCHW)
+        for chunk in self._chunks(held_BFCHW):
+            self._append(chunk)
         self.uncounted += dropped
         size, pending, following = before[2:]
         self.before_overwriting()

@@ -18,8 +18,7 @@ import sfkernels as sf
 from sfkernels import BlockLayout
 from sfmodel.config import DiTConfig
 from sfmodel.dit import DiT
-from sfmodel.schedule import FlowSchedule, add_noise
-from sfmodel.stream import few_step
+from sfmodel.schedule import FlowSchedule, add_noise, few_step
 from sfmodel.train.rollout import Rollout
 
 CONFIG = DiTConfig(

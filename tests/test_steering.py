@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from sfkernels import Noise, euler_step, normal
 from sfmodel.dit import DiT
-from sfmodel.stream import Stream, few_step
+from sfmodel.saved_stream import load_stream, save_stream
+from sfmodel.schedule import few_step
+from sfmodel.stream import Stream
 from sfmodel.toy.vae import ToyVAE
 from tests.test_stream import SMALL, TEXT
 from tests.test_stream import model as model
@@ -237,15 +240,15 @@ def test_the_newest_prompt_is_the_one(model: DiT) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("settings", [*GIVEN, dict(window=9)])
 @pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("where", ["step", "recompute"])
+@pytest.mark.parametrize("where", ["second chunk", "step", "recompute"])
 def test_after_an_error_it_goes_on(
     model: DiT, settings: Any, layer: int, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error in the merged pass, which tears a full window, or while the window is computed anew:
-    as a stream without it whose window is computed anew there."""
+    """An error in the merged pass, which tears a full window and no other, or while the window is
+    computed anew: as a stream without it whose window is computed anew there."""
     preset = replace(SMALL, **settings)
     mine, want = (Stream(model, None, TEXT[:1], preset, seed=4) for _ in range(2))
-    for _ in range(6):
+    for _ in range(1 if where == "second chunk" else 6):
         mine.denoise()
         want.denoise()
     block = model.blocks[layer]
@@ -255,7 +258,7 @@ def test_after_an_error_it_goes_on(
     def broken(self: Any, *arguments: Any) -> Any:
         nonlocal calls
         calls += self is block
-        if calls == (1 if where == "step" else 2):
+        if calls == (2 if where == "recompute" else 1):
             calls += 1
             raise KeyboardInterrupt
         return run(self, *arguments)
@@ -271,6 +274,60 @@ def test_after_an_error_it_goes_on(
         want.recompute()
     for _ in range(3):
         torch.testing.assert_close(mine.denoise(), want.denoise(), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("call", ["save", "update", "prefill"])
+def test_after_an_error_all_goes_on(
+    model: DiT, tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an error while the window is computed anew whatever comes next ends that first."""
+    mine, want, other = (Stream(model, None, TEXT[:1], SMALL, seed=4) for _ in range(3))
+    for _ in range(6):
+        mine.denoise()
+        want.denoise()
+    for each in (mine, want):
+        each.set_prompt(TEXT[1:])
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "append", raising := Raising())
+        with pytest.raises(MemoryError):
+            mine.denoise()
+    assert raising.calls == 1
+    want._take_prompt()
+    if call == "save":
+        save_stream(mine, tmp_path / "a")
+        load_stream(other, tmp_path / "a")
+        mine = other
+    else:
+        for each in (mine, want):
+            getattr(each, call)(torch.ones(1, 3, 4, 8, 8))
+    for _ in range(3):
+        torch.testing.assert_close(mine.denoise(), want.denoise(), rtol=1e-5, atol=1e-5)
+
+
+class Raising:
+    """A call that fails."""
+
+    calls = 0
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        self.calls += 1
+        raise MemoryError
+
+
+@torch.no_grad()
+def test_a_prompt_whose_keys_fail_is_still_to_come(
+    model: DiT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, want = (Stream(model, None, TEXT[:1], SMALL) for _ in range(2))
+    for each in (mine, want):
+        each.denoise()
+        each.set_prompt(TEXT[1:], recompute=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(mine, "_set_text", Raising())
+        with pytest.raises(MemoryError):
+            mine.denoise()
+    assert torch.equal(mine.denoise(), want.denoise())
 
 
 @torch.no_grad()

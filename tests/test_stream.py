@@ -19,8 +19,8 @@ from sfmodel.config import PRESETS, Preset, VAEConfig
 from sfmodel.dit import DiT
 from sfmodel.frames import Decoding
 from sfmodel.ranges import timed
-from sfmodel.schedule import FlowSchedule
-from sfmodel.stream import Stream, few_step
+from sfmodel.schedule import FlowSchedule, few_step
+from sfmodel.stream import Stream
 from sfmodel.toy.vae import ToyVAE
 from sfmodel.vae.codec import NotFinite, to_bytes
 from sfmodel.vae.wan import WanVAE

@@ -321,8 +321,8 @@ def check_outputs(names: Sequence[Path], watch: bool = False) -> None:
     for name in names:
         check_name(name)
         if name != STANDARD_OUTPUT:
-            first = name.with_name(name.name % 0) if "%" in name.name else name
-            check_writable(first)
+            numbers = name.suffix.lower() == ".png"
+            check_writable(name.with_name(name.name % 0) if numbers else name)
         if sheet := sheet_of(name):
             check_writable(sheet)
     if watch and STANDARD_OUTPUT in names:

@@ -33,7 +33,7 @@ from sfmodel.cost import pixel_frames
 from sfmodel.dit import DiT
 from sfmodel.files import check_writable
 from sfmodel.footage import covering_image, to_pixels
-from sfmodel.frame_files import STANDARD_OUTPUT, sheet_of
+from sfmodel.frame_files import STANDARD_OUTPUT, sheet_of, writes
 from sfmodel.pretrained import checked_codec, checked_model, chosen_vae, load_text, progress
 from sfmodel.process import noting
 from sfmodel.prompts import read_prompts, read_timeline
@@ -79,6 +79,8 @@ def generate(
     if content.frames == "endless" and len(jobs) > 1:
         raise ValueError(f"frames=endless: the first of {len(jobs)} videos would never end")
     _check_apart(content, output, [job.file for job in jobs])
+    if content.resume and len(jobs) > 1:
+        raise ValueError(f"resume: is of one stream, and {len(jobs)} videos are asked for")
     if output.layout != "numbers":
         there = [job for job in jobs if job.file.exists()]
         jobs = [job for job in jobs if job not in there]
@@ -168,7 +170,7 @@ def generate(
                     if content.prompt is not None:
                         made.set_prompt(text_BTE, **how)
                     else:
-                        titles = [saved["title"]]
+                        titles = [saved.get("title", "a stream that goes on")]
             if not team.decodes:
                 assert isinstance(made, Stream)
                 _send(made, team, math.inf if frames == "endless" else chunks_of(settings, frames))
@@ -182,12 +184,12 @@ def generate(
             files = [job.file for job in few]
             try:
                 write_videos(chunks, files, titles, settings.fps, frames, where, output.watch)
-            except KeyboardInterrupt as stop:
+            except BaseException as stop:
                 if output.layout != "numbers":  # where what is there counts as made
                     for file in files:
                         file.unlink(missing_ok=True)
                     print("the unfinished videos are removed")
-                if not isinstance(stop, _TornError):
+                if isinstance(stop, KeyboardInterrupt) and not isinstance(stop, _TornError):
                     _save(made, output.save_state, preset, titles[0])
                 raise
             _save(made, output.save_state, preset, titles[0])
@@ -225,6 +227,9 @@ def _check_apart(content: Content, output: Output, files: Sequence[Path]) -> Non
             if each.resolve() in seen:
                 raise ValueError(f"{each}: would be written over: name another --output")
             seen.add(each.resolve())
+    for file in files:
+        if content.image and writes(file, content.image):
+            raise ValueError(f"{content.image}: would be written over: name another --output")
 
 
 class _TornError(KeyboardInterrupt):

@@ -224,6 +224,8 @@ def check_sampler(content: Content, stream: Streaming, sampling: Sampling, outpu
         return
     asked = {name: getattr(content, name) for name in ("prompts_at", "image", "video", "resume")}
     asked |= {"save_state": output.save_state, "frames=endless": content.frames == "endless"}
+    asked |= {"prompt_over": content.prompt_over > 1, "keep_cache": content.keep_cache}
+    asked |= {"warped": sampling.warped}
     asked |= {
         name: value for name, value in vars(stream).items() if name not in ("height", "width")
     }
@@ -241,6 +243,8 @@ def settings_of(
         sizes |= {"positions": stream.positions, "chunk": stream.chunk}
         sizes |= {"height": stream.height, "width": stream.width, "first": stream.first}
         sizes |= {"steps": sampling.steps, "shift": sampling.shift}
+        sizes |= {"warped": sampling.warped or None}
+        saved = {"preset": preset} | saved
         for name, value in sizes.items():
             if value not in (None, saved.get(name)):
                 raise ValueError(f"{name}={value}: {content.resume} goes on with its own")
@@ -256,8 +260,9 @@ def settings_of(
         frames = content.frames if isinstance(content.frames, int) else CLIP
         given |= dict.fromkeys(("window", "chunk", "first"), 1 - (1 - frames) // 4)
         given |= {"sink": 0}
-    elif sampling.steps:
-        FlowSchedule().warp(sampling.steps)  # checks them
-        given |= {"steps": sampling.steps, "warped": sampling.warped}
+    else:
+        if sampling.steps:
+            FlowSchedule().warp(sampling.steps)  # checks them
+        given |= {"steps": sampling.steps, "warped": sampling.warped or None}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return replace(settings, **changes).check()

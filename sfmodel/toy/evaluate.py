@@ -28,7 +28,8 @@ from torch import Tensor
 from sfmodel.config import Preset
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
-from sfmodel.stream import Stream, check_euler
+from sfmodel.schedule import check_euler
+from sfmodel.stream import Stream
 from sfmodel.toy import world
 from sfmodel.toy.text import ToyTextEncoder
 from sfmodel.toy.vae import ToyVAE

@@ -22,8 +22,7 @@ from torch import Tensor
 from sfkernels import BlockLayout, sampler_step
 from sfmodel.blocks import Past, TextKeys
 from sfmodel.dit import DiT
-from sfmodel.schedule import FlowSchedule, add_noise
-from sfmodel.stream import few_step
+from sfmodel.schedule import FlowSchedule, add_noise, few_step
 
 
 @dataclass(eq=False)
