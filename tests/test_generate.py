@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from sfmodel.config import PRESETS
 from sfmodel.footage import covering_image, to_pixels
 from sfmodel.pretrained import load_toy
 from sfmodel.prompts import read_timeline
-from sfmodel.saved_stream import load_stream
+from sfmodel.saved_stream import load_stream, save_stream
 from sfmodel.stream import Stream
 from sfmodel.toy import world
 from sfmodel.toy.text import ToyTextEncoder
@@ -180,6 +182,11 @@ def test_a_video_made_anew(tmp_path: Path) -> None:
         ("--save-state {0}/s --prompt-file {0}/two.txt", "save_state: is of one prompt's stream"),
         ("--resume {0}/s --seed 3", "seed: is of a new stream"),
         ("--resume {0}/s --window 5", "window=5: {0}/s goes on with its own"),
+        ("--resume {0}/s --warped", "warped=True: {0}/s goes on with its own"),
+        ("--resume {0}/s --samples 2", "resume: is of one stream, and 2 videos are asked for"),
+        ("--sampler euler --warped", "warped: goes with --sampler few-step"),
+        ("--sampler unipc --keep-cache", "keep_cache: goes with --sampler few-step"),
+        ("--sampler unipc --prompt-over 2", "prompt_over: goes with --sampler few-step"),
         ("--resume {0}/s --preset wan-1.3b", "preset=wan-1.3b: {0}/s goes on with its own"),
     ],
 )
@@ -200,6 +207,54 @@ def test_what_is_refused(
         return
     words = words.format(tmp_path)
     assert said.format(tmp_path) in refused(capsys, *words.split(), folder=tmp_path)
+
+
+def run(*words: str | Path) -> None:
+    arguments = ["generate", *map(str, words)]
+    run_command("sfmodel", {"generate": generate, "other": generate}, arguments)
+
+
+def test_an_image_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = tmp_path / "00001.png"
+    Image.new("RGB", (64, 64)).save(image)
+    before = image.read_bytes()
+    with pytest.raises(SystemExit):
+        run("--image", image, "--output", tmp_path / "%05d.png")
+    assert f"{image}: would be written over" in capsys.readouterr().err
+    assert image.read_bytes() == before and len([*tmp_path.iterdir()]) == 1
+
+
+def test_a_name_with_a_percent_sign(tmp_path: Path) -> None:
+    run("--frames", "5", "--output", tmp_path / "50% red.mp4")
+    assert len(read_video(tmp_path / "50% red.mp4")[0]) == 5
+
+
+def test_what_fails_does_not_count_as_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--frames", "40", "--layout", "moviegen", "--output", tmp_path)
+    denoise, calls = Stream.denoise, itertools.count()
+
+    def failing(self: Stream) -> Tensor:
+        if next(calls) == 2:
+            raise MemoryError
+        return denoise(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, "denoise", failing)
+        with pytest.raises(SystemExit):
+            run(*words)
+    assert next(calls) == 3 and not [*tmp_path.glob("*.mp4")]
+    run(*words)
+    assert len(read_video(tmp_path / "0.mp4")[0]) == 40
+
+
+def test_a_stream_that_a_library_saved_goes_on(tmp_path: Path) -> None:
+    """Its notes are its own."""
+    model, codec, _ = load_toy()
+    stream = Stream(model, codec, ToyTextEncoder()(["a red ball"]), PRESETS["toy"])
+    several: list[dict[str, Any]] = [{}, {"preset": "toy"}, {"mine": 3}]
+    for i, notes in enumerate(several):
+        save_stream(stream, tmp_path / f"{i}", notes)
+        assert {*colours(made(tmp_path, "--resume", tmp_path / f"{i}", "--frames", "5"))} == {RED}
 
 
 def test_a_stream_that_was_stopped_goes_on(tmp_path: Path) -> None:
