@@ -180,6 +180,7 @@ def test_a_video_made_anew(tmp_path: Path) -> None:
         ("--resume {0}/bad.png", "bad.png: damaged, or no file of tensors"),
         ("--save-state {0}", "it is a folder"),
         ("--save-state {0}/s --prompt-file {0}/two.txt", "save_state: is of one prompt's stream"),
+        ("--save-state {0}/s --layout vbench", "save_state: goes with --layout numbers"),
         ("--resume {0}/s --seed 3", "seed: is of a new stream"),
         ("--resume {0}/s --window 5", "window=5: {0}/s goes on with its own"),
         ("--resume {0}/s --warped", "warped=True: {0}/s goes on with its own"),

@@ -74,6 +74,8 @@ def generate(
     jobs = output.jobs(prompts, content.seed)
     if output.save_state:
         check_writable(output.save_state)
+        if output.layout != "numbers":  # whose videos may be there already
+            raise ValueError(f"save_state: goes with --layout numbers, not {output.layout}")
         if len(jobs) > 1:
             raise ValueError("save_state: is of one prompt's stream")
     if content.frames == "endless" and len(jobs) > 1:
