@@ -180,7 +180,6 @@ def test_a_video_made_anew(tmp_path: Path) -> None:
         ("--resume {0}/bad.png", "bad.png: damaged, or no file of tensors"),
         ("--save-state {0}", "it is a folder"),
         ("--save-state {0}/s --prompt-file {0}/two.txt", "save_state: is of one prompt's stream"),
-        ("--save-state {0}/s --layout vbench", "save_state: goes with --layout numbers"),
         ("--resume {0}/s --seed 3", "seed: is of a new stream"),
         ("--resume {0}/s --window 5", "window=5: {0}/s goes on with its own"),
         ("--resume {0}/s --warped", "warped=True: {0}/s goes on with its own"),
@@ -223,6 +222,14 @@ def test_an_image_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixt
         run("--image", image, "--output", tmp_path / "%05d.png")
     assert f"{image}: would be written over" in capsys.readouterr().err
     assert image.read_bytes() == before and len([*tmp_path.iterdir()]) == 1
+
+
+def test_a_state_is_not_saved_of_what_may_be_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run("--layout", "vbench", "--output", tmp_path, "--save-state", tmp_path / "s")
+    assert "save_state: goes with --layout numbers, not vbench" in capsys.readouterr().err
 
 
 def test_a_name_with_a_percent_sign(tmp_path: Path) -> None:
