@@ -99,6 +99,8 @@ class StreamBatch:
         self.streams: list[Stream] = []
         self.failures: dict[Stream, Exception] = {}
         self._levels = WeakIdKeyDictionary()
+        self._frames: dict[Stream, Tensor] = {}  # that are ready, after Ctrl-C
+        self._latents: dict[Stream, Tensor] = {}
         self._turn = threading.Condition()
         self._waiting: list[_Pass] = []
         self._running = 0
@@ -126,15 +128,15 @@ class StreamBatch:
     def step(self) -> dict[Stream, Tensor]:
         """The next frames of each stream, a chunk or a piece of one [1, T, H, W, 3], as
         `Stream.frames` gives them. Of a stream that fails there are none: its error is in
-        `failures`."""
-        return self._together(lambda stream: next(stream.frames()))
+        `failures`. What Ctrl-C ends loses none: the next step returns what was ready."""
+        return self._together(lambda stream: next(stream.frames()), self._frames)
 
     def denoise(self) -> dict[Stream, Tensor]:
         """The next chunk's latents of each stream, as `Stream.denoise` gives them."""
-        return self._together(lambda stream: stream.denoise())
+        return self._together(lambda stream: stream.denoise(), self._latents)
 
-    def _together(self, work: Callable[[Stream], T]) -> dict[Stream, T]:
-        found: dict[Stream, T] = {}
+    def _together(self, work: Callable[[Stream], T], found: dict[Stream, T]) -> dict[Stream, T]:
+        """The work's result of each stream; found: of some, which is there already."""
         failures: dict[Stream, Exception] = {}
         alone: list[Stream] = []
 
@@ -152,7 +154,7 @@ class StreamBatch:
                     self._running -= 1
                     self._turn.notify_all()
 
-        streams = [*self.streams]
+        streams = [each for each in self.streams if each not in found]
         self._running, self._waiting, self.failures = len(streams), [], {}
         self._serving, self._stopped = True, False
         threads = [threading.Thread(target=run, args=(each,), daemon=True) for each in streams]
@@ -171,7 +173,9 @@ class StreamBatch:
             run(stream)
         self.failures = failures
         self.streams = [each for each in self.streams if each not in failures]
-        return {each: found[each] for each in streams if each in found}
+        ready = {each: found[each] for each in self.streams if each in found}
+        found.clear()
+        return ready
 
     def _serve(self) -> None:
         """Runs passes whenever all streams that are not done wait for one."""

@@ -206,6 +206,34 @@ def test_ctrl_c_ends_all_threads(model: DiT, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("call", ["step", "denoise"])
+def test_ctrl_c_loses_nothing(model: DiT, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one stream is through, and the other one is not."""
+    batch = StreamBatch(model)
+    short = replace(SMALL, steps=SMALL.steps[:1])
+    both = [batch.open(CODEC, TEXT[:1], preset) for preset in (short, SMALL)]
+    alone = [Stream(model, CODEC, TEXT[:1], preset) for preset in (short, SMALL)]
+    run = batch._run
+
+    def interrupted(group: list[Any]) -> None:
+        if batch._running == 1:
+            raise KeyboardInterrupt
+        run(group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "_run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            getattr(batch, call)()
+    for _ in range(3):
+        found = getattr(batch, call)()
+        assert [*found] == both
+        for mine, each in zip(both, alone, strict=True):
+            want = next(each.frames()) if call == "step" else each.denoise()
+            torch.testing.assert_close(found[mine].float(), want.float(), rtol=1e-5,
+                                       atol=1 if call == "step" else 1e-5)  # fmt: skip
+
+
+@torch.no_grad()
 def test_passes_of_its_own(model: DiT) -> None:
     """What a stream does outside of the batch's steps, before the first one and between two."""
     batch = StreamBatch(model)
