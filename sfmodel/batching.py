@@ -43,7 +43,7 @@ class _SharedError(RuntimeError):
 
 
 class _Clips(NamedTuple):
-    """What a group of passes takes: of all samples, one after the other."""
+    """Arguments of a group of passes: of all samples, one after the other."""
 
     x: Tensor
     clean: Tensor | None
@@ -218,8 +218,8 @@ class StreamBatch:
             each.done = True
 
     def wait_for(self, one: _Pass) -> Tensor | None:
-        """What a pass gives, once it has been run with those of others, or at once outside of a
-        step of the batch; raises what it raised."""
+        """Returns what a pass gives, once it has been run with those of others, or at once outside
+        of a step of the batch; raises what it raised."""
         with self._turn:
             if self._serving:
                 self._waiting.append(one)

@@ -29,7 +29,7 @@ _NUMBER = re.compile(r"%0?\d*d")
 
 
 class Writer(Protocol):
-    """What takes frames until it is closed, by the end of its context."""
+    """Taker of frames until it is closed, by the end of its context."""
 
     def write(self, frames: Tensor) -> None: ...
     def __enter__(self) -> Any: ...

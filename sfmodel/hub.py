@@ -58,8 +58,8 @@ def _fetched(said: str) -> str:
 
 
 def weights_among(files: Sequence[str]) -> list[str]:
-    """Of a repository's files those of its model: in a layout that is known, or the only checkpoint
-    that there is. Empty where it has to be said."""
+    """Those of a repository's files that are its model: in a layout that is known, or the only
+    checkpoint that there is. Empty where it has to be said."""
     for folder in ("transformer/", ""):
         inside = [f for f in files if re.fullmatch(rf"{folder}{_STEM}[^/]*\.safetensors.*", f)]
         if inside:

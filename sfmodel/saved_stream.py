@@ -50,7 +50,7 @@ def read_notes(path: Path) -> dict[str, Any]:
 
 
 def read_preset(path: Path) -> Preset:
-    """What a saved stream was made with. Raises ValueError as `read_notes` does."""
+    """Preset that a saved stream was made with. Raises ValueError as `read_notes` does."""
     said = _opened(path)[1]
     with _one_sentence(path):
         said = said["preset"]
@@ -136,7 +136,7 @@ def state_of(stream: Stream) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _made_with(stream: Stream) -> dict[str, Any]:
-    """What two streams must have in common, as JSON gives it back."""
+    """Settings that two streams must have in common, as JSON gives them back."""
     made = {"preset": asdict(stream.preset), "batch": stream.batch, "euler": stream.euler}
     made |= {"low_latency": stream.low_latency}
     return dict(json.loads(json.dumps(made)))
@@ -231,9 +231,6 @@ def restore(stream: Stream, tensors: Mapping[str, Tensor], facts: Mapping[str, A
         setattr(stream, name, value)
     stream.given, stream.prompts, stream.torn = given, prompts, None
     stream.leaving.extend((each, None) for each in leaving)
-    if stream.pending:
-        place = stream.model.place(stream.cache, stream.pending, stream.preset.grid)
-        copy_all(stream.places[stream.pending], place)
 
 
 def _differing(saved: Any, mine: Any) -> str:

@@ -222,16 +222,15 @@ def _send(made: Stream, team: Team, chunks: float) -> None:
 def _check_apart(content: Content, output: Output, files: Sequence[Path]) -> None:
     """Raises ValueError where a file that is written is one that is read, or another one."""
     read = [content.image, content.video, content.prompt_file, content.prompts_at]
-    written = [*files, *(sheet_of(file) for file in files), output.save_state]
-    seen = {each.resolve() for each in read if each is not None}
-    for each in written:
+    written: set[Path] = set()
+    for each in (*files, *(sheet_of(file) for file in files), output.save_state):
         if each is not None and each != STANDARD_OUTPUT:
-            if each.resolve() in seen:
-                raise ValueError(f"{each}: would be written over: name another --output")
-            seen.add(each.resolve())
-    for file in files:
-        if content.image and writes(file, content.image):
-            raise ValueError(f"{content.image}: would be written over: name another --output")
+            over = [other for other in read if other is not None and writes(each, other)]
+            if over or each.resolve() in written:
+                raise ValueError(
+                    f"{[*over, each][0]}: would be written over: name another --output"
+                )
+            written.add(each.resolve())
 
 
 class _TornError(KeyboardInterrupt):

@@ -22,7 +22,7 @@ FRAMES, CLIP, STEPS, RED = 121, 81, 50, "a large red ball moves up slowly"
 
 @dataclass(frozen=True)
 class Content:
-    """What to show.
+    """Content of the video.
 
     Args:
         prompt: What to show. The toy model knows: a small|large dim|bright red|green|blue|yellow|
@@ -182,7 +182,7 @@ class Output:
     watch: bool = False
 
     def jobs(self, prompts: Sequence[str], seed: int) -> list[Job]:
-        """What is to be made. Raises ValueError for a prompt that cannot be a name."""
+        """Videos that are to be made. Raises ValueError for a prompt that cannot be a name."""
         for name in ("samples", "batch"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
