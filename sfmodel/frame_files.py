@@ -11,7 +11,6 @@ import abc
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from sfmodel.files import atomic, cannot_write
 from sfmodel.footage import Images
-from sfmodel.video import VideoWriter, to_images
+from sfmodel.video import OneBehind, VideoWriter, to_images
 
 STANDARD_OUTPUT = Path("-")
 NAMES = "a name ending in .mp4 or .gif, one ending in .png with a number such as %05d, or -"
@@ -66,8 +65,7 @@ class _InThread(abc.ABC):
 
     def __init__(self) -> None:
         self.given = 0
-        self._pending: Future[None] | None = None
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="frames")
+        self._behind = OneBehind("frames")
 
     @abc.abstractmethod
     def _put(self, images_THWC: Images, first: int) -> None:
@@ -80,14 +78,8 @@ class _InThread(abc.ABC):
         """Returns when the batch before is done. Raises its error, and FloatingPointError for
         frames with NaN or infinity."""
         images_THWC = to_images(frames, range(self.given, self.given + len(frames)))
-        self._wait()
-        self._pending = self._worker.submit(self._put, images_THWC, self.given)
+        self._behind.submit(self._put, images_THWC, self.given)
         self.given += len(frames)
-
-    def _wait(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
 
     def __enter__(self) -> Any:
         return self
@@ -99,11 +91,11 @@ class _InThread(abc.ABC):
         traceback: TracebackType | None,
     ) -> None:
         try:
-            self._wait()
+            self._behind.wait()
             if self.given:
-                self._worker.submit(self._finish).result()
+                self._behind.worker.submit(self._finish).result()
         finally:
-            self._worker.shutdown()
+            self._behind.worker.shutdown()
 
 
 class PngWriter(_InThread):
@@ -116,7 +108,7 @@ class PngWriter(_InThread):
 
     def _put(self, images_THWC: Images, first: int) -> None:
         for number, image_HWC in enumerate(images_THWC, first):
-            with atomic(self.path.with_name(self.path.name % number)) as part:
+            with atomic(file_of(self.path, number)) as part:
                 Image.fromarray(image_HWC).save(part, format="png")
 
 
@@ -170,6 +162,11 @@ def sheet_of(path: Path) -> Path | None:
     if path.suffix.lower() == ".png":
         return path.with_name(f"{_NUMBER.sub('sheet', path.name)}")
     return path.with_suffix(".png")
+
+
+def file_of(path: Path, number: int) -> Path:
+    """The file that holds the frame of this number: among PNGs one of its own."""
+    return path.with_name(path.name % number) if path.suffix.lower() == ".png" else path
 
 
 def writes(path: Path, other: Path) -> bool:

@@ -117,9 +117,8 @@ class FrameStream(abc.ABC):
 
     latents [B, F, C, h, w]: by a chunk's size F. size, next: latent frames of the chunk that is
     there and of the next one. decoded: pieces of it that are; to_leave: those that `frames` has yet
-    to decode. leaving: what is on its way to the
-    host, with the events of its arrival; handed_out: pixel frames that `frames` gave. notes: why a
-    phase is no graph, where that was asked for."""
+    to decode. leaving: what is on its way to the host, with the events of its arrival; handed_out:
+    pixel frames that `frames` gave. notes: why a phase is no graph, where that was asked for."""
 
     @torch.no_grad()
     def __init__(

@@ -12,7 +12,7 @@ import os
 import textwrap
 import warnings
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
@@ -89,6 +89,25 @@ def check_name(path: Path) -> None:
         raise ValueError(f"path: {str(path)!r}, expected a name ending in .mp4")
 
 
+class OneBehind:
+    """A thread that works on one batch while the next one is made."""
+
+    def __init__(self, name: str) -> None:
+        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self._pending: Future[None] | None = None
+
+    def submit(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Begins work once that before is done, whose error it raises instead."""
+        self.wait()
+        self._pending = self.worker.submit(work, *arguments)
+
+    def wait(self) -> None:
+        """Returns when the work is done, and raises its error."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
 class VideoWriter:
     """Write an H.264 MP4 file frame by frame; use it as a context manager.
 
@@ -132,11 +151,10 @@ class VideoWriter:
         self._size: tuple[int, int] | None = None  # H, W of the frames as given
         self._closed = False
         self._error: OSError | None = None
-        self._pending: Future[None] | None = None
         self._part = Part(self.path)
         self._container: av.container.OutputContainer | None = None
         self._stream: av.VideoStream | None = None
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="video")
+        self._behind = OneBehind("video")
 
     def write(self, frames: Tensor) -> None:
         """Append float frames [T, 3, H, W] in [-1, 1], values beyond are clamped, or bytes
@@ -155,11 +173,8 @@ class VideoWriter:
             self._size = size
         if size != self._size:
             raise ValueError(f"frames: size {size}, expected {self._size} as in the first frames")
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        self._behind.submit(self._encode, images_THWC)
         self._given += len(frames)
-        self._pending = self._worker.submit(self._encode, images_THWC)
 
     def close(self) -> None:
         """Finish the file and give it its name. Raises ValueError if no frame was written."""
@@ -187,8 +202,8 @@ class VideoWriter:
             return
         self._closed = True
         # The worker also renames the file, so a second Ctrl-C while waiting here loses nothing.
-        finished = self._worker.submit(self._finish)
-        self._worker.shutdown(wait=False)
+        finished = self._behind.worker.submit(self._finish)
+        self._behind.worker.shutdown(wait=False)
         finished.result()
         if self.frame_count == 0 and not empty_allowed:
             raise ValueError(f"no frame was written to {self.path}, there is no file")

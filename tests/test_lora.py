@@ -51,48 +51,29 @@ def pairs(model: DiT) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def alphas(stem: str) -> dict[str, Tensor]:
-    return {f"{stem}.alpha": torch.tensor(ALPHA)}
+Naming = Callable[[str, Tensor, Tensor], dict[str, Tensor]]
 
 
-def peft(layer: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    stem = f"base_model.model.{layer}"
-    return {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b} | alphas(stem)
+def naming(stem_of: Callable[[str], str], down: str, up: str) -> Naming:
+    def named(layer: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        stem, alpha = stem_of(layer), torch.tensor(ALPHA)
+        return {f"{stem}.{down}.weight": a, f"{stem}.{up}.weight": b, f"{stem}.alpha": alpha}
+
+    return named
 
 
-def peft_named(layer: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    stem = f"base_model.model.{layer}"
-    return {f"{stem}.lora_A.default.weight": a, f"{stem}.lora_B.default.weight": b} | alphas(stem)
-
-
-def diffusers(layer: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    stem = f"transformer.{LAYERS[layer]}"
-    return {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b} | alphas(stem)
-
-
-def comfy(layer: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    stem = f"diffusion_model.{layer}"
-    return {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b} | alphas(stem)
-
-
-def lightx2v(layer: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    stem = f"diffusion_model.{layer}"
-    return {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b} | alphas(stem)
-
-
-def kohya(layer: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    stem = f"lora_unet_{layer.replace('.', '_')}"
-    return {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b} | alphas(stem)
-
-
-def kohya_of_diffusers(layer: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    stem = f"lora_unet_{LAYERS[layer].replace('.', '_')}"
-    return {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b} | alphas(stem)
-
-
-NAMINGS: list[Callable[[str, Tensor, Tensor], dict[str, Tensor]]] = [
-    peft, peft_named, diffusers, comfy, lightx2v, kohya, kohya_of_diffusers,
-]  # fmt: skip
+AB, DOWN_UP = ("lora_A", "lora_B"), ("lora_down", "lora_up")
+NAMINGS = {
+    "peft": naming("base_model.model.{}".format, *AB),
+    "peft, named": naming("base_model.model.{}".format, "lora_A.default", "lora_B.default"),
+    "diffusers": naming(lambda layer: f"transformer.{LAYERS[layer]}", *AB),
+    "comfy": naming("diffusion_model.{}".format, *AB),
+    "lightx2v": naming("diffusion_model.{}".format, *DOWN_UP),
+    "kohya": naming(lambda layer: f"lora_unet_{layer.replace('.', '_')}", *DOWN_UP),
+    "kohya of diffusers": naming(
+        lambda layer: f"lora_unet_{LAYERS[layer].replace('.', '_')}", *DOWN_UP
+    ),
+}
 
 
 def wanted(model: DiT) -> dict[str, Tensor]:
@@ -110,11 +91,11 @@ def check(model: DiT, loras: list[Lora], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(own, want, rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("named", NAMINGS.values(), ids=[*NAMINGS])
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-def test_every_naming(model: DiT, tmp_path: Path, naming: Any, suffix: str) -> None:
+def test_every_naming(model: DiT, tmp_path: Path, named: Naming, suffix: str) -> None:
     made = pairs(model)
-    tensors = {k: v for layer, (a, b) in made.items() for k, v in naming(layer, a, b).items()}
+    tensors = {k: v for layer, (a, b) in made.items() for k, v in named(layer, a, b).items()}
     file = tmp_path / f"lora.{suffix}"
     if suffix == "pt":  # as training code saves them
         torch.save({"generator_lora": tensors}, file)
@@ -206,7 +187,7 @@ def test_the_bias_of_b_is_scaled_as_it_is(model: DiT, tmp_path: Path) -> None:
     a, b = torch.randn(RANK, CONFIG.dim), torch.randn(CONFIG.dim, RANK)
     bias, stem = torch.randn(CONFIG.dim), "base_model.model.blocks.0.self_attn.k"
     save_file({f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b, f"{stem}.lora_B.bias": bias}
-              | alphas(stem), tmp_path / "a.safetensors")  # fmt: skip
+              | {f"{stem}.alpha": torch.tensor(ALPHA)}, tmp_path / "a.safetensors")  # fmt: skip
     layer, scale = "blocks.0.self_attn.k", 2 * ALPHA / RANK
     check(model, [Lora(tmp_path / "a.safetensors", 2.0)],
           {f"{layer}.weight": scale * b @ a, f"{layer}.bias": scale * bias})  # fmt: skip

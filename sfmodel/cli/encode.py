@@ -24,7 +24,7 @@ from torch import Tensor
 from sfmodel.config import Preset
 from sfmodel.files import LONGEST, VIDEOS, check_writable, within
 from sfmodel.footage import covering_frames, to_pixels
-from sfmodel.frame_files import STANDARD_OUTPUT, check_name, numbered, sheet_of, writer
+from sfmodel.frame_files import STANDARD_OUTPUT, check_name, file_of, numbered, sheet_of, writer
 from sfmodel.pretrained import (
     TextEncoder,
     Vae,
@@ -321,8 +321,7 @@ def check_outputs(names: Sequence[Path], watch: bool = False) -> None:
     for name in names:
         check_name(name)
         if name != STANDARD_OUTPUT:
-            numbers = name.suffix.lower() == ".png"
-            check_writable(name.with_name(name.name % 0) if numbers else name)
+            check_writable(file_of(name, 0))
         if sheet := sheet_of(name):
             check_writable(sheet)
     if watch and STANDARD_OUTPUT in names:
