@@ -209,24 +209,45 @@ inline Vec exp_of(Vec v) {
 // Sums are taken in so many vectors side by side: one addition has to wait for the one before.
 constexpr int kChains = 4;
 
+// A sum of vectors. The chains are emptied every 32 additions: what is added to a sum a thousand
+// times larger loses bits, the same ones every time where the data has 16 bits (5e-7 of a sum of
+// 20,000 squares, 2e-6 of 65,536).
 class Sum {
  public:
   template <int k>
-  void add(Vec v, std::integral_constant<int, k>) {
+  void add(Vec v, std::integral_constant<int, k> chain) {
     chains_[k] = chains_[k] + v;
+    count(chain);
   }
 
   template <int k>
-  void add_product(Vec a, Vec b, std::integral_constant<int, k>) {
+  void add_product(Vec a, Vec b, std::integral_constant<int, k> chain) {
     chains_[k] = at::vec::fmadd(a, b, chains_[k]);
+    count(chain);
   }
 
   float total() const {
-    return across((chains_[0] + chains_[1]) + (chains_[2] + chains_[3]));
+    return across(emptied_ + in_chains());
   }
 
  private:
+  Vec in_chains() const {
+    return (chains_[0] + chains_[1]) + (chains_[2] + chains_[3]);
+  }
+
+  template <int k>
+  void count(std::integral_constant<int, k>) {
+    if constexpr (k == 0) {
+      if (++additions_ % 32 == 0) {
+        emptied_ = emptied_ + in_chains();
+        chains_.fill(Vec(0));
+      }
+    }
+  }
+
   std::array<Vec, kChains> chains_{Vec(0), Vec(0), Vec(0), Vec(0)};
+  Vec emptied_{0};
+  int64_t additions_ = 0;
 };
 
 // Calls f(i, n, k) for the elements i to i + n of a row. n is the constant kLanes for all but the

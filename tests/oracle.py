@@ -11,7 +11,7 @@ import fcntl
 import functools
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sfkernels import cpp
-from sfkernels.testing import Op, Oracle, interpreted, nan_filled, results
+from sfkernels.testing import Op, Oracle, close_as_eager, interpreted, nan_filled, results
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter truncates to bfloat16 where a GPU rounds.
@@ -89,9 +89,44 @@ def check(
 
     tensors: float64 arguments of `op`, in order; those at the indices in `wide` stay in float32
     where the others are cast to `dtype`. Other dtypes than float64 are handed on as they are."""
-    narrow = narrowed(tensors, dtype, wide)
-    with alone():
-        oracle = Oracle(functools.partial(op, impl="reference"), narrow, gradients=gradients)
-    with nan_filled():
-        ours = results(functools.partial(op, impl=impl), narrow, oracle.upstream)
-    oracle.check(ours)
+
+    def draw(tensors: Sequence[Any]) -> Triples:
+        narrow = narrowed(tensors, dtype, wide)
+        with alone():
+            oracle = Oracle(functools.partial(op, impl="reference"), narrow, gradients=gradients)
+        with nan_filled():
+            ours = results(functools.partial(op, impl=impl), narrow, oracle.upstream)
+        return [*zip(ours, oracle.eager, oracle.exact, strict=True)]
+
+    judge(draw, tensors)
+
+
+Triples = list[tuple[Tensor, Tensor, Tensor]]  # each result of a kernel, of eager and exactly
+
+
+def judge(draw: Callable[[Sequence[Any]], Triples], tensors: Sequence[Any]) -> None:
+    """Raises AssertionError unless what `draw` gives for `tensors` obeys the rule.
+
+    The largest of few errors is a matter of luck, the kernel's as well as eager's: a kernel as
+    exact as eager fails on one of some hundred draws of a thousand numbers. So small tensors that
+    fail are shuffled and drawn eight times more, and the rule holds for all nine draws as one: a
+    kernel that is less exact fails on those as well."""
+    draws = [draw(tensors)]
+    if sum(t.numel() for t in tensors if isinstance(t, Tensor)) < 1_000_000:
+        try:
+            _judge(draws)
+        except AssertionError:
+            draws += [draw([*map(_shuffled, tensors)]) for _ in range(8)]
+    _judge(draws)
+
+
+def _judge(draws: Sequence[Triples]) -> None:
+    for i, triples in enumerate(zip(*draws, strict=True)):
+        ours, eager, exact = (torch.stack(same) for same in zip(*triples, strict=True))
+        close_as_eager(f"result {i}", ours, eager, exact)
+
+
+def _shuffled(t: Any) -> Any:
+    if not isinstance(t, Tensor) or t.dtype != torch.float64:
+        return t
+    return t.flatten()[torch.randperm(t.numel(), device=t.device)].view(t.shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sfkernels import reference, testing
+from tests.oracle import Triples, judge
 
 
 def inputs() -> list[Tensor]:
@@ -73,3 +76,26 @@ def test_an_op_that_writes_into_its_arguments() -> None:
     with pytest.raises(AssertionError, match="result 0"):
         oracle.check([ring])
     oracle.check(testing.results(write, [ring]))
+
+
+@pytest.mark.parametrize(("error", "right"), [(1.0, True), (1.5, True), (3.0, False)])
+def test_luck_of_one_draw_does_not_decide(error: float, right: bool) -> None:
+    """A first draw on which eager happens to be exact fails nobody; a kernel with three times
+    eager's error fails on any number of draws."""
+    draws = itertools.count()
+
+    def draw(tensors: Sequence[Tensor]) -> Triples:
+        (exact,) = tensors
+        noise = 1e-5 * torch.rand(2, *exact.shape, dtype=torch.float64)
+        eager = exact + noise[0] * (next(draws) > 0)
+        return [((exact + error * noise[1]).float(), eager.float(), exact)]
+
+    def judged() -> None:
+        judge(draw, [torch.rand(100, dtype=torch.float64)])
+
+    if right:
+        judged()
+    else:
+        with pytest.raises(AssertionError, match="result 0: off by"):
+            judged()
+    assert next(draws) == 9
