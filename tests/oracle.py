@@ -109,14 +109,14 @@ def judge(draw: Callable[[Sequence[Any]], Triples], tensors: Sequence[Any]) -> N
 
     The largest of few errors is a matter of luck, the kernel's as well as eager's: a kernel as
     exact as eager fails on one of some hundred draws of a thousand numbers. So small tensors that
-    fail are shuffled and drawn eight times more, and the rule holds for all nine draws as one: a
+    fail are shuffled and drawn 32 times more, and the rule holds for all draws as one: a
     kernel that is less exact fails on those as well."""
     draws = [draw(tensors)]
     if sum(t.numel() for t in tensors if isinstance(t, Tensor)) < 1_000_000:
         try:
             _judge(draws)
         except AssertionError:
-            draws += [draw([*map(_shuffled, tensors)]) for _ in range(8)]
+            draws += [draw([*map(_shuffled, tensors)]) for _ in range(32)]
     _judge(draws)
 
 
