@@ -15,16 +15,11 @@ std::pair<Vec, Vec> get_pairs(const T* row, int64_t p, int64_t n = kLanes) {
   return at::vec::deinterleave2(a, b);
 }
 
-// Floats of a row, the even channels apart from the odd ones.
+// Floats of a row, the even channels apart from the odd ones. A vector may begin at any pair.
 struct Pairs {
   Floats even, odd;
 
-  explicit Pairs(int64_t pairs) : even(padded(pairs)), odd(padded(pairs)) {}
-  explicit Pairs(const Tensor& weight_C) : Pairs(weight_C.size(0) / 2) {
-    by_dtype(weight_C.scalar_type(), [&](auto zero) {
-      read(data<decltype(zero)>(weight_C), weight_C.size(0) / 2);
-    });
-  }
+  explicit Pairs(int64_t pairs) : even(padded(pairs) + kLanes), odd(padded(pairs) + kLanes) {}
 
   template <typename T>
   void read(const T* row, int64_t pairs) {
@@ -36,24 +31,44 @@ struct Pairs {
   }
 };
 
+// What is the same for every head, once for each.
+void repeat(const Pairs& head, int64_t pairs, int64_t heads, Pairs& all) {
+  for (int64_t h = 0; h < heads; ++h) {
+    std::copy_n(head.even.data(), pairs, all.even.data() + h * pairs);
+    std::copy_n(head.odd.data(), pairs, all.odd.data() + h * pairs);
+  }
+}
+
+// Weights of all channels, from those of all or of one head.
+Pairs weights_of(const Optional& weight_C, int64_t channels) {
+  Pairs all(channels / 2);
+  if (weight_C) {
+    const int64_t pairs = weight_C->size(0) / 2;
+    Pairs given(pairs);
+    by_dtype(weight_C->scalar_type(), [&](auto zero) {
+      given.read(data<decltype(zero)>(*weight_C), pairs);
+    });
+    repeat(given, pairs, channels / 2 / pairs, all);
+  }
+  return all;
+}
+
 // Cosines and sines of one token's rotation, repeated for every head.
 class Rotation {
  public:
   Rotation(const Tensor& table_LP2, int64_t heads)
       : table_(table_LP2),
-        pairs_(table_LP2.size(1)),
+        stride_b_(table_LP2.dim() == 4 ? table_LP2.stride(0) : 0),
+        pairs_(table_LP2.size(-2)),
         heads_(heads),
         head_(pairs_),
         all_(pairs_ * heads) {}
 
-  void move_to(int64_t l) {
+  void move_to(int64_t b, int64_t l) {
     by_dtype(table_.scalar_type(), [&](auto zero) {
-      head_.read(data<decltype(zero)>(table_) + l * 2 * pairs_, pairs_);
+      head_.read(data<decltype(zero)>(table_) + b * stride_b_ + l * 2 * pairs_, pairs_);
     });
-    for (int64_t head = 0; head < heads_; ++head) {
-      std::copy_n(head_.even.data(), pairs_, all_.even.data() + head * pairs_);
-      std::copy_n(head_.odd.data(), pairs_, all_.odd.data() + head * pairs_);
-    }
+    repeat(head_, pairs_, heads_, all_);
   }
 
   // A vector of pairs from pair p on, rotated; back if `back`.
@@ -65,7 +80,7 @@ class Rotation {
 
  private:
   const Tensor& table_;
-  const int64_t pairs_, heads_;
+  const int64_t stride_b_, pairs_, heads_;
   Pairs head_, all_;
 };
 
@@ -91,47 +106,92 @@ void copy(const Output<T>& out, T* to, const T* from, int64_t channels) {
   });
 }
 
-// Raises unless these are the projection of a pass [B, L, 3·H·D] and what goes with it.
-void check_qkv(
+// Sizes of a pass. channels: of one of q, k and v; norms: that a row of it takes, none, one or one
+// for each head.
+struct Sizes {
+  int64_t batch, tokens, channels, head_dim, heads, norms;
+};
+
+// Raises unless these are the projection of a pass, [B, L, 3·H·D] or three [B, L, H·D], and what
+// goes with it.
+Sizes check_qkv(
     const Tensor& qkv_BLC,
-    const Tensor& q_weight_C,
-    const Tensor& k_weight_C,
+    const Optional& k_BLC,
+    const Optional& v_BLC,
+    const Optional& q_weight_C,
+    const Optional& k_weight_C,
     const Tensor& table_LP2) {
   check("qkv", qkv_BLC, {kAny, kAny, kAny}, kFloats);
-  check("table", table_LP2, {qkv_BLC.size(1), kAny, 2}, kFloats, 3);
-  const int64_t of_all = qkv_BLC.size(2), pairs = table_LP2.size(1);
+  const int64_t batch = qkv_BLC.size(0), tokens = qkv_BLC.size(1), of_all = qkv_BLC.size(2);
+  if (table_LP2.dim() == 4) {
+    check("table", table_LP2, {batch, tokens, kAny, 2}, kFloats, 3);
+  } else {
+    check("table", table_LP2, {tokens, kAny, 2}, kFloats, 3);
+  }
+  const int64_t pairs = table_LP2.size(-2);
   require(pairs > 0 && pairs < kTooMany, "table has ", pairs, " pairs: must have one or more");
+  require(k_BLC.has_value() == v_BLC.has_value(), "k and v belong together: give both or none");
+  const int64_t three = k_BLC ? 1 : 3;
   require(
-      of_all > 0 && of_all % (6 * pairs) == 0, "qkv has ", of_all,
-      " channels: must be a multiple of 3 × head dim ", 2 * pairs);
-  check("q_weight", q_weight_C, {of_all / 3}, kFloats);
-  check("k_weight", k_weight_C, {of_all / 3}, kFloats);
+      of_all > 0 && of_all % (2 * three * pairs) == 0, "qkv has ", of_all,
+      " channels: must be a multiple of ", three, " × head dim ", 2 * pairs);
+  check("k", k_BLC, {batch, tokens, of_all}, {qkv_BLC.scalar_type()});
+  check("v", v_BLC, {batch, tokens, of_all}, {qkv_BLC.scalar_type()});
+  require(
+      q_weight_C.has_value() == k_weight_C.has_value(),
+      "q_weight and k_weight belong together: give both or none");
+  const int64_t channels = of_all / three, heads = channels / (2 * pairs);
+  int64_t norms = 0;
+  if (q_weight_C) {
+    const bool of_heads = q_weight_C->dim() == 1 && q_weight_C->size(0) == 2 * pairs;
+    norms = of_heads ? heads : 1;
+    check("q_weight", q_weight_C, {channels / norms}, kFloats);
+    check("k_weight", k_weight_C, {channels / norms}, kFloats);
+  }
+  return {batch, tokens, channels, 2 * pairs, heads, norms};
+}
+
+// Rows of q, k and v, each a third of the fused projection's or a tensor's own.
+template <typename T>
+std::array<Rows<T>, 3> parts(
+    const Tensor& qkv_BLC, const Optional& k_BLC, const Optional& v_BLC, int64_t channels) {
+  std::array<Rows<T>, 3> rows{Rows<T>(qkv_BLC), Rows<T>(k_BLC), Rows<T>(v_BLC)};
+  for (int64_t i = 1; i < 3 && !k_BLC; ++i) {
+    rows[i] = rows[0];
+    rows[i].start += i * channels;
+  }
+  return rows;
 }
 
 // Raises unless a chunk's frames can be written to slots of their own in two rings that share no
-// memory with each other or with what is read meanwhile. Returns the slots.
+// memory with each other or with what is read meanwhile. Returns the slots, of all samples or of
+// one for all.
 Ints check_rings(
     const Tensor& k_ring_BSHD,
     const Tensor& v_ring_BSHD,
     const Tensor& slot_F,
-    std::initializer_list<const Tensor*> read,
-    int64_t head_dim) {
-  const Tensor& qkv_BLC = **read.begin();
-  const int64_t batch = qkv_BLC.size(0), tokens = qkv_BLC.size(1);
-  const int64_t heads = qkv_BLC.size(2) / 3 / head_dim;
-  check("slot_F", slot_F, {kAny}, kIntegers, 0);
-  const int64_t frames = slot_F.size(0), held = k_ring_BSHD.dim() > 1 ? k_ring_BSHD.size(1) : 0;
+    std::initializer_list<Optional> read,
+    ScalarType dtype,
+    const Sizes& sizes) {
+  const int64_t batch = sizes.batch, tokens = sizes.tokens;
+  if (slot_F.dim() == 2) {
+    check("slot_F", slot_F, {batch, kAny}, kIntegers, 0);
+  } else {
+    check("slot_F", slot_F, {kAny}, kIntegers, 0);
+  }
+  const int64_t frames = slot_F.size(-1), held = k_ring_BSHD.dim() > 1 ? k_ring_BSHD.size(1) : 0;
   require(
       tokens > 0 && frames > 0 && tokens % frames == 0 && held % (tokens / frames) == 0,
       "slot_F names ", frames, " frames: ", tokens, " tokens and a ring of ", held,
       " must be whole frames");
   const auto check_ring = [&](const char* name, const Tensor& ring) {
-    check(name, ring, {batch, held, heads, head_dim}, {qkv_BLC.scalar_type()}, 2);
+    check(name, ring, {batch, held, sizes.heads, sizes.head_dim}, {dtype}, 2);
     const Place place(ring);
     require(!place.overlaps_itself(), name, " has strides ", Listed{ring.strides()},
             ": writing one of its rows changes another");
-    for (const Tensor* t : read) {
-      require(!place.overlaps(Place(*t)), name, " shares memory with what is read to fill it");
+    for (const Optional& t : read) {
+      require(
+          !t || !place.overlaps(Place(*t)), name, " shares memory with what is read to fill it");
     }
     return place;
   };
@@ -144,26 +204,31 @@ Ints check_rings(
     require(0 <= slot && slot <= last, "slot_F has ", slot, ": the ring's slots are 0 to ", last);
   }
   Ints sorted = slots;
-  std::sort(sorted.begin(), sorted.end());
-  const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
-  require(twice == sorted.end(), "slot_F is ", Listed{slots}, ": each frame needs a slot of its own");
+  for (auto row = sorted.begin(); row != sorted.end(); row += frames) {
+    std::sort(row, row + frames);
+    require(
+        std::adjacent_find(row, row + frames) == row + frames, "slot_F is ", Listed{slots},
+        ": each frame needs a slot of its own");
+  }
   return slots;
 }
 
 std::tuple<Tensor, Optional, Optional, Optional> qk_norm_rope_fwd(
     const Tensor& qkv_BLC,
-    const Tensor& q_weight_C,
-    const Tensor& k_weight_C,
+    const Optional& k_BLC,
+    const Optional& v_BLC,
+    const Optional& q_weight_C,
+    const Optional& k_weight_C,
     const Tensor& table_LP2,
     const Optional& k_ring_BSHD,
     const Optional& v_ring_BSHD,
     const Optional& slot_F,
     double eps,
     bool rotate_k) {
-  check_qkv(qkv_BLC, q_weight_C, k_weight_C, table_LP2);
+  const Sizes sizes = check_qkv(qkv_BLC, k_BLC, v_BLC, q_weight_C, k_weight_C, table_LP2);
+  const int64_t batch = sizes.batch, tokens = sizes.tokens, channels = sizes.channels;
+  const int64_t head_dim = sizes.head_dim, heads = sizes.heads, norms = sizes.norms;
   check_positive("eps", eps);
-  const int64_t batch = qkv_BLC.size(0), tokens = qkv_BLC.size(1), channels = qkv_BLC.size(2) / 3;
-  const int64_t head_dim = 2 * table_LP2.size(1), heads = channels / head_dim;
   require(
       k_ring_BSHD.has_value() == slot_F.has_value() &&
           v_ring_BSHD.has_value() == slot_F.has_value(),
@@ -172,62 +237,78 @@ std::tuple<Tensor, Optional, Optional, Optional> qk_norm_rope_fwd(
   const Tensor q_BLHD = empty(qkv_BLC, shape);
   const Tensor k_BSHD = k_ring_BSHD ? *k_ring_BSHD : empty(qkv_BLC, shape);
   const Tensor v_BSHD = v_ring_BSHD ? *v_ring_BSHD : empty(qkv_BLC, shape);
-  Optional rstd_BL2;
+  Optional rstd_BLN;
   Ints slots{0};
+  int64_t frames = 1;
   if (slot_F) {
     slots = check_rings(
         *k_ring_BSHD, *v_ring_BSHD, *slot_F,
-        {&qkv_BLC, &q_weight_C, &k_weight_C, &table_LP2, &*slot_F}, head_dim);
+        {qkv_BLC, k_BLC, v_BLC, q_weight_C, k_weight_C, table_LP2, *slot_F},
+        qkv_BLC.scalar_type(), sizes);
+    frames = slot_F->size(-1);
   } else {
-    rstd_BL2 = empty(qkv_BLC, {batch, tokens, 2}, ScalarType::Float);
+    rstd_BLN = empty(qkv_BLC, {batch, tokens, 2 * norms}, ScalarType::Float);
   }
-  const int64_t per_slot = tokens / static_cast<int64_t>(slots.size());
-  float* const stats = rstd_BL2 ? data<float>(*rstd_BL2) : nullptr;
-  const Pairs q_weight(q_weight_C), k_weight(k_weight_C);
+  const int64_t per_slot = tokens / frames;
+  const int64_t slots_b = static_cast<int64_t>(slots.size()) > frames ? frames : 0;
+  float* const stats = rstd_BLN && norms ? data<float>(*rstd_BLN) : nullptr;
+  const Pairs q_weight = weights_of(q_weight_C, channels);
+  const Pairs k_weight = weights_of(k_weight_C, channels);
+  const int64_t runs = std::max<int64_t>(norms, 1), width = channels / runs;
 
   by_dtype(qkv_BLC.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const Rows<T> qkv_rows(qkv_BLC), q_rows(q_BLHD), k_rows(k_BSHD), v_rows(v_BSHD);
+    const auto in = parts<T>(qkv_BLC, k_BLC, v_BLC, channels);
+    const Rows<T> q_rows(q_BLHD), k_rows(k_BSHD), v_rows(v_BSHD);
     const auto output = [&](const Rows<T>& rows) {
       const int64_t written = batch * tokens * channels;
-      return Output<T>(rows.start, written, {rows.stride_b, rows.stride_l, channels});
+      return Output<T>(rows.start, written, {rows.stride_b, rows.stride_l, width});
     };
     const Output<T> q_out = output(q_rows), k_out = output(k_rows), v_out = output(v_rows);
     parallel_rows(batch * tokens, 3 * channels, [&](int64_t begin, int64_t end) {
       Rotation rotation(table_LP2, heads);
+      // One of q and k, norm by norm.
       const auto norm = [&](const Output<T>& out, T* to, const T* x, const Pairs& weight,
-                            bool turned) {
-        Sum squares;
-        for_vectors(channels, [&](int64_t i, auto n, auto k) {
-          fetch_ahead(x + i);
-          const Vec v = get(x + i, n);
-          squares.add_product(v, v, k);
-        });
-        const float mean = squares.total() / channels;
-        const float rstd = 1 / std::sqrt(mean + static_cast<float>(eps));
-        for_vectors(channels / 2, [&](int64_t p, auto n, auto) {
-          auto [even, odd] = get_pairs(x, p, n);
-          even = even * Vec(rstd) * get(weight.even.data() + p);
-          odd = odd * Vec(rstd) * get(weight.odd.data() + p);
-          if (turned) {
-            std::tie(even, odd) = rotation.turn(even, odd, p);
+                            bool turned, float* rstds) {
+        for (int64_t run = 0; run < runs; ++run, to += width, x += width) {
+          const int64_t first = run * width / 2;
+          Vec rstd(1);
+          if (norms) {
+            Sum squares;
+            for_vectors(width, [&](int64_t i, auto n, auto k) {
+              fetch_ahead(x + i);
+              const Vec v = get(x + i, n);
+              squares.add_product(v, v, k);
+            });
+            const float mean = squares.total() / width;
+            const float one = 1 / std::sqrt(mean + static_cast<float>(eps));
+            rstd = Vec(one);
+            if (rstds) {
+              rstds[run] = one;
+            }
           }
-          write_pairs(out, to, p, even, odd, n);
-        });
-        return rstd;
+          for_vectors(width / 2, [&](int64_t p, auto n, auto) {
+            auto [even, odd] = get_pairs(x, p, n);
+            if (norms) {
+              even = even * rstd * get(weight.even.data() + first + p);
+              odd = odd * rstd * get(weight.odd.data() + first + p);
+            }
+            if (turned) {
+              std::tie(even, odd) = rotation.turn(even, odd, first + p);
+            }
+            write_pairs(out, to, p, even, odd, n);
+          });
+        }
       };
       for (int64_t token = begin; token < end; ++token) {
         const int64_t b = token / tokens, l = token % tokens;
-        const int64_t to = slots[l / per_slot] * per_slot + l % per_slot;
-        const T* const qkv = qkv_rows.at(b, l);
-        rotation.move_to(l);
-        const float q_rstd = norm(q_out, q_rows.at(b, l), qkv, q_weight, true);
-        const float k_rstd = norm(k_out, k_rows.at(b, to), qkv + channels, k_weight, rotate_k);
-        copy(v_out, v_rows.at(b, to), qkv + 2 * channels, channels);
-        if (stats) {
-          stats[2 * token] = q_rstd;
-          stats[2 * token + 1] = k_rstd;
-        }
+        const int64_t to = slots[b * slots_b + l / per_slot] * per_slot + l % per_slot;
+        float* const q_rstd = stats ? stats + 2 * norms * token : nullptr;
+        rotation.move_to(b, l);
+        norm(q_out, q_rows.at(b, l), in[0].at(b, l), q_weight, true, q_rstd);
+        norm(k_out, k_rows.at(b, to), in[1].at(b, l), k_weight, rotate_k,
+             stats ? q_rstd + norms : nullptr);
+        copy(v_out, v_rows.at(b, to), in[2].at(b, l), channels);
       }
       q_out.done();
       k_out.done();
@@ -237,88 +318,126 @@ std::tuple<Tensor, Optional, Optional, Optional> qk_norm_rope_fwd(
   if (slot_F) {
     return {q_BLHD, std::nullopt, std::nullopt, std::nullopt};
   }
-  return {q_BLHD, k_BSHD, v_BSHD, rstd_BL2};
+  return {q_BLHD, k_BSHD, v_BSHD, rstd_BLN};
 }
 
-std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(
+std::tuple<Tensor, Optional, Optional, Optional, Optional> qk_norm_rope_bwd(
     const Tensor& dq_BLHD,
     const Tensor& dk_BLHD,
     const Tensor& dv_BLHD,
     const Tensor& qkv_BLC,
-    const Tensor& q_weight_C,
-    const Tensor& k_weight_C,
+    const Optional& k_BLC,
+    const Optional& v_BLC,
+    const Optional& q_weight_C,
+    const Optional& k_weight_C,
     const Tensor& table_LP2,
-    const Tensor& rstd_BL2) {
-  check_qkv(qkv_BLC, q_weight_C, k_weight_C, table_LP2);
-  const int64_t batch = qkv_BLC.size(0), tokens = qkv_BLC.size(1), channels = qkv_BLC.size(2) / 3;
-  const int64_t head_dim = 2 * table_LP2.size(1), heads = channels / head_dim;
+    const Tensor& rstd_BLN) {
+  const Sizes sizes = check_qkv(qkv_BLC, k_BLC, v_BLC, q_weight_C, k_weight_C, table_LP2);
+  const int64_t batch = sizes.batch, tokens = sizes.tokens, channels = sizes.channels;
+  const int64_t head_dim = sizes.head_dim, heads = sizes.heads, norms = sizes.norms;
   const std::array<std::pair<const char*, const Tensor&>, 3> gradients{
       {{"dq", dq_BLHD}, {"dk", dk_BLHD}, {"dv", dv_BLHD}}};
   for (const auto& [name, t] : gradients) {
     check(name, t, {batch, tokens, heads, head_dim}, {qkv_BLC.scalar_type()}, 2);
   }
-  check("rstd", rstd_BL2, {batch, tokens, 2}, {ScalarType::Float}, 3);
+  check("rstd", rstd_BLN, {batch, tokens, 2 * norms}, {ScalarType::Float}, 3);
   const int64_t strips = (tokens + kStrip - 1) / kStrip, units = batch * strips;
-  const Tensor dqkv_BLC = empty(qkv_BLC, {batch, tokens, 3 * channels});
-  const float* const stats = data<float>(rstd_BL2);
-  Floats q_weight(padded(channels)), k_weight(padded(channels));
-  widen(q_weight, q_weight_C, 0, channels);
-  widen(k_weight, k_weight_C, 0, channels);
-  Floats dq_weight(units * channels), dk_weight(units * channels);
+  const Tensor dqkv_BLC = empty(qkv_BLC, sizes_of(qkv_BLC));
+  Optional dk_in, dv_in;
+  if (k_BLC) {
+    dk_in = empty(qkv_BLC, sizes_of(qkv_BLC));
+    dv_in = empty(qkv_BLC, sizes_of(qkv_BLC));
+  }
+  const float* const stats = norms ? data<float>(rstd_BLN) : nullptr;
+  const int64_t runs = std::max<int64_t>(norms, 1), width = channels / runs;
+  Floats q_weight(padded(width)), k_weight(padded(width));
+  Floats dq_weight, dk_weight;
+  if (norms) {
+    widen(q_weight, *q_weight_C, 0, width);
+    widen(k_weight, *k_weight_C, 0, width);
+    dq_weight.resize(units * channels);
+    dk_weight.resize(units * channels);
+  }
 
   by_dtype(qkv_BLC.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const Rows<T> dq_rows(dq_BLHD), dk_rows(dk_BLHD), dv_rows(dv_BLHD), qkv_rows(qkv_BLC);
-    const Output<T> out(dqkv_BLC, channels);
+    const Rows<T> dq_rows(dq_BLHD), dk_rows(dk_BLHD), dv_rows(dv_BLHD);
+    const auto in = parts<T>(qkv_BLC, k_BLC, v_BLC, channels);
+    const auto to = parts<T>(dqkv_BLC, dk_in, dv_in, channels);
+    const int64_t row = qkv_BLC.size(2);
+    std::array<Output<T>, 3> outs;
+    for (int64_t i = 0; i < 3; ++i) {
+      outs[i] = Output<T>(to[i].start, batch * tokens * channels, {row, width});
+    }
     parallel_rows(units, 3 * kStrip * channels, [&](int64_t begin, int64_t end) {
       Rotation rotation(table_LP2, heads);
-      Floats turned_back(padded(channels));
+      Floats turned_back(padded(width));
       const Output<float> turned(turned_back.data(), 0, {});
-      const auto norm = [&](const T* dout, const T* x, const Floats& weight, float rstd,
-                            float* dweight, T* dx) {
-        for_vectors(channels / 2, [&](int64_t p, auto n, auto) {
-          fetch_ahead(dout + 2 * p);
-          fetch_ahead(dout + 2 * p + kLanes);
-          const auto [even, odd] = get_pairs(dout, p, n);
-          const auto [a, b] = rotation.turn(even, odd, p, true);
-          write_pairs(turned, turned_back.data(), p, a, b, n);
-        });
-        Sum along;
-        for_vectors(channels, [&](int64_t i, auto n, auto k) {
-          fetch_ahead(x + i);
-          const Vec d = get(turned_back.data() + i, n), v = get(x + i, n) * Vec(rstd);
-          put(dweight + i, at::vec::fmadd(d, v, get(dweight + i, n)), n);
-          const Vec dnormed = d * get(weight.data() + i);
-          put(turned_back.data() + i, dnormed, n);
-          along.add_product(dnormed, v, k);
-        });
-        const Vec slope(along.total() / channels);
-        for_vectors(channels, [&](int64_t i, auto n, auto) {
-          const Vec v = get(x + i, n) * Vec(rstd), d = get(turned_back.data() + i, n);
-          out.write(dx + i, at::vec::fnmadd(v, slope, d) * Vec(rstd), n);
-        });
+      // One of q and k, norm by norm.
+      const auto norm = [&](const Output<T>& out, const T* dout, const T* x, const Floats& weight,
+                            const float* rstds, float* dweight, T* dx) {
+        for (int64_t run = 0; run < runs; ++run, dout += width, x += width, dx += width) {
+          const int64_t first = run * width / 2;
+          for_vectors(width / 2, [&](int64_t p, auto n, auto) {
+            fetch_ahead(dout + 2 * p);
+            fetch_ahead(dout + 2 * p + kLanes);
+            const auto [even, odd] = get_pairs(dout, p, n);
+            const auto [a, b] = rotation.turn(even, odd, first + p, true);
+            if (norms) {
+              write_pairs(turned, turned_back.data(), p, a, b, n);
+            } else {
+              write_pairs(out, dx, p, a, b, n);
+            }
+          });
+          if (!norms) {
+            continue;
+          }
+          const float rstd = rstds[run];
+          Sum along;
+          for_vectors(width, [&](int64_t i, auto n, auto k) {
+            fetch_ahead(x + i);
+            const Vec d = get(turned_back.data() + i, n), v = get(x + i, n) * Vec(rstd);
+            put(dweight + i, at::vec::fmadd(d, v, get(dweight + i, n)), n);
+            const Vec dnormed = d * get(weight.data() + i);
+            put(turned_back.data() + i, dnormed, n);
+            along.add_product(dnormed, v, k);
+          });
+          dweight += width;
+          const Vec slope(along.total() / width);
+          for_vectors(width, [&](int64_t i, auto n, auto) {
+            const Vec v = get(x + i, n) * Vec(rstd), d = get(turned_back.data() + i, n);
+            out.write(dx + i, at::vec::fnmadd(v, slope, d) * Vec(rstd), n);
+          });
+        }
       };
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t b = unit / strips, l0 = unit % strips * kStrip;
         for (int64_t l = l0; l < std::min(tokens, l0 + kStrip); ++l) {
-          const int64_t token = b * tokens + l;
-          const T* const x = qkv_rows.at(b, l);
-          T* const dx = out.at(token * 3 * channels);
-          rotation.move_to(l);
-          norm(dq_rows.at(b, l), x, q_weight, stats[2 * token],
-               dq_weight.data() + unit * channels, dx);
-          norm(dk_rows.at(b, l), x + channels, k_weight, stats[2 * token + 1],
-               dk_weight.data() + unit * channels, dx + channels);
-          copy(out, dx + 2 * channels, dv_rows.at(b, l), channels);
+          const int64_t token = b * tokens + l, at = token * row;
+          const float* const rstds = stats ? stats + 2 * norms * token : nullptr;
+          rotation.move_to(b, l);
+          norm(outs[0], dq_rows.at(b, l), in[0].at(b, l), q_weight, rstds,
+               dq_weight.data() + unit * channels, to[0].start + at);
+          norm(outs[1], dk_rows.at(b, l), in[1].at(b, l), k_weight, stats ? rstds + norms : nullptr,
+               dk_weight.data() + unit * channels, to[1].start + at);
+          copy(outs[2], to[2].start + at, dv_rows.at(b, l), channels);
         }
       }
-      out.done();
+      for (const auto& out : outs) {
+        out.done();
+      }
     });
   });
+  if (!norms) {
+    return {dqkv_BLC, dk_in, dv_in, std::nullopt, std::nullopt};
+  }
+  // Of a norm of each head every head adds to the gradient, as every strip does.
   const auto over_strips = [&](const Floats& partial, const Tensor& like) {
-    return sum_strips(partial, like, batch, 1, strips, channels);
+    return sum_strips(partial, like, batch, 1, strips * norms, width);
   };
-  return {dqkv_BLC, over_strips(dq_weight, q_weight_C), over_strips(dk_weight, k_weight_C)};
+  return {
+      dqkv_BLC, dk_in, dv_in, over_strips(dq_weight, *q_weight_C),
+      over_strips(dk_weight, *k_weight_C)};
 }
 
 // Angles in double, each of an axis' positions once; the rest is copying.
@@ -377,12 +496,13 @@ Tensor rope_table(const Tensor& frame_F, const Ints& grid, int64_t head_dim, dou
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sfkernels_cpp, m) {
   m.def(
-      "qk_norm_rope_fwd(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor table, "
-      "Tensor(a!)? k_ring, Tensor(b!)? v_ring, Tensor? slot, float eps, bool rotate_k=True) "
-      "-> (Tensor, Tensor?, Tensor?, Tensor?)");
+      "qk_norm_rope_fwd(Tensor qkv, Tensor? k, Tensor? v, Tensor? q_weight, Tensor? k_weight, "
+      "Tensor table, Tensor(a!)? k_ring, Tensor(b!)? v_ring, Tensor? slot, float eps, "
+      "bool rotate_k=True) -> (Tensor, Tensor?, Tensor?, Tensor?)");
   m.def(
-      "qk_norm_rope_bwd(Tensor dq, Tensor dk, Tensor dv, Tensor qkv, Tensor q_weight, "
-      "Tensor k_weight, Tensor table, Tensor rstd) -> (Tensor, Tensor, Tensor)");
+      "qk_norm_rope_bwd(Tensor dq, Tensor dk, Tensor dv, Tensor qkv, Tensor? k, Tensor? v, "
+      "Tensor? q_weight, Tensor? k_weight, Tensor table, Tensor rstd) "
+      "-> (Tensor, Tensor?, Tensor?, Tensor?, Tensor?)");
   m.def("rope_table(Tensor frame, int[2] grid, int head_dim, float theta) -> Tensor");
 }
 

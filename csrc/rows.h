@@ -383,12 +383,13 @@ inline Ints sizes_of(const Tensor& t) {
   return {t.sizes().begin(), t.sizes().end()};
 }
 
-// The elements of a short integer tensor [N].
+// The elements of a short integer tensor [N] or [B, N].
 inline Ints integers(const Tensor& t) {
-  Ints values(t.size(0));
-  for (int64_t i = 0; i < t.size(0); ++i) {
-    values[i] = t.scalar_type() == ScalarType::Int ? data<int32_t>(t)[i * t.stride(0)]
-                                                   : data<int64_t>(t)[i * t.stride(0)];
+  const int64_t count = t.size(-1), outer = t.dim() == 2 ? t.stride(0) : 0;
+  Ints values(t.numel());
+  for (int64_t i = 0; i < t.numel(); ++i) {
+    const int64_t at = i / count * outer + i % count * t.stride(-1);
+    values[i] = t.scalar_type() == ScalarType::Int ? data<int32_t>(t)[at] : data<int64_t>(t)[at];
   }
   return values;
 }

@@ -74,14 +74,28 @@ def check_floating(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_integers(name: str, tensor: Tensor, size: int | str) -> None:
-    """Raises ValueError unless `tensor` is an int32 or int64 [size]."""
-    check_shape(name, tensor, (size,))
+def check_integers(name: str, tensor: Tensor, size: int | str, *before: int) -> None:
+    """Raises ValueError unless `tensor` is an int32 or int64 [*before, size]."""
+    check_shape(name, tensor, (*before, size))
     if tensor.dtype not in _INTEGERS:
+        wanted = ", ".join(map(str, (*before, size)))
         raise ValueError(
-            f"{name} is {tensor.dtype} {[*tensor.shape]}: must be an integer tensor [{size}], of "
+            f"{name} is {tensor.dtype} {[*tensor.shape]}: must be an integer tensor [{wanted}], of "
             "int32 or int64"
         )
+
+
+def check_lengths(name: str, tensor: Tensor, like_BSHD: Tensor) -> None:
+    """Raises ValueError unless `tensor` is an int32 or int64 number, or one for each sample of
+    `like`, on its device."""
+    check_tensor(name, tensor)
+    one = tensor.numel() == 1 or tensor.shape == like_BSHD.shape[:1]
+    if not one or tensor.dtype not in _INTEGERS:
+        raise ValueError(
+            f"{name} is {tensor.dtype} {[*tensor.shape]}: must be one int32 or int64 number, or "
+            f"[{like_BSHD.shape[0]}] of them"
+        )
+    check_device(name, tensor, like_BSHD.device)
 
 
 def check_count(name: str, value: int, least: int = 1, most: float = math.inf) -> None:

@@ -13,6 +13,7 @@ from sfkernels import library_attention, reference
 from sfkernels.arguments import (
     check_device,
     check_floating,
+    check_lengths,
     check_positive,
     check_same,
     check_shape,
@@ -101,7 +102,8 @@ def ring_attention(
 
     q [B, L, H, D]; k_ring, v_ring [B, S, H, D], keys already rotated, so that their order does not
     matter; valid: an int32 or int64 scalar tensor on the same device, the tokens written so far,
-    1 to S. Every query sees every valid slot. scale defaults to D^-½. Returns [B, L, H, D].
+    1 to S, or [B] of them where samples are at different frames. Every query sees every valid slot.
+    scale defaults to D^-½. Returns [B, L, H, D].
     A valid out of range raises ValueError; on a GPU, where looking would make the host wait, and
     under torch.compile it counts as the nearest in range.
 
@@ -109,9 +111,9 @@ def ring_attention(
     of a CUDA graph that is being captured. cuDNN takes no length from the device, so that "cudnn"
     needs it; a graph to be replayed while the ring fills needs another implementation.
 
-    k_table: the rotation [S, D/2, 2] (see `rope_table`) of the position that each slot has now, for
-    rings whose keys are stored unrotated and positions move with the window; the queries come
-    rotated.
+    k_table: the rotation [S, D/2, 2] (see `rope_table`) of the position that each slot has now, or
+    [B, S, D/2, 2], for rings whose keys are stored unrotated and positions move with the window;
+    the queries come rotated.
 
     semaphores: int32 zeros on the same device, those of a `RingKVCache` or at least B·H·⌈L/16⌉, by
     which programs that share the keys of a tile know the last of them to end. They are zeros again
@@ -176,12 +178,7 @@ def _choose_ring(
     """Chooses the implementation; raises ValueError for what `ring_attention` does not take."""
     _check_heads(q_BLHD, k_ring_BSHD, v_ring_BSHD, "k_ring", "v_ring")
     slots = k_ring_BSHD.shape[1]
-    check_tensor("valid", valid)
-    if valid.numel() != 1 or valid.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"valid is {valid.dtype} {[*valid.shape]}: must be one int32 or int64 number"
-        )
-    check_device("valid", valid, q_BLHD.device)
+    check_lengths("valid", valid, q_BLHD)
     for count in numbers(valid) or ():
         if not 1 <= count <= slots:
             raise ValueError(f"valid is {count}: must be 1 to {slots}, the tokens of the ring")
@@ -192,7 +189,9 @@ def _choose_ring(
     if k_table_SP2 is not None:
         if q_BLHD.shape[3] % 2:
             raise ValueError(f"heads of {q_BLHD.shape[3]}: must be even to be rotated by k_table")
-        check_shape("k_table", k_table_SP2, (slots, q_BLHD.shape[3] // 2, 2))
+        check_tensor("k_table", k_table_SP2)
+        samples = (q_BLHD.shape[0],) if k_table_SP2.dim() == 4 else ()
+        check_shape("k_table", k_table_SP2, (*samples, slots, q_BLHD.shape[3] // 2, 2))
     if semaphores is not None:
         check_shape("semaphores", semaphores, ("N",))
         check_device("semaphores", semaphores, q_BLHD.device)

@@ -106,6 +106,8 @@ def _rows_ahead(channels: int, dtype: torch.dtype) -> Iterator[Bounded]:
     for backward in (False, True):
         case = cases.qk_norm_rope(*size, 128, dtype, backward)
         yield Bounded(_way("qk_norm_rope", backward), case, dtype, STATS)
+        case = cases.qk_norm_rope(*size, 128, dtype, backward, per_head=True)
+        yield Bounded(_way("qk_norm_rope", backward), case, dtype, STATS, archs=FEW)
     case = cases.qk_norm_rope(*size, 128, dtype, append=7 * CHUNK)
     yield Bounded("qk_norm_rope_fwd", case, dtype, SLOTS)
     for into in (torch.int8, torch.float8_e4m3fn):

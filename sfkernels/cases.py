@@ -168,15 +168,15 @@ def rms_norm_silu(
 
 def qk_norm_rope(
     frames: int, frame_tokens: int, channels: int, head_dim: int, dtype: torch.dtype,
-    backward: bool = False, append: int = 0,
+    backward: bool = False, append: int = 0, per_head: bool = False,
 ) -> Case:  # fmt: skip
     """QK-norm and RoPE. append: frames of a ring to write keys and values into, 0 for new
-    tensors."""
+    tensors. per_head: whether each head has a norm of its own."""
     tokens, heads = frames * frame_tokens, channels // head_dim
 
     def make(device: torch.device) -> list[Tensor]:
         qkv = torch.randn(1, tokens, 3 * channels, device=device).to(dtype)
-        weights = torch.randn(2, channels, device=device).to(dtype)
+        weights = torch.randn(2, head_dim if per_head else channels, device=device).to(dtype)
         frame = torch.arange(frames, device=device)
         table = rope.rope_table(frame, (1, frame_tokens), head_dim, impl="reference")
         if not append:
@@ -194,6 +194,7 @@ def qk_norm_rope(
     flops = roofline.row_flops("qk_norm_rope", tokens * channels, backward)
     nbytes = roofline.qk_norm_rope_bytes(tokens, channels, head_dim, dtype.itemsize, backward)
     call, name = (into_ring, "qk_norm_rope_append") if append else (new, "qk_norm_rope")
+    name += ", norms of heads" * per_head
     return Case(name, f"{tokens} x {channels}", call, make, flops, nbytes, backward)
 
 

@@ -413,3 +413,10 @@ def candidates(
 def outer_strides(*tensors: Tensor | None) -> list[int]:
     """The first two strides of each tensor, 0 where it is absent or has one entry to broadcast."""
     return [0 if t is None or t.shape[d] == 1 else t.stride(d) for t in tensors for d in (0, 1)]
+
+
+def of_sample(tensor: Tensor | None, dims: int) -> int:
+    """The stride from sample to sample of a tensor of `dims` dimensions, 0 where it has fewer: one
+    for all."""
+    one = tensor is None or tensor.dim() < dims or tensor.shape[0] == 1
+    return 0 if one or tensor is None else tensor.stride(0)

@@ -96,7 +96,7 @@ def ring_attention(
             "impl='flash': ring_attention needs flash_attn_with_kvcache of flash-attn 2 or 3, and "
             "only version 4 is installed"
         )
-    lengths_B = _length(k_ring_BSHD, valid).expand(len(q_BLHD)).contiguous()
+    lengths_B = _length(k_ring_BSHD, valid)
     out = with_cache(q_BLHD, k_ring_BSHD, v_ring_BSHD, cache_seqlens=lengths_B, softmax_scale=scale)
     return _first(out)
 
@@ -111,17 +111,18 @@ def _varlen_ring_attention(
     if scale != head_dim**-0.5:  # not every version takes a scale
         q_BLHD = q_BLHD * (scale * head_dim**0.5)
     q_ends = torch.arange(2, dtype=torch.int32, device=q_BLHD.device) * queries
-    k_ends = F.pad(_length(k_ring_BSHD, valid), (1, 0))
+    k_ends_B2 = F.pad(_length(k_ring_BSHD, valid)[:, None], (1, 0))
     outs = [
         _first(varlen_attn(q, k, v, q_ends, k_ends, queries, slots))
-        for q, k, v in zip(q_BLHD, k_ring_BSHD, v_ring_BSHD, strict=True)
+        for q, k, v, k_ends in zip(q_BLHD, k_ring_BSHD, v_ring_BSHD, k_ends_B2, strict=True)
     ]
     return torch.stack(outs)
 
 
 def _length(k_ring_BSHD: Tensor, valid: Tensor) -> Tensor:
-    """Number of keys that are seen, in range whatever `valid` is; int32 [1]."""
-    return valid.reshape(1).clamp(1, k_ring_BSHD.shape[1]).to(torch.int32)
+    """Number of keys that each sample sees, in range whatever `valid` is; int32 [B]."""
+    lengths = valid.reshape(-1).expand(len(k_ring_BSHD))
+    return lengths.clamp(1, k_ring_BSHD.shape[1]).to(torch.int32)
 
 
 def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -205,20 +206,21 @@ def flex_mask(rows: tuple[Row, ...], past: int, keys: int, device: torch.device)
 
 
 def _flex_ring_mask(queries: int, slots: int, length: Tensor) -> Any:
-    """The BlockMask of all queries over the first `length` [1] slots, computed on the device."""
+    """The BlockMask of all queries over the first `length` [B] slots, computed on the device."""
     from torch.nn.attention.flex_attention import BlockMask
 
     rows, columns = -(-queries // FLEX_BLOCK), -(-slots // FLEX_BLOCK)
-    whole, rest = length // FLEX_BLOCK, length % FLEX_BLOCK
+    length_B11 = length[:, None, None]
+    whole, rest = length_B11 // FLEX_BLOCK, length_B11 % FLEX_BLOCK
     order = torch.arange(columns, dtype=torch.int32, device=length.device)
-    shape = 1, 1, rows, columns
+    shape = len(length), 1, rows, columns
     return BlockMask.from_kv_blocks(
         (rest > 0).int().expand(shape[:3]).contiguous(),
-        ((order + whole) % columns).int().expand(shape).contiguous(),
+        ((order + whole[..., None]) % columns).int().expand(shape).contiguous(),
         whole.expand(shape[:3]).contiguous(),
         order.expand(shape).contiguous(),
         FLEX_BLOCK,
-        lambda batch, head, q, k: k < length[0],
+        lambda batch, head, q, k: k < length[batch],
         (queries, slots),
     )
 

@@ -131,40 +131,55 @@ def rope_table(frame_F: Tensor, grid: tuple[int, int], head_dim: int, theta: flo
 
 def rope(x_BLHD: Tensor, table_LP2: Tensor) -> Tensor:
     even, odd = _wide(x_BLHD).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = table_LP2.to(even.dtype)[:, None].unbind(-1)
+    cos, sin = table_LP2.to(even.dtype).unsqueeze(-3).unbind(-1)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return rotated.flatten(-2).to(x_BLHD.dtype)
 
 
 def rotate_keys(k_BSHD: Tensor, table_SP2: Tensor, valid: Tensor, out_BSHD: Tensor) -> None:
-    seen_S11 = (torch.arange(k_BSHD.shape[1], device=valid.device) < valid)[:, None, None]
+    seen_BS = torch.arange(k_BSHD.shape[1], device=valid.device) < valid.view(-1, 1)
     out_BSHD = out_BSHD[:, : k_BSHD.shape[1]]
-    out_BSHD.copy_(torch.where(seen_S11, rope(k_BSHD, table_SP2), out_BSHD))
+    out_BSHD.copy_(torch.where(seen_BS[:, :, None, None], rope(k_BSHD, table_SP2), out_BSHD))
 
 
 def qk_norm_rope(
     qkv_BLC: Tensor,
-    q_weight_C: Tensor,
-    k_weight_C: Tensor,
+    k_BLC: Tensor | None,
+    v_BLC: Tensor | None,
+    q_weight_C: Tensor | None,
+    k_weight_C: Tensor | None,
     table_LP2: Tensor,
     eps: float,
+    rotate_k: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head_dim = 2 * table_LP2.shape[1]
-    q_BLHD, k_BLHD, v_BLHD = (t.unflatten(-1, (-1, head_dim)) for t in qkv_BLC.chunk(3, dim=-1))
+    """qkv: the fused projection, or q alone where k and v are given."""
+    head_dim = 2 * table_LP2.shape[-2]
+    three = qkv_BLC.chunk(3, dim=-1) if k_BLC is None or v_BLC is None else (qkv_BLC, k_BLC, v_BLC)
+    q_BLHD, k_BLHD, v_BLHD = (t.unflatten(-1, (-1, head_dim)) for t in three)
     q_BLHD = rope(_norm_heads(q_BLHD, q_weight_C, eps), table_LP2)
-    k_BLHD = rope(_norm_heads(k_BLHD, k_weight_C, eps), table_LP2)
+    k_BLHD = _norm_heads(k_BLHD, k_weight_C, eps)
+    if rotate_k:
+        k_BLHD = rope(k_BLHD, table_LP2)
     return q_BLHD.to(qkv_BLC.dtype), k_BLHD.to(qkv_BLC.dtype), v_BLHD
 
 
-def _norm_heads(x_BLHD: Tensor, weight_C: Tensor, eps: float) -> Tensor:
-    """RMSNorm over all heads' channels together, left in the wide dtype."""
-    return rms_norm(_wide(x_BLHD).flatten(-2), weight_C, eps).view(x_BLHD.shape)
+def _norm_heads(x_BLHD: Tensor, weight_C: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm over all heads' channels together or, with weights of one head, of each; left in the
+    wide dtype."""
+    x_BLHD = _wide(x_BLHD)
+    if weight_C is None:
+        return x_BLHD
+    if weight_C.shape[0] == x_BLHD.shape[-1]:
+        return rms_norm(x_BLHD, weight_C, eps)
+    return rms_norm(x_BLHD.flatten(-2), weight_C, eps).view(x_BLHD.shape)
 
 
 def qk_norm_rope_append(
     qkv_BLC: Tensor,
-    q_weight_C: Tensor,
-    k_weight_C: Tensor,
+    k_BLC: Tensor | None,
+    v_BLC: Tensor | None,
+    q_weight_C: Tensor | None,
+    k_weight_C: Tensor | None,
     table_LP2: Tensor,
     k_ring_BSHD: Tensor,
     v_ring_BSHD: Tensor,
@@ -172,17 +187,16 @@ def qk_norm_rope_append(
     eps: float,
     rotate_k: bool = True,
 ) -> Tensor:
-    q_BLHD, k_BLHD, v_BLHD = qk_norm_rope(qkv_BLC, q_weight_C, k_weight_C, table_LP2, eps)
-    if not rotate_k:
-        k_BLHD = qkv_BLC.chunk(3, dim=-1)[1].unflatten(-1, q_BLHD.shape[2:])
-        k_BLHD = _norm_heads(k_BLHD, k_weight_C, eps)
-    frames = len(slot_F)
+    q_BLHD, k_BLHD, v_BLHD = qk_norm_rope(
+        qkv_BLC, k_BLC, v_BLC, q_weight_C, k_weight_C, table_LP2, eps, rotate_k
+    )
+    frames = slot_F.shape[-1]
     tokens = qkv_BLC.shape[1] // frames
+    slot_BF = slot_F.long().expand(len(q_BLHD), frames)
+    sample_B1 = torch.arange(len(q_BLHD), device=slot_F.device)[:, None]
     for ring_BSHD, new_BLHD in ((k_ring_BSHD, k_BLHD), (v_ring_BSHD, v_BLHD)):
         by_frame = ring_BSHD.unflatten(1, (-1, tokens))
-        by_frame.index_copy_(
-            1, slot_F.long(), new_BLHD.unflatten(1, (frames, tokens)).to(ring_BSHD.dtype)
-        )
+        by_frame[sample_B1, slot_BF] = new_BLHD.unflatten(1, (frames, tokens)).to(ring_BSHD.dtype)
     return q_BLHD
 
 
@@ -256,16 +270,19 @@ def _cached_rows_by_shape(
 def ring_attention(
     q_BLHD: Tensor, k_ring_BSHD: Tensor, v_ring_BSHD: Tensor, valid: Tensor, scale: float
 ) -> Tensor:
-    # Reading the length costs nothing on the CPU, except where a graph is made.
-    if counts := numbers(valid):
+    # Reading a length costs nothing on the CPU, except where a graph is made.
+    counts = numbers(valid)
+    if counts and len(counts) == 1:
         seen = slice(counts[0])
         return attention(q_BLHD, k_ring_BSHD[:, seen], v_ring_BSHD[:, seen], scale)
-    seen_S = torch.arange(k_ring_BSHD.shape[1], device=valid.device) < valid.clamp(min=1)
+    slots, lengths_B1 = k_ring_BSHD.shape[1], valid.view(-1, 1).clamp(min=1)
+    seen_BS = torch.arange(slots, device=valid.device) < lengths_B1
     # A mask alone would let a NaN through, which is one times zero too.
-    seen_S11, zero = seen_S.view(-1, 1, 1), q_BLHD.new_zeros(())
-    k, v = (torch.where(seen_S11, t, zero) for t in (k_ring_BSHD, v_ring_BSHD))
+    seen_BS11, zero = seen_BS[:, :, None, None], q_BLHD.new_zeros(())
+    k, v = (torch.where(seen_BS11, t, zero) for t in (k_ring_BSHD, v_ring_BSHD))
     q, k, v = (t.transpose(1, 2) for t in (q_BLHD, k, v))
-    mask = seen_S.expand(q.shape[2], -1)
+    mask = seen_BS if len(seen_BS) == 1 else seen_BS[:, None, None]
+    mask = mask.expand(*mask.shape[:-2], q.shape[2], -1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
 

@@ -3,6 +3,7 @@ Shapes are named as in reference.py."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from sfkernels.arguments import (
     check_count,
     check_device,
     check_integers,
+    check_lengths,
     check_positive,
     check_same,
     check_shape,
+    check_tensor,
     numbers,
 )
 from sfkernels.dispatch import choose, contiguous_like, derivatives, kernel, registered
@@ -34,9 +37,13 @@ def rope_table(
     """Cosine and sine of every token's rotation, [L, D/2, 2] float32 with L = F · height · width.
 
     frame_F: int32 or int64 tensor [F] of absolute latent-frame indices, on the device of the
-    tokens. grid: (height, width) in tokens. The D/2 pairs split into D/2 − 2⌊D/6⌋ for time and
-    ⌊D/6⌋ each for height and width (Wan2.1). Raises ValueError for another frame_F, an empty grid,
-    an odd head dim, a theta that is not positive and finite, and 2³¹ elements or more."""
+    tokens; of samples at different frames [B, F], for a table [B, L, D/2, 2]. grid: (height, width)
+    in tokens. The D/2 pairs split into D/2 − 2⌊D/6⌋ for time and ⌊D/6⌋ each for height and width
+    (Wan2.1). Raises ValueError for another frame_F, an empty grid, an odd head dim, a theta that is
+    not positive and finite, and 2³¹ elements or more."""
+    if isinstance(frame_F, Tensor) and frame_F.dim() == 2:
+        table = rope_table(frame_F.flatten(), grid, head_dim, theta=theta, impl=impl)
+        return table.unflatten(0, (frame_F.shape[0], -1))
     impl = _check_table(frame_F, *_sides(grid), head_dim, theta, impl)
     if impl == "reference":
         return reference.rope_table(frame_F, grid, head_dim, theta)
@@ -44,33 +51,34 @@ def rope_table(
 
 
 def qk_norm_rope(
-    qkv_BLC: Tensor,
-    q_weight_C: Tensor,
-    k_weight_C: Tensor,
+    qkv_BLC: Tensor | Sequence[Tensor],
+    q_weight_C: Tensor | None,
+    k_weight_C: Tensor | None,
     table_LP2: Tensor,
     *,
     eps: float = 1e-6,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """RMSNorm of queries and keys over all heads' channels together, then 3-D RoPE on adjacent
-    pairs (Wan2.1).
+    """RMSNorm of queries and keys, then 3-D RoPE on adjacent pairs (Wan2.1).
 
-    qkv [B, L, 3·H·D], the fused projection; weights [H·D]; table from `rope_table`. Returns q, k,
-    v, each [B, L, H, D]; v may be a view of qkv. The table takes no gradient. Raises ValueError for
-    shapes that do not fit."""
-    args = qkv_BLC, q_weight_C, k_weight_C, table_LP2
-    _check_qkv(*args, eps)
-    impl = _choose(impl, *args)
+    qkv: the fused projection [B, L, 3·H·D], or three tensors q, k, v [B, L, H·D] where each has a
+    projection of its own. q_weight, k_weight [H·D] for a norm over all heads' channels together
+    (Wan2.1), [D] for a norm of each head, None for no norm. table from `rope_table`, or one for
+    each sample [B, L, D/2, 2]; it takes no gradient. Returns q, k, v, each [B, L, H, D]; v may be a
+    view of what was given. Raises ValueError for shapes that do not fit."""
+    qkv, args = _tensors(qkv_BLC), (q_weight_C, k_weight_C, table_LP2)
+    _check_qkv(*qkv, *args, eps)
+    impl = _choose(impl, *qkv, *args)
     if impl == "reference":
-        return reference.qk_norm_rope(*args, eps)
-    q_BLHD, k_BLHD, v_BLHD, _ = _qk_norm_rope(*args, eps, impl)
+        return reference.qk_norm_rope(*qkv, *args, eps)
+    q_BLHD, k_BLHD, v_BLHD, _ = _qk_norm_rope(*qkv, *args, eps, impl)
     return q_BLHD, k_BLHD, v_BLHD
 
 
 def qk_norm_rope_append(
-    qkv_BLC: Tensor,
-    q_weight_C: Tensor,
-    k_weight_C: Tensor,
+    qkv_BLC: Tensor | Sequence[Tensor],
+    q_weight_C: Tensor | None,
+    k_weight_C: Tensor | None,
     table_LP2: Tensor,
     k_ring_BSHD: Tensor,
     v_ring_BSHD: Tensor,
@@ -85,13 +93,21 @@ def qk_norm_rope_append(
     a table of its own.
 
     k_ring, v_ring [B, S, H, D] with S a multiple of the tokens of a frame, sharing no memory;
-    slot_F, an int32 or int64 tensor [F] on the same device, names the frame slot of each frame of
-    the chunk, each another. Raises ValueError for shapes that do not fit, a ring smaller than the
-    chunk, and slots out of range or named twice: on a GPU, where looking would make the host wait,
-    and under torch.compile a frame without a slot is not written by the kernels, and of two with
-    the same one either."""
-    args = qkv_BLC, q_weight_C, k_weight_C, table_LP2, k_ring_BSHD, v_ring_BSHD
+    slot_F, an int32 or int64 tensor on the same device, names the frame slot of each frame of the
+    chunk, each another: [F] for all samples, or [B, F]. There is no gradient: what trains takes
+    `qk_norm_rope` and `block_causal_attention` with a `Prefix`, and ValueError says so where one
+    would be recorded.
+
+    Raises ValueError for shapes that do not fit, a ring smaller than the chunk, and slots out of
+    range or named twice: on a GPU, where looking would make the host wait, and under torch.compile
+    a frame without a slot is not written by the kernels, and of two with the same one either."""
+    args = *_tensors(qkv_BLC), q_weight_C, k_weight_C, table_LP2, k_ring_BSHD, v_ring_BSHD
     _check_rings(*args, slot_F, eps)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
+        raise ValueError(
+            "qk_norm_rope_append has no gradient: call it under torch.no_grad(), or train with "
+            "qk_norm_rope and block_causal_attention(..., prefix=)"
+        )
     impl = _choose(impl, *args)
     if impl == "reference":
         _check_memory(*args, slot_F)
@@ -110,7 +126,8 @@ def rotate_keys(
     """Rotates the first `valid` keys of k [B, S, H, D] by a table [S, D/2, 2] into the same slots
     of `out` [B, S or more, H, D], in place: so the sink of a `RingKVCache` moves with its window.
 
-    valid: an int32 or int64 scalar tensor on the same device; of 0 or less nothing is written.
+    valid: an int32 or int64 scalar tensor on the same device; of 0 or less nothing is written. Both
+    may differ from sample to sample: a table [B, S, D/2, 2], valid [B].
     Raises ValueError for shapes that do not fit and an `out` that shares memory with the others."""
     _check_keys(k_BSHD, table_SP2, valid, out_BSHD)
     named = dict(k=k_BSHD, out=out_BSHD, k_table=table_SP2)
@@ -149,24 +166,43 @@ def _(frame: Tensor, height: int, width: int, head_dim: int, theta: float, impl:
     return frame.new_empty(tokens, head_dim // 2, 2, dtype=torch.float32)
 
 
+# The ops. qkv: the fused projection, or q alone where k and v are given.
+
+
 @registered("qk_norm_rope")
 def _qk_norm_rope(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, eps: float, impl: str
+    qkv: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    table: Tensor,
+    eps: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v, and what the backward pass needs of each row, which has no gradient."""
+    args = qkv, k, v, q_weight, k_weight, table
     if impl != "cpp":
-        _check_qkv(qkv, q_weight, k_weight, table, eps)
-        _choose(impl, qkv, q_weight, k_weight, table)
-    q, k, v, rstd = kernel(impl, "qk_norm_rope_fwd")(
-        qkv, q_weight, k_weight, table, None, None, None, eps
-    )
-    return q, k, v, rstd
+        _check_qkv(*args, eps)
+        _choose(impl, *args)
+    q_BLHD, k_BLHD, v_BLHD, rstd = kernel(impl, "qk_norm_rope_fwd")(*args, None, None, None, eps)
+    return q_BLHD, k_BLHD, v_BLHD, rstd
 
 
 @_qk_norm_rope.register_fake
-def _(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, *_: Any) -> Any:
-    rstd = qkv.new_empty(*qkv.shape[:2], 2, dtype=torch.float32)
-    return *(_heads(qkv, table) for _ in range(3)), rstd
+def _(
+    qkv: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    table: Tensor,
+    *_: Any,
+) -> Any:
+    q = _heads(qkv, k, table)
+    norms = _norms(q_weight, q)
+    rstd = qkv.new_empty(*qkv.shape[:2], 2 * norms, dtype=torch.float32)
+    return q, torch.empty_like(q), torch.empty_like(q), rstd
 
 
 @registered("qk_norm_rope_bwd")
@@ -175,34 +211,39 @@ def _qk_norm_rope_bwd(
     dk: Tensor,
     dv: Tensor,
     qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
     table: Tensor,
     rstd: Tensor,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dqkv, dk, dv, dq_weight, dk_weight; what was not given has none, which is empty."""
     for name, t in (("dq", dq), ("dk", dk), ("dv", dv)):
         check_shape(name, t, ("B", "L", "H", "D"))
+    args = qkv, k, v, q_weight, k_weight, table
     if impl != "cpp":
-        _check_qkv(qkv, q_weight, k_weight, table)
-        _choose(impl, qkv, q_weight, k_weight, table)
+        _check_qkv(*args)
+        _choose(impl, *args)
+        heads = _heads(qkv, k, table)
         for name, t in (("dq", dq), ("dk", dk), ("dv", dv)):
-            check_shape(name, t, tuple(_heads(qkv, table).shape))
+            check_shape(name, t, tuple(heads.shape))
             check_same(name, t, "qkv", qkv)
-        check_shape("rstd", rstd, (*qkv.shape[:2], 2))
+        check_shape("rstd", rstd, (*qkv.shape[:2], 2 * _norms(q_weight, heads)))
         if rstd.dtype != torch.float32 or not rstd.is_contiguous():
             raise ValueError(f"rstd is {rstd.dtype}, {rstd.stride()}: must be dense float32")
     grads = (t if t.stride()[2:] == (t.shape[3], 1) else t.contiguous() for t in (dq, dk, dv))
-    dqkv, dq_weight, dk_weight = kernel(impl, "qk_norm_rope_bwd")(
-        *grads, qkv, q_weight, k_weight, table, rstd
+    found = kernel(impl, "qk_norm_rope_bwd")(*grads, *args, rstd)
+    dqkv, dk_BLC, dv_BLC, dq_weight, dk_weight = (
+        qkv.new_empty(0) if t is None else t for t in found
     )
-    return dqkv, dq_weight, dk_weight
+    return dqkv, dk_BLC, dv_BLC, dq_weight, dk_weight
 
 
 @_qk_norm_rope_bwd.register_fake
-def _(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, *weights_and_rest: Any) -> Any:
-    inputs = qkv, *weights_and_rest[:2]
-    return tuple(contiguous_like(t) for t in inputs)
+def _(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, *rest: Any) -> Any:
+    return tuple(qkv.new_empty(0) if t is None else contiguous_like(t) for t in (qkv, *rest[:4]))
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -213,15 +254,19 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, *grads: Tensor | None) -> Any:
     saved = ctx.saved_tensors  # once: checkpointing recomputes what is asked for and drops it
-    qkv, q_weight, k_weight, table, _ = saved
-    given = [_heads(qkv, table).zero_() if g is None else g for g in grads[:3]]
+    *inputs, table, _ = saved
+    qkv, k, *_ = inputs
+    given = [_heads(qkv, k, table).zero_() if g is None else g for g in grads[:3]]
     if torch.is_grad_enabled():
 
-        def plain(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, ...]:
-            return reference.qk_norm_rope(qkv, q_weight, k_weight, table, ctx.eps)
+        def plain(qkv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+            k, v, q_weight, k_weight = rest
+            return reference.qk_norm_rope(qkv, k, v, q_weight, k_weight, table, ctx.eps)
 
-        return *derivatives(plain, (qkv, q_weight, k_weight), *given), None, None, None
-    return *_qk_norm_rope_bwd(*given, *saved, ctx.impl), None, None, None
+        return *derivatives(plain, inputs, *given), None, None, None
+    found = _qk_norm_rope_bwd(*given, *saved, ctx.impl)
+    grads = tuple(None if t is None else g for t, g in zip(inputs, found, strict=True))
+    return *grads, None, None, None
 
 
 _qk_norm_rope.register_autograd(_backward, setup_context=_setup_context)
@@ -230,8 +275,10 @@ _qk_norm_rope.register_autograd(_backward, setup_context=_setup_context)
 @registered("qk_norm_rope_append", mutates_args=("k_ring", "v_ring"))
 def _qk_norm_rope_append(
     qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
     table: Tensor,
     k_ring: Tensor,
     v_ring: Tensor,
@@ -240,42 +287,71 @@ def _qk_norm_rope_append(
     rotate_k: bool,
     impl: str,
 ) -> Tensor:
+    args = qkv, k, v, q_weight, k_weight, table, k_ring, v_ring
     if impl != "cpp":
-        args = qkv, q_weight, k_weight, table, k_ring, v_ring
         _check_rings(*args, slot, eps)
         _choose(impl, *args)
         _check_memory(*args, slot)
-    q: Tensor = kernel(impl, "qk_norm_rope_fwd")(
-        qkv, q_weight, k_weight, table, k_ring, v_ring, slot, eps, rotate_k
-    )[0]
+    q: Tensor = kernel(impl, "qk_norm_rope_fwd")(*args, slot, eps, rotate_k)[0]
     return q
 
 
 @_qk_norm_rope_append.register_fake
-def _(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, *_: Any) -> Tensor:
-    return _heads(qkv, table)
+def _(
+    qkv: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    table: Tensor,
+    *_: Any,
+) -> Tensor:
+    return _heads(qkv, k, table)
 
 
-def _heads(qkv: Tensor, table: Tensor) -> Tensor:
+def _tensors(qkv: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What the ops take for the fused projection, or for three."""
+    if isinstance(qkv, Tensor):
+        return qkv, None, None
+    if not isinstance(qkv, (tuple, list)) or len(qkv) != 3:
+        count = f" of {len(qkv)}" if isinstance(qkv, (tuple, list)) else ""
+        raise ValueError(
+            f"qkv is a {type(qkv).__name__}{count}: must be a tensor, or three: q, k and v"
+        )
+    return tuple(qkv)
+
+
+def _heads(qkv: Tensor, k: Tensor | None, table: Tensor) -> Tensor:
     """An empty [B, L, H, D] for one of q, k and v."""
-    head_dim = 2 * table.shape[1]
-    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3 // head_dim, head_dim)
+    head_dim = 2 * table.shape[-2]
+    channels = qkv.shape[2] // 3 if k is None else qkv.shape[2]
+    return qkv.new_empty(*qkv.shape[:2], channels // head_dim, head_dim)
 
 
-def _choose(impl: str, *tensors: Tensor) -> str:
-    names = "qkv", "q_weight", "k_weight", "table", "k_ring", "v_ring"
+def _norms(weight: Tensor | None, q_BLHD: Tensor) -> int:
+    """Number of norms that a row of q takes: none, one, or one for each head."""
+    heads, head_dim = q_BLHD.shape[2:]
+    return 0 if weight is None else heads if weight.shape[0] == head_dim else 1
+
+
+def _choose(impl: str, *tensors: Tensor | None) -> str:
+    names = "qkv", "k", "v", "q_weight", "k_weight", "table", "k_ring", "v_ring"
     named = dict(zip(names, tensors, strict=False))
-    return choose("qk_norm_rope", impl, tensors[0].device, _refusal(named), **named)
+    qkv = tensors[0]
+    assert qkv is not None
+    return choose("qk_norm_rope", impl, qkv.device, _refusal(named), **named)
 
 
-def _refusal(named: dict[str, Tensor]) -> str:
+def _refusal(named: Mapping[str, Tensor | None]) -> str:
     """Reason why kernels cannot take these tensors, beside those that `choose` knows of."""
-    for name in ("table", "k_table"):
-        if name in named and not named[name].is_contiguous():
-            return f"table has strides {named[name].stride()}: must be contiguous"
-    for name in ("k_ring", "v_ring", "k", "out"):
-        if name in named and named[name].stride(2) != named[name].shape[3]:
-            strides = named[name].stride()
+    for name, t in named.items():
+        if t is None:
+            continue
+        if name.endswith("table") and not t.is_contiguous():
+            return f"table has strides {t.stride()}: must be contiguous"
+        heads = t.dim() == 4 and not name.endswith("table")
+        if heads and t.stride(2) != t.shape[3]:
+            strides = t.stride()
             return f"{name} has strides {strides}: the heads of a slot must lie side by side"
     return ""
 
@@ -303,21 +379,43 @@ def _check_table(
 
 
 def _check_qkv(
-    qkv_BLC: Tensor, q_weight_C: Tensor, k_weight_C: Tensor, table_LP2: Tensor, eps: float = 1.0
+    qkv_BLC: Tensor,
+    k_BLC: Tensor | None,
+    v_BLC: Tensor | None,
+    q_weight_C: Tensor | None,
+    k_weight_C: Tensor | None,
+    table_LP2: Tensor,
+    eps: float = 1.0,
 ) -> None:
-    check_shape("qkv", qkv_BLC, ("B", "L", "3·H·D"))
-    check_shape("table", table_LP2, (qkv_BLC.shape[1], "D/2", 2))
-    channels, head_dim = qkv_BLC.shape[2], 2 * table_LP2.shape[1]
+    check_shape("qkv", qkv_BLC, ("B", "L", "3·H·D" if k_BLC is None else "H·D"))
+    check_tensor("table", table_LP2)
+    samples = (qkv_BLC.shape[0],) if table_LP2.dim() == 4 else ()
+    check_shape("table", table_LP2, (*samples, qkv_BLC.shape[1], "D/2", 2))
+    head_dim = 2 * table_LP2.shape[-2]
     if not head_dim:
         raise ValueError(
             f"table has shape {[*table_LP2.shape]}: must have a pair or more to rotate"
         )
-    if not channels or channels % (3 * head_dim):
+    of, three, channels = "qkv", 3, qkv_BLC.shape[2]
+    if k_BLC is not None or v_BLC is not None:
+        of, three = "q", 1
+        for name, t in (("k", k_BLC), ("v", v_BLC)):
+            if t is None:
+                raise ValueError(f"{name} is None: must be a tensor, as q")
+            check_shape(name, t, tuple(qkv_BLC.shape))
+            check_same(name, t, "q", qkv_BLC)
+    if not channels or channels % (three * head_dim):
+        times = "3 × " if three == 3 else ""
         raise ValueError(
-            f"qkv has {channels} channels: must be a multiple of 3 × head dim {head_dim}"
+            f"{of} has {channels} channels: must be a multiple of {times}head dim {head_dim}"
         )
-    check_shape("q_weight", q_weight_C, (channels // 3,))
-    check_shape("k_weight", k_weight_C, (channels // 3,))
+    if q_weight_C is not None or k_weight_C is not None:
+        per_head = isinstance(q_weight_C, Tensor) and q_weight_C.shape == (head_dim,)
+        size = head_dim if per_head else channels // three
+        for name, weight in (("q_weight", q_weight_C), ("k_weight", k_weight_C)):
+            if weight is None:
+                raise ValueError(f"{name} is None: must be a tensor, or both weights None")
+            check_shape(name, weight, (size,))
     check_positive("eps", eps)
 
 
@@ -326,43 +424,44 @@ def _check_keys(k_BSHD: Tensor, table_SP2: Tensor, valid: Tensor, out_BSHD: Tens
     batch, slots, heads, head_dim = k_BSHD.shape
     check_shape("out", out_BSHD, (batch, "S", heads, head_dim))
     check_same("out", out_BSHD, "k", k_BSHD)
-    check_shape("table", table_SP2, (slots, head_dim // 2, 2))
+    check_tensor("table", table_SP2)
+    samples = (batch,) if table_SP2.dim() == 4 else ()
+    check_shape("table", table_SP2, (*samples, slots, head_dim // 2, 2))
     if head_dim % 2 or not k_BSHD.numel():
         raise ValueError(f"k has shape {[*k_BSHD.shape]}: must have keys, in pairs of channels")
     if out_BSHD.shape[1] < slots:
         raise ValueError(f"out holds {out_BSHD.shape[1]} tokens: must hold the {slots} of k")
-    if valid.numel() != 1 or valid.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"valid is {valid.dtype} {[*valid.shape]}: must be one int32 or int64 number"
-        )
-    check_device("valid", valid, k_BSHD.device)
+    check_lengths("valid", valid, k_BSHD)
     check_apart("out", out_BSHD, k=k_BSHD, table=table_SP2, valid=valid)
 
 
 def _check_rings(
     qkv_BLC: Tensor,
-    q_weight_C: Tensor,
-    k_weight_C: Tensor,
+    k_BLC: Tensor | None,
+    v_BLC: Tensor | None,
+    q_weight_C: Tensor | None,
+    k_weight_C: Tensor | None,
     table_LP2: Tensor,
     k_ring_BSHD: Tensor,
     v_ring_BSHD: Tensor,
     slot_F: Tensor,
     eps: float,
 ) -> None:
-    _check_qkv(qkv_BLC, q_weight_C, k_weight_C, table_LP2, eps)
-    batch, tokens, channels = qkv_BLC.shape
-    head_dim = 2 * table_LP2.shape[1]
+    _check_qkv(qkv_BLC, k_BLC, v_BLC, q_weight_C, k_weight_C, table_LP2, eps)
+    batch, tokens = qkv_BLC.shape[:2]
+    heads, head_dim = _heads(qkv_BLC, k_BLC, table_LP2).shape[2:]
     for name, ring in (("k_ring", k_ring_BSHD), ("v_ring", v_ring_BSHD)):
-        check_shape(name, ring, (batch, "S", channels // 3 // head_dim, head_dim))
+        check_shape(name, ring, (batch, "S", heads, head_dim))
         check_same(name, ring, "qkv", qkv_BLC)
         if ring.shape[1] < tokens:
             raise ValueError(
                 f"{name} holds {ring.shape[1]} tokens: must hold the chunk's {tokens} at least"
             )
     check_shape("v_ring", v_ring_BSHD, tuple(k_ring_BSHD.shape))
-    check_integers("slot_F", slot_F, "F")
+    check_tensor("slot_F", slot_F)
+    check_integers("slot_F", slot_F, "F", *((batch,) if slot_F.dim() == 2 else ()))
     check_device("slot_F", slot_F, qkv_BLC.device)
-    frames, held = len(slot_F), k_ring_BSHD.shape[1]
+    frames, held = slot_F.shape[-1], k_ring_BSHD.shape[1]
     if not tokens or not frames or tokens % frames or held % (tokens // frames):
         raise ValueError(
             f"slot_F names {frames} frames: {tokens} tokens and a ring of {held} must be whole "
@@ -372,8 +471,10 @@ def _check_rings(
 
 def _check_memory(
     qkv_BLC: Tensor,
-    q_weight_C: Tensor,
-    k_weight_C: Tensor,
+    k_BLC: Tensor | None,
+    v_BLC: Tensor | None,
+    q_weight_C: Tensor | None,
+    k_weight_C: Tensor | None,
     table_LP2: Tensor,
     k_ring_BSHD: Tensor,
     v_ring_BSHD: Tensor,
@@ -381,13 +482,17 @@ def _check_memory(
 ) -> None:
     """Raises ValueError unless each frame is written where nothing else is. The C++ looks for
     itself."""
-    read = dict(qkv=qkv_BLC, q_weight=q_weight_C, k_weight=k_weight_C, table=table_LP2, slot=slot_F)
+    given = dict(qkv=qkv_BLC, k=k_BLC, v=v_BLC, q_weight=q_weight_C, k_weight=k_weight_C)
+    read = {name: t for name, t in given.items() if t is not None}
+    read |= dict(table=table_LP2, slot=slot_F)
     check_apart("k_ring", k_ring_BSHD, v_ring=v_ring_BSHD, **read)
     check_apart("v_ring", v_ring_BSHD, **read)
-    slots = numbers(slot_F)
-    last = k_ring_BSHD.shape[1] * len(slot_F) // qkv_BLC.shape[1] - 1
-    for slot in slots or ():
+    frames = slot_F.shape[-1]
+    slots = numbers(slot_F) or []
+    last = k_ring_BSHD.shape[1] * frames // qkv_BLC.shape[1] - 1
+    for slot in slots:
         if not 0 <= slot <= last:
             raise ValueError(f"slot_F has {slot}: the ring's slots are 0 to {last}")
-    if slots and len({*slots}) < len(slots):
-        raise ValueError(f"slot_F is {slots}: each frame needs a slot of its own")
+    for first in range(0, len(slots), frames):
+        if len({*slots[first : first + frames]}) < frames:
+            raise ValueError(f"slot_F is {slots}: each frame needs a slot of its own")

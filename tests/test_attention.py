@@ -435,7 +435,10 @@ ring: Any = functools.partial(ring_attention, impl="triton")
         (lambda: ring(X, X, X, ONE, semaphores=X.flatten()), r"contiguous int32, at least \[2\]"),
         (lambda: ring(X, X, X, ONE, semaphores=ONE.int().view(1)), r"\[1\] .* at least \[2\]"),
         (lambda: ring(X, X, X, ONE, semaphores=ONE.int().expand(9)), r"of strides \(0,\): must be"),
-        (lambda: ring(X, X, X, ONE, k_table_SP2=X), r"k_table has shape .* must be \[12, 8, 2\]"),
+        (
+            lambda: ring(X, X, X, ONE, k_table_SP2=X),
+            r"k_table has shape .* must be \[1, 12, 8, 2\]",
+        ),
         (lambda: sf.cross_attention(X, X, X[:, :3], impl="triton"), "v has shape"),
         (lambda: sf.cross_attention(X, X, X, impl="cpp"), "cross_attention has triton, gluon"),
     ],

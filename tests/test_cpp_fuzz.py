@@ -126,19 +126,27 @@ def rope(rng: random.Random, make: Make, ring: bool | None = None) -> list[Any]:
     batch, frames, per_frame = rng.choice((1, 2)), rng.choice((1, 2, 3)), rng.randint(1, 9)
     heads, dim, dtype = rng.choice((1, 2, 3)), rng.choice((2, 6, 16, 34)), rng.choice(FLOATS)
     tokens, channels = frames * per_frame, heads * dim
-    qkv = make((batch, tokens, 3 * channels), dtype)
-    weights = [make((channels,), rng.choice(FLOATS)) for _ in range(2)]
-    table = make((tokens, dim // 2, 2), torch.float32, 3)
+    qkv: list[Any] = [make((batch, tokens, 3 * channels), dtype), None, None]
+    if rng.random() < 0.5:
+        qkv = [make((batch, tokens, channels), dtype) for _ in range(3)]
+    size = rng.choice((channels, dim, 0))
+    weights = [make((size,), rng.choice(FLOATS)) if size else None for _ in range(2)]
+    each = rng.random() < 0.3
+    table = make((*(batch,) * each, tokens, dim // 2, 2), torch.float32, 3)
     if ring is None:
-        return [qkv, *weights, table, make((batch, tokens, heads, dim), dtype, 2), dtype]
+        norms = 0 if not size else 1 if size == channels else heads
+        rstd = make((batch, tokens, 2 * norms), torch.float32, 3)
+        grads = [make((batch, tokens, heads, dim), dtype, 2) for _ in range(3)]
+        return [*grads, *qkv, *weights, table, rstd]
     if not ring:
-        return [qkv, *weights, table, None, None, None, 1e-3, rng.random() < 0.5]
+        return [*qkv, *weights, table, None, None, None, 1e-3, rng.random() < 0.5]
     slots = frames + rng.randint(0, 3)
     rings = [make((batch, slots * per_frame, heads, dim), dtype, 2) for _ in range(2)]
-    slot = make((frames,), rng.choice((torch.int32, torch.int64)), 0)
-    if slot.tensor.stride(0):
-        slot.tensor.copy_(torch.randperm(slots)[:frames])
-    return [qkv, *weights, table, *rings, slot, 1e-3, rng.random() < 0.5]
+    slot = make((*(batch,) * each, frames), rng.choice((torch.int32, torch.int64)), 0)
+    if all(slot.tensor.stride()):
+        orders = torch.stack([torch.randperm(slots)[:frames] for _ in range(batch)])
+        slot.tensor.copy_(orders if each else orders[0])
+    return [*qkv, *weights, table, *rings, slot, 1e-3, rng.random() < 0.5]
 
 
 def rope_fwd(rng: random.Random, make: Make) -> list[Any]:
@@ -150,19 +158,18 @@ def append(rng: random.Random, make: Make) -> list[Any]:
 
 
 def rope_bwd(rng: random.Random, make: Make) -> list[Any]:
-    qkv, *weights, table, dq, dtype = rope(rng, make)
-    dk, dv = (make(dq.tensor.shape, dtype, 2) for _ in range(2))
-    rstd = make((*qkv.tensor.shape[:2], 2), torch.float32, 3)
-    return [dq, dk, dv, qkv, *weights, table, rstd]
+    return rope(rng, make)
 
 
-def rope_reference(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, k_ring: Any,
-                   v_ring: Any, slot: Any, eps: float,
+def rope_reference(qkv: Tensor, k: Any, v: Any, q_weight: Any, k_weight: Any, table: Tensor,
+                   k_ring: Any, v_ring: Any, slot: Any, eps: float,
                    rotate_k: bool = True) -> tuple[Any, ...]:  # fmt: skip
-    wide = [t.double() for t in (qkv, q_weight, k_weight, table)]
-    shape = (*qkv.shape[:2], -1, 2 * table.shape[1])
+    given = qkv, k, v, q_weight, k_weight, table
+    wide = [None if t is None else t.double() for t in given]
     if slot is None:
-        k_ring = v_ring = torch.zeros(*shape[:2], qkv.shape[2] // 3).unflatten(-1, shape[2:])
+        channels = qkv.shape[2] // (3 if k is None else 1)
+        new = torch.zeros(*qkv.shape[:2], channels).unflatten(-1, (-1, 2 * table.shape[-2]))
+        k_ring = v_ring = new
         slot = torch.zeros(1, dtype=torch.int64)
     rings = k_ring.double().contiguous(), v_ring.double().contiguous()
     if not qkv.numel():
@@ -250,7 +257,7 @@ OPS: dict[str, list[tuple[Callable[..., list[Any]], Reference]]] = {
     "normal": [(normal, normal_reference)],
     "dmd_gradient": [(dmd_gradient, gradient_reference)],
 }
-RINGS = {"qk_norm_rope_fwd": (4, 5)}
+RINGS = {"qk_norm_rope_fwd": (6, 7)}
 # The registered ops, which come in front of them: by name the op behind and which of its arguments
 # they take.
 REGISTERED: dict[str, tuple[str, Callable[..., tuple[Any, ...]]]] = {
@@ -260,7 +267,7 @@ REGISTERED: dict[str, tuple[str, Callable[..., tuple[Any, ...]]]] = {
     "norm_bwd": ("norm_bwd", lambda *a: (*a[1:3], *a[5:10])),
     "residual_norm_bwd": ("norm_bwd", lambda *a: (*a[:8], a[9])),
     "rms_norm_silu_bwd": ("norm_bwd", lambda *a: (*a[:3], *a[6:8])),
-    "qk_norm_rope": ("qk_norm_rope_fwd", lambda *a: (*a[:4], a[7])),
+    "qk_norm_rope": ("qk_norm_rope_fwd", lambda *a: (*a[:6], a[9])),
     "qk_norm_rope_append": ("qk_norm_rope_fwd", lambda *a: a),
     "qk_norm_rope_bwd": ("qk_norm_rope_bwd", lambda *a: a),
     "rope_table": ("rope_table", lambda frame, grid, *a: (frame, *(grid * 2)[:2], *a)),

@@ -23,6 +23,7 @@ W = torch.ones(CHANNELS, device=DEVICE)
 STATS = torch.ones(1, TOKENS, 2, device=DEVICE)
 M = torch.zeros(1, FRAMES, CHANNELS, device=DEVICE)
 QKV = torch.zeros(1, TOKENS, 3 * CHANNELS, device=DEVICE)
+THREE = QKV, None, None  # as an op takes the fused projection
 TABLE = torch.zeros(TOKENS, DIM // 2, 2, device=DEVICE)
 RING = torch.zeros(1, SLOTS * 3, HEADS, DIM, device=DEVICE)
 PAIR = torch.zeros(1, 2 * SLOTS * 3, HEADS, DIM, device=DEVICE)
@@ -253,9 +254,13 @@ def block(**more: Any) -> Tensor:
         (norm._rms_norm_silu, (X, W[1:], None, None, None, 1e-6), "weight has shape"),
         (norm._rms_norm_silu_bwd, (None, X[:, 1:], X, W, STATS), "dout has shape"),
         (rope._rope_table, (FRAME.float(), 1, 2, 4, 1e4), "frame_F is torch.float32"),
-        (rope._qk_norm_rope, (QKV, W, W[1:], TABLE, 1e-6), "k_weight has shape"),
-        (rope._qk_norm_rope_bwd, (Q, Q, Q[:, 1:], QKV, W, W, TABLE, STATS), "dv has shape"),
-        (rope._qk_norm_rope_append, (QKV, W, W, TABLE, RING, RING, FRAME, 1e-6, True), "share mem"),
+        (rope._qk_norm_rope, (*THREE, W, W[1:], TABLE, 1e-6), "k_weight has shape"),
+        (rope._qk_norm_rope_bwd, (Q, Q, Q[:, 1:], *THREE, W, W, TABLE, STATS), "dv has shape"),
+        (
+            rope._qk_norm_rope_append,
+            (*THREE, W, W, TABLE, RING, RING, FRAME, 1e-6, True),
+            "share mem",
+        ),
         (attention._attention, (Q, Q, Q, None, None, [0, 6, 1, 0, 7], [], 1.0), "rows="),
         (attention._attention, (Q, Q, Q, None, None, [0, 5, 1, 0, 6], [], 1.0), "cover the 6"),
         (attention._attention, (Q, Q, Q, None, None, [0, 6], [], 1.0), "rows="),
@@ -324,8 +329,8 @@ def test_kernels_write_no_more_than_a_ring(wrong: int) -> None:
     qkv = torch.randn(1, TOKENS, 3 * CHANNELS, device=DEVICE)
     table = torch.randn(TOKENS, DIM // 2, 2, device=DEVICE)
     slots = torch.tensor([wrong, 2], device=DEVICE)
-    gpu.qk_norm_rope_fwd(qkv, W, W, table, k, v, slots, 1e-6)
-    second = qkv[:, 3:], W, W, table[3:]
+    gpu.qk_norm_rope_fwd(qkv, None, None, W, W, table, k, v, slots, 1e-6)
+    second = qkv[:, 3:], None, None, W, W, table[3:]
     rings = want[0][1], want[1][1]
     reference.qk_norm_rope_append(*second, *rings, slots[1:], 1e-6)
     for got, expected in zip((whole_k, whole_v), want, strict=True):

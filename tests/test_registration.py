@@ -40,7 +40,7 @@ def test_opcheck(grad: bool, impl: str) -> None:
     x, y, scale, shift = leaf(B, TOKENS, C), leaf(B, TOKENS, C), leaf(1, F, C), leaf(1, 1, C)
     weight, qkv = leaf(1, 1, C), leaf(B, TOKENS, 3 * C)
     q_weight, k_weight = leaf(C), leaf(C)
-    x_args, rope_args = (x, scale, shift), (qkv, q_weight, k_weight, table())
+    x_args, rope_args = (x, scale, shift), (qkv, None, None, q_weight, k_weight, table())
     heads, past = leaf(3, B, TOKENS, HEADS, D).unbind(), rand(2, B, 4, HEADS, D).unbind()
     rows = (0, 8, 1, 0, 8, 8, TOKENS, 2, 0, 5, 8, TOKENS)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
@@ -55,6 +55,8 @@ def test_opcheck(grad: bool, impl: str) -> None:
         ),
         (rope._rope_table, (torch.arange(F, device=DEVICE), *GRID, D, 1e4, impl)),
         (rope._qk_norm_rope, (*rope_args, 1e-6, impl)),
+        (rope._qk_norm_rope, (x, x, x, q_weight[:D], k_weight[:D], rope_args[-1], 1e-6, impl)),
+        (rope._qk_norm_rope, (x, x, x, None, None, rope_args[-1], 1e-6, impl)),
     ]
     if impl == "triton":  # C++ has no attention
         calls += [

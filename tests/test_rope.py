@@ -15,7 +15,12 @@ import sfkernels as sf
 from sfkernels import launch, reference
 from sfkernels.launch import RowTile
 from sfkernels.testing import close_as_eager, nan_filled
-from tests.oracle import DEVICE, check, each, each_size, rand
+from tests.oracle import DEVICE, check, each, each_and_reference, each_size, rand
+
+# Called with unpacked tensors, which mypy takes for arguments without end.
+qk_norm_rope: Any = sf.qk_norm_rope
+qk_norm_rope_append: Any = sf.qk_norm_rope_append
+ring_attention: Any = sf.ring_attention
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
 
@@ -73,6 +78,74 @@ def test_qk_norm_rope(size: tuple, impl: str, dtype: torch.dtype) -> None:
     check(op, (qkv, *rand(2, channels)), dtype, wide=[1, 2], impl=impl)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@each_size(SIZES, OF_CPP)
+def test_norms_of_heads_and_none(size: tuple, impl: str, dtype: torch.dtype, fused: bool) -> None:
+    """And one table for each sample; q, k and v from one projection or from three."""
+    batch, frames, grid, heads, head_dim = size
+    channels = heads * head_dim
+    first = torch.arange(batch, dtype=torch.int32, device=DEVICE)[:, None]
+    table = sf.rope_table(5 * first + frames_from(3, frames), grid, head_dim, impl="reference")
+    qkv = rand(3, batch, table.shape[1], channels)
+
+    def op(q: Tensor, k: Tensor, v: Tensor, *weights: Tensor, impl: str) -> tuple[Tensor, ...]:
+        three = torch.cat((q, k, v), dim=2) if fused else (q, k, v)
+        return qk_norm_rope(three, *weights or (None, None), table, impl=impl)
+
+    check(op, [*qkv], dtype, impl=impl)
+    check(op, [*qkv, *rand(2, channels)], dtype, wide=[3], impl=impl)
+    if impl == "triton" and head_dim & (head_dim - 1):
+        with pytest.raises(ValueError, match="norms of heads of 6 channels"):
+            op(*qkv.to(dtype), *rand(2, head_dim, dtype=dtype), impl=impl)
+    else:
+        check(op, [*qkv, *rand(2, head_dim)], dtype, wide=[3], impl=impl)
+
+
+@each_and_reference
+@pytest.mark.parametrize("rotate_k", [True, False])
+def test_samples_at_different_frames(impl: str, rotate_k: bool) -> None:
+    """Each is written, rotated and read as if it were alone."""
+    frames, grid, heads, head_dim, window = 2, (2, 3), 2, 8, 5
+    tokens, channels = math.prod(grid), heads * head_dim
+    starts = torch.tensor([[0], [3], [40]], dtype=torch.int32, device=DEVICE)
+    frame_F = starts + frames_from(0, frames)
+    slot_F, valid = frame_F % window, (frame_F[:, -1] + 1).clamp(max=window) * tokens
+    qkv = rand(3, 3, frames * tokens, channels, dtype=torch.float32)
+    weights = rand(2, head_dim, dtype=torch.float32)
+    old = rand(2, 3, window * tokens, heads, head_dim, dtype=torch.float32)
+
+    def run(pick: slice) -> list[Tensor]:
+        table = sf.rope_table(frame_F[pick], grid, head_dim, impl=impl)
+        rings = old[:, pick].clone()
+        three = tuple(qkv[:, pick])
+        q = qk_norm_rope_append(
+            three, *weights, table, *rings, slot_F[pick], rotate_k=rotate_k, impl=impl
+        )
+        reads = impl if impl != "cpp" else "auto"
+        seen = {} if rotate_k else dict(k_table_SP2=positions[pick])
+        o = ring_attention(q, *rings, valid[pick], **seen, impl=reads)
+        moved = torch.zeros_like(rings[0])
+        rotate = impl if impl != "cpp" else "auto"
+        sf.rotate_keys(rings[0], positions[pick], valid[pick], moved, impl=rotate)
+        return [q, *rings, o, moved]
+
+    slots = torch.arange(window, device=DEVICE).repeat(3, 1) + starts
+    positions = sf.rope_table(slots, grid, head_dim, impl="reference")
+    together = run(slice(None))
+    for i in range(3):
+        for got, want in zip(together, run(slice(i, i + 1)), strict=True):
+            torch.testing.assert_close(got[i : i + 1], want, rtol=1e-5, atol=1e-6)
+
+
+def test_append_says_what_to_train_with() -> None:
+    qkv = QKV.clone().requires_grad_()
+    rings = RING.clone(), RING.clone()
+    with pytest.raises(ValueError, match=r"no gradient: call it under torch.no_grad\(\), or train"):
+        sf.qk_norm_rope_append(qkv, W, W, TABLE, *rings, SLOTS)
+    with torch.no_grad():
+        sf.qk_norm_rope_append(qkv, W, W, TABLE, *rings, SLOTS)
+
+
 @each
 def test_projection_and_gradients_may_be_views(impl: str) -> None:
     """As a chunk of a longer sequence, and as attention kernels return gradients."""
@@ -128,7 +201,7 @@ TABLE = torch.zeros(6, 2, 2, device=DEVICE)
 RING = torch.zeros(2, 6, 2, 4, device=DEVICE)
 BY_HEAD = torch.zeros(2, 2, 6, 4, device=DEVICE).transpose(1, 2)
 SLOTS = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-rope = sf.qk_norm_rope
+rope = qk_norm_rope
 append = functools.partial(sf.qk_norm_rope_append, QKV, W, W, TABLE)
 
 
@@ -147,6 +220,19 @@ append = functools.partial(sf.qk_norm_rope_append, QKV, W, W, TABLE)
         (lambda impl: rope(QKV.double(), W, W, TABLE, impl=impl), "qkv is torch.float64"),
         (lambda impl: rope(QKV, W.to("meta"), W, TABLE, impl=impl), "q_weight is on meta"),
         (lambda impl: append(RING, RING.half(), SLOTS, impl=impl), "v_ring has dtype"),
+        (lambda impl: rope((QKV, QKV), W, W, TABLE, impl=impl), "qkv is a tuple of 2: must be a"),
+        (lambda impl: rope("qkv", W, W, TABLE, impl=impl), "qkv is a str: must be a tensor, or"),
+        (
+            lambda impl: rope([QKV, QKV, None], W, W, TABLE, impl=impl),
+            "v is None: must be a tensor, as q",
+        ),
+        (lambda impl: rope([QKV] * 3, W, W, TABLE, impl=impl), r"q_weight has shape \[8\]"),
+        (lambda impl: rope(QKV, W, None, TABLE, impl=impl), "k_weight is None: must be a tensor"),
+        (lambda impl: rope(QKV, (W,), W, TABLE, impl=impl), "q_weight is a tuple: must be a tens"),
+        (
+            lambda impl: append(RING, RING, SLOTS.expand(3, 1), impl=impl),
+            r"slot_F has shape \[3, 1\]: must be \[2, F\]",
+        ),
         (
             lambda impl: append(RING, BY_HEAD, SLOTS, impl=impl),
             "heads of a slot must lie side by side",

@@ -118,6 +118,7 @@ def _attention_fwd_kernel(
     heads,
     prefix,
     scale,
+    stride_valid,
     stride_qb,
     stride_ql,
     stride_qh,
@@ -158,7 +159,8 @@ def _attention_fwd_kernel(
         start = tile * BLOCK_M
         past = tl.minimum(start + BLOCK_M, queries)
         row_M = start + tl.arange(0, BLOCK_M)
-        valid = tl.minimum(tl.maximum(tl.load(valid_ptr), 1), slots).to(tl.int32)
+        valid = tl.load(valid_ptr + batch * stride_valid)
+        valid = tl.minimum(tl.maximum(valid, 1), slots).to(tl.int32)
         share = tl.cdiv(tl.cdiv(valid, BLOCK_N), parts) * BLOCK_N
         lo, hi = part * share, tl.minimum((part + 1) * share, valid)
         if lo >= hi:
@@ -276,9 +278,10 @@ def ring_attention(
     semaphores: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """o [B, L, H, D] of queries that see the first `valid` slots of the ring; at least one, and at
-    most all. The keys are split where that fills the card better. semaphores: int32 zeros, as many
-    as `semaphores_needed` says, or new ones; they are zeros again at the end."""
+    """o [B, L, H, D] of queries that see the first `valid` slots of the ring, of all samples or of
+    each; at least one, and at most all. The keys are split where that fills the card better.
+    semaphores: int32 zeros, as many as `semaphores_needed` says, or new ones; they are zeros again
+    at the end."""
     setting = tile_setting("attention_fwd", q_BLHD)
     work, o_BLHD, lse_PBHL = ring_work(setting, q_BLHD, k_ring_BSHD, valid, semaphores)
     sources = k_ring_BSHD, v_ring_BSHD, None, None
@@ -357,7 +360,7 @@ def _launch_forward(
         (
             *(q_BLHD, *sources, o_BLHD, lse, *work.tables, work.valid, *work.joining),
             *(queries, k_BSHD.shape[1], heads, work.prefix, scale * LOG2E),
-            *head_strides(q_BLHD, *sources),
+            *(launch.of_sample(work.valid, 1), *head_strides(q_BLHD, *sources)),
         ),
         num_warps=setting.warps,
         D=head_dim,

@@ -361,6 +361,7 @@ def _hopper_fwd_kernel(
     k_prefix_rows,
     v_prefix_rows,
     scale,
+    stride_valid,
     H: gl.constexpr,
     D: gl.constexpr,
     N: gl.constexpr,
@@ -374,6 +375,8 @@ def _hopper_fwd_kernel(
     tiles, parts, B · H): those of a head run side by side, so that its keys are read from L2. o
     [B, L, H, D], lse [parts, B, H, L]. HAS_PARTS: of the programs that share a tile each leaves its
     output in part [parts, B, L, H, D], and the last of them to end joins these."""
+    if not HAS_TABLE:
+        valid_ptr += gl.program_id(2) // H * stride_valid
     q_s = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, M, D], q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, N, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, N, D], v_desc.layout)
@@ -474,15 +477,13 @@ def _launch_forward(
     work: Work,
     scale: float,
 ) -> None:
-    batch, queries, heads, _ = q_BLHD.shape
-    k_BSHD = sources[0]
+    (batch, queries, heads, _), k_BSHD = q_BLHD.shape, sources[0]
     assert k_BSHD is not None
     names = ("q", "k", "v", "prefix k", "prefix v")
     boxes = (M.value, *[setting.streamed] * 4)
     described = [describe(*one) for one in zip(names, (q_BLHD, *sources), boxes, strict=True)]
     descriptors, apart = zip(*described, strict=True)
-    others = work.parts * batch * heads
-    programs = programs_of(setting, q_BLHD.device, work.tiles, others)
+    programs = programs_of(setting, q_BLHD.device, work.tiles, work.parts * batch * heads)
     launch_specialised(
         _hopper_fwd_kernel,
         setting,
@@ -490,6 +491,7 @@ def _launch_forward(
         (
             *(*descriptors, o_BLHD, lse, *work.tables, work.valid, *work.joining),
             *(work.tiles, queries, k_BSHD.shape[1], work.prefix, *apart, scale * LOG2E),
+            launch.of_sample(work.valid, 1),
         ),
         q_BLHD,
         HAS_TABLE=work.valid is None,
