@@ -278,10 +278,10 @@ def ring_attention(
     slots, lengths_B1 = k_ring_BSHD.shape[1], valid.view(-1, 1).clamp(min=1)
     seen_BS = torch.arange(slots, device=valid.device) < lengths_B1
     # A mask alone would let a NaN through, which is one times zero too.
-    seen_BS11, zero = seen_BS[:, :, None, None], q_BLHD.new_zeros(())
+    seen_BS11, zero = seen_BS.view(-1, slots, 1, 1), q_BLHD.new_zeros(())
     k, v = (torch.where(seen_BS11, t, zero) for t in (k_ring_BSHD, v_ring_BSHD))
     q, k, v = (t.transpose(1, 2) for t in (q_BLHD, k, v))
-    mask = seen_BS if len(seen_BS) == 1 else seen_BS[:, None, None]
+    mask = seen_BS if len(seen_BS) == 1 else seen_BS.view(-1, 1, 1, slots)
     mask = mask.expand(*mask.shape[:-2], q.shape[2], -1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
