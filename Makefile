@@ -2,6 +2,7 @@
 # make test    every check: lint, format, types, tests
 # make bench   all that is timed, as an HTML page: at real size with a GPU, else at toy size
 # make sanitize     the C++ ops' tests, checked for what they read, write and leave undefined
+# make kernel-package   the ops as a repository for Hugging Face's kernels; PACKAGE=folder
 # make experiment   teacher, diffusion and self forcing, trained and compared in the toy world
 #
 # Each sets up what it needs in .venv the first time. PYTHON=... names the interpreter to start
@@ -13,7 +14,7 @@ RUN := $(VENV)/bin/python -m
 # One stamp for each interpreter named, so that another PYTHON=... is not ignored in silence.
 READY := $(VENV)/.ready-$(subst /,-,$(PYTHON))
 
-.PHONY: demo test sanitize bench experiment format clean
+.PHONY: demo test sanitize bench kernel-package experiment format clean
 
 demo: $(READY)
 	@$(RUN) bench demo $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -49,6 +50,10 @@ sanitize: $(READY)
 
 bench: $(READY)
 	@$(RUN) bench
+
+PACKAGE := out/kernel-package
+kernel-package:
+	@$(PYTHON) tools/kernel_package.py "$(PACKAGE)"
 
 experiment: $(READY)
 	@$(RUN) bench experiment

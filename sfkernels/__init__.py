@@ -1,5 +1,6 @@
 """Kernels for streaming video from autoregressive diffusion models."""
 
+from sfkernels import layers
 from sfkernels.attention import (
     Prefix,
     block_causal_attention,
@@ -31,6 +32,7 @@ __all__ = [
     "gated_adaln",
     "gated_layer_norm",
     "layer_norm",
+    "layers",
     "linear",
     "normal",
     "qk_norm_rope",

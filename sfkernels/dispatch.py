@@ -21,6 +21,10 @@ from sfkernels.arguments import check_device, check_floating, is_plain
 
 T = TypeVar("T")
 
+# Of the ops: torch.ops.sfkernels of what is installed. A packaged copy (docs/kernels-hub.md) is
+# imported under a name of its own, and any number of copies register in one process.
+NAMESPACE = __name__.partition(".")[0]
+
 ATTENTION = ("attention", "ring_attention", "cross_attention")
 CONVOLUTION = ("causal_conv3d", "upsampled_conv2d")
 FUSED = ("norm", "rope_table", "qk_norm_rope", "sampler_step", "quantize_rows")
@@ -79,8 +83,8 @@ class Implementation(NamedTuple):
 
     ops: those it has. auto: those that "auto" takes it for, by type of device. dtypes: of tensors
     that it takes, which must have a contiguous last dimension; none if it takes all. refusal: why
-    it does not run on a device, empty where it does. launchers: the module with ours. heads: their
-    dimensions that its attention takes, None for all.
+    it does not run on a device, empty where it does. launchers: the module with ours, relative to
+    this package. heads: their dimensions that its attention takes, None for all.
     """
 
     ops: tuple[str, ...]
@@ -99,13 +103,13 @@ IMPLEMENTATIONS = {
     "triton": Implementation(
         (*ATTENTION, *FUSED, ROTATE, *CONVOLUTION, LINEAR),
         {"cuda": ("attention", "ring_attention", *FUSED, ROTATE)}, FLOATS,
-        _needs_gpu_or_interpreter, "sfkernels.gpu", range(1, 129),
+        _needs_gpu_or_interpreter, ".gpu", range(1, 129),
     ),
     "gluon": Implementation(
-        ATTENTION, {}, HALF, _needs_hopper, "sfkernels.gpu.hopper", range(64, 129, 64)
+        ATTENTION, {}, HALF, _needs_hopper, ".gpu.hopper", range(64, 129, 64)
     ),
     "cudnn": Implementation(
-        ATTENTION, {}, HALF, _needs_ampere, "sfkernels.gpu.cudnn", range(8, 129, 8)
+        ATTENTION, {}, HALF, _needs_ampere, ".gpu.cudnn", range(8, 129, 8)
     ),
     "sdpa": Implementation(ATTENTION, {"cuda": ("cross_attention",)}),
     "sdpa_flash": Implementation(
@@ -113,7 +117,7 @@ IMPLEMENTATIONS = {
     ),
     "flash": Implementation(ATTENTION, {}, HALF, _needs_gpu),
     "flex": Implementation(ATTENTION),
-    "cpp": Implementation(FUSED, {"cpu": FUSED}, FLOATS, _needs_cpu, "sfkernels.cpp"),
+    "cpp": Implementation(FUSED, {"cpu": FUSED}, FLOATS, _needs_cpu, ".cpp"),
     "torch": Implementation(
         (*CONVOLUTION, LINEAR),
         {"cuda": (*CONVOLUTION, LINEAR), "cpu": CONVOLUTION, "meta": CONVOLUTION},
@@ -208,7 +212,8 @@ def kernel(impl: str, launcher: str) -> Callable[..., Any]:
     """The launcher of an implementation of ours. Raises ValueError for another name, which a
     registered op may be called with."""
     module = IMPLEMENTATIONS[impl].launchers if impl in IMPLEMENTATIONS else ""
-    found = getattr(importlib.import_module(module), launcher, None) if module else None
+    home = importlib.import_module(module, __package__) if module else None
+    found = getattr(home, launcher, None)
     if found is None:
         taken = ", ".join(name for name, one in IMPLEMENTATIONS.items() if one.launchers)
         raise ValueError(
@@ -256,7 +261,7 @@ def _has_tangent(value: Any) -> bool:
 
 def registered(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Op]:
     """Decorates the function of an `Op`."""
-    return functools.partial(Op, f"sfkernels::{name}", mutates_args=mutates_args)
+    return functools.partial(Op, f"{NAMESPACE}::{name}", mutates_args=mutates_args)
 
 
 def _refusal(impl: str, device: torch.device, tensors: dict[str, Tensor | None]) -> str:
