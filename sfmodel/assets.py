@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from sfmodel.config import PRESETS
+from sfmodel.weights.known import KNOWN, Known, by_name
 from sfmodel.weights.opening import generator_width, read_json
 
 T = TypeVar("T")
@@ -102,12 +103,14 @@ def _searched(folder: Path | None) -> list[Path]:
 
 
 def _cached() -> list[Path]:
-    """The repositories of PUBLIC that Hugging Face's tools have downloaded to their cache."""
+    """The repositories of PUBLIC and of known checkpoints that Hugging Face's tools have downloaded
+    to their cache."""
     hub, home = os.environ.get("HF_HUB_CACHE"), os.environ.get("HF_HOME")
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     root = Path(hub or Path(home or Path(caches, "huggingface"), "hub"))
-    known = dict.fromkeys(one.where for public in PUBLIC.values() for one in public.values())
-    paths = [root / f"models--{where.replace('/', '--')}" for where in known]
+    public = [one.where for each in PUBLIC.values() for one in each.values()]
+    every = dict.fromkeys([*public, *(one.where for one in KNOWN)])
+    paths = [root / f"models--{where.replace('/', '--')}" for where in every]
     return [path for path in paths if path.is_dir()]
 
 
@@ -151,6 +154,16 @@ def examine(folder: Path | None) -> list[Found]:
                 said, preset = str(error).removeprefix(f"{path}: "), None
             out.append(Found(field, preset or "", path, said, preset is not None))
     return out
+
+
+def known(folder: Path | None) -> list[tuple[Known, Path | None]]:
+    """All published checkpoints whose settings are known, each with the first file that has its
+    name where `find` looks, if there is one."""
+    folders: list[Path] = []
+    with suppress(ValueError):
+        folders = _searched(folder)
+    named = [(path, by_name(path)) for each in folders for path in _inside(each)]
+    return [(one, _first(path for path, its in named if its is one)) for one in KNOWN]
 
 
 def missing(found: Iterable[Found]) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol, cast
@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from sfkernels.dispatch import choose
 from sfmodel import assets
 from sfmodel.config import PRESETS, Preset
 from sfmodel.dit import DiT
@@ -123,9 +124,12 @@ def checked_model(
     models: Path | None = None,
     loras: Sequence[Lora] = (),
     base: bool = False,
+    weights: str | None = None,
+    attention_impl: str = "auto",
 ) -> Callable[[], DiT]:
-    """Loader for later: checks now, and raises ValueError, as `load_model` does. base: without a
-    path it is the bidirectional model of many steps."""
+    """Loader for later: checks now, and raises ValueError, as `load_model` does. base: it makes
+    whole clips, and without a path it is the bidirectional model of many steps. weights: as of
+    `open_weights`. attention_impl: as of `DiT`."""
     config = find_preset(preset).dit
     toy, kind = preset == "toy", "dit" if base else "generators"
     if path is None and not toy and kind not in assets.PUBLIC[preset]:
@@ -135,7 +139,14 @@ def checked_model(
     elif path is None:
         path = _needed(kind, preset, models)
     dtype = torch.float32 if toy else default_dtype(device)
-    load = checkpoints.checked(lambda: DiT(config), path, device=device, dtype=dtype)
+    q = torch.empty(0, config.head_dim, dtype=dtype, device=device)
+    for op in ("attention" if base else "ring_attention", "cross_attention"):
+        choose(op, attention_impl, device, q=q)
+
+    def build() -> DiT:
+        return DiT(config, attention_impl=attention_impl)
+
+    load = checkpoints.checked(build, path, device=device, dtype=dtype, weights=weights)
     with torch.device("meta"):
         wanted = names.to_official(DiT(config).state_dict()) if loras else {}
     changes = [read_lora(lora, wanted) for lora in loras]
@@ -209,6 +220,15 @@ def checked_codec(
             return cast(VideoCodec, channels_last(load()).eval().requires_grad_(False))
 
     return loaded
+
+
+def chosen_generator(preset: str | None, models: Path | None = None) -> Path | None:
+    """Few-step weights that `load_model` takes for a preset without a path; None for the toy's own
+    and where there are none."""
+    with suppress(ValueError):
+        if preset and "generators" in assets.PUBLIC.get(preset, {}):
+            return next(iter(assets.find(models, preset).generators), None)
+    return None
 
 
 def chosen_vae(preset: str, vae: Vae = "auto", models: Path | None = None) -> Vae:

@@ -100,6 +100,17 @@ def examine(models: Path | None) -> dict[str, Any]:
         "memory": memory(here["gpus"][0]["memory_gib"] if here["gpus"] else None),
         "models": str(folder),
         "files": [{**one._asdict(), "path": str(one.path)} for one in files],
+        "known": [
+            {
+                "name": one.name,
+                "preset": one.preset,
+                "checkpoint": str(path or f"{hub.PREFIX}{one.where}/{one.file}"),
+                "here": path is not None,
+                "options": one.flags(),
+                "note": one.note,
+            }
+            for one, path in assets.known(models)
+        ],
         "missing": [
             {"preset": preset, "field": field, **assets.PUBLIC[preset][field]._asdict()}
             for preset, field in assets.missing(files)
@@ -283,6 +294,14 @@ def report(found: dict[str, Any], console: Console) -> None:
                 for each in found["missing"]
             ),
         )  # fmt: skip
+    show(
+        "Known checkpoints, which stream as they were published (docs/models.md)",
+        ("checkpoint", "here", "--checkpoint"),
+        (
+            (each["name"], "yes" if each["here"] else "no", each["checkpoint"])
+            for each in found["known"]
+        ),
+    )
     plain(f"\n{found['why']}. Next:\n\n    {found['next']}")
 
 

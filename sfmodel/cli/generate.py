@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from sfmodel.cli.options import (
     Streaming,
     Weights,
     check_sampler,
+    explicit,
     settings_of,
 )
 from sfmodel.config import Preset
@@ -34,15 +35,27 @@ from sfmodel.dit import DiT
 from sfmodel.files import check_writable
 from sfmodel.footage import covering_image, to_pixels
 from sfmodel.frame_files import STANDARD_OUTPUT, sheet_of, writes
-from sfmodel.pretrained import checked_codec, checked_model, chosen_vae, load_text, progress
+from sfmodel.pretrained import (
+    TextEncoder,
+    checked_codec,
+    checked_model,
+    chosen_generator,
+    chosen_vae,
+    find_preset,
+    load_text,
+    progress,
+)
 from sfmodel.process import noting
 from sfmodel.prompts import read_prompts, read_timeline
 from sfmodel.ranks import started
 from sfmodel.saved_stream import load_stream, read_notes, save_stream
 from sfmodel.sequence_parallel import Received, Team, chunks_of
 from sfmodel.stream import Stream
+from sfmodel.train.data import Embeddings
 from sfmodel.vae.codec import VideoCodec
+from sfmodel.weights.known import Known, by_lora, by_name, flag, is_wans_own, its_lora
 from sfmodel.weights.lora import Lora
+from sfmodel.weights.opening import open_weights
 from sfmodel.whole_clip import WholeClip
 
 Made = Stream | Received | WholeClip
@@ -63,12 +76,20 @@ def generate(
     """
     content.check()
     saved = read_notes(content.resume) if content.resume else {}
-    preset, models = weights.preset or saved.get("preset", "toy"), weights.models
-    whole = sampling.sampler != "few-step"
-    settings = settings_of(content, stream, sampling, preset, saved)
+    whole, loras = sampling.sampler != "few-step", [Lora.parse(said) for said in weights.lora]
+    models, preset = weights.models, weights.preset or saved.get("preset")
+    path = weights.checkpoint or (None if whole else chosen_generator(preset, models))
+    known = None if whole or path is None else by_name(path) or by_lora(loras)
+    preset = preset or (known.preset if known else "toy")
+    known = known if known and known.preset == preset else None
+    published = known.settings if known else {}
+    settings = settings_of(content, stream, sampling, preset, saved, published)
     check_sampler(content, stream, sampling, output)
     timeline = read_timeline(content.prompts_at) if content.prompts_at else []
     prompts = read_prompts(content.prompt_file) if content.prompt_file else [content.prompt or RED]
+    embedded = Embeddings(weights.embeddings, settings) if weights.embeddings else None
+    if embedded and not (content.prompt or content.prompt_file or timeline):
+        prompts = [*embedded.at][: 1 if content.resume else None]
     if timeline and not timeline[0][0]:
         prompts = [timeline.pop(0)[1]]
     jobs = output.jobs(prompts, content.seed)
@@ -91,7 +112,6 @@ def generate(
     check_outputs([job.file for job in jobs], output.watch)
     if not jobs:
         return
-    loras = [Lora.parse(said) for said in weights.lora]
     with started() as ranks:
         ranks.agree(**vars(content), **vars(stream), **vars(sampling), **vars(weights))
         if ranks.world > 1 and (content.resume or output.save_state or whole):
@@ -101,10 +121,22 @@ def generate(
         device, encodes = ranks.device, ranks.first and (content.image or content.video)
         # All files are checked before one is loaded. Then the text comes first: its encoder leaves
         # the GPU before the model comes. It keeps on disk what each of many prompts is encoded as.
-        text = load_text(preset, models) if ranks.first else None
+        text: TextEncoder | Embeddings | None = None
+        if ranks.first:
+            text = embedded or load_text(preset, models)
         load_model = load_codec = image = None
         if team.runs:
-            load_model = checked_model(preset, weights.checkpoint, device, models, loras, whole)
+            part, line = None, ""
+            if path is not None and preset != "toy" and not whole:
+                asked = explicit(stream, sampling)
+                part, own, line = _recognised(path, known, asked, weights, preset)
+                loras += own
+            load_model = checked_model(
+                preset, weights.checkpoint, device, models, loras, whole,
+                weights.weights or part, weights.attention_impl,
+            )  # fmt: skip
+            if line and ranks.first and not content.resume:
+                print(line, file=sys.stderr)
         if team.decodes or encodes:
             load_codec = checked_codec(preset, device, weights.vae, models, weights.tile)
         if content.image and encodes:
@@ -195,6 +227,35 @@ def generate(
                     _save(made, output.save_state, preset, titles[0])
                 raise
             _save(made, output.save_state, preset, titles[0])
+
+
+def _recognised(
+    path: Path, known: Known | None, given: Mapping[str, Any], weights: Weights, preset: str
+) -> tuple[str | None, list[Lora], str]:
+    """Part of a checkpoint that was published for generating, the LoRA that belongs to it, and a
+    line on what it is known as and what follows. given: settings that do not follow. Raises
+    ValueError as `open_weights` does."""
+    found = open_weights(path, family="DiT")
+    if known is None:
+        own = vars(find_preset(preset))
+        rest = [name for name in ("steps", "shift", "chunk", "window", "sink") if name not in given]
+        words = " ".join(word for name in rest for word in flag(name, own[name]))
+        line = f"{path}: no checkpoint that is known" + f": as {preset}, {words}" * bool(words)
+        if is_wans_own(found):
+            line = (
+                f"{path}: is named as Wan2.1's own weights, a bidirectional model, which gives "
+                "noise when streamed in few steps: unless it was distilled, use --sampler unipc"
+            )
+        return None, [], line
+    part = known.weights if known.weights in found.entries else None
+    its = [] if weights.lora else its_lora(known, path)
+    but = [*given, *["weights"] * (weights.weights is not None or not part), *["lora"] * (not its)]
+    note = known.note
+    if known.lora and not its and not weights.lora:
+        note = f"was published with {known.lora}, which is not beside it: --lora names it"
+    how = "name" if by_name(path) is known else "LoRA"
+    line = f"{path}: {known.name}, by its {how}: {known.flags(but) or 'as the preset is'}"
+    return part, its, line + f"; {note}" * bool(note)
 
 
 def _whole_clip(

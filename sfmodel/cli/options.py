@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,6 +18,7 @@ from sfmodel.schedule import FlowSchedule
 
 # If nothing else is said: pixel frames of a stream and of a whole clip, its steps, a prompt.
 FRAMES, CLIP, STEPS, RED = 121, 81, 50, "a large red ball moves up slowly"
+STREAM = ("window", "sink", "positions", "chunk", "first")  # of Streaming, as a Preset has them
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class Content:
 
 @dataclass(frozen=True)
 class Streaming:
-    """How it is streamed; what is not given is the preset's.
+    """How it is streamed; what is not given is as a checkpoint that is known was published with
+    (docs/models.md), else the preset's.
 
     Args:
         window: Latent frames that the KV cache holds, the current chunk included.
@@ -110,9 +112,9 @@ class Sampling:
     Args:
         sampler: few-step streams from a distilled causal model; euler and unipc make a whole clip
             at once, of 81 frames if not said, with a plain bidirectional one, as Wan2.1 is.
-        steps: The few-step list, falling, of 1000 to 1, the preset's if not given; of a whole clip
-            how many, 50 if not given.
-        shift: Of the noise levels; the preset's if not given.
+        steps: The few-step list, falling, of 1000 to 1, the checkpoint's or the preset's if not
+            given; of a whole clip how many, 50 if not given.
+        shift: Of the noise levels; the checkpoint's or the preset's if not given.
         warped: The steps are meant as they are, not to be shifted (CausVid).
         guidance: Of a whole clip: how far from the negative prompt; 1 is none.
         negative: A prompt that guidance leads away from.
@@ -131,12 +133,17 @@ class Weights:
     """The model and its weights.
 
     Args:
-        preset: Sizes of the model and its stream: toy, wan-1.3b or wan-14b; if not given toy, or
-            that of the stream that is resumed.
+        preset: Sizes of the model and its stream: toy, wan-1.3b or wan-14b; if not given that of
+            the stream that is resumed or of a checkpoint that is known, else toy.
         checkpoint: Weights (.safetensors, .pt, .pth, a folder); if not given the toy's own, or the
             few-step generator in the folder of models.
+        weights: Which part of a training checkpoint; if not given as it was published, else the
+            averaged weights if they are whole.
         lora: Changes to the model that are merged into it, PATH or PATH:STRENGTH each, a file or
-            PEFT's folder.
+            PEFT's folder; if not given LongLive's own for LongLive.
+        attention_impl: Implementation of attention, as of the functions of sfkernels.
+        embeddings: A .safetensors file of embeddings, or a folder of such, in place of the text
+            encoder, as `sfmodel encode PROMPTS.txt` writes them; all its prompts if none is given.
         models: Folder of the public weights; models, or what SFMODEL_MODELS names, if not given.
         vae: Wan2.1's own decoder, the tiny one, or the first of the two that is there.
         tile: Decode in tiles of so many latents a side, for little memory; with --vae wan.
@@ -144,7 +151,10 @@ class Weights:
 
     preset: str | None = None
     checkpoint: Path | None = None
+    weights: Literal["generator", "generator_ema"] | None = None
     lora: tuple[str, ...] = ()
+    attention_impl: str = "auto"
+    embeddings: Path | None = None
     models: Path | None = None
     vae: Vae = "auto"
     tile: int | None = None
@@ -233,11 +243,26 @@ def check_sampler(content: Content, stream: Streaming, sampling: Sampling, outpu
         raise ValueError(f"{given[0]}: goes with --sampler few-step, a stream")
 
 
+def explicit(stream: Streaming, sampling: Sampling) -> dict[str, Any]:
+    """Fields of a Preset that options of a stream set. Steps that are given are shifted unless it
+    is said, whatever the checkpoint's own are."""
+    given = {name: getattr(stream, name) for name in STREAM} | {"shift": sampling.shift}
+    given |= {"steps": sampling.steps, "warped": sampling.warped or None}
+    if sampling.steps:
+        given["warped"] = sampling.warped
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def settings_of(
-    content: Content, stream: Streaming, sampling: Sampling, preset: str, saved: dict[str, Any]
+    content: Content,
+    stream: Streaming,
+    sampling: Sampling,
+    preset: str,
+    saved: dict[str, Any],
+    published: Mapping[str, Any],
 ) -> Preset:
     """The preset with what was asked for, or that of a saved stream. A picture is a first chunk of
-    its own."""
+    its own. published: settings of the checkpoint, which come before the preset's."""
     if content.resume:
         sizes: dict[str, Any] = {"preset": preset, "window": stream.window, "sink": stream.sink}
         sizes |= {"positions": stream.positions, "chunk": stream.chunk}
@@ -250,19 +275,17 @@ def settings_of(
                 raise ValueError(f"{name}={value}: {content.resume} goes on with its own")
         return read_preset(content.resume)
     settings = sized(find_preset(preset), stream.height, stream.width)
-    names = ("window", "sink", "positions", "chunk", "first")
-    given = {name: getattr(stream, name) for name in names} | {"shift": sampling.shift}
+    given = explicit(stream, sampling)
     if content.image:
         given |= {"first": 1}
     if sampling.sampler != "few-step":
+        published, given = {}, {name: given[name] for name in ("shift",) if name in given}
         if sampling.steps and len(sampling.steps) > 1:
             raise ValueError(f"steps={sampling.steps}: of a whole clip must be a number of steps")
         frames = content.frames if isinstance(content.frames, int) else CLIP
         given |= dict.fromkeys(("window", "chunk", "first"), 1 - (1 - frames) // 4)
         given |= {"sink": 0}
-    else:
-        if sampling.steps:
-            FlowSchedule().warp(sampling.steps)  # checks them
-        given |= {"steps": sampling.steps, "warped": sampling.warped or None}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    elif sampling.steps:
+        FlowSchedule().warp(sampling.steps)  # checks them
+    changes: dict[str, Any] = {**published, **given}
     return replace(settings, **changes).check()

@@ -221,6 +221,31 @@ class LatentShards(_Files):
         super().__init__(path, within(path, (".safetensors",)), preset, frames, text)
 
 
+class Embeddings(LatentShards):
+    """The text encoder of embeddings in files, which knows the prompts in them alone. at: where the
+    embedding of each is; those of a file without prompts are named by it and their numbers."""
+
+    def __init__(self, path: Path, preset: Preset) -> None:
+        """Reads headers. Raises ValueError for a file that holds no embeddings of the preset's."""
+        super().__init__(path, preset, 0, None)
+        for name, reason in self.skipped.items():
+            raise ValueError(f"{path}: {name}: {reason}")
+        self.at: dict[str, tuple[_File, int]] = {}
+        for file in self.files:
+            for row, sentence in enumerate(file.sentences):
+                named = sentence if any(file.sentences) else f"{file.path.stem} {row}"
+                self.at.setdefault(named, (file, row))
+
+    def rows(self, sentences: Iterable[str], device: object = None) -> Iterator[Tensor]:
+        """The embedding [T, text_dim] of each sentence as it comes, on the CPU. Raises ValueError
+        for one that is not there."""
+        for sentence in sentences:
+            if sentence not in self.at:
+                there = f"{len(self.at)} prompts, such as {next(iter(self.at))!r}"
+                raise ValueError(f"{self.path}: has no embedding of {sentence!r}: it has {there}")
+            yield self._embed(*self.at[sentence])
+
+
 class VideoFiles(_Files):
     """Videos in a folder, from their first frame on, at the preset's frames a second, scaled to
     cover its size, cropped around the centre and encoded each time. The prompt is the text file of
