@@ -1,5 +1,6 @@
 # make demo    generate a short video and show what was measured; PROMPT="a small blue ball"
 # make test    every check: lint, format, types, tests
+# make docs    the documentation as a site: build/site/index.html
 # make bench   all that is timed, as an HTML page: at real size with a GPU, else at toy size
 # make sanitize     the C++ ops' tests, checked for what they read, write and leave undefined
 # make kernel-package   the ops as a repository for Hugging Face's kernels; PACKAGE=folder
@@ -14,7 +15,7 @@ RUN := $(VENV)/bin/python -m
 # One stamp for each interpreter named, so that another PYTHON=... is not ignored in silence.
 READY := $(VENV)/.ready-$(subst /,-,$(PYTHON))
 
-.PHONY: demo test sanitize bench kernel-package experiment format clean
+.PHONY: demo test docs sanitize bench kernel-package experiment format clean
 
 demo: $(READY)
 	@$(RUN) bench demo $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -28,6 +29,10 @@ test: $(READY)
 	@$(RUN) tests.pretended_cuda -m bench.verify
 	@$(RUN) tests.pretended_cuda -m pytest -q -n 2 -m gpu $$(grep -l mark.gpu tests/test_*.py)
 	@$(RUN) pytest -q -n 2 --dist worksteal
+
+# The variable leaves out what Material says of its future at each start.
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
 
 # In a copy, whose libraries take the place of the normal ones. Standard error is not captured: a
 # sanitizer reports there and ends the process.

@@ -121,7 +121,7 @@ def _experiment(file: Path) -> Iterator[str]:
     heads = [f"{way}: {names[0]}" if not i else name for way in table2.WAYS
              for i, name in enumerate(names)]  # fmt: skip
     both = zip(*(rows for _, rows in tables), strict=True)
-    yield from _table(
+    yield from table(
         ("", *heads),
         [
             (first[0], *first[shown], *second[shown])
@@ -153,7 +153,7 @@ def _kernels(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
         rate = row.get("contestants", {}).get(best, {}).get("gbps")
         of_copy = f"{100 * rate / row['copy_gbps']:.0f}" if rate and "copy_gbps" in row else ""
         lines.append((_times(row["case"]), µs, of_copy, *ratios))
-    yield from _table(("", "µs", "% of copy bandwidth", "eager / ours", "best other / ours"), lines)
+    yield from table(("", "µs", "% of copy bandwidth", "eager / ours", "best other / ours"), lines)
 
 
 def _attention(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
@@ -166,7 +166,7 @@ def _attention(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
                 rate = row.get("contestants", {}).get(best, {}).get("tflops")
                 case = row["case"].removeprefix("attention, ")
                 lines.append((case, µs, f"{rate:.0f}" if rate else "", best, ratio))
-            yield from _table(("", "µs", "TFLOP/s", "by", "best other / ours"), lines)
+            yield from table(("", "µs", "TFLOP/s", "by", "best other / ours"), lines)
             return
     yield "**Attention is not measured on a GPU yet.**"
 
@@ -195,7 +195,7 @@ def _cpp(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
     kinds = [*dict.fromkeys(kind for each in ratios.values() for kind in each)]
     lines = [(label, *(_median(each.get(kind, [])) for kind in kinds))
              for label, each in ratios.items() if each]  # fmt: skip
-    yield from _table(("", *kinds), lines)
+    yield from table(("", *kinds), lines)
 
 
 def _ratio(row: Result, other: str) -> float | None:
@@ -230,7 +230,7 @@ def _decoding(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
                 f"Wan2.1's VAE, full width, {result['ceilings']['dtype']}, random weights, "
                 f"{_on(result, name)}.{cpu}"
             )
-            yield from _table(("decoding", "s", "best of diffusers' / ours"), lines)
+            yield from table(("decoding", "s", "best of diffusers' / ours"), lines)
             return
     yield "**Decoding is not measured yet.**"
 
@@ -251,7 +251,7 @@ def _streaming(found: Sequence[tuple[str, Result]]) -> Iterator[str]:
                 for line in lines
             ]
             heads = ("", "FPS", "published", "first frame", "published", "")
-            yield from _table(heads, rows)
+            yield from table(heads, rows)
             return
     most, paper = [], BASELINES[0]
     for key in PREDICTED:
@@ -304,7 +304,7 @@ def _prose(text: str) -> Iterator[str]:
     yield from textwrap.wrap(text, 100, break_on_hyphens=False, break_long_words=False)
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     """A table behind an empty line."""
     yield ""
     for i, cells in enumerate((heads, *rows)):
