@@ -10,8 +10,9 @@ from sfkernels.gpu.attention_backward import attention_bwd, row_delta
 from sfkernels.gpu.convolution import causal_conv3d, upsampled_conv2d
 from sfkernels.gpu.linear import linear
 from sfkernels.gpu.norm import norm_bwd, norm_fwd
+from sfkernels.gpu.qk_norm_rope import qk_norm_rope_bwd, qk_norm_rope_fwd
 from sfkernels.gpu.quant import quantize_rows
-from sfkernels.gpu.rope import qk_norm_rope_bwd, qk_norm_rope_fwd, rope_table, rotate_keys
+from sfkernels.gpu.rope import rope_table, rotate_keys
 from sfkernels.gpu.sampler import dmd_gradient, normal, sampler_step
 
 __all__ = [
