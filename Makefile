@@ -38,7 +38,7 @@ docs: $(READY)
 # sanitizer reports there and ends the process.
 SANITIZED := build/sanitized
 CHECKS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
-CPP_TESTS := norm rope sampler quant registration cpp cpp_fuzz
+CPP_TESTS := norm residual rope sampler quant registration cpp cpp_fuzz
 sanitize: PY := $(CURDIR)/$(VENV)/bin/python
 sanitize: $(READY)
 	@rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)

@@ -31,26 +31,6 @@ void by_form(bool centred, bool residual, bool gated, bool silu, const F& f) {
   }
 }
 
-// A modulation [B or 1, F or 1, C] as floats, for the frame at hand.
-struct Modulation {
-  const Optional& tensor;
-  const int64_t channels;
-  const float plus = 0;
-  Floats values = Floats(padded(channels));
-
-  void move_to(int64_t b, int64_t f) {
-    if (tensor) {
-      const int64_t at_b = tensor->size(0) == 1 ? 0 : b * tensor->stride(0);
-      const int64_t at_f = tensor->size(1) == 1 ? 0 : f * tensor->stride(1);
-      widen(values, *tensor, at_b + at_f, channels, plus);
-    }
-  }
-
-  Vec at(int64_t i) const {
-    return get(values.data() + i);
-  }
-};
-
 // The frames that x [B, L, C] has by its modulations, which are checked with it and the form.
 int64_t frames_of(
     const Tensor& x,

@@ -404,6 +404,26 @@ inline void widen(Floats& to, const Tensor& t, int64_t offset, int64_t channels,
   });
 }
 
+// A modulation [B or 1, F or 1, C] as floats, for the frame at hand.
+struct Modulation {
+  const Optional& tensor;
+  const int64_t channels;
+  const float plus = 0;
+  Floats values = Floats(padded(channels));
+
+  void move_to(int64_t b, int64_t f) {
+    if (tensor) {
+      const int64_t at_b = tensor->size(0) == 1 ? 0 : b * tensor->stride(0);
+      const int64_t at_f = tensor->size(1) == 1 ? 0 : f * tensor->stride(1);
+      widen(values, *tensor, at_b + at_f, channels, plus);
+    }
+  }
+
+  Vec at(int64_t i) const {
+    return get(values.data() + i);
+  }
+};
+
 // Calls f(begin, end) for parts of `rows` rows, in parallel.
 template <typename F>
 inline void parallel_rows(int64_t rows, int64_t row_elements, const F& f) {

@@ -13,6 +13,7 @@ from sfkernels.layout import BlockLayout
 from sfkernels.linear import linear
 from sfkernels.norm import adaln, gated_adaln, gated_layer_norm, layer_norm, rms_norm, rms_norm_silu
 from sfkernels.quant import quantize_rows
+from sfkernels.residual import gated_residual
 from sfkernels.rope import qk_norm_rope, qk_norm_rope_append, rope_table, rotate_keys
 from sfkernels.sampler import Noise, dmd_gradient, euler_step, normal, sampler_step
 
@@ -31,6 +32,7 @@ __all__ = [
     "euler_step",
     "gated_adaln",
     "gated_layer_norm",
+    "gated_residual",
     "layer_norm",
     "layers",
     "linear",

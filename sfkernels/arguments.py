@@ -183,6 +183,14 @@ def _describe(value: object) -> str:
     return repr(value) if plain else f"a {type(value).__name__}"
 
 
+def without_token_dim(modulation: Any) -> Any:
+    """A modulation [B, F, 1, C], as the public Wan models broadcast it over tokens, as [B, F, C];
+    anything else as it is."""
+    if isinstance(modulation, Tensor) and modulation.dim() == 4 and modulation.shape[2] == 1:
+        return modulation.squeeze(2)
+    return modulation
+
+
 def check_modulation(x_BLC: Tensor, **modulation: Any) -> None:
     """Raises ValueError unless x is [B, L, C] and each modulation [B or 1, frames or 1, C], where
     frames divides L; the gate alone may be None."""

@@ -18,6 +18,8 @@ SLOTS = 4
 # The mean and 1/σ of a row, stored by a forward pass and loaded by a backward pass, for each of up
 # to four tiles in flight.
 STATS = 8
+# 1/σ of heads of a row, as many as a thread has, for each of two tiles in flight.
+HEAD_STATS = 16
 # The biases of the channels that a thread has, and few channels in.
 BIAS = 32
 # The scales of rows that a thread stores.
@@ -98,16 +100,17 @@ def _rows_ahead(channels: int, dtype: torch.dtype) -> Iterator[Bounded]:
     half = dtype == torch.bfloat16
     forms = [(op, True) for op in NORMS if half or op.endswith("adaln")]
     if half and channels == 1536:
-        forms += [(op, False) for op in NORMS if op.startswith("gated")]
+        forms += [(op, False) for op in ("gated_adaln", "gated_layer_norm")]
     for (op, gate), backward in itertools.product(forms, (False, True)):
         case = cases.normalisation(op, *size, dtype, backward, gate)
         archs = launch.ARCHITECTURES if op.endswith("adaln") and gate else FEW
-        yield Bounded(_way("norm", backward), case, dtype, STATS, archs=archs)
+        launcher = op if op == "gated_residual" else "norm"
+        yield Bounded(_way(launcher, backward), case, dtype, STATS, archs=archs)
     for backward in (False, True):
         case = cases.qk_norm_rope(*size, 128, dtype, backward)
         yield Bounded(_way("qk_norm_rope", backward), case, dtype, STATS)
         case = cases.qk_norm_rope(*size, 128, dtype, backward, per_head=True)
-        yield Bounded(_way("qk_norm_rope", backward), case, dtype, STATS, archs=FEW)
+        yield Bounded(_way("qk_norm_rope", backward), case, dtype, HEAD_STATS, archs=FEW)
     case = cases.qk_norm_rope(*size, 128, dtype, append=7 * CHUNK)
     yield Bounded("qk_norm_rope_fwd", case, dtype, SLOTS)
     for into in (torch.int8, torch.float8_e4m3fn):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfkernels import attention, convolution, norm, quant, roofline, rope, sampler
+from sfkernels import attention, convolution, norm, quant, residual, roofline, rope, sampler
 from sfkernels.layout import BlockLayout, Row
 from sfkernels.linear import linear as linear_layer
 
@@ -109,6 +109,7 @@ NORMS = {
     "adaln": (2, 3),
     "gated_adaln": (4, 6),
     "gated_layer_norm": (4, 6),
+    "gated_residual": (3, 3),
     "layer_norm": (2, 3),
     "rms_norm": (2, 3),
 }
@@ -120,16 +121,16 @@ def normalisation(
 ) -> Case:  # fmt: skip
     """A norm of a DiT block. gate: of a residual connection, where the op has one."""
     tokens = frames * frame_tokens
-    function = getattr(norm, op)
+    function = getattr(residual if op == "gated_residual" else norm, op)
 
     def make(device: torch.device) -> list[Tensor]:
         x, y = (torch.randn(1, tokens, channels, device=device).to(dtype) for _ in range(2))
         modulation = torch.randn(1, frames, 3, channels, device=device).unbind(2)
         affine = torch.randn(2, channels, device=device).to(dtype).unbind()
-        residual = [x, y, *modulation[: int(gate)]] if op.startswith("gated") else [x]
+        streams = [x, y, *modulation[: int(gate)]] if op.startswith("gated") else [x]
         if op.endswith("adaln"):
-            return [*residual, *modulation[1:]]
-        return [*residual, *affine[: 1 if op == "rms_norm" else 2]]
+            return [*streams, *modulation[1:]]
+        return [*streams, *affine[: {"rms_norm": 1, "gated_residual": 0}.get(op, 2)]]
 
     def without_gate(x: Tensor, y: Tensor, *rest: Tensor, impl: str) -> Any:
         return function(x, y, None, *rest, impl=impl)

@@ -27,7 +27,7 @@ NAMESPACE = __name__.partition(".")[0]
 
 ATTENTION = ("attention", "ring_attention", "cross_attention")
 CONVOLUTION = ("causal_conv3d", "upsampled_conv2d")
-FUSED = ("norm", "rope_table", "qk_norm_rope", "sampler_step", "quantize_rows")
+FUSED = ("norm", "gated_residual", "rope_table", "qk_norm_rope", "sampler_step", "quantize_rows")
 LINEAR, ROTATE = "linear", "rotate_keys"
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALF)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sfkernels.arguments import check_count, check_shape
+from sfkernels.arguments import check_count, check_lengths, check_shape
 from sfkernels.layout import check_positions, check_window
 
 # Queries of a head that have a semaphore: no more than a tile of attention has.
@@ -36,6 +36,38 @@ class RingChunk(NamedTuple):
     slot_F: Tensor
     valid: Tensor
     moved: Tensor
+
+
+def place(
+    start: Tensor, frames: int, window: int, sink: int, frame_tokens: int, moves: bool = False
+) -> RingChunk:
+    """The place of the frames `start`, `start` + 1, … in a ring of `window` frames whose first
+    `sink` ones stay, computed on the device. start: int32 [], or [B] for samples at different
+    frames: then frame and slot are [B, F], valid and moved [B]. moves: whether the sink moves along
+    with the window."""
+    frame_F = start[..., None] + torch.arange(frames, dtype=torch.int32, device=start.device)
+    rolling = sink + (frame_F - sink) % (window - sink)
+    slot_F = torch.where(frame_F < sink, frame_F, rolling)
+    end = start + frames
+    valid = end.clamp(max=window) * frame_tokens
+    moved = (end - window).clamp(min=0) if moves else torch.zeros_like(end)
+    return RingChunk(frame_F, slot_F, valid, moved)
+
+
+def frames_to_redo(end: int, frame: int, window: int, sink: int) -> int:
+    """Frames that the next chunk must have at least, if a ring of `window` frames that holds those
+    before `end` goes back to `frame`: slots hold the newest frames, and those that come after the
+    chunk would be seen by it once the ring is full. Raises ValueError where no chunk is so long,
+    and for a frame that has not come yet."""
+    check_count("frame", frame, least=0, most=end)
+    least = end - frame if end > window else 0
+    if least > window - sink:
+        raise ValueError(
+            f"frame={frame}: frames have left the window of {window}, sink {sink}, so that a ring "
+            f"that ends before frame {end} goes back to frame {end - (window - sink)} at most, or "
+            "to the start (reset)"
+        )
+    return least
 
 
 class RingKVCache:
@@ -126,6 +158,7 @@ class RingKVCache:
         self.start = torch.zeros((), dtype=torch.int32, device=device)
         needed = semaphores_needed(batch, window * frame_tokens, heads)
         self.semaphores = torch.zeros(needed, dtype=torch.int32, device=device)
+        self._redo = 0  # frames that the next chunk has at least
 
     @staticmethod
     def bytes_needed(
@@ -151,21 +184,40 @@ class RingKVCache:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.k, self.v, self.sink_k, self.text_k, self.text_v))
 
-    def chunk(self, frames: int, after: int = 0) -> RingChunk:
+    def chunk(self, frames: int, after: int = 0, start: Tensor | None = None) -> RingChunk:
         """Places the next `frames` frames, computed on the device; after: how many come before
         them that are not past yet. In a full window these frames may take slots of those: run the
         attention of what comes before first, layer by layer. Raises ValueError where there are none
-        or they do not fit beside the sink."""
+        or they do not fit beside the sink.
+
+        start: the first frame, in place of the cache's own `start`, of samples at different frames
+        an int32 tensor [batch]; all that is returned then has a row or a number for each. Who
+        counts frames himself does not commit, and goes back only as far as `rewind` would: what is
+        on the device is not looked at."""
         check_window(self.window, self.sink, frames)
         check_count("after", after, least=0, most=self.window)
-        start = self._wrapped_start() + after
-        frame_F = start + torch.arange(frames, dtype=torch.int32, device=start.device)
-        rolling = self.sink + (frame_F - self.sink) % (self.window - self.sink)
-        slot_F = torch.where(frame_F < self.sink, frame_F, rolling)
-        end = start + frames
-        valid = end.clamp(max=self.window) * self.frame_tokens
-        moved = (end - self.window).clamp(min=0) if self.sink_k.numel() else torch.zeros_like(end)
-        return RingChunk(frame_F, slot_F, valid, moved)
+        if frames < self._redo:
+            raise ValueError(
+                f"a chunk of {frames} frames would see those after it, which the ring held when it "
+                f"was rewound: must have {self._redo} at least"
+            )
+        if start is None:
+            start = self._wrapped_start()
+        else:
+            check_lengths("start", start, self.k[0])
+        return place(
+            start.to(torch.int32) + after, frames, self.window, self.sink, self.frame_tokens,
+            moves=self.sink_k.numel() > 0,
+        )  # fmt: skip
+
+    def rewind(self, frame: int) -> None:
+        """Goes back to `frame`: the next chunk starts there. Waits for the device.
+
+        Exact as long as nothing has left the window; afterwards if the next chunk covers all frames
+        that came since, which `chunk` sees to. Raises ValueError for a frame that has not come yet
+        and for one too far back for that."""
+        self._redo = frames_to_redo(int(self.start), frame, self.window, self.sink)
+        self.start.fill_(frame)
 
     def keep_sink(self) -> None:
         """Keeps the sink's keys as they are in the ring now: final, and where they were written."""
@@ -176,6 +228,7 @@ class RingKVCache:
         Raises ValueError as `chunk` does."""
         check_window(self.window, self.sink, frames)
         self.start.copy_(self._wrapped_start() + frames)
+        self._redo = 0
 
     def _wrapped_start(self) -> Tensor:
         """`start`, so far back that 32 bits hold two windows more."""
@@ -189,6 +242,7 @@ class RingKVCache:
         stream that went NaN must not reach the next one through a slot that is not valid yet."""
         for tensor in (self.k, self.v, self.sink_k, self.start, self.semaphores):
             tensor.zero_()
+        self._redo = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The cache's tensors (not copies) and geometry, for `torch.save` or `load_state_dict`."""
@@ -222,6 +276,7 @@ class RingKVCache:
             raise ValueError(f"saved start is {int(state['start'])}: must be 0 or more frames")
         for name in _TENSORS:
             getattr(self, name).copy_(state[name])
+        self._redo = 0
 
 
 _TENSORS = ("k", "v", "sink_k", "text_k", "text_v", "start")

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from sfkernels import reference
-from sfkernels.arguments import check_modulation, check_positive, check_same, check_shape
+from sfkernels.arguments import (
+    check_modulation,
+    check_positive,
+    check_same,
+    check_shape,
+    without_token_dim,
+)
 from sfkernels.dispatch import choose, contiguous_like, derivatives, kernel, registered
 
 
@@ -45,9 +51,10 @@ def adaln(
 ) -> Tensor:
     """LayerNorm without affine, then `· (1 + scale) + shift` per latent frame (Wan2.1).
 
-    x [B, L, C] with L a multiple of F; shift, scale [B or 1, F or 1, C], possibly strided views of
-    a larger modulation and in a wider dtype. Returns [B, L, C] in x's dtype. Raises ValueError for
-    shapes that do not fit."""
+    x [B, L, C] with L a multiple of F; shift, scale [B or 1, F or 1, C] or [B or 1, F or 1, 1, C],
+    possibly strided views of a larger modulation and in a wider dtype. Returns [B, L, C] in x's
+    dtype. Raises ValueError for shapes that do not fit."""
+    shift_BFC, scale_BFC = map(without_token_dim, (shift_BFC, scale_BFC))
     check_modulation(x_BLC, shift=shift_BFC, scale=scale_BFC)
     impl = _choose(impl, eps, x_BLC, shift=shift_BFC, scale=scale_BFC)
     if impl == "reference":
@@ -68,9 +75,10 @@ def gated_adaln(
     """The end of one residual branch and the start of the next: returns `x' = x + gate · y` and
     `adaln(x', shift, scale)`, both [B, L, C] in x's dtype. Without a gate, x' = x + y.
 
-    x, y [B, L, C]; gate, shift, scale [B or 1, F or 1, C]. Raises ValueError for shapes that do
-    not fit."""
+    x, y [B, L, C]; gate, shift, scale as in `adaln`. Raises ValueError for shapes that do not
+    fit."""
     _check_residual(x_BLC, y=y_BLC)
+    gate_BFC, shift_BFC, scale_BFC = map(without_token_dim, (gate_BFC, shift_BFC, scale_BFC))
     modulations = dict(gate=gate_BFC, shift=shift_BFC, scale=scale_BFC)
     check_modulation(x_BLC, **modulations)
     impl = _choose(impl, eps, x_BLC, y=y_BLC, **modulations)
@@ -94,9 +102,10 @@ def gated_layer_norm(
     """The end of a residual branch and the affine LayerNorm after it: returns `x' = x + gate · y`
     and `layer_norm(x', weight, bias)`.
 
-    x, y [B, L, C]; gate [B or 1, F or 1, C] or None; weight, bias [C]. Raises ValueError for shapes
-    that do not fit."""
+    x, y [B, L, C]; gate as in `adaln`, or None; weight, bias [C]. Raises ValueError for shapes that
+    do not fit."""
     _check_residual(x_BLC, y=y_BLC)
+    gate_BFC = without_token_dim(gate_BFC)
     check_modulation(x_BLC, gate=gate_BFC)
     _check_affine(x_BLC, weight=weight_C, bias=bias_C)
     tensors = dict(y=y_BLC, gate=gate_BFC, weight=weight_C, bias=bias_C)

@@ -89,6 +89,7 @@ PER_ELEMENT = {
     "adaln": 7,
     "gated_layer_norm": 9,  # gate and residual before it
     "gated_adaln": 9,
+    "gated_residual": 2,
     "qk_norm_rope": 14,  # of q and of k: the RMSNorm's four, two products and a sum
     "sampler_step": 5,  # x - σ·flow, (1 - σ')·x0 + σ'·ε
     "dmd_gradient": 5,  # two differences, a magnitude, its sum, the quotient

@@ -149,6 +149,18 @@ def rope(rng: random.Random, make: Make, ring: bool | None = None) -> list[Any]:
     return [*qkv, *weights, table, *rings, slot, 1e-3, rng.random() < 0.5]
 
 
+def residual(rng: random.Random, make: Make) -> list[Any]:
+    batch, frames = rng.choice((1, 2)), rng.choice((1, 2, 3))
+    shape = batch, frames * rng.randint(1, 40), rng.choice((1, 2, 7, 16, 33, 70))
+    dtype = rng.choice(FLOATS)
+    gate = make((rng.choice((1, batch)), frames, shape[2]), rng.choice(FLOATS))
+    return [make(shape, dtype), make(shape, dtype), gate]
+
+
+def residual_reference(x: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor]:
+    return (exact.residual(x.double(), y.double(), gate.double()),)
+
+
 def rope_fwd(rng: random.Random, make: Make) -> list[Any]:
     return rope(rng, make, ring=False)
 
@@ -249,6 +261,8 @@ Reference = Callable[..., tuple[Any, ...]] | None
 OPS: dict[str, list[tuple[Callable[..., list[Any]], Reference]]] = {
     "norm_fwd": [(norm, norm_reference)],
     "norm_bwd": [(norm_bwd, None)],
+    "gated_residual_fwd": [(residual, residual_reference)],
+    "gated_residual_bwd": [(residual, None)],
     "qk_norm_rope_fwd": [(rope_fwd, rope_reference), (append, rope_reference)],
     "qk_norm_rope_bwd": [(rope_bwd, None)],
     "rope_table": [(rope_table, table_reference)],
@@ -267,6 +281,8 @@ REGISTERED: dict[str, tuple[str, Callable[..., tuple[Any, ...]]]] = {
     "norm_bwd": ("norm_bwd", lambda *a: (*a[1:3], *a[5:10])),
     "residual_norm_bwd": ("norm_bwd", lambda *a: (*a[:8], a[9])),
     "rms_norm_silu_bwd": ("norm_bwd", lambda *a: (*a[:3], *a[6:8])),
+    "gated_residual": ("gated_residual_fwd", lambda *a: a),
+    "gated_residual_bwd": ("gated_residual_bwd", lambda *a: a),
     "qk_norm_rope": ("qk_norm_rope_fwd", lambda *a: (*a[:6], a[9])),
     "qk_norm_rope_append": ("qk_norm_rope_fwd", lambda *a: a),
     "qk_norm_rope_bwd": ("qk_norm_rope_bwd", lambda *a: a),

@@ -39,6 +39,59 @@ def test_slots_hold_the_sink_and_the_newest(window: int, sink: int, sizes: list[
         assert {*held.values()} == {*range(min(sink, end))} | {*range(oldest, end)}
 
 
+def test_samples_at_different_frames() -> None:
+    """Each has the place that a cache of its own would give it."""
+    starts = torch.tensor([0, 9], dtype=torch.int64)
+    both = RingKVCache(**SIZES, sink=1, positions="relative").chunk(2, start=starts)
+    for i, start in enumerate(starts):
+        alone = RingKVCache(**SIZES, sink=1, positions="relative")
+        alone.start.fill_(start)
+        assert all(map(torch.equal, [t[i] for t in both], alone.chunk(2)))
+    with pytest.raises(ValueError, match=r"start is torch.int64 \[3\]: must be one .* or \[2\] of"):
+        RingKVCache(**SIZES).chunk(1, start=torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("end", "frame", "size", "said"),
+    [
+        (5, 1, 1, ""),
+        (5, 5, 1, ""),
+        (8, 6, 2, ""),
+        (8, 6, 3, ""),
+        (8, 6, 1, "a chunk of 1 frames would see those after it, .* must have 2 at least"),
+        (8, 4, 4, ""),
+        (8, 3, 4, "frame=3: frames have left the window of 5, sink 1, .* to frame 4 at most"),
+        (8, 9, 1, "frame=9: must be at least 0 and at most 8"),
+    ],
+)
+def test_a_rewound_ring_never_shows_what_came_later(
+    end: int, frame: int, size: int, said: str
+) -> None:
+    """Either what is visible is what a stream that never went on would see, or it is refused."""
+    cache = RingKVCache(**SIZES, sink=1)
+    held: dict[int, int] = {}
+
+    def write(frames: int) -> None:
+        place = cache.chunk(frames)
+        held.update(zip(place.slot_F.tolist(), place.frame_F.tolist(), strict=True))
+
+    for _ in range(end):
+        write(1)
+        cache.commit(1)
+    if said:
+        with pytest.raises(ValueError, match=said):
+            cache.rewind(frame)
+            write(size)
+        cache.reset()
+        write(1)
+        return
+    cache.rewind(frame)
+    write(size)
+    seen = {held[slot] for slot in range(int(cache.chunk(size).valid) // 3)}
+    last = frame + size
+    assert seen == {f for f in range(last) if f < 1 or f >= last - 4}
+
+
 def test_nothing_moves_and_positions_stay_on_the_device() -> None:
     cache = RingKVCache(**SIZES)
     storage = cache.k.data_ptr(), cache.v.data_ptr(), cache.start.data_ptr()

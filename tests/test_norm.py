@@ -61,6 +61,10 @@ def test_adaln(size: tuple[int, ...], impl: str, dtype: torch.dtype) -> None:
     check(sf.adaln, (x, *modulation(batch, frames, channels, 2)), dtype, wide=[1, 2], impl=impl)
     shift, scale = rand(batch, 1, channels), rand(1, frames, channels)
     check(functools.partial(sf.adaln, eps=1e-2), (x, shift, scale), dtype, wide=[1], impl=impl)
+    broadcast = shift[:, :, None], scale[:, :, None]  # over tokens, as the public models do
+    torch.testing.assert_close(
+        sf.adaln(x, *broadcast, impl="reference"), sf.adaln(x, shift, scale, impl="reference")
+    )
 
 
 @each_size(SIZES, OF_CPP)

@@ -83,7 +83,7 @@ def rows(sizes: Sizes) -> Iterator[tuple[Case, bool]]:
     for shape in sizes.shapes:
         compiled = shape in sizes.compiled
         for backward in (False, True) if compiled else (False,):
-            for op in ("adaln", "gated_adaln", "gated_layer_norm", "layer_norm", "rms_norm"):
+            for op in cases.NORMS:
                 yield cases.normalisation(op, *shape, dtype, backward), compiled
             rope = functools.partial(cases.qk_norm_rope, *shape, sizes.head_dim, dtype)
             if not backward and shape[0] < WINDOW:

@@ -12,6 +12,7 @@ from sfkernels.gpu.linear import linear
 from sfkernels.gpu.norm import norm_bwd, norm_fwd
 from sfkernels.gpu.qk_norm_rope import qk_norm_rope_bwd, qk_norm_rope_fwd
 from sfkernels.gpu.quant import quantize_rows
+from sfkernels.gpu.residual import gated_residual_bwd, gated_residual_fwd
 from sfkernels.gpu.rope import rope_table, rotate_keys
 from sfkernels.gpu.sampler import dmd_gradient, normal, sampler_step
 
@@ -21,6 +22,8 @@ __all__ = [
     "causal_conv3d",
     "combine_parts",
     "dmd_gradient",
+    "gated_residual_bwd",
+    "gated_residual_fwd",
     "linear",
     "norm_bwd",
     "norm_fwd",

@@ -35,13 +35,13 @@ def _add_both(a, b, c, d):
 
 
 @triton.jit
-def _load_tile(ptr, offset, stride, row_R1, col_1C, mask_RC):
+def load_rows(ptr, offset, stride, row_R1, col_1C, mask_RC):
     """Rows from a 64-bit offset on. Inside a tile 32 bits are enough, at half the registers."""
     return tl.load(ptr + offset + (row_R1 * stride + col_1C), mask_RC, 0.0).to(tl.float32)
 
 
 @triton.jit
-def _load_modulation(ptr, batch, frame, stride_b, stride_f, col_1C, C: tl.constexpr):
+def load_modulation(ptr, batch, frame, stride_b, stride_f, col_1C, C: tl.constexpr):
     at = ptr + batch * stride_b + frame * stride_f
     return tl.load(at + col_1C, col_1C < C, 0.0).to(tl.float32)
 
@@ -87,13 +87,13 @@ def _norm_fwd_kernel(
     strips, frames = tl.num_programs(0), tl.num_programs(1)
     row_R1 = tl.arange(0, BLOCK_ROWS)[:, None]
     col_1C = tl.arange(0, BLOCK_C)[None, :]
-    scale_1C = _load_modulation(scale_ptr, batch, frame, stride_cb, stride_cf, col_1C, C)
+    scale_1C = load_modulation(scale_ptr, batch, frame, stride_cb, stride_cf, col_1C, C)
     if PLUS_ONE:
         scale_1C += 1.0
     if HAS_SHIFT:
-        shift_1C = _load_modulation(shift_ptr, batch, frame, stride_hb, stride_hf, col_1C, C)
+        shift_1C = load_modulation(shift_ptr, batch, frame, stride_hb, stride_hf, col_1C, C)
     if HAS_GATE:
-        gate_1C = _load_modulation(gate_ptr, batch, frame, stride_gb, stride_gf, col_1C, C)
+        gate_1C = load_modulation(gate_ptr, batch, frame, stride_gb, stride_gf, col_1C, C)
     if HAS_BIAS:
         bias_1C = tl.load(bias_ptr + col_1C, col_1C < C, 0.0).to(tl.float32)
 
@@ -102,13 +102,13 @@ def _norm_fwd_kernel(
         token = (frame * frame_tokens + first).to(tl.int64)
         mask_RC = (first + row_R1 < frame_tokens) & (col_1C < C)
         x_at = batch * stride_xb + token * stride_xl
-        x_RC = _load_tile(x_ptr, x_at, stride_xl, row_R1, col_1C, mask_RC)
+        x_RC = load_rows(x_ptr, x_at, stride_xl, row_R1, col_1C, mask_RC)
         if HAS_BIAS:
             x_RC = tl.where(mask_RC, x_RC + bias_1C, 0.0)
         if HAS_RESIDUAL:
             residual_RC = (batch * frames * frame_tokens + token) * C + (row_R1 * C + col_1C)
             y_at = batch * stride_yb + token * stride_yl
-            y_RC = _load_tile(y_ptr, y_at, stride_yl, row_R1, col_1C, mask_RC)
+            y_RC = load_rows(y_ptr, y_at, stride_yl, row_R1, col_1C, mask_RC)
             if HAS_GATE:
                 y_RC *= gate_1C
             # The norm is that of the residual stream as stored, as it is in the backward pass.
@@ -180,9 +180,9 @@ def _norm_bwd_kernel(
     dshift_1C = tl.zeros([1, BLOCK_C], tl.float32)
     dgate_1C = tl.zeros([1, BLOCK_C], tl.float32)
     if KEEP:
-        scale_1C = _load_modulation(scale_ptr, batch, frame, stride_cb, stride_cf, col_1C, C)
+        scale_1C = load_modulation(scale_ptr, batch, frame, stride_cb, stride_cf, col_1C, C)
         if HAS_GATE:
-            gate_1C = _load_modulation(gate_ptr, batch, frame, stride_gb, stride_gf, col_1C, C)
+            gate_1C = load_modulation(gate_ptr, batch, frame, stride_gb, stride_gf, col_1C, C)
 
     for turn in tl.range(tl.cdiv(frame_tokens, strips * BLOCK_ROWS), num_stages=STAGES):
         first = (turn * strips + strip) * BLOCK_ROWS
@@ -190,17 +190,17 @@ def _norm_bwd_kernel(
         mask_RC = (first + row_R1 < frame_tokens) & (col_1C < C)
         out_RC = (batch * frames * frame_tokens + token) * C + (row_R1 * C + col_1C)
         x_at = batch * stride_xb + token * stride_xl
-        x_RC = _load_tile(x_ptr, x_at, stride_xl, row_R1, col_1C, mask_RC)
+        x_RC = load_rows(x_ptr, x_at, stride_xl, row_R1, col_1C, mask_RC)
         dout_at = batch * stride_db + token * stride_dl
-        dout_RC = _load_tile(dout_ptr, dout_at, stride_dl, row_R1, col_1C, mask_RC)
+        dout_RC = load_rows(dout_ptr, dout_at, stride_dl, row_R1, col_1C, mask_RC)
         if HAS_RESIDUAL:
             dresidual_at = batch * stride_rb + token * stride_rl
-            dresidual_RC = _load_tile(
+            dresidual_RC = load_rows(
                 dresidual_ptr, dresidual_at, stride_rl, row_R1, col_1C, mask_RC
             )
             if HAS_GATE:
                 y_at = batch * stride_yb + token * stride_yl
-                y_RC = _load_tile(y_ptr, y_at, stride_yl, row_R1, col_1C, mask_RC)
+                y_RC = load_rows(y_ptr, y_at, stride_yl, row_R1, col_1C, mask_RC)
 
         row_at = stats_ptr + (batch * frames * frame_tokens + token + row_R1) * 2
         rstd_R1 = tl.load(row_at + 1, first + row_R1 < frame_tokens, 0.0)
@@ -208,7 +208,7 @@ def _norm_bwd_kernel(
             x_RC -= tl.load(row_at, first + row_R1 < frame_tokens, 0.0)
         normed_RC = tl.where(mask_RC, x_RC * rstd_R1, 0.0)
         if not KEEP:
-            scale_1C = _load_modulation(scale_ptr, batch, frame, stride_cb, stride_cf, col_1C, C)
+            scale_1C = load_modulation(scale_ptr, batch, frame, stride_cb, stride_cf, col_1C, C)
         if SILU:
             into_RC = normed_RC * scale_1C
             sigmoid_RC = tl.sigmoid(into_RC)
@@ -228,7 +228,7 @@ def _norm_bwd_kernel(
             dx_RC += dresidual_RC
             if HAS_GATE:
                 if not KEEP:
-                    gate_1C = _load_modulation(
+                    gate_1C = load_modulation(
                         gate_ptr, batch, frame, stride_gb, stride_gf, col_1C, C
                     )
                 dgate_1C += tl.sum(dx_RC * y_RC, 0)[None, :]
