@@ -60,7 +60,9 @@ def frames_to_redo(end: int, frame: int, window: int, sink: int) -> int:
     chunk would be seen by it once the ring is full. Raises ValueError where no chunk is so long,
     and for a frame that has not come yet."""
     check_count("frame", frame, least=0, most=end)
-    least = end - frame if end > window else 0
+    if end <= window or frame <= sink:  # all that the chunk sees is where it was
+        return 0
+    least = end - frame
     if least > window - sink:
         raise ValueError(
             f"frame={frame}: frames have left the window of {window}, sink {sink}, so that a ring "
@@ -213,9 +215,9 @@ class RingKVCache:
     def rewind(self, frame: int) -> None:
         """Goes back to `frame`: the next chunk starts there. Waits for the device.
 
-        Exact as long as nothing has left the window; afterwards if the next chunk covers all frames
-        that came since, which `chunk` sees to. Raises ValueError for a frame that has not come yet
-        and for one too far back for that."""
+        Exact as long as nothing has left the window, and back into the sink; otherwise if the next
+        chunk covers all frames that came since, which `chunk` sees to. Raises ValueError for a
+        frame that has not come yet and for one too far back for that."""
         self._redo = frames_to_redo(int(self.start), frame, self.window, self.sink)
         self.start.fill_(frame)
 

@@ -60,6 +60,8 @@ def test_samples_at_different_frames() -> None:
         (8, 6, 3, ""),
         (8, 6, 1, "a chunk of 1 frames would see those after it, .* must have 2 at least"),
         (8, 4, 4, ""),
+        (8, 1, 2, ""),
+        (8, 0, 1, ""),
         (8, 3, 4, "frame=3: frames have left the window of 5, sink 1, .* to frame 4 at most"),
         (8, 9, 1, "frame=9: must be at least 0 and at most 8"),
     ],

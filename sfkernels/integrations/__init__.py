@@ -1,12 +1,12 @@
-"""The kernels in models that people run already: `patch(model)` gives a model's blocks forwards that
-use them, `unpatch(model)` takes these away again.
+"""The kernels in models that people run already: `patch(model)` gives the blocks of a model
+forwards that use them, `unpatch(model)` takes these away again.
 
     from sfkernels.integrations import patch
 
     patch(pipeline)  # or the model alone; one line, anywhere between loading and the first pass
 
-Parameters, their names and classes stay as they are, so that checkpoints, `.to()`, autocast and LoRA
-by PEFT work as before; nothing is copied or fused. Known are
+Parameters, their names and classes stay as they are, so that checkpoints, `.to()`, autocast and
+LoRA by PEFT work as before; nothing is copied or fused. Known are
 
 - `CausalWanModel` of Self Forcing, CausVid, LongLive and Rolling Forcing (`causal_wan.py`);
 - diffusers' `WanTransformer3DModel` (`diffusers_wan.py`), with `WanKVCache` for cached rollouts.
@@ -18,7 +18,7 @@ library is imported.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -48,10 +48,8 @@ def patch(target: T, *, impl: str = "auto", attention_impl: str = "auto") -> T:
     Raises ValueError, changing nothing, for models that are not known, for blocks that are not as
     expected, and for modules whose forward somebody else has replaced (accelerate's hooks: add
     those afterwards)."""
-    for name, value, ops in (("impl", impl, ("norm",)), ("attention_impl", attention_impl, ATTENTION)):
-        if value not in IMPLS or value != "auto" and not all(value in implementations(op) for op in ops):
-            taken = [n for n in IMPLS[1:] if all(n in implementations(op) for op in ops)]
-            raise ValueError(f"{name}={value!r}: must be 'auto' or one of {', '.join(taken)}")
+    _check_impl("impl", impl, ("norm",))
+    _check_impl("attention_impl", attention_impl, ATTENTION)
     with _LOCK:
         found = [*_models(target)]
         if not found:
@@ -71,6 +69,12 @@ def patch(target: T, *, impl: str = "auto", attention_impl: str = "auto") -> T:
                 restore(model)
             raise
     return target
+
+
+def _check_impl(name: str, impl: str, ops: Sequence[str]) -> None:
+    taken = [one for one in IMPLS[1:] if all(one in implementations(op) for op in ops)]
+    if impl not in ("auto", *taken):
+        raise ValueError(f"{name}={impl!r}: must be 'auto' or one of {', '.join(taken)}")
 
 
 def unpatch(target: T) -> T:

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from sfkernels.attention import cross_attention, ring_attention
 from sfkernels.integrations.forwards import (
     Options,
-    check_parameters,
     check_parts,
     eps_of,
     give,
     normed,
+    version_of,
     weight_of,
 )
 from sfkernels.kv_cache import RingChunk, frames_to_redo, place
@@ -33,14 +33,18 @@ from sfkernels.norm import adaln, gated_adaln, gated_layer_norm
 from sfkernels.residual import gated_residual
 from sfkernels.rope import qk_norm_rope_append, rope_table
 
+SELF_FORCING, CAUSVID = "Self Forcing", "CausVid"
+LONGLIVE, ROLLING_FORCING = "LongLive", "Rolling Forcing"
 _BLOCK = {
     *("x", "e", "seq_lens", "grid_sizes", "freqs", "context", "context_lens", "block_mask"),
     *("kv_cache", "crossattn_cache", "current_start"),
 }
-SELF_FORCING = {"cache_start"}
-CAUSVID = {"current_end"}
-LONGLIVE = {"cache_start", "sink_recache_after_switch"}
-ROLLING_FORCING = {"cache_start", "updating_cache"}
+VERSIONS = {
+    SELF_FORCING: _BLOCK | {"cache_start"},
+    CAUSVID: _BLOCK | {"current_end"},
+    LONGLIVE: _BLOCK | {"cache_start", "sink_recache_after_switch"},
+    ROLLING_FORCING: _BLOCK | {"cache_start", "updating_cache"},
+}
 # Where the end of what a layer's cache holds is kept, in frames.
 _END = "sfkernels_end"
 
@@ -51,8 +55,7 @@ def patch(model: nn.Module, options: Options) -> None:
     check_parts(model, "the model", "blocks", "head")
     for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
         name = f"blocks.{i}"
-        versions = SELF_FORCING, CAUSVID, LONGLIVE, ROLLING_FORCING
-        version = check_parameters(block, name, *(_BLOCK | own for own in versions)) - _BLOCK
+        version = version_of(block, name, VERSIONS)
         parts = "self_attn", "cross_attn", "norm1", "norm2", "norm3", "ffn", "modulation"
         check_parts(block, name, *parts)
         check_parts(block.self_attn, f"{name}.self_attn", "q", "k", "v", "o", "norm_q", "norm_k")
@@ -63,7 +66,7 @@ def patch(model: nn.Module, options: Options) -> None:
         if type(block.cross_attn).__name__ == "WanT2VCrossAttention":
             give(block.cross_attn, f"{name}.cross_attn", _cross_attention, options)
     check_parts(model.head, "head", "norm", "head", "modulation")  # type: ignore[arg-type]
-    check_parameters(model.head, "head", {"x", "e"})  # type: ignore[arg-type]
+    version_of(model.head, "head", {"all": {"x", "e"}})  # type: ignore[arg-type]
     give(model.head, "head", _head, options)  # type: ignore[arg-type]
 
 
@@ -206,7 +209,7 @@ def _cross_attention(
         own: Tensor = type(self).forward(self, x, context, context_lens, crossattn_cache)
         return own
     options, heads = self._sfkernels, self.num_heads
-    cache = {"is_init": False} if crossattn_cache is None else crossattn_cache
+    cache: dict[str, Any] = {"is_init": False} if crossattn_cache is None else crossattn_cache
     if not cache["is_init"]:
         cache["k"] = normed(self.norm_k, self.k(context), options.impl).unflatten(2, (heads, -1))
         cache["v"] = self.v(context).unflatten(2, (heads, -1))

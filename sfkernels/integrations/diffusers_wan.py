@@ -10,8 +10,8 @@ processor that was there before. Gradients flow as before, except in a cached ro
 from __future__ import annotations
 
 import contextlib
-import contextvars
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -20,17 +20,21 @@ from torch import Tensor, nn
 from sfkernels.attention import cross_attention, ring_attention
 from sfkernels.integrations.forwards import (
     Options,
-    check_parameters,
     check_parts,
     eps_of,
     give,
     normed,
+    version_of,
     weight_of,
 )
-from sfkernels.kv_cache import RingKVCache, place
+from sfkernels.kv_cache import RingKVCache
 from sfkernels.norm import adaln, gated_adaln, gated_layer_norm
 from sfkernels.residual import gated_residual
 from sfkernels.rope import qk_norm_rope, qk_norm_rope_append, rope_table
+
+VERSIONS = {
+    "diffusers 0.36 to 0.42": {"hidden_states", "encoder_hidden_states", "temb", "rotary_emb"},
+}
 
 
 class Placed(NamedTuple):
@@ -45,7 +49,7 @@ class Placed(NamedTuple):
     semaphores: Tensor
 
 
-_ROLLOUT: contextvars.ContextVar[WanKVCache | None] = contextvars.ContextVar("rollout", default=None)
+_ROLLOUT: ContextVar[WanKVCache | None] = ContextVar("rollout", default=None)
 
 
 class WanKVCache:
@@ -87,7 +91,7 @@ class WanKVCache:
                 f"latents of {height} × {width} in patches of {frames} × {rows} × {columns}: must "
                 "be whole patches of one frame"
             )
-        weight = model.patch_embedding.weight  # type: ignore[union-attr]
+        weight: Any = model.patch_embedding.weight  # type: ignore[union-attr]
         self.grid = height // rows, width // columns
         self.ring = RingKVCache(
             layers=config.num_layers, batch=batch, window=window, sink=sink,
@@ -147,8 +151,8 @@ class WanKVCache:
         began = self._end > self._begin
         if began and frames != self._end - self._begin:
             raise ValueError(
-                f"{frames} frames in place of {self._end - self._begin}: the passes of a chunk must "
-                "be alike"
+                f"{frames} frames in place of {self._end - self._begin}: must be as many in all "
+                "passes of a chunk"
             )
         if batch != ring.k.shape[1]:
             raise ValueError(f"a batch of {batch}: the cache is of {ring.k.shape[1]}")
@@ -167,9 +171,7 @@ def patch(model: nn.Module, options: Options) -> None:
     check_parts(model, "the model", "blocks", "rope", "patch_embedding", "config")
     for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
         name = f"blocks.{i}"
-        check_parameters(
-            block, name, {"hidden_states", "encoder_hidden_states", "temb", "rotary_emb"}
-        )
+        version_of(block, name, VERSIONS)
         parts = "attn1", "attn2", "norm1", "norm2", "norm3", "ffn", "scale_shift_table"
         check_parts(block, name, *parts)
         for attn in (block.attn1, block.attn2):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -42,17 +42,17 @@ def restore(model: nn.Module) -> None:
             module.processor = original
 
 
-def check_parameters(module: nn.Module, name: str, *known: set[str]) -> set[str]:
-    """Which of `known` the parameters of a module's own forward are. Raises ValueError for others:
-    of a version that nobody has looked at."""
+def version_of(module: nn.Module, name: str, known: Mapping[str, set[str]]) -> str:
+    """The known version whose forward takes what a module's does. Raises ValueError for others,
+    which nobody has looked at."""
     found = {*inspect.signature(type(module).forward).parameters} - {"self"}
-    if found not in known:
-        wanted = " or ".join(f"({', '.join(sorted(one))})" for one in known)
-        raise ValueError(
-            f"{name}, a {type(module).__name__}, takes ({', '.join(sorted(found))}): this version "
-            f"is not known, which must take {wanted}"
-        )
-    return found
+    for version, parameters in known.items():
+        if found == parameters:
+            return version
+    raise ValueError(
+        f"{name}, a {type(module).__name__}, takes ({', '.join(sorted(found))}): this version is "
+        f"not known, which must be that of {' or '.join(known)}"
+    )
 
 
 def check_parts(module: nn.Module, name: str, *parts: str) -> None:
