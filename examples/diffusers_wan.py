@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -36,16 +37,18 @@ def seconds(call: Callable[[], Tensor]) -> float:
 @torch.no_grad()
 def main() -> None:
     torch.manual_seed(0)
-    model = WanTransformer3DModel(
+    model: Any = WanTransformer3DModel(
         num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, ffn_dim=FFN, num_layers=LAYERS,
         text_dim=TEXT_DIM,
-    ).to(DEVICE, DTYPE)  # fmt: skip
+    )  # fmt: skip
+    model.to(DEVICE, DTYPE)
     latents = torch.randn(1, 16, FRAMES, HEIGHT, WIDTH, device=DEVICE, dtype=DTYPE)
     text = torch.randn(1, TEXT, TEXT_DIM, device=DEVICE, dtype=DTYPE)
     timestep = torch.full((1,), 500.0, device=DEVICE)
 
     def clip() -> Tensor:
-        return model(latents, timestep, text).sample
+        out: Tensor = model(latents, timestep, text).sample
+        return out
 
     theirs = clip()
     patch(model)  # the one line
