@@ -19,7 +19,7 @@ SLOTS = 4
 # to four tiles in flight.
 STATS = 8
 # 1/σ of heads of a row, as many as a thread has, for each of two tiles in flight.
-HEAD_STATS = 16
+HEAD_STATS = 32
 # The biases of the channels that a thread has, and few channels in.
 BIAS = 32
 # The scales of rows that a thread stores.
