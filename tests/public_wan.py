@@ -1,6 +1,5 @@
 """The interface of the public causal Wan models, written anew: what `sfkernels.integrations` finds
-in Self Forcing, CausVid and LongLive. A cache here keeps frames by their index and forgets the
-oldest, so that it says in a line what the public code does by shifting tensors."""
+in Self Forcing, CausVid and LongLive."""
 
 from __future__ import annotations
 
@@ -57,18 +56,26 @@ class CausalWanSelfAttention(_Attention):
         q, k = self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(x)))
         q, k, v = reference.rope(q, table), reference.rope(k, table), self.heads(self.v(x))
         if cache is not None:
-            past = cache.setdefault("past", {})
-            if not start:
-                past.clear()
-            for i, pair in enumerate(zip(k.split(TOKENS, 1), v.split(TOKENS, 1), strict=True)):
-                past[start + i] = pair
-            window, sink = cache["k"].shape[1] // TOKENS, getattr(self, "sink_size", 0)
-            for old in [*past]:
-                if sink <= old < start + frames - (window - sink) or old >= start + frames:
-                    del past[old]
-            k, v = (torch.cat([past[i][j] for i in sorted(past)], 1) for j in (0, 1))
+            k, v = self.held(cache, k, v, start + frames)
         out: Tensor = self.o(reference.attention(q, k, v, (DIM // HEADS) ** -0.5).flatten(2))
         return out
+
+    def held(self, cache: Any, k: Tensor, v: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """What a cache holds once these frames, which end before frame `end`, are written: behind
+        those before them, which are shifted over the oldest where there is no room."""
+        window, sink = cache["k"].shape[1], getattr(self, "sink_size", 0) * TOKENS
+        last = int(cache["local_end_index"]) + end * TOKENS - int(cache["global_end_index"])
+        over, last = max(0, last - window), min(last, window)
+        for name, new in (("k", k), ("v", v)):
+            held = cache[name].clone()
+            if over:
+                held[:, sink : window - over] = cache[name][:, sink + over :]
+            held[:, last - new.shape[1] : last] = new
+            cache[name] = held
+        cache["local_end_index"], cache["global_end_index"] = (
+            torch.tensor([n]) for n in (last, end * TOKENS)
+        )
+        return cache["k"][:, :last], cache["v"][:, :last]
 
     def forward(self, x: Any, seq_lens: Any, grid_sizes: Any, freqs: Any, block_mask: Any,
                 kv_cache: Any = None, current_start: int = 0,

@@ -92,6 +92,8 @@ def test_the_same_cache_serves_the_next_video() -> None:
     first = video(made, [2] * 6, 5, held=held)
     for layer in held["crossattn_cache"]:
         layer["is_init"] = False
+    for layer in held["kv_cache"]:
+        layer["global_end_index"] = layer["local_end_index"] = torch.tensor([0])
     assert all(map(torch.equal, video(made, [2] * 6, 5, held=held), first))
 
 
@@ -144,6 +146,32 @@ def test_what_has_a_gradient_goes_the_models_own_way() -> None:
     with torch.no_grad():  # no cache: a bidirectional or a training pass
         plain = made(x, e, e_head, context)
         torch.testing.assert_close(plain, unpatch(made)(x, e, e_head, context))
+
+
+def rollout(made: CausalWanModel, chunks: int) -> list[Tensor]:
+    """As self forcing trains: each chunk without gradients, then with them, then the cache."""
+    draw = torch.Generator().manual_seed(0)
+    held, losses = caches(made, 1, 4, torch.float32), []
+    context = torch.randn(1, TEXT, DIM, generator=draw)
+    for chunk in range(chunks):
+        x = torch.randn(1, 2 * TOKENS, DIM, generator=draw)
+        e = torch.randn(1, 2, 6, DIM, generator=draw)
+        for grad in (False, True, False):
+            with torch.set_grad_enabled(grad):
+                out = made(x, e, e[:, :, :1], context, current_start=2 * TOKENS * chunk, **held)
+            losses += [out.square().mean()] * grad
+            x = 0.5 * x + 0.1
+    made.zero_grad()
+    torch.stack(losses).sum().backward()
+    return [p.grad for p in made.parameters() if p.grad is not None]
+
+
+def test_a_rollout_with_gradients_over_the_same_cache() -> None:
+    made = model(window=4)
+    want = rollout(made, 2)
+    close(rollout(patch(made), 2), want)
+    with pytest.raises(ValueError, match="gradients up to frame 5 over a cache of 4 frames"):
+        rollout(made, 3)
 
 
 def test_lora_after_patching_is_eagers() -> None:

@@ -116,14 +116,26 @@ def _self_attention(
     **named: Any,
 ) -> Any:
     """Of a `CausalWanSelfAttention`. x [B, L, C], the tokens of whole frames."""
-    if kv_cache is None or torch.is_grad_enabled():
-        own = type(self).forward
-        given = x, seq_lens, grid_sizes, freqs, block_mask, kv_cache, current_start
-        return own(self, *given, *rest, **named)
+    given = x, seq_lens, grid_sizes, freqs, block_mask, kv_cache, current_start
+    if kv_cache is None:
+        return type(self).forward(self, *given, *rest, **named)
     frames, height, width = (int(n) for n in grid_sizes[0])
     sink = int(getattr(self, "sink_size", 0))
     k, v, frame_tokens = kv_cache["k"], kv_cache["v"], height * width
     window, end = k.shape[1] // frame_tokens, kv_cache.get(_END, 0)
+    if torch.is_grad_enabled():
+        if end:  # by passes without gradients: until it is full, a ring is in the model's order
+            end = max(end, current_start // frame_tokens + frames)
+            if end > window:
+                raise ValueError(
+                    f"a pass with gradients up to frame {end - 1} over a cache of {window} frames: "
+                    "a ring that rolls is for torch.no_grad() alone; unpatch the model to train it"
+                )
+            kv_cache[_END] = end
+        return type(self).forward(self, *given, *rest, **named)
+    if k.requires_grad:  # a pass with gradients needs what it has read for its backward pass
+        k, v = (t.detach().clone() for t in (k, v))
+        kv_cache["k"], kv_cache["v"] = k, v
     start = _check(self, x.shape[1], current_start, frames, frame_tokens, k.shape[1], end)
     at, table = _place(
         start, frames, (height, width), window, sink, k.shape[3], x.device, _stream(x.device)
