@@ -28,7 +28,7 @@ class Import(NamedTuple):
 
 def files() -> Iterator[Path]:
     yield from ROOT.glob("*.py")
-    for folder in (*FOLDERS, "docs", "tools"):
+    for folder in (*FOLDERS, "docs", "integrations", "tools"):
         yield from sorted((ROOT / folder).rglob("*.py"))
 
 
