@@ -15,6 +15,7 @@ COPY sfkernels sfkernels
 COPY sfmodel sfmodel
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_NO_CACHE_DIR=1
 RUN python3 -m pip freeze | grep -E '^(torch|triton)==' >kept.txt \
+    && test "$(wc -l <kept.txt)" = 2 \
     && python3 -m pip install -c kept.txt 'setuptools>=77' \
     && python3 -m pip install -c kept.txt --no-build-isolation '.[model,text,bench]'
 
