@@ -6,6 +6,7 @@ op then, so the installation goes on.
 
 import os
 import platform
+import re
 import runpy
 import shutil
 import sys
@@ -80,7 +81,14 @@ class BuildOps(build_ext):
         return ""
 
 
+# Without its pictures, which lie in the repository: PyPI shows none by a relative link.
+README = re.sub(
+    r"^!\[.*\]\((?!https:).*\)\n\n?", "", Path("README.md").read_text("utf-8"), flags=re.M
+)
+
 setup(
+    long_description=README,
+    long_description_content_type="text/markdown",
     cmdclass={"build_ext": BuildOps},
     ext_modules=[
         Extension(

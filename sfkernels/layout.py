@@ -141,9 +141,14 @@ class BlockLayout:
 
     def plot(self, ax: Axes | None = None, title: str | None = None) -> Axes:
         """Draws the pattern by frames (queries down, keys across) on a matplotlib axes, a new one
-        if none is given, and returns it. Needs matplotlib."""
-        from matplotlib import pyplot
-        from matplotlib.colors import ListedColormap
+        if none is given, and returns it. Raises ImportError where matplotlib is not installed."""
+        try:
+            from matplotlib import pyplot
+            from matplotlib.colors import ListedColormap
+        except ModuleNotFoundError:
+            raise ImportError(
+                "plot: needs matplotlib, not installed: pip install matplotlib"
+            ) from None
 
         by_frame = replace(self, frame_tokens=1)
         size = by_frame.tokens

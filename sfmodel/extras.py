@@ -1,8 +1,10 @@
-"""The libraries that the commands need beside those that come with sfkernels."""
+"""The libraries that sfmodel needs beside those that come with sfkernels."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 # By the extra of the package that installs them, under the names that they are imported by.
@@ -17,9 +19,23 @@ def require(program: str, extra: str) -> None:
     any of them is imported, and not in the middle of what needs it."""
     missing = [name for name in EXTRAS[extra] if find_spec(name) is None]
     if missing:
-        names = ", ".join("pillow" if name == "PIL" else name for name in missing)
-        print(
-            f"{program}: needs {names}, not installed: pip install 'sfkernels[{extra}]'",
-            file=sys.stderr,
-        )
+        print(_sentence(program, missing, extra), file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def needed() -> Iterator[None]:
+    """`with needed(): import av` raises ImportError with one sentence where a library of the extra
+    `model` is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        name = str(error.name).partition(".")[0]
+        if name not in EXTRAS["model"]:
+            raise
+        raise ImportError(_sentence("sfmodel", [name], "model"), name=name) from None
+
+
+def _sentence(program: str, missing: Iterable[str], extra: str) -> str:
+    names = ", ".join("pillow" if name == "PIL" else name for name in missing)
+    return f"{program}: needs {names}, not installed: pip install 'sfkernels[{extra}]'"

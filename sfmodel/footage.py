@@ -15,12 +15,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
+
+from sfmodel.extras import needed
+
+with needed():
+    import av
+    from PIL import Image, ImageOps
 
 Images = npt.NDArray[np.uint8]
 

@@ -15,12 +15,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol
 
-from PIL import Image
 from torch import Tensor
 
+from sfmodel.extras import needed
 from sfmodel.files import atomic, cannot_write
 from sfmodel.footage import Images
 from sfmodel.video import OneBehind, VideoWriter, to_images
+
+with needed():
+    from PIL import Image
 
 STANDARD_OUTPUT = Path("-")
 NAMES = "a name ending in .mp4 or .gif, one ending in .png with a number such as %05d, or -"

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Literal, Protocol, cast
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from sfkernels.dispatch import choose
 from sfmodel import assets
 from sfmodel.config import PRESETS, Preset
 from sfmodel.dit import DiT
+from sfmodel.extras import needed
 from sfmodel.hub import local
 from sfmodel.toy.text import ToyTextEncoder
 from sfmodel.toy.vae import ToyVAE
@@ -32,6 +32,9 @@ from sfmodel.weights import names
 from sfmodel.weights.lora import Lora, merge, read_lora
 from sfmodel.weights.opening import open_weights, recognised
 from sfmodel.weights.sizes import dit_config
+
+with needed():
+    from rich.console import Console
 
 log = logging.getLogger(__name__)
 TOY_WEIGHTS = Path(__file__).parent / "toy" / "weights" / "toy.safetensors"

@@ -16,16 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sfkernels.arguments import check_count, check_shape
 from sfmodel.config import DiTConfig, Preset
 from sfmodel.dit import DiT
+from sfmodel.extras import needed
 from sfmodel.frames import FrameStream, OnHost, copy_all
 from sfmodel.stream import Given, Prompt, Stream
 from sfmodel.weights.saving import save_tensors
+
+with needed():
+    from safetensors import SafetensorError, safe_open
 
 VERSION = 1
 KIND = "sfmodel stream"

@@ -21,13 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from sfmodel.extras import needed
 from sfmodel.weights import checkpoint
 from sfmodel.weights.opening import read_json
 from sfmodel.weights.saving import save_tensors
+
+with needed():
+    from safetensors import SafetensorError, safe_open
 
 GIB = 2**30
 END = 1  # the token that ends every text

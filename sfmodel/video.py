@@ -20,19 +20,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorRange, Colorspace
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from sfmodel.extras import needed
 from sfmodel.files import Part, atomic, cannot_write
 from sfmodel.footage import Images
 from sfmodel.footage import covering_frames as covering_frames
 from sfmodel.footage import opened_video as opened_video
 from sfmodel.footage import to_pixels as to_pixels
 from sfmodel.vae.codec import NotFinite, finite_frames, to_bytes
+
+with needed():
+    import av
+    from av.video.reformatter import ColorRange, Colorspace
+    from PIL import Image, ImageDraw, ImageFont
 
 BT709 = 1  # the code of HD television in ITU-T H.273, for primaries and transfer alike
 MIN_SHORT_SIDE = 256  # px: smaller videos are enlarged, players would blur them on a screen

@@ -1,4 +1,5 @@
-"""The C++ ops' build: what the libraries need, what is said where there are none."""
+"""What is built: the C++ ops, what they need and what is said where there are none; the source
+distribution, the wheel and the container's image."""
 
 from __future__ import annotations
 
@@ -70,11 +71,60 @@ def test_without_the_ops_the_package_is_pure_python(
     assert not [*project.rglob("_cpp_*")]
 
 
-def test_the_source_distribution_has_the_sources(project: Path) -> None:
-    run_setup(project, "sdist")
-    with tarfile.open(next(project.glob("dist/*.tar.gz"))) as archive:
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What git has of this one, and its distributions without the C++ ops."""
+    command = ["git", "ls-files", "--cached", "--deduplicate"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode or "setup.py" not in done.stdout:
+        pytest.skip("is no checkout of git")
+    copy = tmp_path_factory.mktemp("build") / "sfkernels"
+    for name in done.stdout.splitlines():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    run_setup(copy, "sdist", "bdist_wheel", CXX="/nowhere/c++")
+    return copy
+
+
+def test_the_source_distribution_is_the_checkout(checkout: Path) -> None:
+    with tarfile.open(next(checkout.glob("dist/*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"csrc/rows.h", "csrc/ops.cpp", "setup.py"} <= names
+    made = ("build", "dist", "sfkernels.egg-info")
+    files = (file.relative_to(checkout) for file in checkout.rglob("*") if file.is_file())
+    assert {str(f) for f in files if f.parts[0] not in made} - names == {".gitignore"}
+
+
+def test_the_wheel_has_both_packages_and_nothing_else(checkout: Path) -> None:
+    with zipfile.ZipFile(next(checkout.glob("dist/*.whl"))) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        read = {Path(name).name: wheel.read(name).decode() for name in {*wheel.namelist()} - names}
+    packages = (checkout / name for name in ("sfkernels", "sfmodel"))
+    files = (file for package in packages for file in package.rglob("*") if file.is_file())
+    assert names == {str(file.relative_to(checkout)) for file in files}
+    assert {"sfkernels/py.typed", "sfkernels/integrations/__init__.py", "sfmodel/py.typed"} <= names
+    assert "sfmodel = sfmodel.__main__:main" in read["entry_points.txt"] and "LICENSE" in read
+    text = read["METADATA"].partition("\n\n")[2]
+    assert "## In your own attention layer" in text and "![" not in text
+
+
+def test_the_image_has_what_it_copies_and_a_pytorch_that_fits() -> None:
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    steps = [line.split(maxsplit=1) for line in text.splitlines() if line and line[0] != "#"]
+    ignored = {*(ROOT / ".dockerignore").read_text().split()}
+    copied = {name for what, rest in steps if what == "COPY" for name in rest.split()[:-1]}
+    assert {"csrc", "sfkernels", "sfmodel"} <= copied and not copied & ignored
+    assert not [name for name in copied if not (ROOT / name).exists()]
+    project = (ROOT / "pyproject.toml").read_text()
+    oldest = re.search(r'"torch>=(\d+)\.(\d+)"', project)
+    image = re.fullmatch(
+        r"pytorch/pytorch:(\d+)\.(\d+)\.\d+-cuda13\.\d+-cudnn9-runtime", steps[0][1]
+    )
+    assert image and oldest and [*map(int, image.groups())] >= [*map(int, oldest.groups())]
+    (extras,) = re.findall(r"'\.\[(.*)\]'", text)
+    assert not [one for one in extras.split(",") if f"\n{one} = [" not in project]
+    users = [rest for what, rest in steps if what == "USER"]
+    assert users and users[-1] not in ("0", "root")
+    assert ["ENTRYPOINT", '["sfmodel"]'] in steps
 
 
 @pytest.mark.skipif(not LIBRARIES, reason="the C++ ops are not built")

@@ -189,6 +189,24 @@ def test_a_library_that_is_missing_is_named(
     assert said == f"sfmodel: needs {name}, not installed: pip install 'sfkernels[model]'"
 
 
+@pytest.mark.parametrize(
+    ("module", "library", "name"),
+    [
+        ("sfmodel.pretrained", "rich", "rich"),
+        ("sfmodel.saved_stream", "safetensors", "safetensors"),
+        ("sfmodel.video", "av", "av"),
+        ("sfmodel.frame_files", "PIL", "pillow"),
+        ("sfmodel.train.loop", "rich", "rich"),
+        ("sfmodel.cli.predict", "rich", "rich"),
+    ],
+)
+def test_an_import_names_the_library_that_is_missing(module: str, library: str, name: str) -> None:
+    code = f"import sys; sys.modules['{library}'] = None; import {module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = f"ImportError: sfmodel: needs {name}, not installed: pip install 'sfkernels[model]'"
+    assert done.stderr.splitlines()[-1] == said
+
+
 def test_the_model_needs_no_library_of_the_commands() -> None:
     missing = ", ".join(f"{name}=None" for name in EXTRAS["model"])
     code = f"import sys; sys.modules.update({missing}); import sfmodel.stream, sfmodel.vae.wan"

@@ -28,7 +28,7 @@ class Import(NamedTuple):
 
 def files() -> Iterator[Path]:
     yield from ROOT.glob("*.py")
-    for folder in (*FOLDERS, "docs", "examples", "tools"):
+    for folder in (*FOLDERS, "docs", "examples", "integrations", "tools"):
         yield from sorted((ROOT / folder).rglob("*.py"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -102,3 +103,9 @@ def test_plot_shows_the_pattern() -> None:
     image = ax.images[0].get_array()
     assert image is not None and image.shape == (12, 12)
     assert image[11, 9] == 2 and image[11, 0] == 1 and image[0, 11] == 0
+
+
+def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="matplotlib, not installed: pip install matplotlib"):
+        BlockLayout.causal(6, 3, 1560).plot()

@@ -12,9 +12,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from sfmodel.config import PRESETS, Preset
 from sfmodel.cost import (
     GPUS,
@@ -35,8 +32,13 @@ from sfmodel.cost import (
     training_gib,
     waves,
 )
+from sfmodel.extras import needed
 from sfmodel.files import atomic
 from sfmodel.vae.flops import DECODERS
+
+with needed():
+    from rich.console import Console
+    from rich.table import Table
 
 MODELS = ("wan-1.3b", "wan-14b")
 PRECISIONS = ("bf16", "8-bit")

@@ -22,17 +22,20 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from rich.table import Table
 from torch import Tensor
 
 from sfmodel.config import Preset
 from sfmodel.dit import DiT
+from sfmodel.extras import needed
 from sfmodel.files import atomic
 from sfmodel.schedule import check_euler
 from sfmodel.stream import Stream
 from sfmodel.toy import world
 from sfmodel.toy.text import ToyTextEncoder
 from sfmodel.toy.vae import ToyVAE
+
+with needed():
+    from rich.table import Table
 
 STATISTICS = ("x", "y", "radius", "red", "green", "blue", "vx", "vy", "speed", "acceleration")
 STILL = slice(0, 6)  # those of a frame alone

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfmodel.extras import needed
 from sfmodel.toy import world
 from sfmodel.vae.codec import check_latents, check_pixels
 from sfmodel.weights.saving import save_tensors
@@ -91,7 +92,8 @@ class ToyVAE(nn.Module):
         """The trained codec, in evaluation mode. Raises ValueError where there is no such file."""
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such weights; `python -m sfmodel.toy.vae` makes them")
-        from safetensors.torch import load_file  # the class itself needs no more than PyTorch
+        with needed():  # the class itself needs no more than PyTorch
+            from safetensors.torch import load_file
 
         vae = cls()
         vae.load_state_dict(load_file(path))

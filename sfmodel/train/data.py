@@ -20,11 +20,11 @@ from random import Random
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sfmodel.config import Preset
+from sfmodel.extras import needed
 from sfmodel.files import VIDEOS, within
 from sfmodel.prompts import continued, prompt_beside
 from sfmodel.prompts import read_prompts as read_prompts
@@ -32,6 +32,9 @@ from sfmodel.toy import world
 from sfmodel.toy.text import ToyTextEncoder
 from sfmodel.toy.vae import ToyVAE
 from sfmodel.vae.codec import VideoCodec
+
+with needed():
+    from safetensors import SafetensorError, safe_open
 
 # Sentences to embeddings [B, T, E]; short ones end in rows of zeros.
 TextEncoder = Callable[[Sequence[str]], Tensor]

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sfmodel.dit import DiT
+from sfmodel.extras import needed
 from sfmodel.files import atomic, cannot_write
 from sfmodel.stream import Stream
 from sfmodel.train import parallel
 from sfmodel.train.data import skipped_report
+
+with needed():
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
     from sfmodel.train.loop import Run

@@ -14,14 +14,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from sfkernels import euler_step
+from sfmodel.extras import needed
 from sfmodel.files import atomic
 from sfmodel.ranks import Ranks
 from sfmodel.schedule import TRAIN_STEPS, FlowSchedule
 from sfmodel.weights.saving import save_tensors
+
+with needed():
+    from safetensors import safe_open
 
 IN_FILE = 64  # trajectories
 

@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sfmodel.extras import needed
 from sfmodel.hub import local
 from sfmodel.weights import names
+
+with needed():
+    from safetensors import SafetensorError, safe_open
 
 # Parts of a training checkpoint, the best for generating first; "" is what is in none of them.
 GENERATORS = ("generator_ema", "generator", "ema", "")
