@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sfkernels.arguments import check_count, check_lengths, check_shape
+from sfkernels.arguments import check_count, check_lengths, check_shape, numbers
 from sfkernels.layout import check_positions, check_window
 
 # Queries of a head that have a semaphore: no more than a tile of attention has.
@@ -160,7 +160,8 @@ class RingKVCache:
         self.start = torch.zeros((), dtype=torch.int32, device=device)
         needed = semaphores_needed(batch, window * frame_tokens, heads)
         self.semaphores = torch.zeros(needed, dtype=torch.int32, device=device)
-        self._redo = 0  # frames that the next chunk has at least
+        # Of a ring that was rewound: where it is, and the end of the frames that it holds.
+        self._at = self._held = 0
 
     @staticmethod
     def bytes_needed(
@@ -198,15 +199,26 @@ class RingKVCache:
         on the device is not looked at."""
         check_window(self.window, self.sink, frames)
         check_count("after", after, least=0, most=self.window)
-        if frames < self._redo:
+        if self._at + frames < self._held:
             raise ValueError(
                 f"a chunk of {frames} frames would see those after it, which the ring held when it "
-                f"was rewound: must have {self._redo} at least"
+                f"was rewound: must have {self._held - self._at} at least"
             )
         if start is None:
             start = self._wrapped_start()
         else:
             check_lengths("start", start, self.k[0])
+            last = 2**31 - 1 - 2 * self.window
+            if (
+                start.dim() > 1
+                or start.numel() not in (1, self.k.shape[1])
+                or not all(0 <= first <= last for first in numbers(start) or ())
+            ):
+                raise ValueError(
+                    f"start is {start.dtype} {[*start.shape]}: must be one number or "
+                    f"[{self.k.shape[1]}] of them, each 0 to {last}"
+                )
+            start = start.expand(self.k.shape[1]) if start.dim() else start
         return place(
             start.to(torch.int32) + after, frames, self.window, self.sink, self.frame_tokens,
             moves=self.sink_k.numel() > 0,
@@ -218,8 +230,10 @@ class RingKVCache:
         Exact as long as nothing has left the window, and back into the sink; otherwise if the next
         chunk covers all frames that came since, which `chunk` sees to. Raises ValueError for a
         frame that has not come yet and for one too far back for that."""
-        self._redo = frames_to_redo(int(self.start), frame, self.window, self.sink)
+        end = max(int(self.start), self._held)
+        redo = frames_to_redo(end, frame, self.window, self.sink)
         self.start.fill_(frame)
+        self._at, self._held = frame, end if redo else 0
 
     def keep_sink(self) -> None:
         """Keeps the sink's keys as they are in the ring now: final, and where they were written."""
@@ -230,7 +244,7 @@ class RingKVCache:
         Raises ValueError as `chunk` does."""
         check_window(self.window, self.sink, frames)
         self.start.copy_(self._wrapped_start() + frames)
-        self._redo = 0
+        self._at += frames
 
     def _wrapped_start(self) -> Tensor:
         """`start`, so far back that 32 bits hold two windows more."""
@@ -244,12 +258,13 @@ class RingKVCache:
         stream that went NaN must not reach the next one through a slot that is not valid yet."""
         for tensor in (self.k, self.v, self.sink_k, self.start, self.semaphores):
             tensor.zero_()
-        self._redo = 0
+        self._at = self._held = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The cache's tensors (not copies) and geometry, for `torch.save` or `load_state_dict`."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
-        return tensors | {"geometry": self._geometry}
+        held = {"held": self._held} if self._held else {}  # of a ring that was rewound
+        return tensors | {"geometry": self._geometry} | held
 
     @property
     def _geometry(self) -> tuple[int, int, int, str]:
@@ -278,7 +293,7 @@ class RingKVCache:
             raise ValueError(f"saved start is {int(state['start'])}: must be 0 or more frames")
         for name in _TENSORS:
             getattr(self, name).copy_(state[name])
-        self._redo = 0
+        self._at, self._held = int(self.start), int(state.get("held", 0))
 
 
 _TENSORS = ("k", "v", "sink_k", "text_k", "text_v", "start")

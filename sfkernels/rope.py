@@ -200,7 +200,7 @@ def _(
     *_: Any,
 ) -> Any:
     q = _heads(qkv, k, table)
-    norms = _norms(q_weight, q)
+    norms = _norms(q_weight, *q.shape[2:])
     rstd = qkv.new_empty(*qkv.shape[:2], 2 * norms, dtype=torch.float32)
     return q, torch.empty_like(q), torch.empty_like(q), rstd
 
@@ -226,11 +226,11 @@ def _qk_norm_rope_bwd(
     if impl != "cpp":
         _check_qkv(*args)
         _choose(impl, *args)
-        heads = _heads(qkv, k, table)
+        sizes = _head_sizes(qkv, k, table)
         for name, t in (("dq", dq), ("dk", dk), ("dv", dv)):
-            check_shape(name, t, tuple(heads.shape))
+            check_shape(name, t, (*qkv.shape[:2], *sizes))
             check_same(name, t, "qkv", qkv)
-        check_shape("rstd", rstd, (*qkv.shape[:2], 2 * _norms(q_weight, heads)))
+        check_shape("rstd", rstd, (*qkv.shape[:2], 2 * _norms(q_weight, *sizes)))
         if rstd.dtype != torch.float32 or not rstd.is_contiguous():
             raise ValueError(f"rstd is {rstd.dtype}, {rstd.stride()}: must be dense float32")
     grads = (t if t.stride()[2:] == (t.shape[3], 1) else t.contiguous() for t in (dq, dk, dv))
@@ -321,16 +321,19 @@ def _tensors(qkv: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return tuple(qkv)
 
 
+def _head_sizes(qkv: Tensor, k: Tensor | None, table: Tensor) -> tuple[int, int]:
+    """The heads of one of q, k and v, and their dimension."""
+    head_dim = 2 * table.shape[-2]
+    return (qkv.shape[2] // 3 if k is None else qkv.shape[2]) // head_dim, head_dim
+
+
 def _heads(qkv: Tensor, k: Tensor | None, table: Tensor) -> Tensor:
     """An empty [B, L, H, D] for one of q, k and v."""
-    head_dim = 2 * table.shape[-2]
-    channels = qkv.shape[2] // 3 if k is None else qkv.shape[2]
-    return qkv.new_empty(*qkv.shape[:2], channels // head_dim, head_dim)
+    return qkv.new_empty(*qkv.shape[:2], *_head_sizes(qkv, k, table))
 
 
-def _norms(weight: Tensor | None, q_BLHD: Tensor) -> int:
+def _norms(weight: Tensor | None, heads: int, head_dim: int) -> int:
     """Number of norms that a row of q takes: none, one, or one for each head."""
-    heads, head_dim = q_BLHD.shape[2:]
     return 0 if weight is None else heads if weight.shape[0] == head_dim else 1
 
 
@@ -449,7 +452,7 @@ def _check_rings(
 ) -> None:
     _check_qkv(qkv_BLC, k_BLC, v_BLC, q_weight_C, k_weight_C, table_LP2, eps)
     batch, tokens = qkv_BLC.shape[:2]
-    heads, head_dim = _heads(qkv_BLC, k_BLC, table_LP2).shape[2:]
+    heads, head_dim = _head_sizes(qkv_BLC, k_BLC, table_LP2)
     for name, ring in (("k_ring", k_ring_BSHD), ("v_ring", v_ring_BSHD)):
         check_shape(name, ring, (batch, "S", heads, head_dim))
         check_same(name, ring, "qkv", qkv_BLC)

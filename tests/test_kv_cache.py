@@ -47,8 +47,35 @@ def test_samples_at_different_frames() -> None:
         alone = RingKVCache(**SIZES, sink=1, positions="relative")
         alone.start.fill_(start)
         assert all(map(torch.equal, [t[i] for t in both], alone.chunk(2)))
-    with pytest.raises(ValueError, match=r"start is torch.int64 \[3\]: must be one .* or \[2\] of"):
-        RingKVCache(**SIZES).chunk(1, start=torch.zeros(3, dtype=torch.int64))
+    cache = RingKVCache(**SIZES)
+    assert cache.chunk(1, start=torch.tensor([3])).slot_F.tolist() == [[3], [3]]
+    for start in ([0, 0, 0], [[0]], [-1, 0], [2**31 - 5]):
+        with pytest.raises(ValueError, match=r"start is .*: must be one .*\[2\] of them"):
+            cache.chunk(1, start=torch.tensor(start))
+
+
+def test_a_rewound_ring_remembers_what_it_holds() -> None:
+    def rewound(frame: int) -> RingKVCache:
+        cache = RingKVCache(**SIZES)
+        for _ in range(4):
+            cache.chunk(2)
+            cache.commit(2)
+        cache.rewind(frame)
+        return cache
+
+    cache = rewound(6)
+    with pytest.raises(ValueError, match="frame=2: frames have left the window of 5, sink 0"):
+        cache.rewind(2)
+    other = RingKVCache(**SIZES)
+    other.load_state_dict(cache.state_dict())
+    for one in (cache, other, rewound(6)):
+        one.rewind(6)
+        with pytest.raises(ValueError, match="must have 2 at least"):
+            one.chunk(1)
+        one.commit(1)  # frame 6 stays as it was
+        one.chunk(1)
+        one.commit(1)
+        one.chunk(1)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def load_rotation(table_ptr, first, row_R1, col_1C, mask_RC, D: tl.constexpr):
     """Cosines and sines of some tokens, [R, C/2] each: every head rotates alike, so that the
     table's row repeats along the channels."""
     at = table_ptr + first.to(tl.int64) * D + (row_R1 * D + col_1C % D)
-    return _pairs(tl.load(at, mask_RC, 0.0))
+    return _pairs(tl.load(at, mask_RC, 0.0).to(tl.float32))
 
 
 @triton.jit
