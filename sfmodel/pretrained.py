@@ -144,7 +144,7 @@ def checked_model(
     dtype = torch.float32 if toy else default_dtype(device)
     q = torch.empty(0, config.head_dim, dtype=dtype, device=device)
     for op in ("attention" if base else "ring_attention", "cross_attention"):
-        choose(op, attention_impl, device, q=q)
+        choose(op, attention_impl, q.device, q=q)
 
     def build() -> DiT:
         return DiT(config, attention_impl=attention_impl)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sfkernels.integrations import WanKVCache, patch, unpatch
+from sfkernels.integrations.forwards import is_patched
 from sfkernels.testing import close_as_eager
 
 diffusers = pytest.importorskip("diffusers")
@@ -73,7 +74,7 @@ def test_a_pass_is_diffusers(changes: dict[str, Any], form: Callable[..., Any]) 
     close(run(made, *args), want)
     unpatch(made)
     assert torch.equal(run(made, *args), want)
-    assert not any({"forward", "_sfkernels"} & {*vars(m)} for m in made.modules())
+    assert not any("forward" in vars(module) for module in made.modules())
     default = type(made.blocks[0].attn1.processor)
     assert default is diffusers.models.transformers.transformer_wan.WanAttnProcessor
 
@@ -90,7 +91,7 @@ def test_fused_projections_and_pipelines() -> None:
 
     patch(Pipeline)
     close(run(made, *inputs()), want)
-    assert hasattr(Pipeline.transformer_2.rope, "_sfkernels")
+    assert is_patched(Pipeline.transformer_2.rope)
 
 
 def test_attention_to_an_image_stays_diffusers() -> None:
@@ -230,7 +231,8 @@ def test_lora_after_patching_is_eagers() -> None:
 
 
 def test_compiled_blocks_have_no_graph_break() -> None:
-    made = patch(model())
+    """Nor one for each layer: more than eight would be too many."""
+    made = patch(model(num_layers=10))
     want = run(made, *inputs())
     cache = kv_cache(made)
     rolled = cached(made, cache, [2] * 4)
@@ -245,9 +247,10 @@ def test_compiled_blocks_have_no_graph_break() -> None:
 def test_under_autocast() -> None:
     made = model()
     want = run(made, *inputs())
+    cache = kv_cache(patch(made))
     with torch.autocast("cpu", torch.bfloat16):
-        got = run(patch(made), *inputs())
-    assert (got - want).abs().max() < 0.05 * want.abs().max()
+        got = [run(made, *inputs()), *cached(made, cache, [3])[:1]]
+    assert all((one - want).abs().max() < 0.05 * want.abs().max() for one in got)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +261,10 @@ def test_under_autocast() -> None:
         (lambda made: kv_cache(made, sink=5), "sink"),
         (lambda made: cached(made, kv_cache(made), [6]), "window"),
         (
+            lambda made: cached(made, kv_cache(made, height=6, width=4), [1]),
+            r"latents of \[4, 6\]: ",
+        ),
+        (
             lambda made: cached(made, kv_cache(made, batch=1), [1]),
             "a batch of 2: the cache is",
         ),
@@ -266,6 +273,50 @@ def test_under_autocast() -> None:
 def test_bad_input_says_what_is_wrong(call: Call, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         call(patch(model()))
+
+
+def test_a_pass_that_was_cut_short_leaves_no_hole() -> None:
+    made = patch(model())
+    want, cache = cached(made, kv_cache(made), [2, 2]), kv_cache(made)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for failing in (True, False):
+        cache.reset()
+        with cache.append():
+            run(made, *inputs(2, seed=0))
+        with cache.overwrite():
+            run(made, *inputs(2, seed=1))
+        if failing:
+            hook = made.blocks[1].register_forward_pre_hook(stop)
+            with pytest.raises(KeyboardInterrupt), cache.append():
+                run(made, *inputs(2, seed=10))
+            hook.remove()
+            assert cache.frames == 2
+        with cache.append():
+            assert torch.equal(run(made, *inputs(2, seed=10)), want[2])
+
+
+def test_a_cache_is_of_one_model() -> None:
+    """Another one that runs inside is as ever, and frees nothing of it; a cache frees its rings."""
+    made, other = patch(model()), patch(model())
+    want, cache = run(other, *inputs()), kv_cache(made)
+    with cache.append():
+        assert torch.equal(run(other, *inputs()), want)
+        run(made, *inputs(2))
+    with pytest.raises(ValueError, match="no pass of the cache's model was made"), cache.append():
+        run(other, *inputs())
+    unpatch(made)
+    with pytest.raises(ValueError, match="the model was unpatched"), cache.append():
+        pass
+    patch(made)
+    rings, cache = made.blocks[0].attn1.processor.rings, kv_cache(made)
+    second = kv_cache(made)
+    assert [*rings] == [0, 1]
+    del cache
+    assert [*rings] == [1] and not copy.deepcopy(made).blocks[0].attn1.processor.rings
+    del second
 
 
 def test_places_of_passes() -> None:

@@ -26,7 +26,7 @@ from torch import nn
 from sfkernels.dispatch import ATTENTION, IMPLS, implementations
 from sfkernels.integrations import causal_wan, diffusers_wan
 from sfkernels.integrations.diffusers_wan import WanKVCache
-from sfkernels.integrations.forwards import Options, restore
+from sfkernels.integrations.forwards import Options, check_hooks, restore
 
 T = TypeVar("T")
 KNOWN = {
@@ -58,14 +58,12 @@ def patch(target: T, *, impl: str = "auto", attention_impl: str = "auto") -> T:
                 f"one as {', '.join(_PLACES[2:])} (patched blocks belong to a known model)"
             )
         for model in found:
-            restore(model)
-        done: list[nn.Module] = []
+            check_hooks(model)
         try:
             for model in found:
-                done.append(model)
                 KNOWN[_class_of(model)](model, Options(impl, attention_impl))
         except ValueError:
-            for model in done:
+            for model in found:
                 restore(model)
             raise
     return target

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sfkernels.attention import cross_attention, ring_attention
 from sfkernels.integrations.forwards import (
     Options,
+    check_norms,
     check_parts,
     eps_of,
     give,
@@ -29,6 +30,7 @@ from sfkernels.integrations.forwards import (
     weight_of,
 )
 from sfkernels.kv_cache import RingChunk, frames_to_redo, place
+from sfkernels.layout import check_window
 from sfkernels.norm import adaln, gated_adaln, gated_layer_norm
 from sfkernels.residual import gated_residual
 from sfkernels.rope import qk_norm_rope_append, rope_table
@@ -58,7 +60,10 @@ def patch(model: nn.Module, options: Options) -> None:
         version = version_of(block, name, VERSIONS)
         parts = "self_attn", "cross_attn", "norm1", "norm2", "norm3", "ffn", "modulation"
         check_parts(block, name, *parts)
-        check_parts(block.self_attn, f"{name}.self_attn", "q", "k", "v", "o", "norm_q", "norm_k")
+        for attn in ("self_attn", "cross_attn"):
+            part, layers = getattr(block, attn), ("q", "k", "v", "o", "norm_q", "norm_k")
+            check_parts(part, f"{name}.{attn}", *layers)
+            check_norms(part, f"{name}.{attn}", "norm_q", "norm_k")
         give(block, name, _block, options)
         if version != ROLLING_FORCING:
             forward = _longlive_attention if version == LONGLIVE else _self_attention
@@ -72,6 +77,7 @@ def patch(model: nn.Module, options: Options) -> None:
 
 def _block(
     self: Any,
+    options: Options,
     x: Tensor,
     e: Tensor,
     *,
@@ -85,7 +91,7 @@ def _block(
     if kv_cache is None or torch.is_grad_enabled():
         text = dict(context=context, context_lens=context_lens, crossattn_cache=crossattn_cache)
         return type(self).forward(self, x, e, kv_cache=kv_cache, **text, **attention)
-    impl = self._sfkernels.impl
+    impl = options.impl
     modulation = (self.modulation.unsqueeze(1) + e).chunk(6, dim=2)
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
     h = adaln(x, shift, scale, eps=eps_of(self.norm1), impl=impl)
@@ -105,6 +111,7 @@ def _block(
 
 def _self_attention(
     self: Any,
+    options: Options,
     x: Tensor,
     seq_lens: Any = None,
     grid_sizes: Any = None,
@@ -120,6 +127,7 @@ def _self_attention(
     if kv_cache is None:
         return type(self).forward(self, *given, *rest, **named)
     frames, height, width = (int(n) for n in grid_sizes[0])
+    current_start = int(current_start)
     sink = int(getattr(self, "sink_size", 0))
     k, v, frame_tokens = kv_cache["k"], kv_cache["v"], height * width
     window, end = k.shape[1] // frame_tokens, kv_cache.get(_END, 0)
@@ -137,24 +145,22 @@ def _self_attention(
         k, v = (t.detach().clone() for t in (k, v))
         kv_cache["k"], kv_cache["v"] = k, v
     start = _check(self, x.shape[1], current_start, frames, frame_tokens, k.shape[1], end)
-    at, table = _place(
-        start, frames, (height, width), window, sink, k.shape[3], x.device, _stream(x.device)
-    )
-    three = self.q(x), self.k(x), self.v(x)
+    at, table = _place(start, frames, (height, width), window, sink, k.shape[3], x.device)
+    three = [layer(x).to(k.dtype) for layer in (self.q, self.k, self.v)]  # of autocast's
     q = qk_norm_rope_append(
         three, weight_of(self.norm_q), weight_of(self.norm_k), table, k, v, at.slot_F,
-        eps=eps_of(self.norm_q), impl=self._sfkernels.impl,
+        eps=eps_of(self.norm_q), impl=options.impl,
     )  # fmt: skip
-    full, impl = start + frames >= window, self._sfkernels.attention_impl
+    full, impl = start + frames >= window, options.attention_impl
     o = ring_attention(q, k, v, at.valid, full=full, impl=impl)
     kv_cache[_END] = start + frames
     return self.o(o.flatten(2))
 
 
-def _longlive_attention(self: Any, x: Tensor, *args: Any, **named: Any) -> Any:
+def _longlive_attention(self: Any, options: Options, x: Tensor, *args: Any, **named: Any) -> Any:
     """Of LongLive, whose attention also says what is to be written into the cache afterwards:
     nothing, as the ring is written already."""
-    o = _self_attention(self, x, *args, **named)
+    o = _self_attention(self, options, x, *args, **named)
     if isinstance(o, tuple) or named.get("kv_cache") is None:
         return o
     tokens = named.get("current_start", 0) + x.shape[1]
@@ -183,6 +189,7 @@ def _check(
             f"frame {start} follows frame {end - 1} in this cache: frames come in order, and a "
             "patched model starts its video at frame 0"
         )
+    check_window(window, sink, frames)
     rolls = getattr(attn, "local_attn_size", -1) != -1
     if start + frames > window and not rolls:
         raise ValueError(
@@ -197,30 +204,40 @@ def _check(
     return start
 
 
-def _stream(device: torch.device) -> int:
-    """The stream that a table is computed on: another one would have to wait for it."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+def _place(*where: Any) -> tuple[RingChunk, Tensor]:
+    """Where a chunk goes, and its rotation: once for all layers, on the stream that asks. In a CUDA
+    graph each layer makes its own, which then live as long as the graph."""
+    device = where[-1]
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return _placed(0, *where)
+    if torch.cuda.is_current_stream_capturing():
+        return _placed.__wrapped__(0, *where)
+    return _placed(torch.cuda.current_stream(device).cuda_stream, *where)
 
 
 @functools.lru_cache(maxsize=8)
-def _place(
-    start: int, frames: int, grid: tuple[int, int], window: int, sink: int, head_dim: int,
-    device: torch.device, stream: int,
+def _placed(
+    stream: int, start: int, frames: int, grid: tuple[int, int], window: int, sink: int,
+    head_dim: int, device: torch.device,
 ) -> tuple[RingChunk, Tensor]:  # fmt: skip
-    """Where a chunk goes, and its rotation: once for all layers."""
     first = torch.full((), start, dtype=torch.int32, device=device)
     at = place(first, frames, window, sink, grid[0] * grid[1])
     return at, rope_table(at.frame_F, grid, head_dim)
 
 
 def _cross_attention(
-    self: Any, x: Tensor, context: Tensor, context_lens: Any, crossattn_cache: Any = None
-) -> Tensor:
+    self: Any,
+    options: Options,
+    x: Tensor,
+    context: Tensor,
+    context_lens: Any,
+    crossattn_cache: Any = None,
+) -> Tensor:  # fmt: skip
     """Of a `WanT2VCrossAttention`, whose cache keeps the keys and values of the text."""
     if context_lens is not None or torch.is_grad_enabled():
         own: Tensor = type(self).forward(self, x, context, context_lens, crossattn_cache)
         return own
-    options, heads = self._sfkernels, self.num_heads
+    heads = self.num_heads
     cache: dict[str, Any] = {"is_init": False} if crossattn_cache is None else crossattn_cache
     if not cache["is_init"]:
         cache["k"] = normed(self.norm_k, self.k(context), options.impl).unflatten(2, (heads, -1))
@@ -232,12 +249,12 @@ def _cross_attention(
     return out
 
 
-def _head(self: Any, x: Tensor, e: Tensor) -> Tensor:
+def _head(self: Any, options: Options, x: Tensor, e: Tensor) -> Tensor:
     """Of a `CausalHead`. x [B, L, C]; e [B, F, 1, C]. Returns [B, F, L/F, channels of a patch]."""
     if torch.is_grad_enabled():
         own: Tensor = type(self).forward(self, x, e)
         return own
     shift, scale = (self.modulation.unsqueeze(1) + e).chunk(2, dim=2)
-    h = adaln(x, shift, scale, eps=eps_of(self.norm), impl=self._sfkernels.impl)
+    h = adaln(x, shift, scale, eps=eps_of(self.norm), impl=options.impl)
     out: Tensor = self.head(h).unflatten(1, (e.shape[1], -1))
     return out

@@ -10,6 +10,9 @@ processor that was there before. Gradients flow as before, except in a cached ro
 from __future__ import annotations
 
 import contextlib
+import itertools
+import threading
+import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -20,9 +23,11 @@ from torch import Tensor, nn
 from sfkernels.attention import cross_attention, ring_attention
 from sfkernels.integrations.forwards import (
     Options,
+    check_norms,
     check_parts,
     eps_of,
     give,
+    is_patched,
     normed,
     version_of,
     weight_of,
@@ -38,17 +43,17 @@ VERSIONS = {
 
 
 class Placed(NamedTuple):
-    """What the blocks of a cached pass are given in place of cosines and sines: the rings of all
-    layers, where this chunk goes in them, and its rotation."""
+    """What the blocks of a cached pass are given in place of cosines and sines: under which key the
+    processor of each has its ring, where this chunk goes in it, and its rotation."""
 
-    k: Tensor
-    v: Tensor
+    key: int
     slot_F: Tensor
     valid: Tensor
     table_LP2: Tensor
     semaphores: Tensor
 
 
+_KEYS = threading.Lock()
 _ROLLOUT: ContextVar[WanKVCache | None] = ContextVar("rollout", default=None)
 
 
@@ -82,7 +87,7 @@ class WanKVCache:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if "_sfkernels" not in vars(getattr(model, "rope", model)):
+        if not is_patched(getattr(model, "rope", model)):
             raise ValueError("the model is not patched: call sfkernels.integrations.patch(model)")
         config: Any = model.config
         frames, rows, columns = config.patch_size
@@ -92,7 +97,7 @@ class WanKVCache:
                 "be whole patches of one frame"
             )
         weight: Any = model.patch_embedding.weight  # type: ignore[union-attr]
-        self.grid = height // rows, width // columns
+        self.height, self.width, self.grid = height, width, (height // rows, width // columns)
         self.ring = RingKVCache(
             layers=config.num_layers, batch=batch, window=window, sink=sink,
             frame_tokens=self.grid[0] * self.grid[1], heads=config.num_attention_heads,
@@ -100,6 +105,15 @@ class WanKVCache:
             device=device or weight.device,
         )  # fmt: skip
         self._begin = self._end = 0  # frames of the newest chunk
+        self.model = model
+        # Each block finds its ring at its own processor: an index of layers would be a constant in
+        # what torch.compile makes of a block, and other in each.
+        rings = [block.attn1.processor.rings for block in model.blocks]  # type: ignore[union-attr]
+        with _KEYS:
+            self._key = next(key for key in itertools.count() if key not in rings[0])
+            for layer, own in enumerate(rings):
+                own[self._key] = self.ring.k[layer], self.ring.v[layer]
+        weakref.finalize(self, _forget, rings, self._key)
 
     @contextlib.contextmanager
     def append(self, frame_offset: int | None = None) -> Iterator[WanKVCache]:
@@ -110,8 +124,14 @@ class WanKVCache:
             self.reset()
         self._check(frame_offset, self._end)
         self._begin = self._end
-        with self._active():
-            yield self
+        try:
+            with self._active():
+                yield self
+        except BaseException:
+            self._end = self._begin  # of a pass that was cut short some layers have nothing
+            raise
+        if self._end == self._begin:
+            raise ValueError("no pass of the cache's model was made inside append()")
 
     @contextlib.contextmanager
     def overwrite(self, frame_offset: int | None = None) -> Iterator[WanKVCache]:
@@ -139,6 +159,8 @@ class WanKVCache:
 
     @contextlib.contextmanager
     def _active(self) -> Iterator[None]:
+        if not is_patched(self.model.rope):  # type: ignore[arg-type]
+            raise ValueError("the model was unpatched: a cache is for a patched one")
         token = _ROLLOUT.set(self)
         try:
             yield
@@ -147,7 +169,10 @@ class WanKVCache:
 
     def _place(self, latents_BCFHW: Tensor) -> Placed:
         """The place of a pass. Raises ValueError for latents that are not of this cache."""
-        ring, (batch, _, frames, *_) = self.ring, latents_BCFHW.shape
+        ring, (batch, _, frames, *sizes) = self.ring, latents_BCFHW.shape
+        wanted = [self.height, self.width]
+        if sizes != wanted:
+            raise ValueError(f"latents of {sizes}: the cache is for {wanted}, height and width")
         began = self._end > self._begin
         if began and frames != self._end - self._begin:
             raise ValueError(
@@ -162,7 +187,13 @@ class WanKVCache:
         ring.start.fill_(self._begin)
         head_dim = ring.k.shape[-1]
         table = rope_table(at.frame_F, self.grid, head_dim)
-        return Placed(ring.k, ring.v, at.slot_F, at.valid, table, ring.semaphores)
+        return Placed(self._key, at.slot_F, at.valid, table, ring.semaphores)
+
+
+def _forget(rings: list[dict[int, Any]], key: int) -> None:
+    with _KEYS:
+        for own in rings:
+            own.pop(key, None)
 
 
 def patch(model: nn.Module, options: Options) -> None:
@@ -176,23 +207,32 @@ def patch(model: nn.Module, options: Options) -> None:
         check_parts(block, name, *parts)
         for attn in (block.attn1, block.attn2):
             check_parts(attn, f"{name}'s attention", "to_q", "to_out", "norm_q", "norm_k", "heads")
+            check_norms(attn, f"{name}'s attention", "norm_q", "norm_k")
         give(block, name, _block, options)
     give(model.rope, "rope", _rope, options)  # type: ignore[arg-type]
-    for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
+    for block in model.blocks:  # type: ignore[union-attr]
         for attn in (block.attn1, block.attn2):
-            attn.processor = WanProcessor(options, attn.processor, layer=i)
+            if isinstance(attn.processor, WanProcessor):  # with the rings of its caches
+                attn.processor.options = options
+            else:
+                attn.processor = WanProcessor(options, attn.processor)
 
 
 class WanProcessor:
     """Attention of diffusers' Wan: `processor(attn, x, text, mask, (cos, sin))`.
 
-    original: the processor for what the kernels do not compute. layer: of the block, for caches."""
+    original: the processor for what the kernels do not compute. rings: of this block, keys and
+    values, by the key of a `WanKVCache`."""
 
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self, options: Options, original: Any, layer: int) -> None:
-        self.options, self.sfkernels_original, self.layer = options, original, layer
+    def __init__(self, options: Options, original: Any) -> None:
+        self.options, self.sfkernels_original = options, original
+        self.rings: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"rings": {}}  # caches are of this model, not of a copy
 
     def __call__(
         self,
@@ -233,8 +273,10 @@ class WanProcessor:
         weights = weight_of(attn.norm_q), weight_of(attn.norm_k)
         named: Any = dict(eps=eps_of(attn.norm_q), impl=impl)
         if isinstance(rotary_emb, Placed):
-            k, v = rotary_emb.k[self.layer], rotary_emb.v[self.layer]
+            k, v = self.rings[rotary_emb.key]
             table, slot_F = rotary_emb.table_LP2, rotary_emb.slot_F
+            # Which they have not under autocast.
+            qkv = qkv.to(k.dtype) if isinstance(qkv, Tensor) else [t.to(k.dtype) for t in qkv]
             q = qk_norm_rope_append(qkv, *weights, table, k, v, slot_F, **named)
             counters = rotary_emb.semaphores
             return ring_attention(
@@ -263,17 +305,24 @@ def _table(cos_1L1D: Tensor, sin_1L1D: Tensor) -> Tensor:
 
 
 @torch.compiler.disable
-def _rope(self: Any, hidden_states: Tensor) -> Any:
+def _rope(self: Any, options: Options, hidden_states: Tensor) -> Any:
     """Of the model's `rope`: cosines and sines, or what a cached pass has in their place."""
     cache = _ROLLOUT.get()
-    return type(self).forward(self, hidden_states) if cache is None else cache._place(hidden_states)
+    if cache is None or cache.model.rope is not self:
+        return type(self).forward(self, hidden_states)
+    return cache._place(hidden_states)
 
 
 def _block(
-    self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any
+    self: Any,
+    options: Options,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    rotary_emb: Any,
 ) -> Tensor:
     """Of a `WanTransformerBlock`. temb: [B, 6, C], or of every token [B, L, 6, C]."""
-    x, impl = hidden_states, self._sfkernels.impl
+    x, impl = hidden_states, options.impl
     table = self.scale_shift_table.unsqueeze(0) if temb.dim() == 4 else self.scale_shift_table
     modulation = (table + temb.float()).chunk(6, dim=-2)
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation

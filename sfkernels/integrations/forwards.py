@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,22 +20,46 @@ class Options(NamedTuple):
 
 
 def give(module: nn.Module, name: str, forward: Callable[..., Any], options: Options) -> None:
-    """Gives a module a forward, which finds the options as `self._sfkernels`. name: of the module,
-    for the message of the ValueError that is raised where it has one of its own."""
-    if "forward" in vars(module):
+    """Gives a module a forward, which is called with the module and the options first: bound by
+    `partial`, so that copies and pickles of the module have it too. One given before is replaced at
+    once, while others may be running it. name: of the module, for the message of the ValueError
+    that is raised where it has a forward of its own."""
+    if "forward" in vars(module) and not is_patched(module):
         raise ValueError(
             f"{name} has had its forward replaced already, as accelerate's hooks and other patches "
             "do: patch the model first"
         )
-    module._sfkernels = options  # type: ignore[assignment]
-    module.forward = types.MethodType(forward, module)
+    module.forward = functools.partial(forward, module, options)
+
+
+def is_given(forward: Any) -> bool:
+    """Tells whether it is a forward that `give` has given."""
+    return isinstance(forward, functools.partial) and any(
+        isinstance(value, Options) for value in forward.args
+    )
+
+
+def is_patched(module: nn.Module) -> bool:
+    return is_given(vars(module).get("forward"))
+
+
+def check_hooks(model: nn.Module) -> None:
+    """Raises ValueError where accelerate's hooks have been put around a forward that was given."""
+    for name, module in model.named_modules():
+        if is_given(vars(module).get("_old_forward")):
+            raise ValueError(
+                f"{name} has a hook that was added after the patch: remove it first "
+                "(accelerate.hooks.remove_hook_from_module)"
+            )
 
 
 def restore(model: nn.Module) -> None:
-    """Takes away what `give` and processors have given to the modules of a model."""
+    """Takes away what `give` and processors have given to the modules of a model. Raises
+    ValueError, changing nothing, as `check_hooks` does."""
+    check_hooks(model)
     for module in model.modules():
-        if "_sfkernels" in vars(module):
-            del module._sfkernels, module.forward
+        if is_patched(module):
+            del module.forward
         processor = getattr(module, "processor", None)
         original = getattr(processor, "sfkernels_original", None)
         if original is not None:
@@ -65,13 +89,34 @@ def check_parts(module: nn.Module, name: str, *parts: str) -> None:
 
 
 def weight_of(norm: nn.Module) -> Tensor | None:
-    """The weight of an RMSNorm; None of an Identity, which stands where a model has no norm."""
-    return None if isinstance(norm, nn.Identity) else norm.weight  # type: ignore[return-value]
+    """The weight of an RMSNorm; None of an Identity, which stands where a model has no norm. Raises
+    ValueError for one that is not in memory."""
+    if isinstance(norm, nn.Identity):
+        return None
+    weight: Tensor = norm.weight  # type: ignore[assignment]
+    if weight.is_meta:
+        raise ValueError(
+            "the weight of a norm is on meta, as accelerate's sequential offloading leaves it: "
+            "offload whole models or groups of blocks, or unpatch the model"
+        )
+    return weight
 
 
-def eps_of(norm: nn.Module, dtype_eps: float = 1e-6) -> float:
-    """The epsilon of a norm; any where there is none."""
-    return float(getattr(norm, "eps", None) or dtype_eps)
+def check_norms(module: nn.Module, name: str, *norms: str) -> None:
+    """Raises ValueError unless all these are RMSNorms with a weight and an epsilon, or Identity."""
+    for norm in norms:
+        found = getattr(module, norm)
+        known = getattr(found, "weight", None) is not None and eps_of(found) > 0
+        if not isinstance(found, nn.Identity) and not known:
+            raise ValueError(
+                f"{name}.{norm} is a {type(found).__name__} without weight or epsilon: this "
+                "version is not known"
+            )
+
+
+def eps_of(norm: nn.Module) -> float:
+    """The epsilon of a norm; 1 where there is none, as of an Identity, which needs none."""
+    return float(getattr(norm, "eps", 1.0) or 0.0)
 
 
 def normed(norm: nn.Module, x_BLC: Tensor, impl: str) -> Tensor:
