@@ -37,20 +37,23 @@ from sfmodel.machine import machine, state
 # Implementations: the reference that defines every op, ours, and of others' the first word.
 EAGER, CPP = "eager", "cpp"
 OURS = ("triton", "gluon", CPP)
-PEERS = ("compile", "native", "cublaslt", "liger", "quack", "sdpa", "flash", "flex", "diffusers")
+PEERS = ("compile", "native", "cublaslt", "liger", "quack", "sdpa", "flash", "flex", "diffusers",
+         "public")  # fmt: skip
 FULL_ON_CPU = ("cpu", "decode")  # at more than toy sizes
 
 
 @dataclass
 class Job:
     """One run of a part. tiny: sizes that a CPU runs in seconds. seconds: nothing is begun after
-    them. only: a regular expression of which something in a row's name must match. save: called
-    with the result so far. tick: called with what goes on."""
+    them. only: a regular expression of which something in a row's name must match. public: a clone
+    of other people's code (`bench.public`). save: called with the result so far. tick: called with
+    what goes on."""
 
     device: torch.device
     tiny: bool = False
     seconds: float = math.inf
     only: str = ""
+    public: Path | None = None
     rounds: int = timing.ROUNDS
     save: Callable[[Result], None] = lambda result: None
     tick: Callable[[str], None] = lambda text: None
@@ -137,11 +140,16 @@ def draw(part: Any, result: Result, folder: Path) -> str:
 
 
 def wrong(result: Result, of_peers: bool = False) -> list[str]:
-    """Implementations of ours, or others', whose result was not right."""
+    """Implementations of ours, also those in other people's models, or others', whose result was
+    not right."""
+
+    def is_peer(name: str) -> bool:
+        return name.startswith(PEERS) and not name.endswith("patched")
+
     return [
         f"{case}: {name}"
         for case, name, why in untimed(result)
-        if name and why.startswith(timing.WRONG) and name.startswith(PEERS) == of_peers
+        if name and why.startswith(timing.WRONG) and is_peer(name) == of_peers
     ]
 
 
@@ -156,6 +164,9 @@ def command(name: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--tiny", action="store_true", help="toy sizes, as on a CPU")
     parser.add_argument("--json-only", action="store_true", help="no tables and no figures")
     parser.add_argument("--out", type=Path, default=Path("out", name), help="results' folder")
+    parser.set_defaults(public=None)
+    if name == "stream":
+        parser.add_argument("--public", type=Path, help="a clone of Self Forcing and its like")
     chosen = parser.parse_args(arguments)
     cuda = torch.cuda.is_available() and name != "cpu"
     file = chosen.out / f"{name}.json"
@@ -165,6 +176,7 @@ def command(name: str, arguments: Sequence[str]) -> int:
         tiny=chosen.tiny or not (cuda or name in FULL_ON_CPU),
         seconds=chosen.seconds,
         only=chosen.only,
+        public=chosen.public,
         save=lambda result: write(file, result),
     )
     if job.tiny and not cuda:

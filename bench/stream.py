@@ -10,6 +10,8 @@ graph for each phase, and in what makes it fast, one thing more each: "apart" ha
 a GELU of their own, "merged" the update in the next chunk's first step, the others GELU in the
 matrix product before it. They share one set of weights, and the latents of each are compared with
 the reference's before it is timed; then they take turns, chunk by chunk.
+--public adds a clone of Self Forcing, CausVid or LongLive, its model as it is and patched by
+`sfkernels.integrations`, in the place of ours; its latents are compared past the window.
 
 Times: "whole" is wall-clock time from an idle device to an idle device. The phases of the same
 chunk are CUDA events around them, without waiting, so that a launch which comes too late counts
@@ -35,13 +37,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import codecs, peers, timing
+from bench import codecs, peers, public, timing
 from bench.harness import Job
 from bench.inputs import StreamInputs, full_size, shared, toy
-from bench.stream_report import ENCODING, TINY_DECODE
+from bench.stream_report import ENCODING, TINY_DECODE, ours
 from bench.stream_report import figures as figures
 from bench.stream_report import tables as tables
-from bench.tables import Result, timed
+from bench.tables import Result
 from bench.timing import Timed
 from sfmodel import cost, stream
 from sfmodel.config import Preset
@@ -64,7 +66,8 @@ FIRST_FRAMES, ROUNDS = 3, 10  # times to the first frame, and chunks with a full
 
 class Variant(NamedTuple):
     """impl: of all ops but attention. graph: a CUDA graph launches each phase. compiled: the model
-    is compiled as a whole by torch.compile. low_latency: of `Stream`. way: what makes it fast."""
+    is compiled as a whole by torch.compile. low_latency: of `Stream`. way: what makes it fast.
+    other: makes the model of somebody else that stands in the place of ours."""
 
     name: str
     impl: str
@@ -73,24 +76,32 @@ class Variant(NamedTuple):
     compiled: bool = False
     low_latency: bool = False
     way: Way = Way()
+    other: Callable[[DiT, Preset], Any] | None = None
 
 
 Times = Sequence[Timed]
 REFERENCE = Variant("reference", "reference", "reference")
+APART = Way(merged=False, epilogue=False)
+
+
+def of_public(clone: public.Clone) -> list[Variant]:
+    """A clone's model as it is and patched, neither of which a CUDA graph can hold."""
+    makes = {name: functools.partial(clone.streamed, patched=name == public.PATCHED)
+             for name in (public.PUBLIC, public.PATCHED)}  # fmt: skip
+    return [Variant(name, "auto", "auto", way=APART, other=make) for name, make in makes.items()]
 
 
 def variants(device: torch.device, compiled: bool = False) -> tuple[Variant, ...]:
     """The most telling first; compiled: those of the row that torch.compile is in."""
-    apart = Way(merged=False, epilogue=False)
     if device.type != "cuda":
         sdpa = Variant("sdpa", "auto", "sdpa")
-        return REFERENCE, sdpa, sdpa._replace(name="sdpa, apart", way=apart)
+        return REFERENCE, sdpa, sdpa._replace(name="sdpa, apart", way=APART)
     impls = ("triton", "cudnn", "sdpa", "gluon")
     ours, cudnn, sdpa, gluon = (Variant(f"{n}, graph", "auto", n, graph=True) for n in impls)
     if compiled:
         whole = Variant("compile, graph", "reference", "sdpa", graph=True, compiled=True)
         return ours, whole, sdpa, REFERENCE
-    slower = [ours._replace(name="apart, graph", way=apart)]
+    slower = [ours._replace(name="apart, graph", way=APART)]
     slower.append(ours._replace(name="merged, graph", way=Way(epilogue=False)))
     quick = ours._replace(name="low latency, graph", low_latency=True)
     launched = [each._replace(name=each.attention, graph=False) for each in (ours, sdpa)]
@@ -110,9 +121,11 @@ class Measured:
         self, inputs: StreamInputs, preset: Preset, variant: Variant, seed: int = 0
     ) -> None:
         linear = "auto" if variant.way.epilogue else "reference"
-        model = shared(inputs.model, variant.impl, variant.attention, linear)
+        model: Any = shared(inputs.model, variant.impl, variant.attention, linear)
+        if variant.other is not None:
+            model = variant.other(inputs.model, preset)
         if variant.compiled:
-            model.forward = torch.compile(  # type: ignore[method-assign]
+            model.forward = torch.compile(
                 model.forward, mode="max-autotune-no-cudagraphs", dynamic=False
             )
         self.device, self.encode = model.device, inputs.encode
@@ -219,14 +232,23 @@ def medians(all_timed: Times) -> dict[str, float]:
     return {n: statistics.median(t.phases[n] for t in all_timed) for n in all_timed[0].phases}
 
 
-def run_case(job: Job, inputs: StreamInputs, name: str) -> Result:
+def run_case(
+    job: Job, inputs: StreamInputs, name: str, clone: public.Clone | None = None
+) -> Result:
     """A row: who is right, then the times of all of them in turn. What does not come to a clip and
-    some chunks of a full window before the job's time is over has no time."""
+    some chunks of a full window before the job's time is over has no time. clone: somebody else's
+    model, where it is a contestant."""
     preset = replace(inputs.preset, chunk=CASES.get(name, CASES["chunk-wise"]))
     first = preset.first or preset.chunk
     chunks = 1 + -(-(max(CLIP, preset.window) - first) // preset.chunk)
     frames = pixel_frames(first + (chunks - 1) * preset.chunk)
     known = variants(job.device, name == COMPILED)
+    compared = dict.fromkeys(known, PARITY_CHUNKS)
+    if clone is not None:  # early, while there is memory, and compared past the window if it rolls
+        others = of_public(clone)
+        known = known[0], *others, *known[1:]
+        in_window = 1 + (preset.window - first) // preset.chunk
+        compared |= dict.fromkeys((REFERENCE, *others), chunks + 1 if clone.rolls else in_window)
     streams: dict[str, Measured] = {}
     entries: dict[str, Any] = {}
     want: Tensor | None = None
@@ -240,9 +262,10 @@ def run_case(job: Job, inputs: StreamInputs, name: str) -> Result:
         try:
             with timing.peak_memory(job.device) as peak:
                 made = Measured(inputs, preset, variant)
-                got = made.first_latents(PARITY_CHUNKS)
+                got = made.first_latents(compared[variant])
             want = got if want is None else want
-            off = float((got - want).norm() / want.norm())
+            same = want[:, : got.shape[1]]
+            off = float((got - same).norm() / same.norm())
             assert off < tolerance, f"latents differ by {off:.1e}, {tolerance:.0e} allowed"
             streams[variant.name], made.peak_mib = made, peak[0]
         except Exception as error:
@@ -290,7 +313,7 @@ def run_case(job: Job, inputs: StreamInputs, name: str) -> Result:
         "window": preset.window,
         "steps": len(preset.steps),
         "frames": frames,
-        "notes": [*inputs.notes],
+        "notes": [*inputs.notes, *([clone.note] if clone else [])],
         "weights_mib": sum(p.nbytes for p in inputs.model.parameters()) / 2**20,
         "contestants": {variant.name: entries[variant.name] for variant in known},
     }
@@ -389,7 +412,7 @@ def baselines(job: Job, result: Result, inputs: StreamInputs | None) -> Iterator
     rows = {row["case"]: row for row in result["rows"]}
     for name, fps, latency_s, how, note in peers.BASELINES:
         line: dict[str, Any] = {"name": name, "paper_fps": fps, "paper_latency_s": latency_s}
-        if found := timed(rows[how]) if how in rows else {}:
+        if found := ours(rows[how]) if how in rows else {}:
             fastest = max(found, key=lambda variant: speed(found[variant]))
             entry = found[fastest]
             line |= {"fps": speed(entry), "latency_s": entry["first_frame_ms"] / 1e3}
@@ -422,7 +445,9 @@ def measured(job: Job, inputs: StreamInputs | None, name: str, how: str) -> dict
 
 
 def run(job: Job) -> Result:
-    """torch.compile comes last, as it takes most of the time."""
+    """torch.compile comes last, as it takes most of the time. Raises ValueError for a clone that is
+    none, before anything is measured."""
+    clone = public.load(job.public, job.cuda and not job.tiny) if job.public else None
     result = job.begin("stream", torch.float32 if job.tiny else torch.bfloat16)
     result["baselines"] = []
     inputs, why = None, ""
@@ -437,7 +462,7 @@ def run(job: Job) -> Result:
     def measured(name: str) -> Result:
         if inputs is None:
             return {"failed": why}
-        row = run_case(job, inputs, name)
+        row = run_case(job, inputs, name, clone if name in CASES else None)
         preset = replace(inputs.preset, chunk=row["chunk"])
         return row | {"predicted": predicted(preset, result["ceilings"], job.device)}
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.text import Text
 
-from bench import harness, report, tables, timing, verify
+from bench import harness, public, report, tables, timing, verify
 from sfmodel.machine import describe, machine
 
 
@@ -87,6 +87,19 @@ PRESETS = {
 }  # fmt: skip
 
 
+def with_public(preset: Preset, clone: Path, tiny: bool) -> Preset:
+    """The preset with a clone in its stream. Raises ValueError for a clone that cannot be measured
+    and for a preset without a stream."""
+    if all(one.name != "stream" for one in preset.steps):
+        raise ValueError("--public goes with --quick, --gpu or --full, which measure a stream")
+    public.load(clone, half=not tiny)
+    command = "stream", "--public", str(clone), *["--tiny"] * tiny
+    return preset._replace(steps=[
+        step("stream", one.limit, *command) if one.name == "stream" else one
+        for one in preset.steps
+    ])  # fmt: skip
+
+
 def run(name: str, preset: Preset, folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -125,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench", None, __doc__, formatter_class=plain)
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("--out", type=Path, help="folder of the results, else out/PRESET")
+    parser.add_argument("--public", type=Path, help="a clone that `bench stream --public` measures")
     chosen = parser.parse_args(arguments)
     name, preset = chosen.preset, PRESETS[chosen.preset]
     if name != "quick" and not torch.cuda.is_available():
@@ -133,6 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (RuntimeError, AssertionError) as error:
             why = str(error).splitlines()[0]
             raise ValueError(f"needs a GPU that PyTorch can use: {why}") from error
+    if chosen.public:
+        preset = with_public(preset, chosen.public, name == "quick")
     folder = (chosen.out or Path("out") / name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -143,10 +143,15 @@ class DiT(nn.Module):
         if context.ranks is not None:
             out_BLE = context.ranks.whole(out_BLE)
         out = self._unpatchify(out_BLE[:, -frames * math.prod(grid) :].float(), grid)
-        if self.config.prediction == "x0":
-            sigma = (modulation.t[:, -frames:] / TRAIN_STEPS).clamp(min=1 / TRAIN_STEPS)
-            out = (x_BFCHW.float() - out) / sigma[:, :, None, None, None]
-        return out
+        return self.flow(out, x_BFCHW, modulation.t[:, -frames:])
+
+    def flow(self, out_BFCHW: Tensor, x_BFCHW: Tensor, t_BF: Tensor) -> Tensor:
+        """The flow that the network's output in float32 stands for at timesteps [B, F], each of
+        which may be 1."""
+        if self.config.prediction == "flow":
+            return out_BFCHW
+        sigma = (t_BF / TRAIN_STEPS).clamp(min=1 / TRAIN_STEPS)
+        return (x_BFCHW.float() - out_BFCHW) / sigma[:, :, None, None, None]
 
     @torch.no_grad()
     def append(

@@ -39,7 +39,7 @@ def machine(device: torch.device | str) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "sfkernels": _version("sfkernels"),
-        "commit": _commit(),
+        "commit": commit(Path(__file__).parent),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -87,9 +87,9 @@ def _smi(device: torch.device, *queries: str) -> list[str]:
     return ["" if field.startswith("[") else field for field in fields]  # as "[N/A]"
 
 
-def _commit() -> str | None:
-    """Commit of the checkout that this file lies in, with a + where it was changed."""
-    here = ["git", "-C", str(Path(__file__).parent)]
+def commit(folder: Path) -> str | None:
+    """Commit of the checkout that a folder lies in, with a + where it was changed."""
+    here = ["git", "-C", str(folder)]
     describe = ["describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         out = subprocess.run(

@@ -226,6 +226,38 @@ class CausalWanModel(nn.Module):
         return out
 
 
+class WholeModel(CausalWanModel):
+    """Latents in and out, by the constructor and the forward of the public models; their sizes must
+    be those above, 4 channels and patches of 2×2. A clone's CausalWanModel, by its `block`."""
+
+    block: type[_Block] = CausalWanAttentionBlock
+
+    def __init__(self, *, patch_size: Any, in_dim: int, dim: int, freq_dim: int, text_dim: int,
+                 num_layers: int, local_attn_size: int = -1, **_: Any) -> None:  # fmt: skip
+        super().__init__(self.block, local_attn_size, layers=num_layers)
+        self.freq_dim, self.freqs = freq_dim, torch.zeros(1)
+        self.patch_embedding = nn.Conv3d(in_dim, dim, patch_size, patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, seq_len: int,  # type: ignore[override]
+                current_end: int = 0, **cached: Any) -> Tensor:  # fmt: skip
+        half = self.freq_dim // 2
+        angle = t[..., None].double() * 1e4 ** -(torch.arange(half) / half)
+        e = self.time_embedding(torch.cat([angle.cos(), angle.sin()], -1).type_as(x))
+        tokens, e6 = self.patch_embedding(x), self.time_projection(e).unflatten(-1, (6, -1))
+        tokens, text = tokens.flatten(2).transpose(1, 2), self.text_embedding(context)
+        assert tokens.shape[1] <= seq_len
+        out = super().forward(tokens, e6, e[:, :, None], text, **cached)
+        by_patch = out.unflatten(2, GRID).unflatten(-1, (2, 2, -1))
+        return by_patch.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+
 def caches(model: nn.Module, batch: int, window: int, dtype: torch.dtype) -> dict[str, Any]:
     """As the public pipelines make them, for every layer."""
     shape = batch, window * TOKENS, HEADS, DIM // HEADS
