@@ -8,13 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.test_public import clone
+
 ROOT = Path(__file__).parent.parent
 
 
-def run(example: str, *args: str) -> str:
+def run(example: str, *beside: Path) -> str:
+    """What an example says. beside: folders that its Python finds modules in."""
+    path = os.pathsep.join(map(str, (ROOT, *beside)))
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / example, *args], capture_output=True, text=True,
-        cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        [sys.executable, ROOT / "examples" / example], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path},
     )  # fmt: skip
     assert not done.returncode, done.stderr
     return done.stdout
@@ -25,3 +29,14 @@ def test_diffusers_before_and_after_one_line() -> None:
     found = re.search(r"diffusers [\d.]+ ms, patched [\d.]+ ms, .* difference ([\de.-]+) of", said)
     assert found and float(found[1]) < 1e-5
     assert "chunk 3: 12 latent frames so far, 6 of them in the ring" in said
+
+
+def test_the_public_model_before_and_after_one_line(tmp_path: Path) -> None:
+    clone(tmp_path)
+    for package in ("wan", "wan/modules"):  # whose own import more than they need
+        (tmp_path / package / "__init__.py").write_text("")
+    attention = "from bench.public import _sdpa as attention"  # as flash-attn's would be
+    (tmp_path / "wan/modules/attention.py").write_text(attention)
+    said = run("causal_wan.py", tmp_path)
+    found = re.search(r"public [\d.]+ ms, patched [\d.]+ ms, .* difference ([\de.-]+) of", said)
+    assert found and 0 < float(found[1]) < 1e-5
