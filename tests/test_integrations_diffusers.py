@@ -294,8 +294,22 @@ def test_a_pass_that_was_cut_short_leaves_no_hole() -> None:
                 run(made, *inputs(2, seed=10))
             hook.remove()
             assert cache.frames == 2
+            with pytest.raises(ValueError, match="no chunk to write again"), cache.overwrite():
+                pass
         with cache.append():
             assert torch.equal(run(made, *inputs(2, seed=10)), want[2])
+
+
+def test_a_shorter_chunk_would_see_the_one_that_failed() -> None:
+    made = patch(model())
+    cache = kv_cache(made, 4)
+    cached(made, cache, [2, 2])
+    with pytest.raises(RuntimeError, match="out of memory"), cache.append():
+        run(made, *inputs(2))
+        raise RuntimeError("out of memory")
+    with pytest.raises(ValueError, match="1 frames in place of 2 whose pass failed"):
+        cached(made, cache, [1])
+    assert cached(made, cache, [2]) and cache.frames == 6
 
 
 def test_a_cache_is_of_one_model() -> None:
@@ -322,7 +336,7 @@ def test_a_cache_is_of_one_model() -> None:
 def test_places_of_passes() -> None:
     made = patch(model())
     cache = kv_cache(made)
-    with pytest.raises(ValueError, match="the cache is empty: the first pass"), cache.overwrite():
+    with pytest.raises(ValueError, match="there is no chunk to write again"), cache.overwrite():
         pass
     with cache.append(frame_offset=0):
         run(made, *inputs(2))

@@ -29,7 +29,7 @@ from sfkernels.integrations.forwards import (
     version_of,
     weight_of,
 )
-from sfkernels.kv_cache import RingChunk, frames_to_redo, place
+from sfkernels.kv_cache import RingChunk, frames_to_redo, place, semaphores_needed
 from sfkernels.layout import check_window
 from sfkernels.norm import adaln, gated_adaln, gated_layer_norm
 from sfkernels.residual import gated_residual
@@ -47,8 +47,8 @@ VERSIONS = {
     LONGLIVE: _BLOCK | {"cache_start", "sink_recache_after_switch"},
     ROLLING_FORCING: _BLOCK | {"cache_start", "updating_cache"},
 }
-# Where the end of what a layer's cache holds is kept, in frames.
-_END = "sfkernels_end"
+# Kept in a layer's cache: the end of what it holds, in frames, and what `ring_attention` counts by.
+_END, _SEMAPHORES = "sfkernels_end", "sfkernels_semaphores"
 
 
 def patch(model: nn.Module, options: Options) -> None:
@@ -151,8 +151,13 @@ def _self_attention(
         three, weight_of(self.norm_q), weight_of(self.norm_k), table, k, v, at.slot_F,
         eps=eps_of(self.norm_q), impl=options.impl,
     )  # fmt: skip
-    full, impl = start + frames >= window, options.attention_impl
-    o = ring_attention(q, k, v, at.valid, full=full, impl=impl)
+    if x.is_cuda and _SEMAPHORES not in kv_cache:
+        needed = semaphores_needed(x.shape[0], k.shape[1], k.shape[2])
+        kv_cache[_SEMAPHORES] = torch.zeros(needed, dtype=torch.int32, device=x.device)
+    o = ring_attention(
+        q, k, v, at.valid, full=start + frames >= window, semaphores=kv_cache.get(_SEMAPHORES),
+        impl=options.attention_impl,
+    )  # fmt: skip
     kv_cache[_END] = start + frames
     return self.o(o.flatten(2))
 

@@ -32,7 +32,7 @@ from sfkernels.integrations.forwards import (
     version_of,
     weight_of,
 )
-from sfkernels.kv_cache import RingKVCache
+from sfkernels.kv_cache import RingKVCache, frames_to_redo
 from sfkernels.norm import adaln, gated_adaln, gated_layer_norm
 from sfkernels.residual import gated_residual
 from sfkernels.rope import qk_norm_rope, qk_norm_rope_append, rope_table
@@ -104,7 +104,8 @@ class WanKVCache:
             head_dim=config.attention_head_dim, dtype=dtype or weight.dtype,
             device=device or weight.device,
         )  # fmt: skip
-        self._begin = self._end = 0  # frames of the newest chunk
+        # The newest chunk, and the end of what the ring holds, of passes that failed too.
+        self._begin = self._end = self._held = 0
         self.model = model
         # Each block finds its ring at its own processor: an index of layers would be a constant in
         # what torch.compile makes of a block, and other in each.
@@ -113,6 +114,7 @@ class WanKVCache:
             self._key = next(key for key in itertools.count() if key not in rings[0])
             for layer, own in enumerate(rings):
                 own[self._key] = self.ring.k[layer], self.ring.v[layer]
+        self._rings = rings
         weakref.finalize(self, _forget, rings, self._key)
 
     @contextlib.contextmanager
@@ -137,8 +139,8 @@ class WanKVCache:
     def overwrite(self, frame_offset: int | None = None) -> Iterator[WanKVCache]:
         """Passes inside write the newest chunk again. frame_offset: its first frame, as a check.
         Raises ValueError for another, and where there is no chunk yet."""
-        if not self._end:
-            raise ValueError("the cache is empty: the first pass of a chunk appends")
+        if self._end == self._begin:
+            raise ValueError("there is no chunk to write again: the first pass of a chunk appends")
         self._check(frame_offset, self._begin)
         with self._active():
             yield self
@@ -146,7 +148,7 @@ class WanKVCache:
     def reset(self) -> None:
         """Empties the ring, for a new video."""
         self.ring.reset()
-        self._begin = self._end = 0
+        self._begin = self._end = self._held = 0
 
     @property
     def frames(self) -> int:
@@ -159,8 +161,9 @@ class WanKVCache:
 
     @contextlib.contextmanager
     def _active(self) -> Iterator[None]:
-        if not is_patched(self.model.rope):  # type: ignore[arg-type]
-            raise ValueError("the model was unpatched: a cache is for a patched one")
+        model: Any = self.model
+        if getattr(model.blocks[0].attn1.processor, "rings", None) is not self._rings[0]:
+            raise ValueError("the model was unpatched since: make a new cache once it is patched")
         token = _ROLLOUT.set(self)
         try:
             yield
@@ -181,9 +184,13 @@ class WanKVCache:
             )
         if batch != ring.k.shape[1]:
             raise ValueError(f"a batch of {batch}: the cache is of {ring.k.shape[1]}")
+        if frames < (redo := frames_to_redo(self._held, self._begin, ring.window, ring.sink)):
+            raise ValueError(
+                f"{frames} frames in place of {redo} whose pass failed: must be as many"
+            )
         first = torch.full((), self._begin, dtype=torch.int32, device=ring.k.device)
         at = ring.chunk(frames, start=first)
-        self._end = self._begin + frames
+        self._end = self._held = self._begin + frames
         ring.start.fill_(self._begin)
         head_dim = ring.k.shape[-1]
         table = rope_table(at.frame_F, self.grid, head_dim)
