@@ -409,9 +409,8 @@ def _check_qkv(
             check_same(name, t, "q", qkv_BLC)
     if not channels or channels % (three * head_dim):
         times = "3 × " if three == 3 else ""
-        raise ValueError(
-            f"{of} has {channels} channels: must be a multiple of {times}head dim {head_dim}"
-        )
+        must = f"must be a multiple of {times}head dim {head_dim}"
+        raise ValueError(f"{of} has {channels} channels: {must}")
     if q_weight_C is not None or k_weight_C is not None:
         per_head = isinstance(q_weight_C, Tensor) and q_weight_C.shape == (head_dim,)
         size = head_dim if per_head else channels // three

@@ -93,7 +93,8 @@ def test_a_batch_is_the_mean_of_its_parts(recipe: str, make: Make) -> None:
         whole = learn(batch.load(range(4)), 1.0)
         want = gradients(*models)
         halves = [learn(batch.load(samples), 0.5) for samples in (range(2), range(2, 4))]
-        assert sum(halves) / 2 == pytest.approx(whole, rel=1e-4)
+        # Relative to the parts, which may cancel.
+        assert sum(halves) / 2 == pytest.approx(whole, abs=1e-4 * max(map(abs, halves)))
         assert abs(halves[0] - halves[1]) > 1e-6 * abs(whole)
         assert_close(want, gradients(*models), 2e-3 if "gan" in recipe else 1e-4)
         learned = {key.partition("/")[0] for key in want}
