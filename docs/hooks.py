@@ -1,4 +1,4 @@
-"""What mkdocs.yml adds to MkDocs: tables that are computed as the site is built, at
+"""Additions of mkdocs.yml to MkDocs: tables that are computed as the site is built, at
 `<!-- table: NAME -->` in a page, and a line of its own for each argument in a docstring."""
 
 from __future__ import annotations

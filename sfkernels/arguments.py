@@ -52,6 +52,13 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None
         raise ValueError(f"{name} has shape {[*got]}: must be [{wanted}]")
 
 
+def check_rotation(name: str, table: Tensor, batch: int, tokens: int, pairs: int | str) -> None:
+    """Raises ValueError unless `table` is a rotation [tokens, pairs, 2], or one for each sample."""
+    check_tensor(name, table)
+    samples = (batch,) if table.dim() == 4 else ()
+    check_shape(name, table, (*samples, tokens, pairs, 2))
+
+
 def check_same(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """Raises ValueError unless both tensors share a device and a dtype."""
     for what in ("device", "dtype"):

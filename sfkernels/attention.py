@@ -15,9 +15,9 @@ from sfkernels.arguments import (
     check_floating,
     check_lengths,
     check_positive,
+    check_rotation,
     check_same,
     check_shape,
-    check_tensor,
     numbers,
 )
 from sfkernels.dispatch import choose, kernel, ranking, registered
@@ -189,9 +189,7 @@ def _choose_ring(
     if k_table_SP2 is not None:
         if q_BLHD.shape[3] % 2:
             raise ValueError(f"heads of {q_BLHD.shape[3]}: must be even to be rotated by k_table")
-        check_tensor("k_table", k_table_SP2)
-        samples = (q_BLHD.shape[0],) if k_table_SP2.dim() == 4 else ()
-        check_shape("k_table", k_table_SP2, (*samples, slots, q_BLHD.shape[3] // 2, 2))
+        check_rotation("k_table", k_table_SP2, len(q_BLHD), slots, q_BLHD.shape[3] // 2)
     if semaphores is not None:
         check_shape("semaphores", semaphores, ("N",))
         check_device("semaphores", semaphores, q_BLHD.device)

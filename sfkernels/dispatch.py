@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sfkernels import cpp, launch
-from sfkernels.arguments import check_device, check_floating, is_plain
+from sfkernels.arguments import check_device, check_floating, check_shape, is_plain
 
 T = TypeVar("T")
 
@@ -336,3 +336,11 @@ def derivatives(
 def contiguous_like(tensor: Tensor, *_: Any) -> Tensor:
     """An empty contiguous tensor of the same shape, dtype and device: what an op returns for it."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def dense(grad_BLC: Tensor) -> Tensor:
+    """Gradient with a contiguous last dimension; autograd may give it expanded or transposed."""
+    check_shape("the gradient", grad_BLC, ("B", "L", "C"))
+    if grad_BLC.shape[-1] == 1 or grad_BLC.stride(-1) == 1:
+        return grad_BLC
+    return grad_BLC.contiguous()

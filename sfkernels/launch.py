@@ -418,5 +418,6 @@ def outer_strides(*tensors: Tensor | None) -> list[int]:
 def of_sample(tensor: Tensor | None, dims: int) -> int:
     """The stride from sample to sample of a tensor of `dims` dimensions, 0 where it has fewer: one
     for all."""
-    one = tensor is None or tensor.dim() < dims or tensor.shape[0] == 1
-    return 0 if one or tensor is None else tensor.stride(0)
+    if tensor is None or tensor.dim() < dims or tensor.shape[0] == 1:
+        return 0
+    return tensor.stride(0)

@@ -21,7 +21,7 @@ from sfkernels.arguments import (
     check_shape,
     without_token_dim,
 )
-from sfkernels.dispatch import choose, contiguous_like, derivatives, kernel, registered
+from sfkernels.dispatch import choose, contiguous_like, dense, derivatives, kernel, registered
 
 
 def layer_norm(
@@ -180,7 +180,7 @@ def _norm_bwd(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dscale, dshift (empty without a shift)."""
-    dout = _dense(dout)
+    dout = dense(dout)
     _check_op(impl, x, dict(scale=scale, shift=shift), dout=dout, stats=stats)
     dx, _, _, dscale, dshift = kernel(impl, "norm_bwd")(
         None, dout, x, None, None, scale, shift, stats, centred, plus_one
@@ -260,7 +260,7 @@ def _residual_norm_bwd(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dy, dgate, dscale, dshift; dy (which is dx) and dgate are empty without a gate."""
-    dresidual, dout = _dense(dresidual), _dense(dout)
+    dresidual, dout = dense(dresidual), dense(dout)
     if gate is not None and y is None:
         raise ValueError("gate is given without y, which its gradient needs")
     modulations = dict(gate=gate, scale=scale, shift=shift)
@@ -362,7 +362,7 @@ def _rms_norm_silu_bwd(
     dresidual: Tensor | None, dout: Tensor, x: Tensor, weight: Tensor, stats: Tensor, impl: str
 ) -> tuple[Tensor, Tensor]:
     """dx, dweight. x: with y and the bias in it."""
-    dout, scale = _dense(dout), _as_modulation(weight)
+    dout, scale = dense(dout), _as_modulation(weight)
     _check_op(impl, x, dict(weight=scale), dout=dout, stats=stats, dresidual=dresidual)
     dx, _, _, dscale, _ = kernel(impl, "norm_bwd")(
         dresidual, dout, x, None, None, scale, None, stats, False, False, silu=True
@@ -394,7 +394,7 @@ def _rms_norm_silu_backward(
         x = x.float() + bias.float()
     if dout is None:
         dout = x.new_zeros(x.shape[0], ctx.rows + x.shape[1], x.shape[2])
-    dresidual = _dense(dresidual) if ctx.residual and dresidual is not None else None
+    dresidual = dense(dresidual) if ctx.residual and dresidual is not None else None
     dnormed = dout[:, ctx.rows :]
     if torch.is_grad_enabled():
 
@@ -415,12 +415,6 @@ _rms_norm_silu.register_autograd(_rms_norm_silu_backward, setup_context=_rms_nor
 
 def _stats(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:2], 2, dtype=torch.float32)
-
-
-def _dense(grad: Tensor) -> Tensor:
-    """Gradient with a contiguous last dimension; autograd may give it expanded or transposed."""
-    check_shape("the gradient", grad, ("B", "L", "C"))
-    return grad if grad.shape[-1] == 1 or grad.stride(-1) == 1 else grad.contiguous()
 
 
 def _as_modulation(weight_C: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from sfkernels.arguments import (
     check_tensor,
     without_token_dim,
 )
-from sfkernels.dispatch import choose, contiguous_like, derivatives, kernel, registered
+from sfkernels.dispatch import choose, contiguous_like, dense, derivatives, kernel, registered
 
 
 def gated_residual(x_BLC: Tensor, y_BLC: Tensor, gate_BFC: Tensor, *, impl: str = "auto") -> Tensor:
@@ -73,8 +73,7 @@ def _backward(ctx: Any, dout: Tensor) -> Any:
             return reference.residual(torch.zeros_like(y), y, gate)
 
         return dout, *derivatives(branch, (y, gate), dout), None
-    dense = dout if dout.shape[-1] == 1 or dout.stride(-1) == 1 else dout.contiguous()
-    return dout, *_gated_residual_bwd(dense, y, gate, ctx.impl), None
+    return dout, *_gated_residual_bwd(dense(dout), y, gate, ctx.impl), None
 
 
 _gated_residual.register_autograd(_backward, setup_context=_setup_context)

@@ -18,6 +18,7 @@ from sfkernels.arguments import (
     check_integers,
     check_lengths,
     check_positive,
+    check_rotation,
     check_same,
     check_shape,
     check_tensor,
@@ -310,7 +311,7 @@ def _(
 
 
 def _tensors(qkv: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What the ops take for the fused projection, or for three."""
+    """Arguments of the ops for the fused projection, or for three."""
     if isinstance(qkv, Tensor):
         return qkv, None, None
     if not isinstance(qkv, (tuple, list)) or len(qkv) != 3:
@@ -391,9 +392,7 @@ def _check_qkv(
     eps: float = 1.0,
 ) -> None:
     check_shape("qkv", qkv_BLC, ("B", "L", "3·H·D" if k_BLC is None else "H·D"))
-    check_tensor("table", table_LP2)
-    samples = (qkv_BLC.shape[0],) if table_LP2.dim() == 4 else ()
-    check_shape("table", table_LP2, (*samples, qkv_BLC.shape[1], "D/2", 2))
+    check_rotation("table", table_LP2, qkv_BLC.shape[0], qkv_BLC.shape[1], "D/2")
     head_dim = 2 * table_LP2.shape[-2]
     if not head_dim:
         raise ValueError(
@@ -426,9 +425,7 @@ def _check_keys(k_BSHD: Tensor, table_SP2: Tensor, valid: Tensor, out_BSHD: Tens
     batch, slots, heads, head_dim = k_BSHD.shape
     check_shape("out", out_BSHD, (batch, "S", heads, head_dim))
     check_same("out", out_BSHD, "k", k_BSHD)
-    check_tensor("table", table_SP2)
-    samples = (batch,) if table_SP2.dim() == 4 else ()
-    check_shape("table", table_SP2, (*samples, slots, head_dim // 2, 2))
+    check_rotation("table", table_SP2, batch, slots, head_dim // 2)
     if head_dim % 2 or not k_BSHD.numel():
         raise ValueError(f"k has shape {[*k_BSHD.shape]}: must have keys, in pairs of channels")
     if out_BSHD.shape[1] < slots:

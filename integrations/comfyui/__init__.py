@@ -158,8 +158,8 @@ def state_file(name: str) -> Path:
 
 
 def weights_file(preset: str, checkpoint: str) -> Path | None:
-    """What a checkpoint's name stands for; of an empty one the few-step weights that are there,
-    None for the toy's own."""
+    """File that a checkpoint's name stands for; of an empty one the few-step weights that are
+    there, None for the toy's own."""
     name = checkpoint.strip()
     return Path(name) if name else chosen_generator(preset)
 

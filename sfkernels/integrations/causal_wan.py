@@ -87,7 +87,7 @@ def _block(
     crossattn_cache: Any = None,
     **attention: Any,
 ) -> Any:
-    """Of a `CausalWanAttentionBlock`. x [B, L, C]; e [B, F, 6, C]."""
+    """Forward of a `CausalWanAttentionBlock`. x [B, L, C]; e [B, F, 6, C]."""
     if kv_cache is None or torch.is_grad_enabled():
         text = dict(context=context, context_lens=context_lens, crossattn_cache=crossattn_cache)
         return type(self).forward(self, x, e, kv_cache=kv_cache, **text, **attention)
@@ -122,7 +122,7 @@ def _self_attention(
     *rest: Any,
     **named: Any,
 ) -> Any:
-    """Of a `CausalWanSelfAttention`. x [B, L, C], the tokens of whole frames."""
+    """Forward of a `CausalWanSelfAttention`. x [B, L, C], the tokens of whole frames."""
     given = x, seq_lens, grid_sizes, freqs, block_mask, kv_cache, current_start
     if kv_cache is None:
         return type(self).forward(self, *given, *rest, **named)
@@ -163,8 +163,8 @@ def _self_attention(
 
 
 def _longlive_attention(self: Any, options: Options, x: Tensor, *args: Any, **named: Any) -> Any:
-    """Of LongLive, whose attention also says what is to be written into the cache afterwards:
-    nothing, as the ring is written already."""
+    """Forward of LongLive's attention, which also says what is to be written into the cache
+    afterwards: nothing, as the ring is written already."""
     o = _self_attention(self, options, x, *args, **named)
     if isinstance(o, tuple) or named.get("kv_cache") is None:
         return o
@@ -238,7 +238,7 @@ def _cross_attention(
     context_lens: Any,
     crossattn_cache: Any = None,
 ) -> Tensor:  # fmt: skip
-    """Of a `WanT2VCrossAttention`, whose cache keeps the keys and values of the text."""
+    """Forward of a `WanT2VCrossAttention`, whose cache keeps the keys and values of the text."""
     if context_lens is not None or torch.is_grad_enabled():
         own: Tensor = type(self).forward(self, x, context, context_lens, crossattn_cache)
         return own
@@ -255,7 +255,8 @@ def _cross_attention(
 
 
 def _head(self: Any, options: Options, x: Tensor, e: Tensor) -> Tensor:
-    """Of a `CausalHead`. x [B, L, C]; e [B, F, 1, C]. Returns [B, F, L/F, channels of a patch]."""
+    """Forward of a `CausalHead`. x [B, L, C]; e [B, F, 1, C]. Returns [B, F, L/F, channels of a
+    patch]."""
     if torch.is_grad_enabled():
         own: Tensor = type(self).forward(self, x, e)
         return own

@@ -43,7 +43,7 @@ VERSIONS = {
 
 
 class Placed(NamedTuple):
-    """What the blocks of a cached pass are given in place of cosines and sines: under which key the
+    """Place of a cached pass, for its blocks instead of cosines and sines: under which key the
     processor of each has its ring, where this chunk goes in it, and its rotation."""
 
     key: int
@@ -313,7 +313,7 @@ def _table(cos_1L1D: Tensor, sin_1L1D: Tensor) -> Tensor:
 
 @torch.compiler.disable
 def _rope(self: Any, options: Options, hidden_states: Tensor) -> Any:
-    """Of the model's `rope`: cosines and sines, or what a cached pass has in their place."""
+    """Forward of the model's `rope`: cosines and sines, or what a cached pass has instead."""
     cache = _ROLLOUT.get()
     if cache is None or cache.model.rope is not self:
         return type(self).forward(self, hidden_states)
@@ -328,7 +328,7 @@ def _block(
     temb: Tensor,
     rotary_emb: Any,
 ) -> Tensor:
-    """Of a `WanTransformerBlock`. temb: [B, 6, C], or of every token [B, L, 6, C]."""
+    """Forward of a `WanTransformerBlock`. temb: [B, 6, C], or of every token [B, L, 6, C]."""
     x, impl = hidden_states, options.impl
     table = self.scale_shift_table.unsqueeze(0) if temb.dim() == 4 else self.scale_shift_table
     modulation = (table + temb.float()).chunk(6, dim=-2)
