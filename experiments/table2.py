@@ -36,7 +36,8 @@ from sfmodel.toy import evaluate
 from sfmodel.toy.evaluate import BATCH, Sampling, bands, over
 from sfmodel.toy.vae import ToyVAE
 from sfmodel.train.batch import Draw
-from sfmodel.train.config import TrainConfig, defaults
+from sfmodel.train.config import TrainConfig
+from sfmodel.train.defaults import defaults
 from sfmodel.train.loop import train
 from sfmodel.train.parallel import checkpoints
 from sfmodel.train.trajectories import solve

@@ -20,7 +20,8 @@ from sfmodel.cli import main
 from sfmodel.dit import DiT
 from sfmodel.ranks import Ranks, started
 from sfmodel.train import loop
-from sfmodel.train.config import RECIPES, defaults
+from sfmodel.train.config import RECIPES
+from sfmodel.train.defaults import defaults
 from sfmodel.train.loop import train
 from sfmodel.train.models import Models
 from sfmodel.weights import checkpoint

@@ -29,7 +29,7 @@ from sfmodel.machine import describe
 from sfmodel.pretrained import TOY_WEIGHTS, load_toy
 from sfmodel.ranks import started
 from sfmodel.stream import Stream
-from sfmodel.train.config import defaults
+from sfmodel.train.defaults import defaults
 from sfmodel.train.loop import Run
 
 ROUNDS = 10

@@ -9,7 +9,8 @@ from typing import Annotated
 import tyro
 
 from sfmodel.config import PRESETS
-from sfmodel.train.config import RECIPES, TrainConfig, defaults
+from sfmodel.train.config import RECIPES, TrainConfig
+from sfmodel.train.defaults import defaults
 from sfmodel.train.loop import train
 
 

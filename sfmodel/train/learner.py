@@ -1,0 +1,72 @@
+"""Weights that are learned, with the optimisers that change them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from sfmodel.dit import DiT
+from sfmodel.train.config import TrainConfig
+
+
+class Learner:
+    """Weights that are learned, of one or several modules, and their optimisers."""
+
+    def __init__(self, modules: dict[str, nn.Module], config: TrainConfig, rate: float) -> None:
+        self.config, self.rate = config, rate
+        self.whole = nn.ModuleDict(modules)
+        self.parameters = [p for p in self.whole.parameters() if p.requires_grad]
+        muon, decay = config.optimizer == "muon", config.weight_decay
+        models = [module for module in modules.values() if isinstance(module, DiT)]
+        blocks = [p for model in models for p in model.blocks.parameters()]
+        matrices = {id(p): p for p in blocks if muon and p.dim() == 2}
+        others = [p for p in self.parameters if id(p) not in matrices]
+        groups = [
+            {"params": [p for p in others if p.dim() > 1], "weight_decay": 0.0 if muon else decay},
+            {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=rate, betas=config.betas)
+        ]
+        if matrices:
+            options: Any = {"weight_decay": decay, "adjust_lr_fn": "match_rms_adamw"}
+            self.optimizers.append(torch.optim.Muon([*matrices.values()], lr=rate, **options))
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def norm(self) -> float:
+        """The norm of the gradient, which is then cut to config.clip."""
+        found = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        return float(found.full_tensor() if hasattr(found, "full_tensor") else found)
+
+    def step(self, share: float) -> None:
+        """One update at a share of the peak rate."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate * share
+            optimizer.step()
+
+    def forget(self) -> None:
+        """Makes the optimisers as they were before the first update."""
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "weights": get_model_state_dict(self.whole),
+            "optimizers": get_optimizer_state_dict(self.whole, self.optimizers),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        set_model_state_dict(self.whole, state["weights"])
+        set_optimizer_state_dict(self.whole, self.optimizers, state["optimizers"])
