@@ -1,4 +1,4 @@
-"""Settings of a training run: one dataclass, saved with the run, and the recipes it chooses from."""
+"""Settings of a training run: one dataclass, saved with the run, and the recipes to choose from."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ _RANGES: dict[tuple[float, float], tuple[str, ...]] = {
     ),
     (0, math.inf): (
         "sink", "micro_batch", "warmup", "ema_start", "critic_warmup", "shard", "sample_every",
-        "weight_decay", "lr", "lr_critic", "clip", "min_sigma", "context_noise", "gan_penalty",
+        "weight_decay", "lr", "lr_critic", "clip", "clip_critic", "min_sigma", "context_noise",
+        "gan_penalty", "discriminator_lr_multiplier", "discriminator_warmup",
     ),
     (0, 1024): ("threads",),
-    (0, 1): ("drop_text", "drop_word", "decay_fraction", "darken", "ema", "betas"),
+    (0, 1): ("drop_text", "drop_word", "decay_fraction", "darken", "ema", "betas", "betas_critic"),
     (-1e9, 1e9): ("guidance_scale", "gan_sigma"),
 }  # fmt: skip
 
@@ -110,12 +111,16 @@ class TrainConfig:
     critic_steps: int = 5  # updates of the critic before each one of the generator
     critic_warmup: int = 0  # further ones before the first
     lr_critic: float = 4e-7
+    betas_critic: tuple[float, float] | None = None  # of the critic's AdamW; None: betas
+    clip_critic: float | None = None  # largest norm of the critic's gradient; None: clip
     negative: Path | None = None  # a prompt, which guidance leads away from; None: no words
     guidance_scale: float = 4.0  # of the real score: unprompted + this · (prompted − unprompted)
     gradient_frames: int | None = None  # SF: only the last latent frames take a gradient; None: all
     renoise_context: bool = True  # SF: clean context is noised at the schedule's smallest σ
     gan_penalty: float = 30.0  # λ of R1 and R2
     gan_sigma: float = 0.05  # size of the perturbation that they are measured by
+    discriminator_lr_multiplier: float = 1.0  # of its head's learning rate, relative to lr_critic
+    discriminator_warmup: int = 0  # first updates of the critic, in which the head alone learns
 
     # execution
     bf16: bool = False  # matrix products in bfloat16, weights and their averages in float32
@@ -159,6 +164,11 @@ class TrainConfig:
             raise ValueError(f"patience={self.patience}: must be seconds, more than 0")
         if self.objective.needs_trajectories and len(self.frames) > 1:
             raise ValueError(f"frames={self.frames}: the teacher's trajectories have one length")
+        if self.discriminator_warmup and not self.objective.needs_discriminator:
+            raise ValueError(
+                f"discriminator_warmup={self.discriminator_warmup}: recipe={self.recipe!r} has no "
+                "discriminator: must be 0"
+            )
         if self.objective.context == "whole" and self.hide_first:
             raise ValueError("hide_first: a bidirectional model has no first chunk")
         for frames, chunk, window in itertools.product(self.frames, self.chunks, self.windows):

@@ -129,13 +129,21 @@ class Run:
         """Learned models by name, each with its optimisers."""
         config = self.config
         generator, _, critic, head = self.models
-        learners = {"generator": Learner({"generator": generator}, config, config.lr)}
+        rates = {
+            "generator": config.lr,
+            "critic": config.lr_critic,
+            "discriminator": config.lr_critic * config.discriminator_lr_multiplier,
+        }
+        betas, clip = config.betas, config.clip
+        learners = {"generator": Learner({"generator": generator}, config, rates, betas, clip)}
         if critic is not None:
             learned: dict[str, nn.Module] = {"critic": critic}
             if head is not None:
                 critic.head.requires_grad_(False)  # what is read are the blocks before it
                 learned["discriminator"] = head
-            learners["critic"] = Learner(learned, config, config.lr_critic)
+            betas = config.betas_critic or betas
+            clip = clip if config.clip_critic is None else config.clip_critic
+            learners["critic"] = Learner(learned, config, rates, betas, clip)
         return learners
 
     def _split(self, clips: int) -> list[range]:
@@ -192,8 +200,14 @@ class Run:
         record: Record = {}
         began = time.perf_counter()
         if "critic" in self.learners:
-            count = config.critic_steps + (0 if self.step else config.critic_warmup)
+            learner, count, alone = self.learners["critic"], config.critic_steps, 0
+            if not self.step:
+                alone = config.discriminator_warmup
+                count += alone + config.critic_warmup
             while (i := len(self.of_critic)) < count:
+                learner.only("discriminator" if i < alone else None)
+                if alone and i == alone:
+                    learner.forget()
                 batch = Batch.draw(self.context, self.step, f"critic {i}")
                 self.of_critic.append(self.update("critic", batch))
             record = means(self.of_critic[-config.critic_steps :])
