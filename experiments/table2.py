@@ -63,7 +63,7 @@ class Row:
 
 
 # Learning rates are the best of a few on the validation split (docs/training.md).
-FLOW = (("optimizer", "adamw"), ("lr", 1e-3), ("betas", (0.0, 0.99)), ("ema", 0.98),
+FLOW = (("optimizer", "adamw"), ("lr", 1e-3), ("betas", (0.0, 0.99)), ("ema", 0.8),
         ("warmup", 5), ("decay_fraction", 1.0), ("drop_text", 0.0), ("darken", 0.0),
         ("context_noise", 0.0))  # fmt: skip
 ROWS = {

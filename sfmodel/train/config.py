@@ -96,7 +96,7 @@ class TrainConfig:
     weight_decay: float = 0.01  # of matrices
     clip: float = 10.0  # largest norm of the gradient
     ema: float = 0.99  # decay of the averaged weights, which are what generates; 0: no average
-    ema_start: int = 40  # updates before the average begins
+    ema_start: int = 40  # updates after which the average begins, as a copy of the weights
 
     # flow matching
     min_sigma: float | None = None  # counts x0's error as 1/max(σ, this)²; None: Wan's bell

@@ -14,18 +14,18 @@ _SHORT = {"frames": (7,), "chunks": (1, 3), "windows": (7,)}
 _TEACHER, _INIT = WEIGHTS / "toy_teacher.safetensors", WEIGHTS / "toy_ode.safetensors"
 _TOY: dict[str, Any] = dict(
     optimizer="muon", lr=2e-3, warmup=50, decay_fraction=0.6, betas=(0.9, 0.95), clip=1.0,
-    ema=0.998, ema_start=0, min_sigma=0.3, guidance_scale=1.0, log_every=20, save_every=200,
+    ema=0.99, ema_start=0, min_sigma=0.3, guidance_scale=1.0, log_every=20, save_every=200,
 )  # fmt: skip
 _TOY_BY: dict[str, dict[str, Any]] = {
-    "bidirectional": dict(**_SHORT, steps=2400),
+    "bidirectional": dict(**_SHORT, steps=2400, ema=0.996),
     "flow": dict(
         frames=(1, 4, 16), chunks=(1, 3), windows=(6, 9, 15), steps=800, batch=32,
         context_noise=0.4, darken=0.5,
     ),
-    "ode": dict(**_SHORT, steps=500, lr=1e-3, ema=0.995, init=_TEACHER, teacher=_TEACHER),
+    "ode": dict(**_SHORT, steps=500, lr=1e-3, ema=0.98, init=_TEACHER, teacher=_TEACHER),
     "distillation": dict(
         **_SHORT, steps=40, batch=24, optimizer="adamw", lr=1e-4, lr_critic=3e-4, warmup=5,
-        decay_fraction=1.0, betas=(0.0, 0.99), weight_decay=0.0, ema=0.98, critic_warmup=20,
+        decay_fraction=1.0, betas=(0.0, 0.99), weight_decay=0.0, ema=0.8, critic_warmup=20,
         drop_text=0.0, init=_INIT, teacher=_TEACHER, log_every=5, save_every=10,
     ),
 }  # fmt: skip

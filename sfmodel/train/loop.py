@@ -215,9 +215,8 @@ class Run:
         record |= self.update("generator", batch, _rate(self.step, config))
         self.of_critic = []
         self.step += 1
-        after = self.step - config.ema_start
         if config.ema:
-            decay = min(config.ema, (1 + after) / (10 + after)) if after > 0 else 0.0
+            decay = config.ema if self.step > config.ema_start else 0.0
             for mine, theirs in self._averaged():
                 mine.lerp_(theirs, 1 - decay)
         self.seconds += time.perf_counter() - began
