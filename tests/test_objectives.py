@@ -80,7 +80,7 @@ def by_hand(real: Score, fake: Score, guidance: float) -> Callable[..., tuple[Te
 
 
 def test_timesteps_are_shifted_and_kept_off_the_ends() -> None:
-    t = objectives.score_timesteps(torch.tensor([0.0, 0.001, 0.5, 0.999]), SCHEDULE)
+    t = objectives.score_timesteps(torch.tensor([0.0, 0.001, 0.5003, 0.9999]), SCHEDULE)
     assert t.tolist() == pytest.approx([20.0, 20.0, 1000 * 2.5 / 3.0, 980.0])
 
 

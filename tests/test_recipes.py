@@ -170,7 +170,8 @@ def test_the_gradient_of_distribution_matching_on_real_context(make: Make) -> No
     loss = run.objective.learn(part, 0.25)
     got = gradients(generator, fake)
     x0 = call.x - (call.t / 1000)[:, :, None, None, None] * call.flow
-    t = SCHEDULE.shifted(part.draw.uniform("score level")).clamp(0.02, 0.98) * 1000
+    k = (1000 * part.draw.uniform("score level")).floor()
+    t = SCHEDULE.shifted(k / 1000).clamp(0.02, 0.98) * 1000
     noise = part.noise("score noise")
     s = SCHEDULE.sigma(t)[:, None, None, None, None]
     with torch.no_grad():

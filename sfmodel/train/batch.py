@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 class TrainContext(NamedTuple):
     """Everything that does not change between updates. negative: the prompt that guidance leads
-    away from. dark: latents of the toy world without light."""
+    away from. dark: latents of the toy world without light. schedule: of the generator;
+    score_schedule: the table of σ that scores of generated videos have."""
 
     config: TrainConfig
     models: Models
@@ -40,6 +41,7 @@ class TrainContext(NamedTuple):
     dark_CHW: Tensor | None
     device: torch.device
     schedule: FlowSchedule
+    score_schedule: FlowSchedule
 
 
 class Draw(NamedTuple):

@@ -38,7 +38,9 @@ _RANGES: dict[tuple[float, float], tuple[str, ...]] = {
     ),
     (0, 1024): ("threads",),
     (0, 1): ("drop_text", "drop_word", "decay_fraction", "darken", "ema", "betas", "betas_critic"),
-    (-1e9, 1e9): ("guidance_scale", "gan_sigma"),
+    (0, 999): ("min_score_timestep",),
+    (0.01, 100): ("score_shift",),
+    (-1e9, 1e9): ("guidance_scale", "fake_guidance_scale", "sid_alpha", "gan_sigma"),
 }  # fmt: skip
 
 # Settings that runs of version 0.1.0 have saved under other names.
@@ -115,6 +117,12 @@ class TrainConfig:
     clip_critic: float | None = None  # largest norm of the critic's gradient; None: clip
     negative: Path | None = None  # a prompt, which guidance leads away from; None: no words
     guidance_scale: float = 4.0  # of the real score: unprompted + this · (prompted − unprompted)
+    fake_guidance_scale: float = 1.0  # of the critic as a score, likewise; 1: no guidance
+    min_score_timestep: int = 0  # of 1000, before the shift: scores compare from this noise level
+    ts_schedule: bool = False  # SF: from the noise level of the step that follows the exit step
+    ts_schedule_max: bool = False  # SF: up to the noise level of the exit step
+    score_shift: float | None = None  # of the table that scores' σ are from; None: the preset's
+    sid_alpha: float = 1.0  # α of SiD
     gradient_frames: int | None = None  # SF: only the last latent frames take a gradient; None: all
     renoise_context: bool = True  # SF: clean context is noised at the schedule's smallest σ
     gan_penalty: float = 30.0  # λ of R1 and R2
@@ -168,6 +176,12 @@ class TrainConfig:
             raise ValueError(
                 f"discriminator_warmup={self.discriminator_warmup}: recipe={self.recipe!r} has no "
                 "discriminator: must be 0"
+            )
+        last = self.model.steps[-1]
+        if self.ts_schedule_max and not self.ts_schedule and self.min_score_timestep >= last:
+            raise ValueError(
+                f"min_score_timestep={self.min_score_timestep}: must be less than {last}, where "
+                "ts_schedule_max ends after the last step"
             )
         if self.objective.context == "whole" and self.hide_first:
             raise ValueError("hide_first: a bidirectional model has no first chunk")

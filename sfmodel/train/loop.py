@@ -87,6 +87,7 @@ class Run:
         self.context = TrainContext(
             config, self.models, self.source, trajectories, negative_1TE, dark_CHW, ranks.device,
             FlowSchedule(self.preset.shift),
+            FlowSchedule(config.score_shift or self.preset.shift),
         )  # fmt: skip
         self.step = 0
         self.seconds = 0.0

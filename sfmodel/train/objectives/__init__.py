@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sfmodel.ranges import phase
 from sfmodel.schedule import TRAIN_STEPS, FlowSchedule, add_noise, x0_of
-from sfmodel.train.batch import MicroBatch
+from sfmodel.train.batch import Batch, MicroBatch
 from sfmodel.train.rollout import Rollout
 
 Context = Literal["whole", "clean", "noisy", "either", "own"]
@@ -110,10 +110,26 @@ class Distillation(Objective):
 
     def timesteps(self, batch: MicroBatch) -> Tensor:
         """Timesteps [B] at which a micro-batch's videos are scored."""
-        return score_timesteps(batch.draw.uniform("score level"), batch.context.schedule)
+        s_B, schedule = batch.draw.uniform("score level"), batch.context.schedule
+        return score_timesteps(s_B, schedule, *self.score_range(batch.batch))
+
+    def score_range(self, batch: Batch) -> tuple[int, int]:
+        """The least of the schedule's indices that a batch's videos are scored at, and the end of
+        them. Under `ts_schedule` and `ts_schedule_max` they are those that the exit step denoises:
+        from its own noise level down to the next step's. Videos without one exit step have all."""
+        config = batch.context.config
+        least, end = config.min_score_timestep, TRAIN_STEPS
+        if self.context == "own":
+            own, following = (*config.model.steps, 0)[batch.exit_step :][:2]
+            least = following if config.ts_schedule else least
+            end = own if config.ts_schedule_max else end
+        return least, end
 
 
-def score_timesteps(s_B: Tensor, schedule: FlowSchedule) -> Tensor:
-    """Timesteps [B] to compare scores at, from uniform s in [0, 1): shifted towards noise as
-    the schedule is and kept off both ends, as the public Self Forcing has it."""
-    return (schedule.shifted(s_B) * TRAIN_STEPS).clamp(LOWEST, HIGHEST)
+def score_timesteps(
+    s_B: Tensor, schedule: FlowSchedule, least: int = 0, end: int = TRAIN_STEPS
+) -> Tensor:
+    """Timesteps [B] to compare scores at, from uniform s in [0, 1): one of the schedule's, of index
+    least ≤ k < end in 0..1000 before the shift, kept off both ends (public Self Forcing)."""
+    k_B = least + (s_B * (end - least)).floor()
+    return (schedule.shifted(k_B / TRAIN_STEPS) * TRAIN_STEPS).clamp(LOWEST, HIGHEST)

@@ -42,7 +42,7 @@ class DMD(Distillation):
         # Wan2.1's weight is of flow matching on clips; the critic's flow counts alike at all t.
         weight_B = None if context.config.min_sigma is None else batch.flow_weight(t_B)
         shared = batch.noise("score noise"), t_B, batch.text_BTE, context.schedule, weight_B
-        return critic_loss(context.models.critic, video_BFCHW, *shared)
+        return critic_loss(context.models.critic, video_BFCHW, *shared, context.score_schedule)
 
     def score(self, batch: MicroBatch) -> Score:
         """The scores of a micro-batch's videos."""
@@ -57,7 +57,9 @@ class DMD(Distillation):
             real=context.models.real,
             fake=context.models.critic,
             schedule=context.schedule,
+            score_schedule=context.score_schedule,
             guidance=context.config.guidance_scale,
+            fake_guidance=context.config.fake_guidance_scale,
         )
 
 
@@ -78,11 +80,15 @@ def critic_loss(
     text_BTE: Tensor,
     schedule: FlowSchedule,
     weight_B: Tensor | None = None,
+    score_schedule: FlowSchedule | None = None,
 ) -> Tensor:
     """Flow matching of generated videos x: the fake score of DMD and SiD, mean of
-    w·‖flow − (ε − x)‖²; weight as in `teacher_forcing_loss`."""
-    x_t = add_noise(x_BFCHW, noise_BFCHW, schedule.sigma(t_B))
-    error = (fake(x_t, t_B, text_BTE) - (noise_BFCHW - x_BFCHW)).square()
+    w·‖flow − (ε − x)‖²; weight as in `teacher_forcing_loss`. score_schedule: as in `scores`, whose
+    x0 stands for a flow of (x_t − x0)/σ."""
+    sigma, score_sigma = schedule.sigma(t_B), (score_schedule or schedule).sigma(t_B)
+    x_t = add_noise(x_BFCHW, noise_BFCHW, sigma)
+    flow = fake(x_t, t_B, text_BTE) * (score_sigma / sigma)[:, None, None, None, None]
+    error = (flow - (noise_BFCHW - x_BFCHW)).square()
     return (error if weight_B is None else weight_B[:, None, None, None, None] * error).mean()
 
 
@@ -96,14 +102,20 @@ def scores(
     real: DiT,
     fake: DiT,
     schedule: FlowSchedule,
+    score_schedule: FlowSchedule | None = None,
     guidance: float = 4.0,
+    fake_guidance: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """x0 by the real score, and by the fake one, of generated videos x noised to t; with all but x
-    given, a `Score`. guidance: of the real score, as in `sfkernels.sampler_step`; 1 for none."""
-    sigma = schedule.sigma(t_B)
-    x_t = add_noise(x_BFCHW, noise_BFCHW, sigma)
-    unprompted = None if guidance == 1 else real(x_t, t_B, unprompted_BTE)
-    options: Any = {"uncond_flow": unprompted, "guidance": guidance}
-    real_x0, _ = sampler_step(x_t, real(x_t, t_B, text_BTE), sigma, **options)
-    fake_x0, _ = sampler_step(x_t, fake(x_t, t_B, text_BTE), sigma)
-    return real_x0, fake_x0
+    given, a `Score`. score_schedule: the table that x0 = x_t − σ·flow has its σ from; None: that of
+    schedule, by which x is noised. guidance, fake_guidance: of the one and the other, as in
+    `sfkernels.sampler_step`; 1 for none."""
+    x_t = add_noise(x_BFCHW, noise_BFCHW, schedule.sigma(t_B))
+    sigma = (score_schedule or schedule).sigma(t_B)
+
+    def x0(score: DiT, scale: float) -> Tensor:
+        unprompted = None if scale == 1 else score(x_t, t_B, unprompted_BTE)
+        options: Any = {"uncond_flow": unprompted, "guidance": scale}
+        return sampler_step(x_t, score(x_t, t_B, text_BTE), sigma, **options)[0]
+
+    return x0(real, guidance), x0(fake, fake_guidance)

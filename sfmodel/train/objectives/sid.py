@@ -22,7 +22,7 @@ class SiD(DMD):
     wan_settings: ClassVar[Mapping[str, Any]] = {"lr_critic": 2e-6, "weight_decay": 0.0}
 
     def generator_loss(self, batch: MicroBatch, video_BFCHW: Tensor) -> Tensor:
-        return sid_loss(video_BFCHW, self.score(batch))
+        return sid_loss(video_BFCHW, self.score(batch), batch.context.config.sid_alpha)
 
 
 def sid_loss(x_BFCHW: Tensor, score: Score, alpha: float = 1.0) -> Tensor:
