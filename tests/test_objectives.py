@@ -287,11 +287,12 @@ def test_the_penalty_is_on_average_the_squared_gradient() -> None:
 def test_the_generator_takes_the_gradient_of_the_generated_video_alone() -> None:
     fake, noise, t, _, _ = drawn()
     real, logit = torch.randn_like(fake).requires_grad_(), Logit(0.05, 0.02)
+    other = torch.randn_like(fake)
     fake.requires_grad_()
-    loss = gan.gan_generator_loss(logit, fake, real, noise, t, SCHEDULE)
+    loss = gan.gan_generator_loss(logit, fake, real, noise, t, SCHEDULE, other)
     loss.backward()
     with torch.no_grad():
-        fake_t, real_t = noisy(fake, noise, t), noisy(real, noise, t)
+        fake_t, real_t = noisy(fake, noise, t), noisy(real, other, t)
         a, b = logit.weights.tolist()
         total, slope, want = 0.0, torch.empty_like(fake), torch.zeros(2, dtype=torch.float64)
         of_fake, of_real = sums(fake_t), sums(real_t)
@@ -335,8 +336,8 @@ def test_the_discriminator_parts_pairs_with_small_slopes() -> None:
             for weight, difference in zip(weights, differences, strict=True):
                 for each in difference:
                     slope = float(each @ logit.weights)
-                    total += weight * slope**2 / 2
-                    want += weight * 2 * slope * each / 2
+                    total += weight / 2 * slope**2 / 2  # half the weight, of two samples
+                    want += weight / 2 * 2 * slope * each / 2
         assert loss.item() == pytest.approx(total, rel=1e-5)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-9)
         assert torch.autograd.grad(loss, fake, allow_unused=True)[0] is None

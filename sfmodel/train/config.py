@@ -125,7 +125,7 @@ class TrainConfig:
     sid_alpha: float = 1.0  # α of SiD
     gradient_frames: int | None = None  # SF: only the last latent frames take a gradient; None: all
     renoise_context: bool = True  # SF: clean context is noised at the schedule's smallest σ
-    gan_penalty: float = 30.0  # λ of R1 and R2
+    gan_penalty: float = 30.0  # λ of R1 and R2, whose mean counts
     gan_sigma: float = 0.05  # size of the perturbation that they are measured by
     discriminator_lr_multiplier: float = 1.0  # of its head's learning rate, relative to lr_critic
     discriminator_warmup: int = 0  # first updates of the critic, in which the head alone learns

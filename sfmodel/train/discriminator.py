@@ -7,7 +7,6 @@ E text dim.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -39,7 +38,6 @@ class Reader(nn.Module):
     def __init__(self, config: DiTConfig, impl: str, attention_impl: str) -> None:
         super().__init__()
         self.impl = impl
-        self.token = nn.Parameter(torch.randn(1, 1, config.dim) / math.sqrt(config.dim))
         self.norm1 = nn.LayerNorm(config.dim, config.eps)
         self.attention = CrossAttention(config, 0, impl, attention_impl)
         self.norm2 = nn.LayerNorm(config.dim, config.eps)
@@ -49,9 +47,8 @@ class Reader(nn.Module):
             nn.Linear(config.ffn_dim, config.dim),
         )
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
+    def forward(self, token_B1D: Tensor, x_BLD: Tensor) -> Tensor:
         """Register token [B, 1, D] after reading hidden states [B, L, D]."""
-        token_B1D = self.token.expand(len(x_BLD), -1, -1)
         h_BLD = _layer_norm(x_BLD, self.norm1, self.impl)
         # The hidden states stand where the prompt does: cross-attention reads nothing else.
         context = Context(h_BLD)
@@ -78,6 +75,9 @@ class Discriminator(nn.Module):
         self.config, self.impl = config, impl
         self.taps = taps(config, registers)
         self.readers = nn.ModuleList(Reader(config, impl, attention_impl) for _ in self.taps)
+        # Their size is 1 whatever they learn, as that of the hidden states that they are added to.
+        self.tokens = nn.Parameter(0.02 * torch.randn(len(self.taps), config.dim))
+        self.token_norm = nn.Parameter(torch.ones(config.dim))
         self.norm = nn.LayerNorm(len(self.taps) * config.dim, config.eps)
         self.mix = nn.Linear(len(self.taps) * config.dim, config.dim)
         # No bias: the losses see differences of logits alone.
@@ -96,7 +96,12 @@ class Discriminator(nn.Module):
             raise ValueError(f"{len(features)} features: must be those of blocks {self.taps}")
         for x_BLD in features:
             check_shape("features", x_BLD, (len(features[0]), "L", self.config.dim))
-        tokens = [reader(x) for reader, x in zip(self.readers, features, strict=True)]
+        batch = len(features[0])
+        registers = sf.rms_norm(self.tokens[:, None], self.token_norm, eps=1e-6, impl=self.impl)
+        tokens = [
+            reader(register.expand(batch, -1, -1), x)
+            for reader, register, x in zip(self.readers, registers, features, strict=True)
+        ]
         # In float32 whatever the weights' dtype: the penalties divide small differences of logits.
         with torch.autocast(tokens[0].device.type, enabled=False):
             h_B1E = _layer_norm(torch.cat(tokens, -1).float(), self.norm, self.impl)

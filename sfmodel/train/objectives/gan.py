@@ -1,5 +1,5 @@
 """A relativistic GAN with R1 and R2 (arXiv 2506.08009, section 3.3): the critic is the backbone of
-a discriminator, which compares generated videos with real ones under the same noise.
+a discriminator, which compares generated videos with real ones at the same noise level.
 
 Shapes: B samples, F latent frames, C channels, H×W latents.
 """
@@ -27,7 +27,8 @@ class GAN(Distillation):
     needs_discriminator = True
 
     def generator_loss(self, batch: MicroBatch, video_BFCHW: Tensor) -> Tensor:
-        return gan_generator_loss(*self.judged(batch, video_BFCHW))
+        judged = self.judged(batch, video_BFCHW)
+        return gan_generator_loss(*judged, real_noise_BFCHW=batch.noise("real noise"))
 
     def critic_loss(self, batch: MicroBatch, video_BFCHW: Tensor) -> Tensor:
         config, steps = batch.context.config, batch.noise("perturbation", 2).unbind(1)
@@ -71,12 +72,14 @@ def gan_generator_loss(
     noise_BFCHW: Tensor,
     t_B: Tensor,
     schedule: FlowSchedule,
+    real_noise_BFCHW: Tensor,
 ) -> Tensor:
-    """Mean of softplus(−(D(fake_t) − D(real_t))) of generated and real videos under the same noise
-    at the same t (arXiv 2506.08009, section 3.3). The real logits take no gradient."""
+    """Mean of softplus(−(D(fake_t) − D(real_t))) of generated and real videos at the same t
+    (arXiv 2506.08009, section 3.3), each under noise of its own (public Self Forcing). The real
+    logits take no gradient."""
     sigma = schedule.sigma(t_B)
     with torch.no_grad():
-        real_B = logits(add_noise(real_BFCHW, noise_BFCHW, sigma))
+        real_B = logits(add_noise(real_BFCHW, real_noise_BFCHW, sigma))
     return relativistic_loss(logits(add_noise(fake_BFCHW, noise_BFCHW, sigma)), real_B)
 
 
@@ -94,10 +97,11 @@ def discriminator_loss(
     r2: float = 30.0,
     penalty_sigma: float = 0.05,
 ) -> Tensor:
-    """Mean of softplus(−(D(real_t) − D(fake_t))) + r1·R1 + r2·R2: `gan_generator_loss` with the
-    roles exchanged, and the `finite_difference_penalty` at real_t and at fake_t (arXiv 2506.08009,
-    section 3.3 and appendix). fake_step, real_step: ε of the two penalties, as noise. The generated
-    videos take no gradient."""
+    """Mean of softplus(−(D(real_t) − D(fake_t))) + ½·(r1·R1 + r2·R2): `gan_generator_loss` with the
+    roles exchanged, under the same noise, and the `finite_difference_penalty` at real_t and at
+    fake_t (arXiv 2506.08009, section 3.3 and appendix; halved as in the public Self Forcing).
+    fake_step, real_step: ε of the two penalties, as noise. The generated videos take no
+    gradient."""
     sigma = schedule.sigma(t_B)
     fake_t, real_t = (add_noise(x, noise_BFCHW, sigma) for x in (fake_BFCHW.detach(), real_BFCHW))
     fake_B, real_B = logits(fake_t), logits(real_t)
@@ -107,5 +111,5 @@ def discriminator_loss(
         (r2, fake_t, fake_B, fake_step_BFCHW),
     ):
         perturbed_B = logits(x_t + penalty_sigma * step)
-        loss = loss + weight * finite_difference_penalty(logit_B, perturbed_B, penalty_sigma)
+        loss = loss + weight / 2 * finite_difference_penalty(logit_B, perturbed_B, penalty_sigma)
     return loss
