@@ -39,7 +39,7 @@ _RANGES: dict[tuple[float, float], tuple[str, ...]] = {
     (0, 1024): ("threads",),
     (0, 1): ("drop_text", "drop_word", "decay_fraction", "darken", "ema", "betas", "betas_critic"),
     (0, 999): ("min_score_timestep",),
-    (0.01, 100): ("score_shift",),
+    (0.01, 100): ("score_shift", "teacher_shift"),
     (-1e9, 1e9): ("guidance_scale", "fake_guidance_scale", "sid_alpha", "gan_sigma"),
 }  # fmt: skip
 
@@ -108,6 +108,7 @@ class TrainConfig:
     # ODE regression
     pairs: int = 3072  # trajectories of the teacher
     teacher_steps: int = 20  # Euler steps of a trajectory
+    teacher_shift: float | None = None  # of their noise levels; None: the preset's
 
     # distillation
     critic_steps: int = 5  # updates of the critic before each one of the generator

@@ -167,8 +167,9 @@ class Run:
         facts = {
             name: config.plain()[name]
             for name in (
-                "preset", "teacher", "teacher_preset", "teacher_steps", "guidance_scale",
-                "negative", "data", "frames", "pairs", "drop_text", "drop_word", "seed",
+                "preset", "teacher", "teacher_preset", "teacher_steps", "teacher_shift",
+                "guidance_scale", "negative", "data", "frames", "pairs", "drop_text", "drop_word",
+                "seed",
             )
         }  # fmt: skip
         self.context.trajectories.make(self._solve, facts, self.ranks, progress)
@@ -188,7 +189,7 @@ class Run:
         with self.autocast():
             points = solve(
                 lambda x, t: real(x, t, text), noise, self.context.schedule, preset.steps,
-                config.teacher_steps, guidance=config.guidance_scale,
+                config.teacher_steps, shift=config.teacher_shift, guidance=config.guidance_scale,
                 unprompted=lambda x, t: real(x, t, self.context.negative_1TE),
             )  # fmt: skip
         return points, text

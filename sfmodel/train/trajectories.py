@@ -9,9 +9,12 @@ Shapes: N trajectories, S few steps, F latent frames, C channels, H×W latents, 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,28 +43,27 @@ def solve(
     steps: Sequence[int],
     euler_steps: int,
     *,
+    shift: float | None = None,
     unprompted: Flow | None = None,
     guidance: float = 1.0,
 ) -> Tensor:
-    """Points [B, S + 1, F, C, H, W] of trajectories: x at each of `steps` and at last x0, by Euler
-    steps of dx/dσ = flow at levels equally spaced before the schedule's shift. unprompted: the flow
-    that a guidance other than 1 leads away from. Raises ValueError where these levels do not
-    contain the steps."""
-    at = [(TRAIN_STEPS - step) * euler_steps / TRAIN_STEPS for step in steps]
-    if any(a % 1 for a in at):
-        raise ValueError(
-            f"teacher_steps={euler_steps}: {TRAIN_STEPS} · k/{euler_steps} must hit the few-step "
-            f"list {[*steps]}"
-        )
-    sigmas = schedule.shifted(torch.linspace(1, 0, euler_steps + 1)).to(noise_BFCHW.device)
+    """Points [B, S + 1, F, C, H, W] of trajectories: x at each of `steps` of the schedule and at
+    last x0, by Euler steps of dx/dσ = flow at levels equally spaced before the shift, which is the
+    schedule's if None. Between two levels a trajectory is a line, so that a step of another shift
+    lies on it too. unprompted: the flow that a guidance other than 1 leads away from. Raises
+    ValueError for steps that do not fall."""
+    teacher = schedule if shift is None else FlowSchedule(shift)
+    levels = schedule.sigma(schedule.warp(steps)) if steps else torch.empty(0)
+    sigmas = teacher.shifted(torch.linspace(1, 0, euler_steps + 1))
     x, kept = noise_BFCHW.float(), []
-    for i in range(euler_steps):
-        if i in at:
-            kept.append(x)
-        t = TRAIN_STEPS * sigmas[i]
+    for now, then in itertools.pairwise(sigmas):
+        sigma = now.to(x.device)
+        t = TRAIN_STEPS * sigma
         against = None if unprompted is None or guidance == 1 else unprompted(x, t)
-        now, then = sigmas[i], sigmas[i + 1]
-        x = euler_step(x, flow(x, t), now, then, uncond_flow=against, guidance=guidance)
+        options: Any = {"uncond_flow": against, "guidance": guidance}
+        step = functools.partial(euler_step, x, flow(x, t), sigma, **options)
+        kept += [step(at.to(x.device)) for at in levels[len(kept) :] if at > then]
+        x = step(then.to(x.device))
     return torch.stack([*kept, x], 1)
 
 
@@ -82,11 +84,12 @@ class Trajectories:
         ranks: Ranks, progress: Callable[[int], None] = lambda done: None,
     ) -> None:  # fmt: skip
         """Writes what is missing: `solve` gives points and text of some trajectories. facts: what
-        they depend on. Raises ValueError where the folder holds those of others."""
+        they depend on, None where a folder made before does not say. Raises ValueError where it
+        holds those of others."""
         files = [*self.files()]
         note = self.folder / "trajectories.json"
         settings = json.dumps(facts, sort_keys=True)
-        if note.exists() and note.read_text() != settings:
+        if note.exists() and {**dict.fromkeys(facts), **json.loads(note.read_text())} != facts:
             raise ValueError(f"{self.folder}: holds trajectories of other settings: remove them")
         ranks.wait()
         if ranks.first:

@@ -6,7 +6,6 @@ Shapes: B samples, F latent frames, C channels, H×W latents, T text rows, E tex
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from sfkernels import BlockLayout
@@ -43,9 +42,13 @@ def ode_regression_loss(
     schedule: FlowSchedule,
     context_BFCHW: Tensor | None = None,
 ) -> Tensor:
-    """Initialisation of a few-step causal model (CausVid, arXiv 2412.07772): the mean
-    squared error of x0. x: points of the teacher's deterministic trajectories that end in `clean`,
-    each chunk's at its own few-step timestep t. context: what the clean half of a layout with
-    teacher forcing holds."""
+    """Initialisation of a few-step causal model (CausVid, arXiv 2412.07772): the mean squared error
+    of x0. x: points of the teacher's deterministic trajectories that end in `clean`, each chunk's
+    at its own few-step timestep t. Frames at t = 0, which are context alone, do not count; clips
+    that have others count alike. context: what the clean half of a layout with teacher forcing
+    holds."""
     flow = model(x_BFCHW, t_BF, text_BTE, layout=layout, clean_BFCHW=context_BFCHW)
-    return F.mse_loss(x0_of(x_BFCHW, flow, schedule.sigma(t_BF)), clean_BFCHW.float())
+    x0 = x0_of(x_BFCHW, flow, schedule.sigma(t_BF))
+    error_BF = (x0 - clean_BFCHW.float()).square().mean((2, 3, 4))
+    counts_BF = (t_BF != 0).to(error_BF)
+    return ((error_BF * counts_BF).sum(1) / counts_BF.sum(1).clamp(min=1)).mean()
