@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import resource
@@ -371,21 +372,35 @@ def test_an_interrupt_in_a_checkpoint_is_one(
     assert not [*tmp_path.rglob("*.part")]
 
 
-def test_a_run_with_the_names_of_version_0_1_goes_on(tmp_path: Path) -> None:
-    """Its settings `fall`, `fade` and `guidance` are called otherwise now."""
-    settings = config(tmp_path / "run", decay_fraction=0.5, darken=0.5, guidance_scale=1.5)
+def as_saved_by_version_0_1(folder: Path) -> None:
+    """Its settings `fall`, `fade` and `guidance` are called otherwise now, and there are more."""
+    path = folder / "checkpoints" / "step-000002" / parallel.FACTS
+    facts = json.loads(path.read_text())
+    was = facts["config"]
+    assert (was["decay_fraction"], was["darken"], was["guidance_scale"]) == (0.5, 0.5, 1.5)
+    was |= {"fall": was.pop("decay_fraction"), "fade": was.pop("darken"), "guidance": 0.5}
+    for name in ("guidance_scale", "ts_schedule", "score_shift", "betas_critic", "sid_alpha"):
+        del was[name]
+    path.write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_run_of_version_0_1_goes_on_unless_it_computed_otherwise(
+    ema: float, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    settings = config(folder, decay_fraction=0.5, darken=0.5, guidance_scale=1.5, ema=ema)
     train(replace(settings, steps=2), device="cpu")
-    facts = tmp_path / "run" / "checkpoints" / "step-000002" / parallel.FACTS
-    said = facts.read_text()
-    for old, new in (("fall", "decay_fraction"), ("fade", "darken")):
-        assert f'"{new}": 0.5' in said
-        said = said.replace(f'"{new}"', f'"{old}"')
-    said = said.replace('"guidance_scale": 1.5', '"guidance": 0.5')
-    facts.write_text(said)
+    as_saved_by_version_0_1(folder)
     with pytest.raises(ValueError, match=r"is of a run with darken=0\.5: resume with the same set"):
         train(replace(settings, darken=0.1), resume=True, device="cpu")
-    train(settings, resume=True, device="cpu")
-    assert steps(tmp_path / "run") == ["step-000002", "step-000004"]
+    if ema:
+        said = r"step-000002: is of an earlier version \(its average began with smaller decays\): re"
+        with pytest.raises(ValueError, match=said):
+            train(settings, resume=True, device="cpu")
+    else:
+        train(settings, resume=True, device="cpu")
+    assert steps(folder) == ["step-000002", "step-000004"][: 1 if ema else 2]
 
 
 def test_folders_of_other_runs_are_left_alone(tmp_path: Path, ended: Path) -> None:

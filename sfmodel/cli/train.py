@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated
+from typing import Annotated, get_args
 
 import tyro
 
 from sfmodel.config import PRESETS
 from sfmodel.train.config import RECIPES, TrainConfig
-from sfmodel.train.defaults import defaults
+from sfmodel.train.defaults import Variant, defaults
 from sfmodel.train.loop import train
 
 
 def train_command(arguments: Sequence[str]) -> Callable[..., None]:
-    """`sfmodel train` with the defaults of the preset and the recipe that the arguments name."""
+    """`sfmodel train` with the defaults of the preset, recipe and variant that arguments name."""
 
     def named(option: str, known: Iterable[str], otherwise: str) -> str:
         for i, word in enumerate(arguments):
@@ -25,17 +25,26 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
                 return value if value in known else otherwise  # an unknown one is refused later
         return otherwise
 
-    default = defaults(named("preset", PRESETS, "toy"), named("recipe", RECIPES, "tf"))
+    default = defaults(
+        named("preset", PRESETS, "toy"),
+        named("recipe", RECIPES, "tf"),
+        named("variant", get_args(Variant), "paper"),
+    )
 
     def run(
-        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default, resume: bool = False
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
+        resume: bool = False,
+        variant: Variant = "paper",
     ) -> None:
         """Train a model: progress, log.jsonl, curves.png, samples, checkpoints, weights. The
-        defaults are those of the preset and the recipe. Under torchrun, on all its ranks.
+        defaults are those of the preset, the recipe and the variant. Under torchrun, on all its
+        ranks.
 
         Args:
             resume: Continue the run in the output folder, bit for bit as if it had not stopped, or
                 start it where there is none.
+            variant: Defaults at Wan2.1's size: the paper's 64 ranks and real score of 14B, or those
+                of one node, with a real score of 1.3B.
         """
         weights = train(config, resume=resume)
         if os.environ.get("RANK", "0") == "0":

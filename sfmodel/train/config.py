@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -241,11 +241,13 @@ class TrainConfig:
 
     def plain(self) -> dict[str, Any]:
         """The settings as JSON has them."""
-        return json.loads(json.dumps(asdict(self), default=str))
+        return _as_json(asdict(self))
 
     def differing(self, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of a saved run that decide otherwise what is computed."""
+        """The settings of a saved run that decide otherwise what is computed. What its version did
+        not have yet was as by default here."""
         mine, saved = self.plain(), {_RENAMED.get(name, name): saved[name] for name in saved}
+        saved = {**_as_json({field.name: field.default for field in fields(self)}), **saved}
         if "guidance" in saved:  # of 0.1.0: x0 + guidance · (x0 − x0 of the unprompted)
             saved["guidance_scale"] = saved["guidance"] + 1
         free = {"output", "steps", "threads", "shard", "micro_batch", "patience"}
@@ -255,3 +257,19 @@ class TrainConfig:
             for name in mine
             if name not in free and saved.get(name) != mine[name]
         }
+
+    def changed(self, saved: Mapping[str, Any]) -> list[str]:
+        """What the version of a saved run computed otherwise under the same settings."""
+        if "ts_schedule" in saved:  # which came with what is otherwise
+            return []
+        changes = {
+            "its average began with smaller decays": self.ema > 0,
+            "its scores had other noise levels": self.objective.needs_critic,
+            "its discriminator had other penalties": self.objective.needs_discriminator,
+            "its loss counted chunks that are clean": self.objective.needs_trajectories,
+        }
+        return [change for change, is_so in changes.items() if is_so]
+
+
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(settings, default=str))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from sfmodel.train.config import RECIPES, TrainConfig
 
@@ -30,27 +30,45 @@ _TOY_BY: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 _WAN: dict[str, Any] = dict(bf16=True, recompute=True, micro_batch=1, drop_text=0.0, drop_word=0.0)
+Variant = Literal["paper", "one-node"]
+_WAN_BY: dict[str, dict[str, Any]] = {
+    "paper": dict(shard=8, pairs=16_000),  # 64 ranks on nodes of 8, whose copies are whole
+    "one-node": dict(pairs=1_500),  # CausVid's
+}
 
 
-def defaults(preset: str = "toy", recipe: str = "tf") -> TrainConfig:
+def defaults(preset: str = "toy", recipe: str = "tf", variant: str = "paper") -> TrainConfig:
     """The settings that a recipe has on a preset: those of the paper (and of the public
-    configuration where the paper is silent) for Wan2.1, those that were found to work for the toy.
+    configuration where the paper is silent) for Wan2.1, those that were found to work for the toy,
+    which has no variants. variant: "paper" distils Wan2.1-1.3B by DMD from a real score of 14B, on
+    64 ranks; "one-node" from one of its own size, on however many there are. Raises ValueError for
+    another.
 
     The paper counts 600 updates of the critic, of which every fifth comes with one of the
     generator: 120 here, and its average begins after 200 of them: 40 here.
     """
+    if variant not in get_args(Variant):
+        raise ValueError(f"variant={variant!r}: must be one of {', '.join(get_args(Variant))}")
     objective = RECIPES.get(recipe, RECIPES["tf"])
     if preset == "toy":
         others = _TOY_BY["distillation" if objective.needs_critic else "flow"]
         return TrainConfig(recipe, **{**_TOY, **_TOY_BY.get(recipe, others)})
-    folder = Path(f"wan_models/Wan2.1-T2V-{preset.removeprefix('wan-').upper()}")
-    official = folder / "diffusion_pytorch_model.safetensors"
+    official, real = _official(preset), preset
+    if (variant, preset) == ("paper", "wan-1.3b") and recipe.endswith("+dmd"):
+        real = "wan-14b"  # the public configuration of SiD has 1.3B
     return TrainConfig(
         recipe,
         preset,
         init=Path("checkpoints/ode_init.pt") if objective.needs_critic else official,
-        teacher=official if objective.needs_critic or objective.needs_teacher else None,
+        teacher=_official(real) if objective.needs_critic or objective.needs_teacher else None,
+        teacher_preset=None if real == preset else real,
+        critic=None if real == preset else official,
         data=Path("data"),
-        **_WAN,
-        **objective.wan_settings,
+        **{**_WAN, **_WAN_BY[variant], **objective.wan_settings},
     )
+
+
+def _official(preset: str) -> Path:
+    """The published weights of a preset, where the public code looks for them."""
+    folder = f"Wan2.1-T2V-{preset.removeprefix('wan-').upper()}"
+    return Path("wan_models", folder, "diffusion_pytorch_model.safetensors")

@@ -314,6 +314,11 @@ class Run:
         if other := self.config.differing(saved):
             was = ", ".join(f"{name}={value!r}" for name, value in other.items())
             raise ValueError(f"{found[-1]}: is of a run with {was}: resume with the same settings")
+        if changes := self.config.changed(saved):
+            raise ValueError(
+                f"{found[-1]}: is of an earlier version ({'; '.join(changes)}): resume it with "
+                "that one"
+            )
         state = self.state()
         parallel.load(found[-1], state, self.ranks)
         for name, learner in self.learners.items():

@@ -119,7 +119,7 @@ class Distillation(Objective):
         from its own noise level down to the next step's. Videos without one exit step have all."""
         config = batch.context.config
         least, end = config.min_score_timestep, TRAIN_STEPS
-        if self.context == "own":
+        if self.context == "own" and batch.exit_step is not None:
             own, following = (*config.model.steps, 0)[batch.exit_step :][:2]
             least = following if config.ts_schedule else least
             end = own if config.ts_schedule_max else end

@@ -5,6 +5,9 @@ Shapes: B samples, F latent frames, C channels, H×W latents, T text rows, E tex
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 from torch import Tensor
 
 from sfkernels import BlockLayout
@@ -16,6 +19,11 @@ from sfmodel.train.objectives import Objective
 
 class FlowMatching(Objective):
     """Flow matching at one noise level a chunk."""
+
+    # Not published: those of fine-tuning.
+    wan_settings: ClassVar[Mapping[str, Any]] = {
+        "steps": 3000, "lr": 1e-5, "warmup": 100, "betas": (0.9, 0.999),
+    }  # fmt: skip
 
     def generator_loss(self, batch: MicroBatch) -> Tensor:
         context, clean, layout = batch.context, batch.clean_BFCHW, batch.batch.layout

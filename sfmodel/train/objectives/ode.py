@@ -6,6 +6,9 @@ Shapes: B samples, F latent frames, C channels, H×W latents, T text rows, E tex
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 from torch import Tensor
 
 from sfkernels import BlockLayout
@@ -22,6 +25,12 @@ class ODERegression(Objective):
     needs_clips = False
     needs_teacher = True
     needs_trajectories = True
+    # Public: CausVid's configs/wan_causal_ode.yaml on 64 GPUs and the checkpoint it goes on from;
+    # Self Forcing's scripts/generate_ode_pairs.py.
+    wan_settings: ClassVar[Mapping[str, Any]] = {
+        "steps": 3000, "batch": 128, "betas": (0.9, 0.999), "ema": 0.0,
+        "teacher_steps": 48, "teacher_shift": 8.0, "guidance_scale": 6.0,
+    }  # fmt: skip
 
     def generator_loss(self, batch: MicroBatch) -> Tensor:
         assert batch.points_BSFCHW is not None
