@@ -395,7 +395,7 @@ def test_a_run_of_version_0_1_goes_on_unless_it_computed_otherwise(
     with pytest.raises(ValueError, match=r"is of a run with darken=0\.5: resume with the same set"):
         train(replace(settings, darken=0.1), resume=True, device="cpu")
     if ema:
-        said = r"step-000002: is of an earlier version \(its average began with smaller decays\): re"
+        said = r"000002: is of an earlier version \(its average began with smaller decays\): resume"
         with pytest.raises(ValueError, match=said):
             train(settings, resume=True, device="cpu")
     else:

@@ -51,6 +51,7 @@ RECIPES: dict[str, Objective] = {
     "tf": FlowMatching("clean"),
     "df": FlowMatching("noisy"),
     "ode": ODERegression("either"),
+    "df+ode": ODERegression("noisy"),
     "tf+dmd": DMD("clean"),
     "tf+sid": SiD("clean"),
     "tf+gan": GAN("clean"),

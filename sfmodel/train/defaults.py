@@ -51,8 +51,9 @@ def defaults(preset: str = "toy", recipe: str = "tf", variant: str = "paper") ->
         raise ValueError(f"variant={variant!r}: must be one of {', '.join(get_args(Variant))}")
     objective = RECIPES.get(recipe, RECIPES["tf"])
     if preset == "toy":
-        others = _TOY_BY["distillation" if objective.needs_critic else "flow"]
-        return TrainConfig(recipe, **{**_TOY, **_TOY_BY.get(recipe, others)})
+        others = "distillation" if objective.needs_critic else "flow"
+        others = "ode" if objective.needs_trajectories else others
+        return TrainConfig(recipe, **{**_TOY, **_TOY_BY.get(recipe, _TOY_BY[others])})
     official, real = _official(preset), preset
     if (variant, preset) == ("paper", "wan-1.3b") and recipe.endswith("+dmd"):
         real = "wan-14b"  # the public configuration of SiD has 1.3B
