@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sfmodel.config import PRESETS
 from sfmodel.train.config import RECIPES, TrainConfig
 
 WEIGHTS = Path(__file__).parent.parent / "toy" / "weights"
@@ -40,9 +41,10 @@ def defaults(preset: str = "toy", recipe: str = "tf") -> TrainConfig:
     generator: 120 here, and its average begins after 200 of them: 40 here.
     """
     objective = RECIPES.get(recipe, RECIPES["tf"])
+    streamed: dict[str, Any] = {"positions": PRESETS[preset].positions}
     if preset == "toy":
         others = _TOY_BY["distillation" if objective.needs_critic else "flow"]
-        return TrainConfig(recipe, **{**_TOY, **_TOY_BY.get(recipe, others)})
+        return TrainConfig(recipe, **streamed, **{**_TOY, **_TOY_BY.get(recipe, others)})
     folder = Path(f"wan_models/Wan2.1-T2V-{preset.removeprefix('wan-').upper()}")
     official = folder / "diffusion_pytorch_model.safetensors"
     return TrainConfig(
@@ -51,6 +53,8 @@ def defaults(preset: str = "toy", recipe: str = "tf") -> TrainConfig:
         init=Path("checkpoints/ode_init.pt") if objective.needs_critic else official,
         teacher=official if objective.needs_critic or objective.needs_teacher else None,
         data=Path("data"),
+        models=folder.parent,
+        **streamed,
         **_WAN,
         **objective.wan_settings,
     )

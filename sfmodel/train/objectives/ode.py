@@ -30,7 +30,8 @@ class ODERegression(Objective):
         t_BF, x = batch.at_few_steps(batch.points_BSFCHW, clean_too=not layout.teacher_forcing)
         past = clean if layout.teacher_forcing else None
         shared = clean, batch.text_BTE, layout, context.schedule, past
-        return ode_regression_loss(context.models.generator, x, t_BF, *shared)
+        masked = batch.batch.masked
+        return ode_regression_loss(context.models.generator, x, t_BF, *shared, masked=masked)
 
 
 def ode_regression_loss(
@@ -42,10 +43,12 @@ def ode_regression_loss(
     layout: BlockLayout,
     schedule: FlowSchedule,
     context_BFCHW: Tensor | None = None,
+    masked: int = 0,
 ) -> Tensor:
     """Initialisation of a few-step causal model (CausVid, arXiv 2412.07772): the mean
     squared error of x0. x: points of the teacher's deterministic trajectories that end in `clean`,
     each chunk's at its own few-step timestep t. context: what the clean half of a layout with
-    teacher forcing holds."""
+    teacher forcing holds. masked: first frames that the mean leaves out."""
     flow = model(x_BFCHW, t_BF, text_BTE, layout=layout, clean_BFCHW=context_BFCHW)
-    return F.mse_loss(x0_of(x_BFCHW, flow, schedule.sigma(t_BF)), clean_BFCHW.float())
+    x0 = x0_of(x_BFCHW, flow, schedule.sigma(t_BF))
+    return F.mse_loss(x0[:, masked:], clean_BFCHW[:, masked:].float())
