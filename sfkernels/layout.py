@@ -108,10 +108,10 @@ class BlockLayout:
         for b, (size, end) in enumerate(zip(self.chunks, ends, strict=True)):
             own = (end - size, end)
             past = [*self._past(b, own)]
-            clean.append(Row(_scale(own, n), tuple(_scale(s, n) for s in _merge([*past, own]))))
+            clean.append(Row(_scale(own, n), tuple(_scale(s, n) for s in merge([*past, own]))))
             if self.teacher_forcing:
                 shifted = (own[0] + self.frames, own[1] + self.frames)
-                spans = _merge([*past, shifted])
+                spans = merge([*past, shifted])
                 noisy.append(Row(_scale(shifted, n), tuple(_scale(s, n) for s in spans)))
         return (*clean, *noisy)
 
@@ -184,7 +184,7 @@ def transpose(rows: Sequence[Row], keys: int) -> tuple[tuple[Span, tuple[Span, .
     runs: list[tuple[Span, tuple[Span, ...]]] = []
     for lo, hi in pairwise(edges):
         seen = tuple(
-            _merge([row.queries for row in rows if any(a <= lo and hi <= b for a, b in row.keys)])
+            merge([row.queries for row in rows if any(a <= lo and hi <= b for a, b in row.keys)])
         )
         if runs and runs[-1][1] == seen:
             lo = runs.pop()[0][0]
@@ -296,7 +296,7 @@ def _scale(span: Span, factor: int) -> Span:
     return span[0] * factor, span[1] * factor
 
 
-def _merge(spans: Sequence[Span]) -> list[Span]:
+def merge(spans: Sequence[Span]) -> list[Span]:
     """Joins neighbouring spans of a sorted list."""
     merged: list[Span] = []
     for lo, hi in spans:

@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 class Past(NamedTuple):
     """Past of a chunk in a training rollout: the frames before it, and where it lies itself.
 
-    k, v [layers, B, S, heads, head dim]: keys and values of a whole clip, token after token, which
-    take no gradient. spans: the half-open ranges of tokens that are seen. first: the latent frame
-    that the chunk begins with.
+    k, v [layers, B, S, heads, head dim]: keys and values of frames in slots, a frame's tokens one
+    after the other, which take no gradient. spans: the half-open ranges of S that are seen. first:
+    the latent frame that the chunk begins with. slot_F: the slots of its own frames, int64.
     """
 
     k: Tensor
     v: Tensor
     spans: tuple[tuple[int, int], ...]
     first: int
+    slot_F: Tensor
 
 
 class Place(NamedTuple):
@@ -151,9 +152,10 @@ class SelfAttention(nn.Module):
         if past is not None:
             prefix = sf.Prefix(past.k[self.layer], past.v[self.layer], past.spans)
             if context.appended:
-                at = past.first * context.layout.frame_tokens
-                past.k[self.layer, :, at : at + k.shape[1]] = k
-                past.v[self.layer, :, at : at + v.shape[1]] = v
+                by_frame = (-1, context.layout.frame_tokens)
+                for kept, own in ((past.k, k), (past.v, v)):
+                    slots = kept[self.layer].unflatten(1, by_frame)
+                    slots[:, past.slot_F] = own.unflatten(1, by_frame).to(kept.dtype)
         if skip:
             return None
         return sf.block_causal_attention(

@@ -178,11 +178,14 @@ class DiT(nn.Module):
         table = sf.rope_table(chunk.frame_F, grid, head_dim, impl=self.impl)
         sink: tuple[Tensor, ...] = ()
         if tokens := cache.sink_k.shape[2]:
-            # In time alone: each token is moved as a frame of a single one.
-            by_token = chunk.moved.expand(tokens)
-            moved = sf.rope_table(by_token, (1, 1), head_dim, impl=self.impl)
-            sink = moved, chunk.moved.clamp(max=1) * tokens
+            sink = self.moving(chunk.moved, tokens), chunk.moved.clamp(max=1) * tokens
         return Place(chunk, self.ranks.own(table[None])[0] if self.ranks else table, sink)
+
+    def moving(self, moved: Tensor, tokens: int) -> Tensor:
+        """Rotation [tokens, D/2, 2] of keys that move by so many frames, an int32 scalar. In time
+        alone: each token is moved as a frame of a single one."""
+        head_dim = self.config.head_dim
+        return sf.rope_table(moved.expand(tokens), (1, 1), head_dim, impl=self.impl)
 
     def _placed(
         self, cache: sf.RingKVCache, before: int, frames: int, grid: tuple[int, int]

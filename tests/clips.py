@@ -46,6 +46,16 @@ def goes_on_twice(chunk: Any, parts: tuple[Tensor, Tensor, Tensor], apart: float
     return state
 
 
+def last_depends_on(vae: Any, before: int) -> bool:
+    """Whether a latent frame's last pixel frame depends on the latent frame so many before it: NaN
+    spreads to all that is computed from it."""
+    x = torch.zeros(1, before + 2, vae.latent_channels, 1, 1)
+    x[:, 1] = torch.nan  # behind a start, which is decoded otherwise
+    with torch.no_grad():
+        pixels, _ = in_parts(vae.decode_chunk, x, (1,) * x.shape[1])
+    return bool(pixels[:, -1].isnan().any())
+
+
 def assert_same(a: Any, b: Any) -> None:
     # A convolution may sum in another order for another number of frames.
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)

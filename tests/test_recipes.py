@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,17 +122,18 @@ def test_all_parts_of_an_update_exit_at_the_same_step(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make("sf+dmd", micro_batch=1, critic_warmup=0, critic_steps=2)
-    exits: list[int] = []
+    exits: list[Sequence[int]] = []
 
     class Watched(Rollout):
         def __init__(self, *arguments: Any, **more: Any) -> None:
             super().__init__(*arguments, **more)
-            exits.append(self.exit_step)
+            exits.append(self.exit_steps)
 
     monkeypatch.setattr(objectives, "Rollout", Watched)
     for _ in range(4):
         run.train_step()
     assert len(exits) == 4 * 3 * 4
+    assert all(len({*steps}) == 1 for steps in exits)
     groups = [{*exits[i : i + 4]} for i in range(0, len(exits), 4)]
     assert all(len(group) == 1 for group in groups) and len(set.union(*groups)) > 2
 
@@ -243,7 +244,7 @@ def test_rollouts_have_the_layout_of_the_update(
         def __init__(self, *arguments: Any, **more: Any) -> None:
             super().__init__(*arguments, **more)
             made.append(self)
-            noisy.append(more["context_noise_BFCHW"] is not None)
+            noisy.append(self.renoise_context)
 
     noisy: list[bool] = []
     monkeypatch.setattr(objectives, "Rollout", Watched)

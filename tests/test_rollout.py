@@ -19,7 +19,7 @@ from sfkernels import BlockLayout
 from sfmodel.config import DiTConfig
 from sfmodel.dit import DiT
 from sfmodel.schedule import FlowSchedule, add_noise, few_step
-from sfmodel.train.rollout import Rollout
+from sfmodel.train.rollout import ChunkNoise, Rollout
 
 CONFIG = DiTConfig(
     dim=32, ffn_dim=48, heads=2, layers=2, channels=4, patch=(1, 2, 2), freq_dim=16, text_dim=8,
@@ -51,16 +51,20 @@ def rollout(
 ) -> Generated:
     """With the same noise whatever the exit step."""
     generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(batch, layout.frames, *shape, generator=generator)
-
-    noise, renoise, context = draw(4, 4, 6), draw(3, 4, 4, 6), draw(4, 4, 6)
-    if more.pop("noisy", False):
-        more["context_noise_BFCHW"] = context
+    noise, renoise, context = (
+        torch.randn(batch, layout.frames, *shape, generator=generator)
+        for shape in ((4, 4, 6), (3, 4, 4, 6), (4, 4, 6))
+    )
     text = torch.randn(batch, 3, 8, generator=generator)
-    tensors = noise, renoise, text
-    return Generated(model, layout, FlowSchedule(), STEPS, exit_step, *tensors, **more)
+    exits = (exit_step,) * len(layout.chunks)
+    draws = drawn(noise, renoise, context)
+    return Generated(model, layout, FlowSchedule(), STEPS, exits, draws, text, **more)
+
+
+def drawn(noise: Tensor, renoise_BFSCHW: Tensor, context: Tensor) -> ChunkNoise:
+    """Noise that lies in tensors."""
+    whole = [noise, *renoise_BFSCHW.unbind(2), context]
+    return lambda frames, i: whole[i][:, frames].contiguous()
 
 
 @pytest.mark.parametrize("chunks", [(3, 3, 3, 3), (1, 2, 2, 2), (1,) * 6])
@@ -143,7 +147,7 @@ def test_the_gradient_is_that_of_the_exit_steps(
     model: DiT, chunks: tuple[int, ...], options: dict[str, Any], exit_step: int
 ) -> None:
     """Against autograd through all chunks at once, where the past is detached."""
-    got = rollout(model, BlockLayout(chunks, TOKENS, **options), exit_step, noisy=True)
+    got = rollout(model, BlockLayout(chunks, TOKENS, **options), exit_step, renoise_context=True)
     generator = torch.Generator().manual_seed(1)
     shape = got.video.shape
     for draw in (shape, (*shape[:2], 3, *shape[2:])):
@@ -237,10 +241,11 @@ class _Token:
 
 def test_what_does_not_fit(model: DiT) -> None:
     layout = BlockLayout((2, 2), TOKENS)
-    with pytest.raises(ValueError, match="exit_step=4: must be from 0 to 3"):
+    with pytest.raises(ValueError, match=r"exit_steps=\(4, 4\): must be from 0 to 3, one of each"):
         rollout(model, layout, 4)
     with pytest.raises(ValueError, match="teacher_forcing=True"):
         rollout(model, replace(layout, teacher_forcing=True))
-    with pytest.raises(ValueError, match=r"renoise has shape .* must be \[1, 4, 3, 4, 4, 6\]"):
-        Rollout(model, layout, FlowSchedule(), STEPS, 0, torch.zeros(1, 4, 4, 4, 6),
-                torch.zeros(1, 4, 2, 4, 4, 6), torch.zeros(1, 1, 8))  # fmt: skip
+    with pytest.raises(ValueError, match="positions='rolling': must be 'absolute' or 'relative'"):
+        rollout(model, layout, positions="rolling")
+    with pytest.raises(ValueError, match="still has 1 latent frames: must have 2, as the first"):
+        rollout(model, layout, still_BFCHW=torch.zeros(2, 1, 4, 4, 6))

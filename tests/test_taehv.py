@@ -15,7 +15,7 @@ from torch import Tensor
 from sfmodel.vae.codec import CausalState
 from sfmodel.vae.taehv import TinyVAE
 from tests import clips
-from tests.clips import assert_same, goes_on_twice, in_parts
+from tests.clips import assert_same, goes_on_twice, in_parts, last_depends_on
 from tests.parity.__main__ import drawn_weights
 
 RECORDED = Path(__file__).parent / "parity" / "taehv_seed0"
@@ -99,6 +99,11 @@ def test_a_clip_goes_on_from_a_state_more_than_once(
 ) -> None:
     goes_on_twice(vae.decode_chunk, latents.split(2, 1), apart=0.1)
     goes_on_twice(vae.encode_chunk, pixels.split(8, 1), apart=0.1)
+
+
+def test_how_far_back_a_frame_looks(vae: TinyVAE) -> None:
+    assert vae.past_frames == 7
+    assert last_depends_on(vae, 7) and not last_depends_on(vae, 8)
 
 
 def test_a_state_holds_its_frames_alone(vae: TinyVAE, latents: Tensor, pixels: Tensor) -> None:

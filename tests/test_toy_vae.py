@@ -12,6 +12,7 @@ from torch import Tensor
 from sfmodel.toy import vae as toy_vae
 from sfmodel.toy import world
 from sfmodel.toy.vae import DecoderState, EncoderState, ToyVAE
+from tests.clips import last_depends_on
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,11 @@ def test_the_future_does_not_change_the_past(vae: ToyVAE, sample: world.Sample) 
     torch.testing.assert_close(decoded[:, :13], changed[:, :13], rtol=0, atol=1e-5)
     assert (latents[:, 4] - changed_latents[:, 4]).abs().max() > 1
     assert (decoded[:, 13] - changed[:, 13]).abs().max() > 0.1
+
+
+def test_how_far_back_a_frame_looks(vae: ToyVAE) -> None:
+    assert vae.past_frames == 1
+    assert last_depends_on(vae, 1) and not last_depends_on(vae, 2)
 
 
 def test_latents_are_block_means_and_their_motion(vae: ToyVAE) -> None:

@@ -18,7 +18,7 @@ from sfmodel.vae.convolution import channels_last, conv3d
 from sfmodel.vae.wan import CausalConv3d, WanVAE, takes
 from sfmodel.weights import names
 from tests import clips
-from tests.clips import assert_same, goes_on_twice, in_parts
+from tests.clips import assert_same, goes_on_twice, in_parts, last_depends_on
 from tests.oracle import DEVICE
 
 RECORDED = Path(__file__).parent / "parity" / "vae_d8"
@@ -93,6 +93,11 @@ def test_a_clip_goes_on_from_a_state_more_than_once(
     ):
         for frames in goes_on_twice(chunk, parts, apart=0.01).before:
             assert frames.untyped_storage().nbytes() == frames.nbytes
+
+
+def test_how_far_back_a_frame_looks(vae: WanVAE) -> None:
+    assert vae.past_frames == 37
+    assert last_depends_on(vae, 37) and not last_depends_on(vae, 38)
 
 
 # Wider than what a tile's pixels depend on. The outermost latents count for little, so in float64.

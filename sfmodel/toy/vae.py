@@ -63,6 +63,7 @@ class ToyVAE(nn.Module):
     latent_channels = 4
     spatial_factor = 8
     temporal_factor = 4
+    past_frames = 1
     mean_C11: Tensor
     std_C11: Tensor
 

@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from sfmodel.train.data import Source
     from sfmodel.train.models import Models
     from sfmodel.train.trajectories import Trajectories
+    from sfmodel.vae.codec import VideoCodec
 
 
 class TrainContext(NamedTuple):
     """Everything that does not change between updates. negative: the prompt that guidance leads
     away from. dark: latents of the toy world without light. schedule: of the generator;
-    score_schedule: the table of σ that scores of generated videos have."""
+    score_schedule: the table of σ that scores of generated videos have. codec: where rollouts are
+    longer than clips."""
 
     config: TrainConfig
     models: Models
@@ -42,6 +44,7 @@ class TrainContext(NamedTuple):
     device: torch.device
     schedule: FlowSchedule
     score_schedule: FlowSchedule
+    codec: VideoCodec | None = None
 
 
 class Draw(NamedTuple):
@@ -77,7 +80,8 @@ def seed_of(*what: object) -> int:
 @dataclass(frozen=True)
 class Batch:
     """One update's global batch, the same on all ranks: its seed, the sizes of its clips in latent
-    frames, and the index of the few step at which rollouts exit."""
+    frames, the index of the few step at which rollouts exit (None: each chunk at its own), and
+    their latent frames, of which the last are judged as a clip."""
 
     context: TrainContext
     step: int
@@ -85,7 +89,8 @@ class Batch:
     frames: int
     chunk: int
     window: int
-    exit_step: int
+    exit_step: int | None
+    rollout: int
 
     @classmethod
     def draw(cls, context: TrainContext, step: int, name: str) -> Batch:
@@ -99,8 +104,14 @@ class Batch:
             return options[int(torch.randint(len(options), (), generator=generator))]
 
         frames, chunk, window = map(choose, (config.frames, config.chunks, config.windows))
-        exit_step = choose(range(len(config.model.steps)))
-        return cls(context, step, seed, frames, chunk, window, exit_step)
+        steps = range(len(config.model.steps))
+        exit_step: int | None = choose(steps[-1:] if config.last_step_only else steps)
+        if not (config.same_step_across_blocks or config.last_step_only):
+            exit_step = None
+        rollout = choose(config.rollouts or (frames,))
+        if config.judged == "random":  # what comes after the window would change nothing in it
+            rollout = choose(range(frames, rollout + 1, chunk))
+        return cls(context, step, seed, frames, chunk, window, exit_step, rollout)
 
     @property
     def clips(self) -> int:
@@ -112,6 +123,26 @@ class Batch:
         forcing = config.objective.teacher_forcing(self.step)
         return config.layout(self.frames, self.chunk, self.window, forcing)
 
+    @functools.cached_property
+    def rollout_layout(self) -> BlockLayout:
+        return self.context.config.layout(self.rollout, self.chunk, self.window)
+
+    @functools.cached_property
+    def exit_steps(self) -> tuple[int, ...]:
+        """The index of the few step at which each chunk of a rollout exits."""
+        chunks, steps = len(self.rollout_layout.chunks), len(self.context.config.model.steps)
+        if self.exit_step is not None:
+            return (self.exit_step,) * chunks
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "exit steps"))
+        return tuple(torch.randint(steps, (chunks,), generator=generator).tolist())
+
+    @property
+    def masked(self) -> int:
+        """First latent frames of the videos that take no loss: those of the first chunk, where it
+        is given or stands for what came before."""
+        masked = self.context.config.image or self.rollout > self.frames
+        return self.layout.chunks[0] if masked else 0
+
     def load(self, samples: range) -> MicroBatch:
         """Some of the batch's samples, with their data."""
         context, objective = self.context, self.context.config.objective
@@ -122,7 +153,8 @@ class Batch:
         else:
             rows, seed = slice(samples.start, samples.stop), seed_of(self.seed, "data")
             sizes = self.clips, self.frames, rows
-            clips, text, _ = context.source.draw(seed, *sizes, latents=objective.needs_clips)
+            latents = context.config.needs_clips
+            clips, text, _ = context.source.draw(seed, *sizes, latents=latents)
         clips, points = (x if x is None else x.to(context.device) for x in (clips, points))
         return MicroBatch(context, self, draw, text.to(context.device), clips, points)
 
@@ -145,10 +177,20 @@ class MicroBatch(NamedTuple):
         return self.clips_BFCHW
 
     def noise(self, name: str, *several: int) -> Tensor:
-        """Normal numbers of the latents' shape, [B, *several, F, C, H, W]."""
+        """Normal numbers of the clips' shape, [B, *several, F, C, H, W]."""
+        return self.draw.normal(name, *several, self.batch.frames, *self._latent)
+
+    def chunk_noise(self, frames: slice, i: int) -> Tensor:
+        """Normal numbers of a chunk of a rollout, as `rollout.ChunkNoise`. Drawn as they are
+        needed: those of a long rollout take no memory."""
+        size = frames.stop - frames.start
+        return self.draw.normal(f"rollout {frames.start} {i}", size, *self._latent)
+
+    @property
+    def _latent(self) -> tuple[int, int, int]:
+        """[C, H, W]."""
         preset = self.context.config.model
-        shape = self.batch.frames, preset.dit.channels, preset.height, preset.width
-        return self.draw.normal(name, *several, *shape)
+        return preset.dit.channels, preset.height, preset.width
 
     def flow_weight(self, t: Tensor) -> Tensor:
         """Weight of the squared error of the flow at timesteps t, of the same shape."""
@@ -163,12 +205,14 @@ class MicroBatch(NamedTuple):
         return value_BK.repeat_interleave(sizes, 1)
 
     def at_few_steps(self, points_BSFCHW: Tensor, clean_too: bool = False) -> tuple[Tensor, Tensor]:
-        """t [B, F] of one of the few steps, drawn for each chunk, and the points there. clean_too:
-        or t = 0, with the points after those of the steps."""
+        """t [B, F] of one of the few steps, drawn for each chunk, and the points [B, S + 1, F, C,
+        H, W] there, of which the last are clean. clean_too: or t = 0, where a chunk that is given
+        stands."""
         steps = self.context.config.model.steps
         t_S = torch.cat([self.context.schedule.warp(steps), torch.zeros(1)])
         levels = len(steps) + clean_too
         k_BK = (self.draw.uniform("step", len(self.batch.layout.chunks)) * levels).long()
         k_BF = self.by_frame(k_BK)
+        k_BF[:, : self.batch.masked] = len(steps)
         at = k_BF[:, None, :, None, None, None].expand(-1, 1, *points_BSFCHW.shape[2:])
         return t_S.to(k_BF.device)[k_BF], points_BSFCHW.gather(1, at)[:, 0]

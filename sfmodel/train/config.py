@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from sfmodel.weights import checkpoint
 _RANGES: dict[tuple[float, float], tuple[str, ...]] = {
     (1, math.inf): (
         "frames", "chunks", "windows", "steps", "batch", "log_every", "save_every", "pairs",
-        "teacher_steps", "critic_steps", "gradient_frames",
+        "teacher_steps", "critic_steps", "gradient_frames", "first", "rollouts",
     ),
     (0, math.inf): (
         "sink", "micro_batch", "warmup", "ema_start", "critic_warmup", "shard", "sample_every",
@@ -81,9 +81,11 @@ class TrainConfig:
     # clips
     frames: tuple[int, ...] = (21,)  # latent frames of a clip
     chunks: tuple[int, ...] = (3,)  # latent frames generated at a time
+    first: int | None = None  # of the first chunk, 1 if it is a still; None: the preset's
     windows: tuple[int, ...] = (21,)  # latent frames that a chunk sees, its own included
     sink: int = 0  # first latent frames that are always seen
     hide_first: bool = False  # the last chunk does not see the first (paper, section 3.4)
+    image: bool = False  # the first latent frame is a clip's own, clean, and takes no loss
     drop_text: float = 0.1  # share of clips of the toy world without a prompt
     drop_word: float = 0.15  # share of a prompt's words left out in the toy world
 
@@ -125,6 +127,12 @@ class TrainConfig:
     ts_schedule_max: bool = False  # SF: up to the noise level of the exit step
     score_shift: float | None = None  # of the table that scores' σ are from; None: the preset's
     sid_alpha: float = 1.0  # α of SiD
+    rollouts: tuple[int, ...] = ()  # SF: latent frames to generate, of which `frames` are judged
+    judged: Literal["last", "random"] = "last"  # SF: the last, or those from a random chunk on
+    models: Path | None = None  # folder with the video VAE that rollouts longer than a clip need
+    positions: Literal["absolute", "relative"] = "absolute"  # SF: the sink moves with the window
+    same_step_across_blocks: bool = True  # SF: all chunks exit at one step, or each at its own
+    last_step_only: bool = False  # SF: no exits before the last step
     gradient_frames: int | None = None  # SF: only the last latent frames take a gradient; None: all
     renoise_context: bool = True  # SF: clean context is noised at the schedule's smallest σ
     gan_penalty: float = 30.0  # λ of R1 and R2, whose mean counts
@@ -187,8 +195,37 @@ class TrainConfig:
             )
         if self.objective.context == "whole" and self.hide_first:
             raise ValueError("hide_first: a bidirectional model has no first chunk")
+        if self.rollouts and self.objective.context != "own":
+            raise ValueError(f"rollouts={self.rollouts}: recipe={self.recipe!r} rolls nothing out")
+        if self.image and self.objective.context == "whole":
+            raise ValueError("image: a bidirectional model has no first chunk")
         for frames, chunk, window in itertools.product(self.frames, self.chunks, self.windows):
-            self.layout(frames, chunk, window)
+            self._check_sizes(self.layout(frames, chunk, window), chunk)
+
+    def _check_sizes(self, clip: BlockLayout, chunk: int) -> None:
+        """Raises ValueError where the clips of an update are too short for what it does."""
+        frames, (first, *others) = clip.frames, clip.chunks
+        for rollout in self.rollouts:
+            if rollout < frames or (rollout - frames) % chunk:
+                raise ValueError(
+                    f"rollouts={self.rollouts}: each must be the {frames} latent frames of a clip "
+                    f"and a multiple of the chunk size {chunk} more"
+                )
+        if self.image and first != 1:
+            raise ValueError(
+                f"image: is a first chunk of 1 latent frame, not of {first}: set first=1"
+            )
+        if not others and (self.image or max(self.rollouts, default=0) > frames):
+            raise ValueError(
+                f"frames={self.frames}: must be more than the {first} of the first chunk, which "
+                "takes no loss with image or longer rollouts"
+            )
+        least = clip.chunks[-1]
+        if self.objective.context == "own" and (self.gradient_frames or least) < least:
+            raise ValueError(
+                f"gradient_frames={self.gradient_frames}: must be at least the {least} latent "
+                "frames of a chunk"
+            )
 
     def check_files(self) -> None:
         """Raises ValueError or OSError for weights that are missing or not of these models, and for
@@ -216,7 +253,12 @@ class TrainConfig:
 
     @property
     def model(self) -> Preset:
-        return PRESETS[self.preset]
+        preset = PRESETS[self.preset]
+        return preset if self.first is None else replace(preset, first=self.first)
+
+    @property
+    def needs_clips(self) -> bool:
+        return self.objective.needs_clips or (self.image and self.objective.context == "own")
 
     def layout(
         self, frames: int, chunk: int, window: int, teacher_forcing: bool = False

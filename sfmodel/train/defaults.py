@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from sfmodel.config import PRESETS
 from sfmodel.train.config import RECIPES, TrainConfig
 
 WEIGHTS = Path(__file__).parent.parent / "toy" / "weights"
+WAN_MODELS = Path("wan_models")  # where the public code looks for weights
 
 # A clip of 7 latent frames is 25 pixel frames, in which a fast ball crosses most of the box.
 _SHORT = {"frames": (7,), "chunks": (1, 3), "windows": (7,)}
@@ -50,10 +52,12 @@ def defaults(preset: str = "toy", recipe: str = "tf", variant: str = "paper") ->
     if variant not in get_args(Variant):
         raise ValueError(f"variant={variant!r}: must be one of {', '.join(get_args(Variant))}")
     objective = RECIPES.get(recipe, RECIPES["tf"])
+    streamed: dict[str, Any] = {"positions": PRESETS[preset].positions}
     if preset == "toy":
         others = "distillation" if objective.needs_critic else "flow"
         others = "ode" if objective.needs_trajectories else others
-        return TrainConfig(recipe, **{**_TOY, **_TOY_BY.get(recipe, _TOY_BY[others])})
+        own = _TOY_BY.get(recipe, _TOY_BY[others])
+        return TrainConfig(recipe, **streamed, **{**_TOY, **own})
     official, real = _official(preset), preset
     if (variant, preset) == ("paper", "wan-1.3b") and recipe.endswith("+dmd"):
         real = "wan-14b"  # the public configuration of SiD has 1.3B
@@ -65,11 +69,13 @@ def defaults(preset: str = "toy", recipe: str = "tf", variant: str = "paper") ->
         teacher_preset=None if real == preset else real,
         critic=None if real == preset else official,
         data=Path("data"),
+        models=WAN_MODELS,
+        **streamed,
         **{**_WAN, **_WAN_BY[variant], **objective.wan_settings},
     )
 
 
 def _official(preset: str) -> Path:
-    """The published weights of a preset, where the public code looks for them."""
+    """The published weights of a preset."""
     folder = f"Wan2.1-T2V-{preset.removeprefix('wan-').upper()}"
-    return Path("wan_models", folder, "diffusion_pytorch_model.safetensors")
+    return WAN_MODELS / folder / "diffusion_pytorch_model.safetensors"

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
+from sfmodel.pretrained import load_codec
 from sfmodel.process import noting
 from sfmodel.ranges import phase
 from sfmodel.ranks import Ranks, started
@@ -34,15 +35,16 @@ from sfmodel.train.learner import Learner
 from sfmodel.train.models import Models, load
 from sfmodel.train.report import Record, Report, means
 from sfmodel.train.trajectories import Trajectories, solve
+from sfmodel.vae.codec import VideoCodec
 from sfmodel.weights import checkpoint
 
 
 class Run:
     """A run's models, optimisers and folder.
 
-    source, models: ready ones, in place of those that config's files and seed give. Models lie on
-    the device, on several ranks as `parallel.place` leaves them, and are trained in place. Raises
-    ValueError for settings, weights or data that do not fit together."""
+    source, models, vae: ready ones, in place of those that config's files and seed give. Models
+    lie on the device, on several ranks as `parallel.place` leaves them, and are trained in place.
+    Raises ValueError for settings, weights or data that do not fit together."""
 
     def __init__(
         self,
@@ -51,6 +53,7 @@ class Run:
         *,
         source: Source | None = None,
         models: Models | None = None,
+        vae: VideoCodec | None = None,
     ) -> None:
         self.config, self.ranks, self.preset = config, ranks, config.model
         self.objective = config.objective
@@ -67,12 +70,15 @@ class Run:
             config.data, self.preset, max(config.frames), ToyVAE() if toy else None, self.text,
             config.drop_word, config.drop_text,
         )  # fmt: skip
-        if self.objective.needs_clips and not self.source.has_latents:
+        if config.needs_clips and not self.source.has_latents:
             raise ValueError(
                 f"recipe={config.recipe!r} learns from clips: {config.data} holds prompts alone"
             )
         if config.darken and self.codec is None:
             raise ValueError(f"darken={config.darken}: only the toy world has a light")
+        vae = vae or self.codec
+        if vae is None and max(config.rollouts, default=0) > min(config.frames):
+            vae = load_codec(config.preset, ranks.device, "wan", config.models)
         negative_1TE, dark_CHW = self._negative(), self._dark()
         self.models = models or Models.load(config, ranks)
         self.models.check(config)
@@ -87,7 +93,7 @@ class Run:
         self.context = TrainContext(
             config, self.models, self.source, trajectories, negative_1TE, dark_CHW, ranks.device,
             FlowSchedule(self.preset.shift),
-            FlowSchedule(config.score_shift or self.preset.shift),
+            FlowSchedule(config.score_shift or self.preset.shift), vae,
         )  # fmt: skip
         self.step = 0
         self.seconds = 0.0

@@ -16,7 +16,7 @@ from sfmodel.extras import needed
 from sfmodel.files import atomic, cannot_write
 from sfmodel.stream import Stream
 from sfmodel.train import parallel
-from sfmodel.train.data import skipped_report
+from sfmodel.train.data import Clips, skipped_report
 
 with needed():
     from rich.console import Console
@@ -135,14 +135,20 @@ class Report:
         model = DiT(run.preset.dit, config.impl, config.attention_impl)
         model.load_state_dict(state)
         preset = replace(
-            run.preset, chunk=config.chunks[-1], window=max(config.windows), sink=config.sink
-        )
-        text = run.text(PROMPTS, run.ranks.device)
+            run.preset, chunk=config.chunks[-1], window=max(config.windows), sink=config.sink,
+            positions=config.positions,
+        )  # fmt: skip
+        clips = Clips(None, run.text(PROMPTS, run.ranks.device), [*PROMPTS])
+        if config.image:
+            clips = run.source.draw(config.seed, len(PROMPTS), max(config.frames))
         model = model.to(run.ranks.device).eval()
-        frames = 1 + run.codec.temporal_factor * (2 * max(config.frames) - 1)
+        text = clips.text_BTE.to(run.ranks.device)
         made = Stream(model, run.codec, text, preset, seed=config.seed, batch=len(PROMPTS))
-        videos = torch.cat([*made.video(frames)], 1)
-        labels = [prompt or "(no prompt)" for prompt in PROMPTS]
+        if clips.latents_BFCHW is not None:
+            made.give(clips.latents_BFCHW[:, :1].to(run.ranks.device))
+        latents = max(2 * max(config.frames), *config.rollouts, 1)
+        videos = torch.cat([*made.video(1 + run.codec.temporal_factor * (latents - 1))], 1)
+        labels = [prompt or "(no prompt)" for prompt in clips.sentences]
         from sfmodel.video import contact_sheet_of_rows  # needs PyAV
 
         contact_sheet_of_rows(videos, path, labels, f"{config.recipe}, update {run.step}")

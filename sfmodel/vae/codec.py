@@ -32,7 +32,10 @@ class VideoDecoder(Protocol):
 
 
 class VideoCodec(VideoDecoder, Protocol):
-    """Decoder and encoder of clips. Its tensors are where its parameters are."""
+    """Decoder and encoder of clips. Its tensors are where its parameters are. past_frames: latent
+    frames before its own that a latent frame's last pixel frame depends on."""
+
+    past_frames: int
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 

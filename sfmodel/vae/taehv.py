@@ -39,6 +39,8 @@ class TinyVAE(nn.Module):
     latent_channels = 16
     spatial_factor = 8
     temporal_factor = 4
+    # Six memory blocks before time first doubles, and half of three rounded down behind it.
+    past_frames = 7
 
     def __init__(self) -> None:
         super().__init__()

@@ -288,6 +288,14 @@ class Decoder(Coder):
             reach += 2 * (config.blocks + 1) + (level + 1 < len(widths))
             reach = reach if level + 1 == len(widths) else -(-reach // 2)
         self.reach = reach
+        # Latent frames before its own that the last pixel frame of one depends on, from the head
+        # back: two for each convolution over time, of which two are one where time has doubled.
+        past = CONTEXT_FRAMES
+        for level in reversed(range(len(widths))):
+            past += 2 * (config.blocks + 1) * CONTEXT_FRAMES
+            if level and config.halves_time[-level]:
+                past = past // 2 + CONTEXT_FRAMES
+        self.past_frames = past + 5 * CONTEXT_FRAMES
 
     def forward(self, z_BTHWC: Tensor, cache: FrameCache, tile: int | None) -> Tensor:
         pending = _run(self.middle, PendingResidual(self.conv1(cache.prepend(z_BTHWC))), cache)
@@ -353,6 +361,7 @@ class WanVAE(nn.Module):
             raise ValueError(f"tile={tile}: must be at least 1 latent, or None for whole frames")
         self.latent_channels, self.tile = config.channels, tile
         self.encoder, self.decoder = Encoder(config, impl), Decoder(config, impl)
+        self.past_frames = self.decoder.past_frames
         self.conv1 = CausalConv3d(2 * config.channels, 2 * config.channels, 1, 1)
         self.conv2 = CausalConv3d(config.channels, config.channels, 1, 1)
         for module in self.modules():

@@ -146,17 +146,18 @@ def roll(case: Case, tensors: Tensors, model: DiT, text: Tensor) -> Tensor:
 def self_force(case: Case, tensors: Tensors, model: DiT, text: Tensor) -> Tensor:
     """The video; leaves the gradients of sum(video · upstream) in the parameters."""
     noise = tensors["noise"]
+    draws = [noise, *tensors["renoise"].unbind(2), tensors["context_noise"]]
+    layout = layout_of(case, noise, model)
     model.zero_grad()
     rollout = Rollout(
         model,
-        layout_of(case, noise, model),
+        layout,
         FlowSchedule(),
         STEPS,
-        case.options["exit"],
-        noise,
-        tensors["renoise"],
+        (case.options["exit"],) * len(layout.chunks),
+        lambda frames, i: draws[i][:, frames].contiguous(),
         text[: len(noise)],
-        context_noise_BFCHW=tensors["context_noise"],
+        renoise_context=True,
     )
     video = rollout.generate()
     rollout.backward(tensors["upstream"])

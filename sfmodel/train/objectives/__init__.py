@@ -15,7 +15,7 @@ from torch import Tensor
 from sfmodel.ranges import phase
 from sfmodel.schedule import TRAIN_STEPS, FlowSchedule, add_noise, x0_of
 from sfmodel.train.batch import Batch, MicroBatch
-from sfmodel.train.rollout import Rollout
+from sfmodel.train.rollout import Rollout, as_still
 
 Context = Literal["whole", "clean", "noisy", "either", "own"]
 LOWEST, HIGHEST = 20, 980  # timesteps at which generated videos are scored
@@ -77,36 +77,60 @@ class Distillation(Objective):
 
     def learn_critic(self, batch: MicroBatch, share: float) -> float:
         with phase("rollout"), torch.no_grad():
-            video, _ = self.generate(batch)
+            video, _ = self.generate(batch, gradient=False)
         with phase("forward"):
             loss = self.critic_loss(batch, video)
         with phase("backward"):
             (share * loss).backward()
         return loss.item()
 
-    def generate(self, batch: MicroBatch) -> tuple[Tensor, Callable[[Tensor], None]]:
+    def generate(
+        self, batch: MicroBatch, gradient: bool = True
+    ) -> tuple[Tensor, Callable[[Tensor], None]]:
         """Videos [B, F, C, H, W] of the generator, and what takes the gradient of a loss with
         respect to them back through it: on its own context a rollout, on real ones one pass in
-        which each chunk stands at one of the few steps."""
-        context, layout = batch.context, batch.batch.layout
-        model, config, schedule = context.models.generator, context.config, context.schedule
-        noise, steps = batch.noise("noise"), config.model.steps
+        which each chunk stands at one of the few steps. gradient: whether that is to come."""
         if self.context == "own":
-            renoise = batch.noise("renoise", len(steps) - 1).transpose(1, 2)
-            rollout = Rollout(
-                model, layout, schedule, steps, batch.batch.exit_step, noise, renoise,
-                batch.text_BTE, gradient_frames=config.gradient_frames, context_noise_BFCHW=(
-                    batch.noise("context noise") if config.renoise_context else None),
-            )  # fmt: skip
-            return rollout.generate(), rollout.backward
-        clean = batch.clean_BFCHW
-        sigmas = schedule.sigma(schedule.warp(steps).to(noise))
-        points = [add_noise(clean, noise, sigma) for sigma in sigmas]
+            return self._rolled_out(batch, gradient)
+        context, layout, given = batch.context, batch.batch.layout, batch.batch.masked
+        config, schedule, clean = context.config, context.schedule, batch.clean_BFCHW
+        noise = batch.noise("noise")
+        sigmas = schedule.sigma(schedule.warp(config.model.steps).to(noise))
+        points = [*(add_noise(clean, noise, sigma) for sigma in sigmas), clean]
         t_BF, x = batch.at_few_steps(torch.stack(points, 1))
         past = clean if layout.teacher_forcing else None
+        model = context.models.generator
         flow = model(x, t_BF, batch.text_BTE, layout=layout, clean_BFCHW=past)
         x0 = x0_of(x, flow, schedule.sigma(t_BF))
+        x0 = torch.cat([clean[:, :given], x0[:, given:]], 1)
         return x0, x0.backward
+
+    def _rolled_out(
+        self, batch: MicroBatch, gradient: bool
+    ) -> tuple[Tensor, Callable[[Tensor], None]]:
+        """As `generate`, the last frames of rollouts. Where they are longer than a clip, the first
+        of these stands for all before it: as the still that a clip begins with, decoded and encoded
+        again, and without a loss in its chunk, as the public Self Forcing has it."""
+        context, update = batch.context, batch.batch
+        config, codec, frames = context.config, context.codec, update.frames
+        longer, learned = update.rollout > frames, frames - update.masked
+        if config.gradient_frames is not None:
+            learned = min(learned, config.gradient_frames)
+        shown = frames
+        if longer:
+            assert codec is not None
+            shown = min(update.rollout, frames + codec.past_frames)
+        rollout = Rollout(
+            context.models.generator, update.rollout_layout, context.schedule, config.model.steps,
+            update.exit_steps, batch.chunk_noise, batch.text_BTE, config.renoise_context,
+            config.positions, batch.clean_BFCHW[:, :1] if config.image else None, shown,
+            learned if gradient else 0,
+        )  # fmt: skip
+        video = rollout.generate()
+        if codec is not None and longer:
+            still = as_still(codec, video[:, : 1 - frames])
+            video = torch.cat([still, video[:, 1 - frames :]], 1)
+        return video, rollout.backward
 
     def timesteps(self, batch: MicroBatch) -> Tensor:
         """Timesteps [B] at which a micro-batch's videos are scored."""

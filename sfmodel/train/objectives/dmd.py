@@ -34,7 +34,7 @@ class DMD(Distillation):
         self.needs_clips = context != "own"
 
     def generator_loss(self, batch: MicroBatch, video_BFCHW: Tensor) -> Tensor:
-        return dmd_loss(video_BFCHW, self.score(batch))
+        return dmd_loss(video_BFCHW, self.score(batch), batch.batch.masked)
 
     def critic_loss(self, batch: MicroBatch, video_BFCHW: Tensor) -> Tensor:
         context, t_B = batch.context, self.timesteps(batch)
@@ -63,13 +63,14 @@ class DMD(Distillation):
         )
 
 
-def dmd_loss(x_BFCHW: Tensor, score: Score) -> Tensor:
+def dmd_loss(x_BFCHW: Tensor, score: Score, masked: int = 0) -> Tensor:
     """Distribution matching (DMD2, arXiv 2405.14867): ½·mean(x − stopgrad(x − g))² in float64,
     whose gradient with respect to the generated videos x is g / x.numel(), where g is
-    `sfkernels.dmd_gradient` of what the real and the fake score make of x after noising."""
+    `sfkernels.dmd_gradient` of what the real and the fake score make of x after noising. masked:
+    first frames that the mean leaves out."""
     with torch.no_grad():
         target = x_BFCHW.double() - dmd_gradient(x_BFCHW, *score(x_BFCHW)).double()
-    return 0.5 * F.mse_loss(x_BFCHW.double(), target)
+    return 0.5 * F.mse_loss(x_BFCHW[:, masked:].double(), target[:, masked:])
 
 
 def critic_loss(
