@@ -76,7 +76,7 @@ class Rollout:
     @torch.no_grad()
     def generate(self) -> Tensor:
         """The video [B, F, C, H, W] in float32. Keeps what `backward` needs: the keys and values of
-        the clip, and the input of each chunk's exit step."""
+        all chunks but the last, and the input of each chunk's exit step."""
         model, clean = self.model, torch.zeros((), device=self.model.device)
         self.k, self.v = self._new_cache()
         self.keys = model.text_keys(self.text_BTE)
@@ -91,6 +91,8 @@ class Rollout:
             self.exit_inputs.append(x)
             x0 = self._x0(i)
             video.append(x0)
+            if i == len(self.chunks) - 1:
+                break  # no chunk sees the last one
             if self.context_noise_BFCHW is not None:
                 noise = self.context_noise_BFCHW[:, chunk].float()
                 x0 = add_noise(x0, noise, self.schedule.sigma(clean))
