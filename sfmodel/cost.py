@@ -1,5 +1,5 @@
-"""FLOPs, bytes, floors and memory of streams and of training at any resolution, window, chunk and
-number of steps, from arithmetic alone. `python -m bench predict` shows it.
+"""FLOPs, bytes, floors and memory of streams, and memory of training, at any resolution, window,
+chunk and number of steps, from arithmetic alone. `python -m bench predict` shows it.
 
 "Floor" is FLOPs over the attainable rate of matrix products or bytes over that of a copy, whichever
 takes longer, summed over the components: no launch gaps, no exponentials, no decoder's bytes.
@@ -360,45 +360,6 @@ def multi_gpu(
                 }
             )
     return sorted(rows, key=lambda row: (row["gpus"], row["own_decoder"]))
-
-
-# --- Training
-
-
-def training_flops(
-    preset: Preset, real_score: DiTConfig | None = None, exit_step: float | None = None
-) -> dict[str, float]:
-    """FLOPs of one iteration, batch 1, on a clip of 21 frames (or the whole chunks in it), with
-    full checkpointing: forward, recompute, and a backward of twice the linears' FLOPs and 2.5
-    times the attention's. Self Forcing (arXiv 2506.08009): `exit_step` steps without gradient (the
-    mean of 0 … steps − 1 if None), the exit step, and the cache's pass without gradient. The
-    generator's loss takes two passes of the real score (guidance) and one of the fake one. The
-    gradients of a prefix's keys and values, which self forcing does not need, are counted.
-
-    real_score: the same sizes as the generator if None. Raises ValueError for an exit step that
-    does not exist."""
-    config, n, steps = preset.dit, math.prod(preset.grid), len(preset.steps)
-    before = (steps - 1) / 2 if exit_step is None else exit_step
-    if not 0 <= before <= steps - 1:
-        raise ValueError(f"exit_step={exit_step}: must be from 0 to {steps - 1}")
-    chunks = clip_chunks(preset)
-    tokens, causal = n * sum(chunks), causal_pairs(chunks, n)
-
-    def with_gradient(pairs: int) -> float:
-        products, attended, crossed = pass_parts(config, tokens, pairs)
-        return 4 * products + 4.5 * (attended + crossed)
-
-    forward = pass_flops(config, tokens, causal)
-    real, fake = (pass_flops(c, tokens, tokens**2) for c in (real_score or config, config))
-    return {
-        "diffusion forcing": with_gradient(causal),
-        # Twice the tokens and twice the pairs, [clean ‖ noisy].
-        "teacher forcing": 2 * with_gradient(causal),
-        "self forcing, generator": (
-            (before + 1) * forward + with_gradient(causal) + 2 * real + fake
-        ),
-        "self forcing, critic": (before + 2) * forward + with_gradient(tokens**2),
-    }
 
 
 # --- Memory

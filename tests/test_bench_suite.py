@@ -147,7 +147,7 @@ def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert out["ok"] and out["result"]["rows"] and not out["result"]["no_time_for"]
         assert not tables.failures(out["result"])
     page = (tmp_path / "report.html").read_text()
-    figures = "kernels kernels-roofline stream-timeline decode extrapolate train"
+    figures = "kernels kernels-roofline stream-timeline decode extrapolate train train-figure6"
     for figure in figures.split():
         assert (tmp_path / f"{figure}.png").stat().st_size > 10_000
         assert f'<img alt="{figure}"' in page

@@ -360,47 +360,7 @@ def test_only_the_h200_is_measured() -> None:
     assert GPUS["a100"].copy_tbps == pytest.approx(2.039 * 4.3 / 4.8)
 
 
-# --- Training
-
-
-def test_training_of_the_h200() -> None:
-    found = prediction(WAN, H200)["training"]
-    table = ("851", "1701", "2194", "1926", "4985")
-    for (name, row), said in zip(found.items(), table, strict=True):
-        assert agrees(row["tflop"], said), name
-        assert row["floor_seconds"] == pytest.approx(row["tflop"] / 790)
-
-
-def test_training_by_hand() -> None:
-    """Linears of a pass 81.9 TFLOP, block-causal attention 113, cross-attention 3.1; dense teacher
-    forcing would take 791 in attention where its blocks take 226."""
-    tokens, layout = 21 * N, BlockLayout.causal(21, 3, N)
-    parts = cost.pass_parts(WAN.dit, tokens, layout.pairs)
-    for each, said in zip(parts, ("81.9", "113", "3.1"), strict=True):
-        assert agrees(each / 1e12, said)
-    linears, attended, crossed = parts
-    twice = BlockLayout.causal(21, 3, N, teacher_forcing=True)
-    assert agrees(30 * roofline.attention_flops(twice.pairs, 12, 128) / 1e12, "226")
-    assert agrees(30 * roofline.attention_flops(twice.tokens**2, 12, 128) / 1e12, "791")
-
-    causal = sum(parts)
-    full = linears + 30 * 4 * D * tokens**2 + crossed
-    forcing = 4 * linears + 4.5 * (attended + crossed)
-    critic = 4 * linears + 4.5 * (full - linears)
-    for exit_step in (None, 0, 3):
-        before = 1.5 if exit_step is None else exit_step
-        found = cost.training_flops(WAN, exit_step=exit_step)
-        assert found["diffusion forcing"] == forcing
-        assert found["teacher forcing"] == 2 * forcing
-        assert found["self forcing, generator"] == (before + 1) * causal + forcing + 3 * full
-        assert found["self forcing, critic"] == (before + 2) * causal + critic
-    one = cost.training_flops(replace(WAN, steps=(1000,)))
-    assert one == cost.training_flops(WAN, exit_step=0)
-    with pytest.raises(ValueError, match="exit_step=4: must be from 0 to 3"):
-        cost.training_flops(WAN, exit_step=4)
-
-
 def test_is_quick_to_import() -> None:
     heavy = "{'tyro', 'av', 'matplotlib', 'rich', 'safetensors'}"
-    code = f"import sys, sfmodel.cost; sys.exit(len({heavy} & set(sys.modules)))"
+    code = f"import sys, sfmodel.training_cost; sys.exit(len({heavy} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)

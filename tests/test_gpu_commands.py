@@ -89,7 +89,7 @@ def test_kernels() -> None:
 
 
 def test_training() -> None:
-    check_all(train.run(job("^(TF|SF-1|SF-1 critic)$")))
+    check_all(train.run(job(r"^(TF|SF-1) \+ DMD( critic)?$")))
 
 
 def test_extrapolation() -> None:

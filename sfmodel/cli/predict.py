@@ -28,12 +28,12 @@ from sfmodel.cost import (
     memory_gib,
     multi_gpu,
     total,
-    training_flops,
     training_gib,
     waves,
 )
 from sfmodel.extras import needed
 from sfmodel.files import atomic
+from sfmodel.training_cost import Update, figure6, floor_seconds, to_first, training_flops
 from sfmodel.vae.flops import DECODERS
 
 with needed():
@@ -42,6 +42,7 @@ with needed():
 
 MODELS = ("wan-1.3b", "wan-14b")
 PRECISIONS = ("bf16", "8-bit")
+STEPS = 4  # at most, of the self rollouts in the table of training: the paper's
 LABEL = "predicted, not measured"
 
 
@@ -97,10 +98,6 @@ def prediction(
     frames, short = sum(clip_chunks(preset)), max(preset.chunk, min(9, preset.window))
     ends = range(preset.chunk, frames + 1, preset.chunk)
     clip = [min(end, preset.window) for end in ends]
-    trained = training_flops(preset)
-    if config != (large := PRESETS["wan-14b"].dit):
-        name = "self forcing, generator"
-        trained[f"{name}, real score of 14B"] = training_flops(preset, large)[name]
     memory = memory_gib(preset, precision=precision)
     return {
         "label": LABEL,
@@ -128,25 +125,47 @@ def prediction(
              "share": waves(tokens, columns, gpu.multiprocessors, split=split)}
             for what, columns, split in tiled
         ],
-        "training": {
-            name: {"tflop": flops / 1e12, "floor_seconds": flops / gpu.matmul_tflops / 1e12}
-            for name, flops in trained.items()
-        },
+        "training": training(preset, gpu),
         "memory_gib": {**memory, "gpu": gpu.memory_gib, "fits": memory["total"] < gpu.memory_gib},
         "training_gib": training_memory(preset),
         "multi_gpu": multi_gpu(preset, gpu, gpus, precision, decoder),
     }  # fmt: skip
 
 
+def training(preset: Preset, gpu: Gpu) -> list[dict[str, Any]]:
+    """TFLOP and seconds of updates: of flow matching, and those of Figure 6 (arXiv 2506.08009), by
+    sizes of the real score where it takes part, with their ratio to SF-1's."""
+    named = figure6(min(len(preset.steps), STEPS))
+    critics = {name: update for name, update in named.items() if update.learner == "critic"}
+    generators = {name: update for name, update in named.items() if name not in critics}
+    flow = {"DF, flow matching": Update("df"), "TF, flow matching": Update("tf")}
+    scored = [(real, generators) for real in _real_scores(preset)]
+    rows: list[dict[str, Any]] = []
+    for real, updates in (("", flow), *scored, ("", critics)):
+        score = PRESETS[real].dit if real else None
+        flops = {name: training_flops(preset, each, score) for name, each in updates.items()}
+        ratios = to_first(flops)
+        rows += [
+            {"update": name, "real_score": real, "tflop": one / 1e12,
+             "floor_seconds": floor_seconds(one, gpu), "to_sf1": ratios.get(name)}
+            for name, one in flops.items()
+        ]  # fmt: skip
+    return rows
+
+
 def training_memory(preset: Preset) -> list[dict[str, Any]]:
     """GiB of one rank by recipe, sizes of the real score and number of ranks."""
     rows: list[dict[str, Any]] = []
-    scores = {name: PRESETS[name] for name in MODELS if PRESETS[name].dit.dim >= preset.dit.dim}
-    for recipe, real in (("tf", ""), ("df", ""), *(("sf+dmd", name) for name in scores)):
+    for recipe, real in (("tf", ""), ("df", ""), *(("sf+dmd", r) for r in _real_scores(preset))):
         for ranks in (1, 8, 64):
-            gib = training_gib(preset, recipe, ranks, scores.get(real))
+            gib = training_gib(preset, recipe, ranks, PRESETS[real] if real else None)
             rows.append({"recipe": recipe, "real_score": real, "gpus": ranks, **gib})
     return rows
+
+
+def _real_scores(preset: Preset) -> list[str]:
+    """Models that are at least as large."""
+    return [name for name in MODELS if PRESETS[name].dit.dim >= preset.dit.dim]
 
 
 def report(result: dict[str, Any], console: Console) -> None:
@@ -182,8 +201,9 @@ def report(result: dict[str, Any], console: Console) -> None:
     table("Frames a second and latency", "|floor|in whole waves", rows)
     rows = [(w["what"], w["columns"], w["split"], f"{w['share']:.0%}") for w in result["waves"]]
     table("Waves of tiles", "product|tiles across|split|filled", rows)
-    rows = [(name, *row.values()) for name, row in result["training"].items()]
-    table(f"Training, {s['clip_frames']} latent frames, batch 1", "pass|TFLOP|floor s", rows)
+    rows = [tuple(row.values()) for row in result["training"]]
+    columns = "update|real score|TFLOP|floor s|to SF-1's"
+    table(f"Training, {s['clip_frames']} latent frames, batch 1", columns, rows)
     console.print(
         f"Memory: weights {memory['weights']:.1f} GiB, cache {memory['cache']:.1f} GiB of "
         f"{memory['gpu']:.0f}{'' if memory['fits'] else ', which is too much'} (activations, "
@@ -195,7 +215,9 @@ def report(result: dict[str, Any], console: Console) -> None:
 
 
 def _said(cell: Any) -> str:
-    return f"{cell:.{1 if cell >= 10 else 2}f}" if isinstance(cell, float) else str(cell)
+    if isinstance(cell, float):
+        return f"{cell:.{1 if cell >= 10 else 2}f}"
+    return "" if cell is None else str(cell)
 
 
 def predict(
