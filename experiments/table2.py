@@ -3,22 +3,17 @@ diffusion and self forcing from one initialisation, with as many updates of the 
 several seeds, chunk by chunk and frame by frame; every model measured on videos up to four times as
 long as those it was trained on (`sfmodel.toy.evaluate`).
 
-Jobs run in processes of their own, one to a CPU core. What is done is kept: an experiment that was
-stopped goes on where it was.
+What is done is kept (`experiments.jobs`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import json
-import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,9 +22,9 @@ import torch
 
 from bench import figures
 from bench.tables import Table, plain_console, show
+from experiments import jobs
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
-from sfmodel.files import atomic
 from sfmodel.machine import describe, machine
 from sfmodel.schedule import FlowSchedule
 from sfmodel.toy import evaluate
@@ -38,8 +33,6 @@ from sfmodel.toy.vae import ToyVAE
 from sfmodel.train.batch import Draw
 from sfmodel.train.config import TrainConfig
 from sfmodel.train.defaults import defaults
-from sfmodel.train.loop import train
-from sfmodel.train.parallel import checkpoints
 from sfmodel.train.trajectories import solve
 from sfmodel.video import contact_sheet_of_rows
 from sfmodel.weights import checkpoint
@@ -136,33 +129,28 @@ def run(job: Job) -> dict[str, Any]:
     if path.exists():
         return json.loads(path.read_text())
     began = time.perf_counter()
-    if not _on_gpu():
-        torch.set_num_threads(1)
-    # A run that is over goes on to nothing; an interrupted one has left weights, not its last.
-    resume = bool(checkpoints(config.output / "checkpoints"))
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        weights = train(config, resume=resume)
+    weights = jobs.trained(config)
     trained = time.perf_counter()
-    held = _held(job.scale.videos, job.split)
-    result = evaluate.evaluate(_load(weights), job.sampling(), CODEC, held, FRAMES)
+    result = measured(job, weights)
     seconds = {"train": trained - began, "measure": time.perf_counter() - trained}
     result |= {"row": job.row, "way": job.way, "seed": job.seed, "seconds": seconds}
-    with atomic(path) as part:
-        part.write_text(json.dumps(result))
+    jobs.keep(path, result)
     return result
 
 
-def _on_gpu() -> bool:
-    return torch.cuda.is_available()
+def measured(job: Job, weights: Path) -> dict[str, Any]:
+    """`evaluate` of weights, sampled as the job's row is."""
+    held = held_out(job.scale.videos, job.split)
+    return evaluate.evaluate(load(weights), job.sampling(), CODEC, held, FRAMES)
 
 
-def _load(weights: Path) -> DiT:
+def load(weights: Path) -> DiT:
     model = DiT(PRESETS["toy"].dit)
     checkpoint.load(model, weights)
-    return model.to("cuda" if _on_gpu() else "cpu").eval()
+    return model.to("cuda" if jobs.on_gpu() else "cpu").eval()
 
 
-_held = functools.cache(functools.partial(evaluate.held_out, CODEC, LONG))
+held_out = functools.cache(functools.partial(evaluate.held_out, CODEC, LONG))
 
 
 def experiment(
@@ -190,79 +178,47 @@ def experiment(
         split: Real videos to measure against; settings are chosen on "validation".
         workers: Jobs at a time; by default one a CPU core, up to eight on a GPU.
     """
-    for name, chosen, known in (("rows", rows, ROWS), ("ways", ways, WAYS)):
-        for each in chosen:
-            if each not in known:
-                raise ValueError(f"{name}={each!r}: must be of {', '.join(map(repr, known))}")
+    jobs.check_among("rows", rows, [*ROWS])
+    jobs.check_among("ways", ways, [*WAYS])
     given = {"updates": updates, "batch": batch, "seeds": seeds, "videos": videos}
     asked = {name: each for name, each in given.items() if each is not None}
-    scale = replace(ON_GPU if _on_gpu() else Scale(), **asked)
+    scale = replace(ON_GPU if jobs.on_gpu() else Scale(), **asked)
     if min(vars(scale).values()) < 1:
         raise ValueError(f"{scale}: each must be at least 1")
     seeded = itertools.product(range(scale.seeds), ways, rows)
-    jobs = [Job(row, way, seed, scale, output, split) for seed, way, row in seeded]
-    settings = json.dumps({"scale": vars(scale), "rows": {n: str(row) for n, row in ROWS.items()}})
-    note = output / "settings.json"
-    if note.exists() and note.read_text() != settings:
-        raise ValueError(f"{output}: holds an experiment of other settings: name another folder")
-    with atomic(note) as part:
-        part.write_text(settings)
+    planned = [Job(row, way, seed, scale, output, split) for seed, way, row in seeded]
+    of_rows = {name: str(row) for name, row in ROWS.items()}
+    jobs.begin(output, {"scale": vars(scale), "rows": of_rows})
     began = time.perf_counter()
-    # Models this small leave a GPU waiting for launches: several processes share it.
-    cores = len(os.sched_getaffinity(0))
-    results = _all(jobs, workers or (min(cores, 8) if _on_gpu() else cores))
+    results = jobs.run_all(run, planned, workers, _line)
     summary = {
-        "machine": machine("cuda" if _on_gpu() else "cpu"),
+        "machine": machine("cuda" if jobs.on_gpu() else "cpu"),
         "scale": vars(scale),
         "split": split,
         "seconds": time.perf_counter() - began,
         "references": references(scale, split),
         "results": results,
     }
-    with atomic(output / "results.json") as part:
-        # Without the digits that no table or figure shows.
-        short = json.loads(
-            json.dumps(summary), parse_float=lambda digits: float(f"{float(digits):.4g}")
-        )
-        part.write_text(json.dumps(short))
+    jobs.keep(output / "results.json", summary, digits=4)
     draw(summary, output)
-    sheets(jobs, output)
+    sheets(planned, output)
     for table in tables(summary):
         show(table, plain_console(140))
     print(f"{output}/results.json, distance.png, gap.png, sheet-*.png")
 
 
-def _all(jobs: Sequence[Job], workers: int) -> list[dict[str, Any]]:
-    """The results of all jobs, in their order; a line for each as it is done."""
-    # Tensors of some MiB come and go: without this glibc returns each one to the kernel.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
-    done: dict[Job, dict[str, Any]] = {}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        waiting = {pool.submit(run, job): job for job in jobs}
-        try:
-            for future in as_completed(waiting):
-                job = waiting[future]
-                result = done[job] = future.result()
-                parts = (f"{over(result['distance'], band):.2f}" for band in PARTS)
-                took = sum(result["seconds"].values())
-                print(f"{len(done)}/{len(jobs)}  {job.name}: distance {', '.join(parts)}, "
-                      f"gap {result['gap']:.2f}, {took:.0f} s", flush=True)  # fmt: skip
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in [*(pool._processes or {}).values()]:
-                process.terminate()
-            raise
-    return [done[job] for job in jobs]
+def _line(result: dict[str, Any]) -> str:
+    parts = (f"{over(result['distance'], band):.2f}" for band in PARTS)
+    took = sum(result["seconds"].values())
+    return f"distance {', '.join(parts)}, gap {result['gap']:.2f}, {took:.0f} s"
 
 
 def references(scale: Scale, split: str) -> dict[str, dict[str, Any]]:
     """`score` of other real videos, the least that can be had, and of the teacher's, which sees a
     whole training clip at once."""
-    held, config = _held(scale.videos, split), defaults("toy", "sf+dmd")
+    held, config = held_out(scale.videos, split), defaults("toy", "sf+dmd")
     assert config.teacher is not None
-    teacher = _load(config.teacher)
+    teacher = load(config.teacher)
     schedule, made = FlowSchedule(config.model.shift), []
     for begin in range(0, scale.videos, BATCH):
         rows = range(begin, min(begin + BATCH, scale.videos))
@@ -290,12 +246,6 @@ def _by_row(summary: dict[str, Any]) -> dict[str, dict[str, list[dict[str, Any]]
     return found
 
 
-def _cell(values: Sequence[float]) -> str:
-    """Mean ± deviation over seeds."""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
-
-
 def cells(summary: dict[str, Any], way: str) -> tuple[list[str], list[list[str]]]:
     """The columns and rows of the table of one way."""
     columns = ["", *(f"distance {a}-{b - 1}" for a, b in PARTS), "exposure gap",
@@ -312,7 +262,7 @@ def cells(summary: dict[str, Any], way: str) -> tuple[list[str], list[list[str]]
              *(over(r[what], LATE) for what in ("radius", "colour", "impossible"))]
             for r in results
         ]  # fmt: skip
-        rows.append([name, *map(_cell, zip(*by_seed, strict=True))])
+        rows.append([name, *map(jobs.mean, zip(*by_seed, strict=True))])
     return columns, rows
 
 
@@ -377,14 +327,14 @@ def _draw_gap(ax: Any, _: Any, found: Any, colours: Any) -> None:
     ax.grid(alpha=0.3, axis="y")
 
 
-def sheets(jobs: Sequence[Job], output: Path) -> None:
+def sheets(planned: Sequence[Job], output: Path) -> None:
     """sheet-WAY.png: the video of one prompt by the first seed of every row, and a real one."""
-    for way in dict.fromkeys(job.way for job in jobs):
-        chosen = [job for job in jobs if job.way == way and job.seed == 0]
-        held = _held(chosen[0].scale.videos, chosen[0].split)
+    for way in dict.fromkeys(job.way for job in planned):
+        chosen = [job for job in planned if job.way == way and job.seed == 0]
+        held = held_out(chosen[0].scale.videos, chosen[0].split)
         latents = {"real": held.latents_BFCHW[:1]}
         for job in chosen:
-            model = _load(job.config().output / "model.safetensors")
+            model = load(job.config().output / "model.safetensors")
             text = held.text_BTE[:1].to(model.device)
             latents[job.row] = evaluate.generate(model, job.sampling(), text, LONG).cpu()
         with torch.no_grad():

@@ -25,7 +25,7 @@ from sfmodel.train.objectives.flow import diffusion_forcing_loss
 from sfmodel.training_cost import Update, training_flops
 
 TOY = PRESETS["toy"]
-SMALL = replace(TOY, chunk=6, dit=replace(TOY.dit, dim=64, heads=1, ffn_dim=64, layers=2))
+SMALL = replace(TOY, chunk=9, dit=replace(TOY.dit, dim=64, heads=1, ffn_dim=64, layers=2))
 CPU = torch.device("cpu")
 TF, DF = UPDATES["TF + DMD"], UPDATES["DF + DMD"]
 FEW = r"^(TF|DF|SF-1) \+ DMD$"
