@@ -16,6 +16,7 @@ report       an HTML page and figures from a file of results
 compare      two files of results: what got faster or slower beyond noise
 readme       writes the newest results into README.md
 experiment   teacher, diffusion and self forcing trained and compared in the toy world
+long         streams of 30 times the training length, by training and sink
 positions    a sink that stays or moves with the window, at 30 times the training length
 demo         a streamed toy video and what it cost
 tune         searches launch settings on this GPU and writes sfkernels/tuned/sm_XX.json
@@ -39,6 +40,7 @@ COMMANDS = {
 FUNCTIONS = {
     "demo": "experiments.demo",
     "experiment": "experiments.table2",
+    "long": "experiments.long",
     "positions": "experiments.positions",
     "predict": "sfmodel.cli.predict",
 }

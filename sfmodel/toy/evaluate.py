@@ -42,6 +42,7 @@ STILL = slice(0, 6)  # those of a frame alone
 REAL = 1024  # videos that the others are compared with
 IMPOSSIBLE = 0.75  # px per frame²: more, far from every wall, breaks the laws of the world
 BATCH = 128  # videos at a time
+DECODED = 128 * 28  # latent frames at a time
 MEASURES = {
     "distance": "Fréchet distance",
     "radius": "mean drift from the first frame, px",
@@ -195,7 +196,7 @@ def seen_in(codec: ToyVAE, latents_BFCHW: Tensor) -> Measurements:
             "weights are damaged, or the arithmetic overflows"
         )
     device = codec.mean_C11.device
-    split = latents_BFCHW.split(BATCH)
+    split = latents_BFCHW.split(max(1, DECODED // latents_BFCHW.shape[1]))
     parts = [measure(codec.decode_chunk(part.to(device))[0].cpu()) for part in split]
     return Measurements(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
