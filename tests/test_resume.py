@@ -372,7 +372,7 @@ def test_an_interrupt_in_a_checkpoint_is_one(
 
 
 def test_a_run_with_the_names_of_version_0_1_goes_on(tmp_path: Path) -> None:
-    """Its settings `fall`, `fade` and `guidance` are called otherwise now."""
+    """Its settings `fall`, `fade` and `guidance` are called otherwise now, and it had not all."""
     settings = config(tmp_path / "run", decay_fraction=0.5, darken=0.5, guidance_scale=1.5)
     train(replace(settings, steps=2), device="cpu")
     facts = tmp_path / "run" / "checkpoints" / "step-000002" / parallel.FACTS
@@ -381,9 +381,14 @@ def test_a_run_with_the_names_of_version_0_1_goes_on(tmp_path: Path) -> None:
         assert f'"{new}": 0.5' in said
         said = said.replace(f'"{new}"', f'"{old}"')
     said = said.replace('"guidance_scale": 1.5', '"guidance": 0.5')
+    for new in ('"positions": "absolute", ', '"rollouts": [], ', '"same_step_across_blocks": true, '):
+        assert new in said
+        said = said.replace(new, "")
     facts.write_text(said)
     with pytest.raises(ValueError, match=r"is of a run with darken=0\.5: resume with the same set"):
         train(replace(settings, darken=0.1), resume=True, device="cpu")
+    with pytest.raises(ValueError, match=r"is of a run with positions='absolute': resume with"):
+        train(replace(settings, positions="relative"), resume=True, device="cpu")
     train(settings, resume=True, device="cpu")
     assert steps(tmp_path / "run") == ["step-000002", "step-000004"]
 

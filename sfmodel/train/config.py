@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -258,13 +258,13 @@ class TrainConfig:
 
     def plain(self) -> dict[str, Any]:
         """The settings as JSON has them."""
-        return json.loads(json.dumps(asdict(self), default=str))
+        return _as_json(asdict(self))
 
     def differing(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a saved run that decide otherwise what is computed. What its version did
         not have yet was as by default here."""
-        mine, saved = self.plain(), {_RENAMED.get(name, name): saved[name] for name in saved}
-        saved = {**TrainConfig().plain(), **saved}
+        mine, before = self.plain(), _as_json({each.name: each.default for each in fields(self)})
+        saved = before | {_RENAMED.get(name, name): saved[name] for name in saved}
         if "guidance" in saved:  # of 0.1.0: x0 + guidance · (x0 − x0 of the unprompted)
             saved["guidance_scale"] = saved["guidance"] + 1
         free = {"output", "steps", "threads", "shard", "micro_batch", "patience"}
@@ -274,3 +274,7 @@ class TrainConfig:
             for name in mine
             if name not in free and saved.get(name) != mine[name]
         }
+
+
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(settings, default=str))
