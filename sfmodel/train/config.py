@@ -114,7 +114,7 @@ class TrainConfig:
     lr_critic: float = 4e-7
     negative: Path | None = None  # a prompt, which guidance leads away from; None: no words
     guidance_scale: float = 4.0  # of the real score: unprompted + this · (prompted − unprompted)
-    rollouts: tuple[int, ...] = ()  # SF: latent frames to generate, of which `frames` are judged
+    rollouts: tuple[int, ...] = ()  # SF: latent frames generated, of which `frames` are judged
     judged: Literal["last", "random"] = "last"  # SF: the last, or those from a random chunk on
     models: Path | None = None  # folder with the video VAE that rollouts longer than a clip need
     positions: Literal["absolute", "relative"] = "absolute"  # SF: the sink moves with the window
