@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,13 +21,13 @@ from sfmodel.toy.text import ToyTextEncoder
 from sfmodel.toy.vae import ToyVAE
 from sfmodel.train.batch import Batch, MicroBatch
 from sfmodel.train.data import ToyWorld
-from sfmodel.train.loop import Run
+from sfmodel.train.loop import Run, train
 from sfmodel.train.objectives import Distillation
 from sfmodel.train.objectives.gan import gan_generator_loss
 from sfmodel.train.rollout import Rollout
 from tests.test_recipes import ALONE, SCHEDULE, Call, Make, assert_close, gradients, load
 from tests.test_recipes import make as make
-from tests.tiny_runs import TINY, config, draw_pictures, logged, tiny, weights
+from tests.tiny_runs import TINY, apart, config, draw_pictures, logged, saved, tiny, weights
 
 
 def test_lengths_and_exit_steps_are_drawn(make: Make) -> None:
@@ -154,6 +155,22 @@ def test_a_batch_is_the_mean_of_its_parts(recipe: str, make: Make) -> None:
     assert_close(want, gradients(run.models.generator), 2e-3)
 
 
+def test_a_resumed_run_is_the_one_that_was_not_stopped(tmp_path: Path) -> None:
+    with tiny():
+        whole, parts = (
+            config(
+                tmp_path / name, "sf+dmd", rollouts=(7, 10), judged="random", image=True, sink=1,
+                windows=(4,), positions="relative", same_step_across_blocks=False,
+            )
+            for name in ("whole", "parts")
+        )  # fmt: skip
+        train(whole, device="cpu")
+        train(replace(parts, steps=2), device="cpu")
+        train(parts, resume=True, device="cpu")
+    one, other = (saved(each.output / "checkpoints" / "step-000004") for each in (whole, parts))
+    assert apart(one, other) == 0
+
+
 @pytest.mark.parametrize("recipe", ["tf", "df", "tf+dmd", "df+sid", "ode"])
 def test_a_given_image_is_clean_and_takes_no_loss(recipe: str, make: Make) -> None:
     run = make(recipe, image=True, min_sigma=None)
@@ -242,7 +259,8 @@ def test_it_trains_from_the_command_line(
             sys, "argv", ["sfmodel", "train", "--recipe", "sf+dmd", *map(str, words)]
         )
         main.main()
-    saved = json.loads((folder / "config.json").read_text())
-    assert saved["rollouts"] == [10] and saved["positions"] == "relative" and saved["image"]
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["rollouts"] == [10] and settings["image"]
+    assert settings["positions"] == "relative"
     assert all(line["norm"] > 0 for line in logged(folder))
     assert (folder / "samples" / "update-000002.png").stat().st_size > 1000

@@ -127,7 +127,7 @@ class TrainConfig:
     ts_schedule_max: bool = False  # SF: up to the noise level of the exit step
     score_shift: float | None = None  # of the table that scores' σ are from; None: the preset's
     sid_alpha: float = 1.0  # α of SiD
-    rollouts: tuple[int, ...] = ()  # SF: latent frames to generate, of which `frames` are judged
+    rollouts: tuple[int, ...] = ()  # SF: latent frames generated, of which `frames` are judged
     judged: Literal["last", "random"] = "last"  # SF: the last, or those from a random chunk on
     models: Path | None = None  # folder with the video VAE that rollouts longer than a clip need
     positions: Literal["absolute", "relative"] = "absolute"  # SF: the sink moves with the window
@@ -289,8 +289,8 @@ class TrainConfig:
     def differing(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a saved run that decide otherwise what is computed. What its version did
         not have yet was as by default here."""
-        mine, saved = self.plain(), {_RENAMED.get(name, name): saved[name] for name in saved}
-        saved = {**_as_json({field.name: field.default for field in fields(self)}), **saved}
+        mine, before = self.plain(), _as_json({each.name: each.default for each in fields(self)})
+        saved = before | {_RENAMED.get(name, name): saved[name] for name in saved}
         if "guidance" in saved:  # of 0.1.0: x0 + guidance · (x0 − x0 of the unprompted)
             saved["guidance_scale"] = saved["guidance"] + 1
         free = {"output", "steps", "threads", "shard", "micro_batch", "patience"}
