@@ -16,6 +16,7 @@ report       an HTML page and figures from a file of results
 compare      two files of results: what got faster or slower beyond noise
 readme       writes the newest results into README.md
 experiment   teacher, diffusion and self forcing trained and compared in the toy world
+wall-clock   their quality by seconds of training (Figure 6, right half)
 long         streams of 30 times the training length, by training and sink
 positions    a sink that stays or moves with the window, at 30 times the training length
 demo         a streamed toy video and what it cost
@@ -43,6 +44,7 @@ FUNCTIONS = {
     "long": "experiments.long",
     "positions": "experiments.positions",
     "predict": "sfmodel.cli.predict",
+    "wall-clock": "experiments.wall_clock",
 }
 
 
@@ -65,7 +67,7 @@ def main(arguments: list[str]) -> int:
     if command in FUNCTIONS:
         from sfmodel.cli.main import run_command
 
-        function = getattr(importlib.import_module(FUNCTIONS[command]), command)
+        function = getattr(importlib.import_module(FUNCTIONS[command]), command.replace("-", "_"))
         run_command("python -m bench", {command: function}, [command, *arguments[1:]])
         return 0
     program = f"python -m bench {'--' * (command in SUITES)}{command}"

@@ -36,6 +36,13 @@ def on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def one_thread() -> None:
+    """Computes with one CPU thread: a second one waits longer for tensors this small than it
+    computes, and its core has a job of its own."""
+    if not on_gpu():
+        torch.set_num_threads(1)
+
+
 def check_among(name: str, chosen: Sequence[str], known: Sequence[str]) -> None:
     """Raises ValueError for one that does not exist."""
     for each in chosen:
@@ -44,20 +51,20 @@ def check_among(name: str, chosen: Sequence[str], known: Sequence[str]) -> None:
 
 
 def begin(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Keeps what an experiment's results depend on. Raises ValueError where the folder holds one of
-    other settings."""
+    """Begins or goes on with an experiment, whose results depend on these settings. Raises
+    ValueError where the folder holds one of others."""
     note, said = folder / "settings.json", json.dumps(settings)
     if note.exists() and note.read_text() != said:
         raise ValueError(f"{folder}: holds an experiment of other settings: name another folder")
     with atomic(note) as part:
         part.write_text(said)
+    one_thread()
 
 
 def trained(config: TrainConfig) -> Path:
     """The averaged weights of a run, silently, on one CPU thread; one that was stopped, or that is
     to have more updates than it had, goes on."""
-    if not on_gpu():
-        torch.set_num_threads(1)
+    one_thread()
     # A run that is over goes on to nothing; an interrupted one has left weights, not its last.
     resume = bool(checkpoints(config.output / "checkpoints"))
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
