@@ -379,14 +379,7 @@ def as_saved_by_version_0_1(folder: Path) -> None:
     was = facts["config"]
     assert (was["decay_fraction"], was["darken"], was["guidance_scale"]) == (0.5, 0.5, 1.5)
     was |= {"fall": was.pop("decay_fraction"), "fade": was.pop("darken"), "guidance": 0.5}
-    for name in (
-        "guidance_scale",
-        "ts_schedule",
-        "score_shift",
-        "betas_critic",
-        "positions",
-        "rollouts",
-    ):
+    for name in ("guidance_scale", "ts_schedule", "betas_critic", "rollouts", "image"):
         del was[name]
     path.write_text(json.dumps(facts))
 
@@ -401,8 +394,8 @@ def test_a_run_of_version_0_1_goes_on_unless_it_computed_otherwise(
     as_saved_by_version_0_1(folder)
     with pytest.raises(ValueError, match=r"is of a run with darken=0\.5: resume with the same set"):
         train(replace(settings, darken=0.1), resume=True, device="cpu")
-    with pytest.raises(ValueError, match=r"is of a run with positions='absolute': resume with"):
-        train(replace(settings, positions="relative"), resume=True, device="cpu")
+    with pytest.raises(ValueError, match=r"is of a run with image=False: resume with"):
+        train(replace(settings, image=True), resume=True, device="cpu")
     if ema:
         said = r"000002: is of an earlier version \(its average began with smaller decays\): resume"
         with pytest.raises(ValueError, match=said):

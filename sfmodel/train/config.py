@@ -293,8 +293,9 @@ class TrainConfig:
         saved = before | {_RENAMED.get(name, name): saved[name] for name in saved}
         if "guidance" in saved:  # of 0.1.0: x0 + guidance · (x0 − x0 of the unprompted)
             saved["guidance_scale"] = saved["guidance"] + 1
-        free = {"output", "steps", "threads", "shard", "micro_batch", "patience"}
+        free = {"output", "models", "steps", "threads", "shard", "micro_batch", "patience"}
         free |= {"log_every", "save_every", "sample_every"}
+        free |= set() if self.sink else {"positions"}
         return {
             name: saved.get(name)
             for name in mine

@@ -122,9 +122,10 @@ class Distillation(Objective):
             shown = min(update.rollout, frames + codec.past_frames)
         rollout = Rollout(
             context.models.generator, update.rollout_layout, context.schedule, config.model.steps,
-            update.exit_steps, batch.chunk_noise, batch.text_BTE, config.renoise_context,
-            config.positions, batch.clean_BFCHW[:, :1] if config.image else None, shown,
-            learned if gradient else 0,
+            update.exit_steps, batch.chunk_noise, batch.text_BTE,
+            renoise_context=config.renoise_context, positions=config.positions,
+            still_BFCHW=batch.clean_BFCHW[:, :1] if config.image else None,
+            frames=shown, gradient_frames=learned if gradient else 0,
         )  # fmt: skip
         video = rollout.generate()
         if codec is not None and longer:
