@@ -10,7 +10,7 @@ from typing import Any
 
 import griffe
 
-from bench import compare, timing
+from bench import compare, timing, train
 from bench.ops import attention, memory_bound
 from bench.tables import number
 from docs import readme
@@ -19,6 +19,7 @@ from sfmodel.cli import doctor, predict
 from sfmodel.config import PRESETS
 from sfmodel.cost import GPUS
 from sfmodel.machine import describe
+from sfmodel.training_cost import to_first
 
 RESULTS = readme.ROOT / "bench" / "results"
 H200 = GPUS["h200"]
@@ -109,11 +110,26 @@ def speed() -> Iterator[str]:
     yield from readme.table(heads, rows)
 
 
+def training() -> Iterator[str]:
+    """Seconds of Figure 6 (arXiv 2506.08009) and their floors, as `bench train` says."""
+    found = train.bars({"sizes": "", "rows": [], "ceilings": CEILINGS})
+    said = [found[by] for by in ("published", "predicted of it", "predicted here")]
+    ratios = [to_first(seconds) for seconds in said]
+    rows = [
+        (name, *(f"{of[name]:.2f}" for pair in zip(said, ratios, strict=True) for of in pair))
+        for name in train.UPDATES
+    ]
+    heads = ("published, s", "to SF-1's", "floor of it, s", "to SF-1's",
+             "floor with a score of 1.3B, s", "to SF-1's")  # fmt: skip
+    yield from readme.table(("", *heads), rows)
+
+
 TABLES = {
     "bytes": lambda: floors(by_bytes=True),
     "products": lambda: floors(by_bytes=False),
     "memory": memory,
     "speed": speed,
+    "training": training,
 }
 
 

@@ -127,3 +127,12 @@ def test_an_argument_keeps_its_line() -> None:
         "What it is.\n\na, b [B, L]: first.",
         "c_d: second, of\nmany: not so.",
     ]
+
+
+def test_training_beside_figure_6() -> None:
+    """TF + DMD: published 18.29 s where SF-1 takes 12.19; 5341 TFLOP with a real score of 14B and
+    2550 with one of 1.3B, where SF-1 has 4559 and 1768 (tests/test_training_cost.py)."""
+    rows = "\n".join(hooks.training())
+    of = [18.29, 18.29 / 12.19, 5341 / 790, 5341 / 4559, 2550 / 790, 2550 / 1768]
+    assert f"| TF + DMD | {' | '.join(f'{x:.2f}' for x in of)} |" in rows
+    assert rows.count(" + DMD") == 12 and "| SF-1 + DMD critic | 4.72 | 1.00 |" in rows
