@@ -110,7 +110,7 @@ class TrainConfig:
     critic_steps: int = 5  # updates of the critic before each one of the generator
     critic_warmup: int = 0  # further ones before the first
     lr_critic: float = 4e-7
-    negative: Path | None = None  # a prompt, which guidance leads away from; None: no words
+    negative: str | None = None  # prompt, or a file of one, that guidance leads away from
     guidance_scale: float = 4.0  # of the real score: unprompted + this · (prompted − unprompted)
     gradient_frames: int | None = None  # SF: only the last latent frames take a gradient; None: all
     renoise_context: bool = True  # SF: clean context is noised at the schedule's smallest σ

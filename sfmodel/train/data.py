@@ -30,6 +30,7 @@ from sfmodel.toy import world
 from sfmodel.toy.text import ToyTextEncoder
 from sfmodel.toy.vae import ToyVAE
 from sfmodel.train.shards import Shard, finite, opened, read_header
+from sfmodel.train.text import KeptText
 from sfmodel.vae.codec import VideoCodec
 
 # Sentences to embeddings [B, T, E]; short ones end in rows of zeros.
@@ -142,7 +143,31 @@ class Files:
             )
         if latents and not 1 <= frames <= self.frames:
             raise ValueError(f"frames={frames}: must be 1 to {self.frames} here")
+        self.encode_ahead([(seed, batch, rows)])
         samples = [self._sample(seed, i, frames if latents else 0) for i in _picked(batch, rows)]
+        return self._clips(samples)
+
+    @torch.no_grad()
+    def first(self, count: int) -> Clips:
+        """The first prompts, at most so many, without latents."""
+        items = [self._at(item) for item in range(min(count, self.count))]
+        return self._clips([(None, self._embed(*at), at[0].sentences[at[1]]) for at in items])
+
+    def encode_ahead(self, draws: Iterable[tuple[int, int, slice]]) -> None:
+        """Has the prompts of these draws (seed, batch, rows) encoded at once where the text encoder
+        is one that is loaded for it. What is drawn is the same."""
+        if isinstance(self.text, KeptText):
+            self.text.encode(sentence for draw in draws for sentence in self._sentences(*draw))
+
+    def _sentences(self, seed: int, batch: int, rows: slice) -> Iterator[str]:
+        """Those of a draw's first choices that have no embeddings."""
+        for i in _picked(batch, rows):
+            file, row = self._at(next(_shuffled(self.count, Random(f"{seed}/{i}"))))
+            if file.text is None:
+                yield file.sentences[row]
+
+    @staticmethod
+    def _clips(samples: Sequence[tuple[Tensor | None, Tensor, str]]) -> Clips:
         text_BTE = pad_sequence([text_TE for _, text_TE, _ in samples], batch_first=True)
         clips = [latents_FCHW for latents_FCHW, _, _ in samples if latents_FCHW is not None]
         sentences = [sentence for *_, sentence in samples]
@@ -150,10 +175,8 @@ class Files:
 
     def _sample(self, seed: int, i: int, frames: int) -> tuple[Tensor | None, Tensor, str]:
         """Latents (None for no frames), embeddings and sentence of row i of a batch."""
-        for item in _shuffled(self._ends[-1], Random(f"{seed}/{i}")):
-            index = bisect_right(self._ends, item)
-            file = self.files[index]
-            row = item - self._ends[index] + len(file.sentences)
+        for item in _shuffled(self.count, Random(f"{seed}/{i}")):
+            file, row = self._at(item)
             try:
                 # One at a time: in a batch, what is rounded how depends on the other samples.
                 latents_FCHW = self._latents(file.path, row, frames) if frames else None
@@ -162,6 +185,17 @@ class Files:
                 which = f"item {row}: " if len(file.sentences) > 1 else ""
                 self.skipped.setdefault(self._name(file.path), f"{which}{error}")
         raise ValueError(f"{self.path}: nothing in it can be used: {skipped_report(self)}")
+
+    @property
+    def count(self) -> int:
+        """Number of clips or prompts in all files."""
+        return self._ends[-1]
+
+    def _at(self, item: int) -> tuple[Shard, int]:
+        """The file of one of all clips or prompts, and its row there."""
+        index = bisect_right(self._ends, item)
+        file = self.files[index]
+        return file, item - self._ends[index] + len(file.sentences)
 
     def _name(self, path: Path) -> str:
         return str(path.relative_to(self.path)) if self.path.is_dir() else path.name
@@ -183,6 +217,8 @@ class Files:
         if isinstance(self.text, ToyTextEncoder):
             for sentence in file.sentences:
                 self.text.words(sentence)
+        if isinstance(self.text, KeptText):
+            _ = self.text.encoder  # says now what is wrong with its files
 
     # What follows is of .safetensors files; sources of others replace it. A ValueError says why a
     # file, or one of its clips, cannot be used.
@@ -282,6 +318,23 @@ class Prompts(Files):
 
     def _open(self, path: Path) -> Shard:
         return super()._open(path) if self.lines is None else Shard(path, self.lines)
+
+
+def negative_prompt(prompt: str, preset: Preset, text: TextEncoder | None) -> Tensor:
+    """Embedding [1, T, E] of a negative prompt, or of the only one in a .txt or .safetensors file
+    of that name. Raises ValueError without a text encoder for it, and for a file of several."""
+    if prompt.lower().endswith((".txt", ".safetensors")):
+        source = Prompts(Path(prompt), preset, text)
+        if source.count > 1:
+            raise ValueError(f"{prompt}: has {source.count} prompts: must have one")
+        return source.first(1).text_BTE
+    if text is None:
+        short = prompt[:20] + "…" * (len(prompt) > 20)
+        raise ValueError(
+            f"negative={short!r}: there is no text encoder for it: write it into negative.txt, "
+            "`sfmodel encode negative.txt` where there is one, then --negative negative.safetensors"
+        )
+    return text([prompt])
 
 
 def open_source(
