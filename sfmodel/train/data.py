@@ -145,13 +145,20 @@ class Files:
             raise ValueError(f"frames={frames}: must be 1 to {self.frames} here")
         self.encode_ahead([(seed, batch, rows)])
         samples = [self._sample(seed, i, frames if latents else 0) for i in _picked(batch, rows)]
-        return self._clips(samples)
+        text_BTE = pad_sequence([text_TE for _, text_TE, _ in samples], batch_first=True)
+        clips = [latents_FCHW for latents_FCHW, _, _ in samples if latents_FCHW is not None]
+        sentences = [sentence for *_, sentence in samples]
+        return Clips(torch.stack(clips) if clips else None, text_BTE, sentences)
 
     @torch.no_grad()
     def first(self, count: int) -> Clips:
         """The first prompts, at most so many, without latents."""
         items = [self._at(item) for item in range(min(count, self.count))]
-        return self._clips([(None, self._embed(*at), at[0].sentences[at[1]]) for at in items])
+        sentences = [file.sentences[row] for file, row in items]
+        if isinstance(self.text, KeptText) and items[-1][0].text is None:
+            self.text.encode(sentences)
+        texts = [self._embed(file, row) for file, row in items]
+        return Clips(None, pad_sequence(texts, batch_first=True), sentences)
 
     def encode_ahead(self, draws: Iterable[tuple[int, int, slice]]) -> None:
         """Has the prompts of these draws (seed, batch, rows) encoded at once where the text encoder
@@ -165,13 +172,6 @@ class Files:
             file, row = self._at(next(_shuffled(self.count, Random(f"{seed}/{i}"))))
             if file.text is None:
                 yield file.sentences[row]
-
-    @staticmethod
-    def _clips(samples: Sequence[tuple[Tensor | None, Tensor, str]]) -> Clips:
-        text_BTE = pad_sequence([text_TE for _, text_TE, _ in samples], batch_first=True)
-        clips = [latents_FCHW for latents_FCHW, _, _ in samples if latents_FCHW is not None]
-        sentences = [sentence for *_, sentence in samples]
-        return Clips(torch.stack(clips) if clips else None, text_BTE, sentences)
 
     def _sample(self, seed: int, i: int, frames: int) -> tuple[Tensor | None, Tensor, str]:
         """Latents (None for no frames), embeddings and sentence of row i of a batch."""

@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from sfmodel.dit import DiT
 from sfmodel.extras import needed
 from sfmodel.files import atomic, cannot_write
-from sfmodel.stream import Stream
+from sfmodel.pretrained import checked_codec
 from sfmodel.train import parallel
 from sfmodel.train.data import skipped_report
+from sfmodel.train.samples import write_samples
+from sfmodel.vae.codec import VideoCodec
 
 with needed():
     from rich.console import Console
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from sfmodel.train.loop import Run
 
 Record = dict[str, float]
-# Of the samples that a run of the toy world shows.
-PROMPTS = ("a large red ball moves up slowly", "a small bright blue ball moves right fast", "")
 
 
 class Report:
@@ -48,6 +47,7 @@ class Report:
         self.live = live
         self.records: list[Record] = []  # logged
         self.failed: OSError | None = None  # to write the log
+        self.decoder: Callable[[], VideoCodec] | None = None  # of samples, on the first rank
         self.began, self.done = time.perf_counter(), 0  # of updates
 
     def __enter__(self) -> Report:
@@ -61,6 +61,7 @@ class Report:
             self.skipped = skipped_report(run.source)
             if self.skipped:
                 self.say(self.skipped)
+            self.decoder = self._decoder()
         self.progress.start()
         name = self.config.recipe
         self.task = self.progress.add_task(
@@ -116,36 +117,56 @@ class Report:
             left = (steps - step) * rate / 60
             self.say(f"update {step}/{steps}  {text}  {rate:.2f} s each  {left:.0f} min left")
 
+    def _decoder(self) -> Callable[[], VideoCodec] | None:
+        """Loader of what decodes samples: the toy's codec, or the tiny VAE where its weights are.
+        Says why there is none."""
+        codec, config = self.run.codec, self.config
+        if config.objective.context == "whole":  # which does not stream
+            return None
+        if codec is not None:
+            return lambda: codec
+        try:
+            return checked_codec(config.preset, self.run.ranks.device, "tiny")
+        except ValueError as error:
+            self.say(f"no samples are drawn: {error}")
+            return None
+
     def sample(self) -> None:
-        """A contact sheet of what the averaged weights generate, where there is a decoder: after
-        every `sample_every` updates and the last, unless it is there."""
+        """Videos that the averaged weights generate, where there is a decoder: after every
+        `sample_every` updates and the last, unless they are there."""
         run, config = self.run, self.config
-        if run.codec is None or run.text is None or config.objective.context == "whole":
-            return
         due = run.step == config.steps or (
             config.sample_every and run.step % config.sample_every == 0
         )
         path = config.output / "samples" / f"update-{run.step:06d}.png"
-        if not run.step or not due or not run.ranks.any(self.first and not path.exists()):
+        missing = self.decoder is not None and not path.exists()
+        if not run.step or not due or not run.ranks.any(missing):
             return
         # Under FSDP a model is whole only inside its own forward pass.
-        state = parallel.full_state(run.average, run.ranks)
+        weights, more = parallel.full_state(run.average, run.ranks), True
         if not self.first:
+            while self._goes_on(False):
+                pass
             return
-        model = DiT(run.preset.dit, config.impl, config.attention_impl)
-        model.load_state_dict(state)
-        preset = replace(
-            run.preset, chunk=config.chunks[-1], window=max(config.windows), sink=config.sink
-        )
-        text = run.text(PROMPTS, run.ranks.device)
-        model = model.to(run.ranks.device).eval()
-        frames = 1 + run.codec.temporal_factor * (2 * max(config.frames) - 1)
-        made = Stream(model, run.codec, text, preset, seed=config.seed, batch=len(PROMPTS))
-        videos = torch.cat([*made.video(frames)], 1)
-        labels = [prompt or "(no prompt)" for prompt in PROMPTS]
-        from sfmodel.video import contact_sheet_of_rows  # needs PyAV
+        assert self.decoder is not None
+        benchmark = torch.backends.cudnn.benchmark  # which loading a codec turns on
+        try:
+            for _ in write_samples(run, weights, self.decoder(), path):
+                if not (more := self._goes_on(True)):
+                    break
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            self.say(f"no sample of update {run.step}: {str(error).partition(chr(10))[0]}")
+        finally:
+            torch.backends.cudnn.benchmark = benchmark
+            if more:
+                self._goes_on(False)
+        if run.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
 
-        contact_sheet_of_rows(videos, path, labels, f"{config.recipe}, update {run.step}")
+    def _goes_on(self, more: bool) -> bool:
+        """Tells all ranks whether the first one, which they wait for, draws one more chunk: none
+        then waits for longer than that takes, and all stop together where it is asked for."""
+        return self.run.ranks.any(more) and not self.run.asked()
 
 
 def _logged(path: Path, step: int) -> list[Record]:
