@@ -17,6 +17,7 @@ from sfmodel.pretrained import checked_codec
 from sfmodel.train import parallel
 from sfmodel.train.data import skipped_report
 from sfmodel.train.samples import write_samples
+from sfmodel.train.trackers import Tracking
 from sfmodel.vae.codec import VideoCodec
 
 with needed():
@@ -31,7 +32,8 @@ Record = dict[str, float]
 
 class Report:
     """Output of a run while it goes on, on its first rank: progress in a terminal, plain lines
-    elsewhere; log.jsonl with the means of every few updates; at the end curves.png."""
+    elsewhere; log.jsonl, and a tracker, with the means of every few updates; at the end
+    curves.png."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, run.config
@@ -48,13 +50,14 @@ class Report:
         self.records: list[Record] = []  # logged
         self.failed: OSError | None = None  # to write the log
         self.decoder: Callable[[], VideoCodec] | None = None  # of samples, on the first rank
+        self.tracking: Tracking | None = None  # on the first rank
         self.began, self.done = time.perf_counter(), 0  # of updates
 
     def __enter__(self) -> Report:
         run = self.run
         if self.first:
-            if run.step and self.path.exists():
-                self.records = _logged(self.path, run.step)
+            before = _logged(self.path) if run.step and self.path.exists() else []
+            self.records = [each for each in before if each["step"] <= run.step]
             # A resumed run writes again what it logged after its checkpoint.
             with atomic(self.path) as part:
                 part.write_text("".join(json.dumps(each) + "\n" for each in self.records))
@@ -62,6 +65,8 @@ class Report:
             if self.skipped:
                 self.say(self.skipped)
             self.decoder = self._decoder()
+            last = int(max((each["step"] for each in before), default=0))
+            self.tracking = Tracking(self.config, run.step, last, self.say)
         self.progress.start()
         name = self.config.recipe
         self.task = self.progress.add_task(
@@ -74,6 +79,8 @@ class Report:
         # Some files show that they are bad only when a clip of theirs is drawn.
         if self.first and (report := skipped_report(self.run.source)) != self.skipped:
             self.say(report)
+        if self.tracking is not None:
+            self.tracking.close()
         if self.first and self.records:
             # On a full disk, the first failure is the one to report.
             with contextlib.suppress(*([] if kind is None else [OSError])):
@@ -111,6 +118,8 @@ class Report:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:
                 self.failed = cannot_write(self.path, error)
+        if self.tracking is not None:
+            self.tracking.log(step, {name: line[name] for name in line if name != "step"})
         text = "  ".join(f"{key} {value:.4g}" for key, value in mean.items())
         self.progress.update(self.task, completed=step, text=text)
         if not self.live:
@@ -139,9 +148,16 @@ class Report:
             config.sample_every and run.step % config.sample_every == 0
         )
         path = config.output / "samples" / f"update-{run.step:06d}.png"
-        missing = self.decoder is not None and not path.exists()
-        if not run.step or not due or not run.ranks.any(missing):
+        if not run.step or not due:
             return
+        if run.ranks.any(self.decoder is not None and not path.exists()):
+            self._draw(path)
+        if self.tracking is not None and path.exists():
+            self.tracking.image(run.step, path)
+
+    def _draw(self, path: Path) -> None:
+        """Draws samples on the first rank, while the others wait for it."""
+        run = self.run
         # Under FSDP a model is whole only inside its own forward pass.
         weights, more = parallel.full_state(run.average, run.ranks), True
         if not self.first:
@@ -169,13 +185,13 @@ class Report:
         return self.run.ranks.any(more) and not self.run.asked()
 
 
-def _logged(path: Path, step: int) -> list[Record]:
-    """The lines of a log up to an update, without what a kill left unfinished."""
+def _logged(path: Path) -> list[Record]:
+    """The lines of a log, without what a kill left unfinished."""
     records = []
     for text in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, AttributeError, TypeError, RecursionError):
             line = json.loads(text)
-            if line.keys() >= {"step", "loss", "norm"} and line["step"] <= step:
+            if line.keys() >= {"step", "loss", "norm"} and line["step"] >= 0:
                 records.append(line)
     return records
 
