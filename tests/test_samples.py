@@ -16,6 +16,7 @@ from torch import nn
 
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
+from sfmodel.ranks import Ranks
 from sfmodel.stream import Stream
 from sfmodel.train import loop, report
 from sfmodel.train.config import TrainConfig
@@ -143,12 +144,12 @@ def test_a_first_rank_that_draws_is_not_waited_for_longer_than_a_chunk(
     at last that it does not."""
     told: list[bool] = []
 
-    def tell(self: loop.Ranks, flag: bool) -> bool:
+    def tell(self: Ranks, flag: bool) -> bool:
         told.append(flag)
         return flag
 
-    monkeypatch.setattr(loop.Ranks, "any", tell)
-    run = loop.Run(settings(), loop.Ranks(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(Ranks, "any", tell)
+    run = loop.Run(settings(), Ranks(0, 1, torch.device("cpu")))
     run.step = 2
     with report.Report(run) as shown:
         shown.sample()

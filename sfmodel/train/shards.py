@@ -99,7 +99,8 @@ def read_header(path: Path, preset: Preset, frames: int) -> Shard:
 
 def _text(path: Path, file: Any, count: int, most: int, dim: int) -> Text:
     """Place of so many embeddings (0: any number), of at most so many rows."""
-    shape, starts = _shape(file, "text"), range(0)
+    shape = _shape(file, "text")
+    starts: range | list[int]
     if "lengths" in file.keys():  # noqa: SIM118
         starts = _starts(file, count, most)
         if shape != [starts[-1], dim]:

@@ -9,7 +9,7 @@ import os
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from sfmodel.files import atomic
 from sfmodel.train.config import TrainConfig
@@ -65,7 +65,8 @@ class TensorBoard:
         from torch.utils.tensorboard.summary import hparams
 
         self.after = step
-        self.writer: Any = SummaryWriter(str(config.output / "tensorboard"), purge_step=step + 1)
+        folder = str(config.output / "tensorboard")
+        self.writer = cast(Any, SummaryWriter(folder, purge_step=step + 1))
         plain = {
             name: value if isinstance(value, (int, float, str)) else str(value)
             for name, value in config.plain().items()
