@@ -130,6 +130,12 @@ def test_the_toy_s_negative_prompt_of_no_words_is_zeros() -> None:
         assert want is not None and torch.equal(toy.context.negative_1TE, want)
 
 
+@pytest.mark.usefixtures("embeddings")
+def test_a_ready_negative_prompt_needs_no_encoder() -> None:
+    ready = torch.randn(1, 2, DIM)
+    assert torch.equal(Run(settings(), ALONE, negative=ready).context.negative_1TE, ready)
+
+
 def test_the_public_negative_prompt_is_the_default_of_wan_alone() -> None:
     assert len(NEGATIVE) == 137 and NEGATIVE[:2] == "色调" and NEGATIVE[-3:] == "倒着走"
     assert {defaults("wan-14b", recipe).negative for recipe in RECIPES} == {NEGATIVE}

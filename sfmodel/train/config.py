@@ -111,7 +111,7 @@ class TrainConfig:
     critic_steps: int = 5  # updates of the critic before each one of the generator
     critic_warmup: int = 0  # further ones before the first
     lr_critic: float = 4e-7
-    negative: str | None = None  # prompt, or a file of one, that guidance leads away from
+    negative: str | None = None  # prompt, or file of one, guidance leads away from; None: no words
     guidance_scale: float = 4.0  # of the real score: unprompted + this · (prompted − unprompted)
     gradient_frames: int | None = None  # SF: only the last latent frames take a gradient; None: all
     renoise_context: bool = True  # SF: clean context is noised at the schedule's smallest σ
@@ -133,7 +133,7 @@ class TrainConfig:
     log_every: int = 1  # updates
     save_every: int = 20  # updates
     sample_every: int = 0  # updates between samples of generated videos; 0: at the end only
-    tracker: Literal["wandb", "tensorboard"] | None = None  # that is told what the log is
+    tracker: Literal["wandb", "tensorboard"] | None = None  # gets the log and the samples, too
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:

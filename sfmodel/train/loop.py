@@ -42,8 +42,9 @@ AHEAD = 64  # prompts that a load of the text encoder is for, at least
 class Run:
     """A run's models, optimisers and folder.
 
-    source, models: ready ones, in place of those that config's files and seed give. Models lie on
-    the device, on several ranks as `parallel.place` leaves them, and are trained in place. Raises
+    source, models, negative: ready ones, in place of those that config's files and seed give.
+    Models lie on the device, on several ranks as `parallel.place` leaves them, and are trained in
+    place; negative is the embedding [1, T, E] of the prompt that guidance leads away from. Raises
     ValueError for settings, weights or data that do not fit together."""
 
     def __init__(
@@ -53,6 +54,7 @@ class Run:
         *,
         source: Source | None = None,
         models: Models | None = None,
+        negative: Tensor | None = None,
     ) -> None:
         self.config, self.ranks, self.preset = config, ranks, config.model
         self.objective = config.objective
@@ -75,7 +77,8 @@ class Run:
             )
         if config.darken and self.codec is None:
             raise ValueError(f"darken={config.darken}: only the toy world has a light")
-        negative_1TE, dark_CHW = self._negative(), self._dark()
+        negative_1TE = self._negative() if negative is None else negative.to(ranks.device)
+        dark_CHW = self._dark()
         self.models = models or Models.load(config, ranks)
         self.models.check(config)
         self._prepare_passes()
