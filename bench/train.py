@@ -91,7 +91,10 @@ def new_run(recipe: str, preset: str, device: torch.device, bf16: bool) -> Run:
         real, critic = (random_model(sizes.dit, device) for _ in range(2))
         real = real.to(torch.bfloat16 if bf16 else torch.float32).requires_grad_(False)
         models = Models(models.generator, real, critic)
-    run = Run(config, Ranks(0, 1, device), source=OneClip(sizes, frames), models=models)
+    run = Run(
+        config, Ranks(0, 1, device), source=OneClip(sizes, frames), models=models,
+        negative=torch.zeros(1, 1, sizes.dit.text_dim),
+    )  # fmt: skip
     for learner in run.learners.values():
         for parameter in learner.parameters:
             parameter.grad = torch.zeros_like(parameter)

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 EXTRAS = {
     "model": ("safetensors", "tyro", "rich", "av", "PIL", "matplotlib"),
     "bench": ("rich",),  # without matplotlib there are no figures
+    "trackers": ("wandb", "tensorboard"),
 }
 
 
@@ -21,6 +22,12 @@ def require(program: str, extra: str) -> None:
     if missing:
         print(_sentence(program, missing, extra), file=sys.stderr)
         sys.exit(2)
+
+
+def check_installed(setting: str, name: str, extra: str) -> None:
+    """Raises ValueError with one sentence where a library that a setting needs is not there."""
+    if find_spec(name) is None:
+        raise ValueError(_sentence(setting, [name], extra))
 
 
 @contextmanager

@@ -242,9 +242,9 @@ def chosen_vae(preset: str, vae: Vae = "auto", models: Path | None = None) -> Va
     return vae
 
 
-def load_text(preset: str, models: Path | None = None) -> TextEncoder:
-    """The text encoder of a preset, which takes no memory until it is called. Raises ValueError
-    where there is none."""
+def load_text(preset: str, models: Path | None = None, kept: bool = True) -> TextEncoder:
+    """The text encoder of a preset, which takes no memory until it is called. kept: embeddings are
+    kept on disk and taken from there. Raises ValueError where there is none."""
     if preset == "toy":
         return ToyTextEncoder()
     from sfmodel.umt5 import UMT5Encoder
@@ -253,6 +253,8 @@ def load_text(preset: str, models: Path | None = None) -> TextEncoder:
     encoder = UMT5Encoder(weights, _needed("tokenizer", preset, models))
     if encoder.text_dim != width:
         raise ValueError(f"{weights}: its embeddings have {encoder.text_dim} numbers: not {width}")
+    if not kept:
+        encoder.cache = None
     return encoder
 
 

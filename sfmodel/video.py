@@ -342,9 +342,10 @@ def contact_sheet_of_rows(
 ) -> None:
     """Write a PNG with a row for each of several videos, the same frames of all.
 
-    videos: float [B, T, 3, H, W] in [-1, 1]; `columns` of their frames are shown, the first and
-    last included. labels: one for each, without formulas: a dollar is a dollar. Raises
-    FloatingPointError for frames with NaN or infinity, OSError where the path cannot be written.
+    videos: float [B, T, 3, H, W] in [-1, 1], or bytes [B, T, H, W, 3]; `columns` of their frames
+    are shown, the first and last included. labels: one for each, without formulas: a dollar is a
+    dollar. Raises FloatingPointError for frames with NaN or infinity, OSError where the path cannot
+    be written.
     """
     from matplotlib.figure import Figure
 

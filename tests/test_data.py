@@ -158,7 +158,7 @@ def test_prompts_alone_are_those_of_the_clips(
     clips = source.draw(5, 6, 2, slice(2, 6))
     monkeypatch.setattr(CODEC, "latents_of", None)
     monkeypatch.setattr(CODEC, "encode_chunk", None)
-    monkeypatch.setattr("sfmodel.train.data._Files._latents", None)
+    monkeypatch.setattr("sfmodel.train.data.Files._latents", None)
     alone = source.draw(5, 6, 2, slice(2, 6), latents=False)
     assert alone.latents_BFCHW is None
     if isinstance(source, ToyWorld):  # without bad clips, which give way to others

@@ -61,6 +61,26 @@ def test_embeddings_without_padding(tmp_path: Path) -> None:
             open_source(path, PRESET, 3, None, None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
+def test_a_draw_reads_the_rows_of_its_prompt_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Not the header, which holds all sentences: of 100,000 that takes a tenth of a second."""
+    path = tmp_path / "e.safetensors"
+    whole = torch.arange(5 * 2 * 32).view(5, 2, 32).div(32).to(dtype)
+    save_file({"text": whole, "other": torch.zeros(7)}, path, {"prompts": json.dumps([*"abcde"])})
+    source = open_source(path, PRESET, 3, None, None)
+    monkeypatch.setattr("sfmodel.train.shards.safe_open", None)
+    clips = source.draw(0, 30, 1, latents=False)
+    assert {*clips.sentences} == {*"abcde"}
+    want = whole.float()[["abcde".index(sentence) for sentence in clips.sentences]]
+    assert torch.equal(clips.text_BTE, want)
+    path.write_bytes(path.read_bytes()[:-28])  # the header stays whole
+    assert {*source.draw(0, 30, 1, latents=False).sentences} == {*"abcd"}
+    said = "item 4: not a whole safetensors file (it has become shorter)"
+    assert source.skipped == {"e.safetensors": said}
+
+
 def test_prompt_files(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_text("\n one \n\ntwo\n")

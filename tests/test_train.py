@@ -96,8 +96,9 @@ def test_every_recipe_trains_from_the_command_line(
         assert {"loss", "norm"} | critics == {name for name in line if re.search("loss|norm", name)}
         assert all(map(math.isfinite, line.values())) and line["norm"] > 0
     assert (folder / "curves.png").stat().st_size > 1000
-    sampled = [path.name for path in (folder / "samples").glob("*")]
-    assert sampled == ([] if objective.context == "whole" else ["update-000002.png"])
+    sampled = sorted(path.name for path in (folder / "samples").glob("*"))
+    names = [*(f"update-000002-{i}.mp4" for i in range(3)), "update-000002.png"]
+    assert sampled == ([] if objective.context == "whole" else names)
     assert steps(folder) == ["step-000002"]
     assert (folder / "trajectories").exists() == objective.needs_trajectories
 

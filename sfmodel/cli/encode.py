@@ -48,7 +48,7 @@ from sfmodel.weights.saving import save_tensors
 
 CHUNK = 16  # pixel frames that go to the encoder at once
 LATENTS = 3  # latent frames that go to the decoder at once
-SHARD = 2**24  # bytes of embeddings in a file, and in memory at once
+SHARD = 2**26  # bytes of embeddings in a file, of which twice as many are in memory
 
 
 @torch.no_grad()
@@ -91,9 +91,10 @@ def encode(
     if fps is not None and not 0.01 <= fps <= 1000:
         raise ValueError(f"fps={fps}: must be 0.01 to 1000")
     check_writable(output / f"{source.stem}.safetensors")
-    text = load_text(preset, models)
+    alone = source.suffix.lower() == ".txt"
+    text = load_text(preset, models, not alone)  # a quarter million need no second place on disk
     same: dict[str, Any] = {"preset": preset, "text": text.identity[:16]}
-    if source.suffix.lower() == ".txt":
+    if alone:
         _encode_prompts(source, output, text, same, device)
         return
     if not source.exists():
@@ -261,17 +262,20 @@ def _encode_prompts(
 
     few: list[str] = []
     rows: list[Tensor] = []
-    with progress(f"encoding {count - done} prompts"):
+    size = 0
+    with _progress(source.name) as progress:
         for prompt, text_TE in zip(left(), text.rows(left(), device), strict=True):
             few.append(prompt)
             rows.append(_small(text_TE))
+            size += rows[-1].nbytes
             done += 1
-            if done == count or sum(row.nbytes for row in rows) >= SHARD:
+            progress.update(progress.task_ids[0], description=f"{done} of {count} prompts")
+            if done == count or size >= SHARD:
                 if target in there and there[target].of != of:
                     raise ValueError(f"{target} is there and of other prompts")
                 lengths = torch.tensor([len(row) for row in rows], dtype=torch.int32)
                 _save(target, {"text": torch.cat(rows), "lengths": lengths}, few, settings, of)
-                few, rows, target = [], [], next(files)
+                few, rows, size, target = [], [], 0, next(files)
     print(f"{count} prompts: {first}")
 
 

@@ -143,6 +143,10 @@ class Batch:
         masked = self.context.config.image or self.rollout > self.frames
         return self.layout.chunks[0] if masked else 0
 
+    def rows(self, samples: range) -> tuple[int, int, slice]:
+        """Seed, size and rows of the draw from the source that some of the samples are."""
+        return seed_of(self.seed, "data"), self.clips, slice(samples.start, samples.stop)
+
     def load(self, samples: range) -> MicroBatch:
         """Some of the batch's samples, with their data."""
         context, objective = self.context, self.context.config.objective
@@ -151,10 +155,9 @@ class Batch:
             chosen = draw.uniform("trajectory") * context.trajectories.count
             points, text = context.trajectories.draw(chosen.long().tolist())
         else:
-            rows, seed = slice(samples.start, samples.stop), seed_of(self.seed, "data")
-            sizes = self.clips, self.frames, rows
-            latents = context.config.needs_clips
-            clips, text, _ = context.source.draw(seed, *sizes, latents=latents)
+            seed, batch, rows = self.rows(samples)
+            needs = context.config.needs_clips
+            clips, text, _ = context.source.draw(seed, batch, self.frames, rows, latents=needs)
         clips, points = (x if x is None else x.to(context.device) for x in (clips, points))
         return MicroBatch(context, self, draw, text.to(context.device), clips, points)
 

@@ -15,6 +15,7 @@ from sfkernels import BlockLayout
 from sfkernels.dispatch import IMPLS
 from sfmodel.config import PRESETS, Preset, check_seed
 from sfmodel.dit import DiT
+from sfmodel.extras import check_installed
 from sfmodel.files import check_writable
 from sfmodel.ranks import PATIENCE
 from sfmodel.train.objectives import Objective
@@ -119,7 +120,7 @@ class TrainConfig:
     lr_critic: float = 4e-7
     betas_critic: tuple[float, float] | None = None  # of the critic's AdamW; None: betas
     clip_critic: float | None = None  # largest norm of the critic's gradient; None: clip
-    negative: Path | None = None  # a prompt, which guidance leads away from; None: no words
+    negative: str | None = None  # prompt, or file of one, guidance leads away from; None: no words
     guidance_scale: float = 4.0  # of the real score: unprompted + this · (prompted − unprompted)
     fake_guidance_scale: float = 1.0  # of the critic as a score, likewise; 1: no guidance
     min_score_timestep: int = 0  # of 1000, before the shift: scores compare from this noise level
@@ -154,7 +155,8 @@ class TrainConfig:
     # output
     log_every: int = 1  # updates
     save_every: int = 20  # updates
-    sample_every: int = 0  # updates between contact sheets of generated videos; 0: at the end only
+    sample_every: int = 0  # updates between samples of generated videos; 0: at the end only
+    tracker: Literal["wandb", "tensorboard"] | None = None  # gets the log and the samples, too
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
@@ -228,9 +230,12 @@ class TrainConfig:
             )
 
     def check_files(self) -> None:
-        """Raises ValueError or OSError for weights that are missing or not of these models, and for
-        a folder that cannot be written. Reads no weights and leaves nothing."""
+        """Raises ValueError or OSError for weights that are missing or not of these models, for a
+        folder that cannot be written and a tracker that is not installed. Reads no weights and
+        leaves nothing."""
         objective, size = self.objective, self.teacher_preset or self.preset
+        if self.tracker is not None:
+            check_installed(f"tracker={self.tracker!r}", self.tracker, "trackers")
         if objective.needs_teacher and self.teacher is None:
             raise ValueError(f"recipe={self.recipe!r} learns from a teacher: give its weights")
         mine = self.teacher is not None and size == self.preset
@@ -294,7 +299,7 @@ class TrainConfig:
         if "guidance" in saved:  # of 0.1.0: x0 + guidance · (x0 − x0 of the unprompted)
             saved["guidance_scale"] = saved["guidance"] + 1
         free = {"output", "models", "steps", "threads", "shard", "micro_batch", "patience"}
-        free |= {"log_every", "save_every", "sample_every"}
+        free |= {"log_every", "save_every", "sample_every", "tracker"}
         free |= set() if self.sink else {"positions"}
         return {
             name: saved.get(name)

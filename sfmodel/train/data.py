@@ -10,31 +10,28 @@ pixels, E text_dim. N clips or prompts of a file.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sfmodel.config import Preset
-from sfmodel.extras import needed
 from sfmodel.files import VIDEOS, within
 from sfmodel.prompts import continued, prompt_beside
 from sfmodel.prompts import read_prompts as read_prompts
 from sfmodel.toy import world
 from sfmodel.toy.text import ToyTextEncoder
 from sfmodel.toy.vae import ToyVAE
+from sfmodel.train.shards import Shard, finite, opened, read_header
+from sfmodel.train.text import KeptText
 from sfmodel.vae.codec import VideoCodec
-
-with needed():
-    from safetensors import SafetensorError, safe_open
 
 # Sentences to embeddings [B, T, E]; short ones end in rows of zeros.
 TextEncoder = Callable[[Sequence[str]], Tensor]
@@ -99,17 +96,7 @@ class ToyWorld:
         return Clips(clips, self.text(sentences), sentences)
 
 
-class _File(NamedTuple):
-    """A file of N clips or prompts, one sentence for each. embedded: it holds their embeddings, of
-    which `starts`, if not None, has the first row of each and the last one's end."""
-
-    path: Path
-    sentences: list[str]
-    embedded: bool
-    starts: list[int] | None = None
-
-
-class _Files:
+class Files:
     """Base of all sources of files. Samples are drawn uniformly, each by a generator of its own;
     where a clip cannot be used, that generator goes on. No clip is remembered as bad: what a sample
     is would then depend on what was drawn before."""
@@ -129,7 +116,7 @@ class _Files:
         Raises ValueError where no file can be used."""
         self.path, self.preset, self.frames, self.text = path, preset, frames, text
         self.skipped: dict[str, str] = {}
-        self.files: list[_File] = []
+        self.files: list[Shard] = []
         for each in paths:
             try:
                 file = self._open(each)
@@ -156,18 +143,40 @@ class _Files:
             )
         if latents and not 1 <= frames <= self.frames:
             raise ValueError(f"frames={frames}: must be 1 to {self.frames} here")
+        self.encode_ahead([(seed, batch, rows)])
         samples = [self._sample(seed, i, frames if latents else 0) for i in _picked(batch, rows)]
         text_BTE = pad_sequence([text_TE for _, text_TE, _ in samples], batch_first=True)
         clips = [latents_FCHW for latents_FCHW, _, _ in samples if latents_FCHW is not None]
         sentences = [sentence for *_, sentence in samples]
         return Clips(torch.stack(clips) if clips else None, text_BTE, sentences)
 
+    @torch.no_grad()
+    def first(self, count: int) -> Clips:
+        """The first prompts, at most so many, without latents."""
+        items = [self._at(item) for item in range(min(count, self.count))]
+        sentences = [file.sentences[row] for file, row in items]
+        if isinstance(self.text, KeptText) and items[-1][0].text is None:
+            self.text.encode(sentences)
+        texts = [self._embed(file, row) for file, row in items]
+        return Clips(None, pad_sequence(texts, batch_first=True), sentences)
+
+    def encode_ahead(self, draws: Iterable[tuple[int, int, slice]]) -> None:
+        """Has the prompts of these draws (seed, batch, rows) encoded at once where the text encoder
+        is one that is loaded for it. What is drawn is the same."""
+        if isinstance(self.text, KeptText):
+            self.text.encode(sentence for draw in draws for sentence in self._sentences(*draw))
+
+    def _sentences(self, seed: int, batch: int, rows: slice) -> Iterator[str]:
+        """Those of a draw's first choices that have no embeddings."""
+        for i in _picked(batch, rows):
+            file, row = self._at(next(_shuffled(self.count, Random(f"{seed}/{i}"))))
+            if file.text is None:
+                yield file.sentences[row]
+
     def _sample(self, seed: int, i: int, frames: int) -> tuple[Tensor | None, Tensor, str]:
         """Latents (None for no frames), embeddings and sentence of row i of a batch."""
-        for item in _shuffled(self._ends[-1], Random(f"{seed}/{i}")):
-            index = bisect_right(self._ends, item)
-            file = self.files[index]
-            row = item - self._ends[index] + len(file.sentences)
+        for item in _shuffled(self.count, Random(f"{seed}/{i}")):
+            file, row = self._at(item)
             try:
                 # One at a time: in a batch, what is rounded how depends on the other samples.
                 latents_FCHW = self._latents(file.path, row, frames) if frames else None
@@ -177,21 +186,28 @@ class _Files:
                 self.skipped.setdefault(self._name(file.path), f"{which}{error}")
         raise ValueError(f"{self.path}: nothing in it can be used: {skipped_report(self)}")
 
+    @property
+    def count(self) -> int:
+        """Number of clips or prompts in all files."""
+        return self._ends[-1]
+
+    def _at(self, item: int) -> tuple[Shard, int]:
+        """The file of one of all clips or prompts, and its row there."""
+        index = bisect_right(self._ends, item)
+        file = self.files[index]
+        return file, item - self._ends[index] + len(file.sentences)
+
     def _name(self, path: Path) -> str:
         return str(path.relative_to(self.path)) if self.path.is_dir() else path.name
 
-    def _embed(self, file: _File, row: int) -> Tensor:
-        if file.embedded:
-            with _safetensors(file.path) as tensors:
-                text = tensors.get_slice("text")
-                if file.starts is None:
-                    return _finite("text", text[row])
-                return _finite("text", text[file.starts[row] : file.starts[row + 1]])
+    def _embed(self, file: Shard, row: int) -> Tensor:
+        if file.text is not None:
+            return file.text.read(row)
         assert self.text is not None  # or the file would have been skipped
-        return _finite("text", self.text([file.sentences[row]])[0])
+        return finite("text", self.text([file.sentences[row]])[0])
 
-    def _check_sentences(self, file: _File) -> None:
-        if file.embedded:
+    def _check_sentences(self, file: Shard) -> None:
+        if file.text is not None:
             return
         if self.text is None:
             raise ValueError(
@@ -201,20 +217,22 @@ class _Files:
         if isinstance(self.text, ToyTextEncoder):
             for sentence in file.sentences:
                 self.text.words(sentence)
+        if isinstance(self.text, KeptText):
+            _ = self.text.encoder  # says now what is wrong with its files
 
     # What follows is of .safetensors files; sources of others replace it. A ValueError says why a
     # file, or one of its clips, cannot be used.
 
-    def _open(self, path: Path) -> _File:
-        return _header(path, self.preset, self.frames)
+    def _open(self, path: Path) -> Shard:
+        return read_header(path, self.preset, self.frames)
 
     def _latents(self, path: Path, row: int, frames: int) -> Tensor:
         """Latents of one clip, [F, C, H, W]."""
-        with _safetensors(path) as file:
-            return _finite("latents", file.get_slice("latents")[row, :frames])
+        with opened(path) as file:
+            return finite("latents", file.get_slice("latents")[row, :frames])
 
 
-class LatentShards(_Files):
+class LatentShards(Files):
     """Clips in a .safetensors file or a folder of such: `latents` [N, F, C, H, W], and `text`
     [N, T, E] or the metadata entry `prompts`, a JSON list of N sentences. Memory-mapped; the first
     frames of longer clips are taken, as latent frame 0 of a clip is a still. `text` may also be
@@ -233,7 +251,7 @@ class Embeddings(LatentShards):
         super().__init__(path, preset, 0, None)
         for name, reason in self.skipped.items():
             raise ValueError(f"{path}: {name}: {reason}")
-        self.at: dict[str, tuple[_File, int]] = {}
+        self.at: dict[str, tuple[Shard, int]] = {}
         for file in self.files:
             for row, sentence in enumerate(file.sentences):
                 named = sentence if any(file.sentences) else f"{file.path.stem} {row}"
@@ -249,7 +267,7 @@ class Embeddings(LatentShards):
             yield self._embed(*self.at[sentence])
 
 
-class VideoFiles(_Files):
+class VideoFiles(Files):
     """Videos in a folder, from their first frame on, at the preset's frames a second, scaled to
     cover its size, cropped around the centre and encoded each time. The prompt is the text file of
     the same name with suffix .txt, "" where there is none."""
@@ -262,11 +280,11 @@ class VideoFiles(_Files):
         self.codec, self.footage = codec, footage
         super().__init__(folder, within(folder, VIDEOS), preset, frames, text)
 
-    def _open(self, path: Path) -> _File:
+    def _open(self, path: Path) -> Shard:
         with self.footage.opened_video(path) as (_, stream):
             have = self.footage.length(stream, self.preset.fps)
             _long_enough(have, self._pixel_frames(self.frames))
-        return _File(path, [prompt_beside(path)], False)
+        return Shard(path, [prompt_beside(path)])
 
     def _latents(self, path: Path, row: int, frames: int) -> Tensor:
         scale = self.codec.spatial_factor
@@ -276,13 +294,13 @@ class VideoFiles(_Files):
         images = [*itertools.islice(frames_of, needed)]
         _long_enough(len(images), needed)
         pixels_TCHW = self.footage.to_pixels(images).to(next(self.codec.parameters()).device)
-        return _finite("latents", self.codec.encode_chunk(pixels_TCHW[None])[0][0])
+        return finite("latents", self.codec.encode_chunk(pixels_TCHW[None])[0][0])
 
     def _pixel_frames(self, frames: int) -> int:
         return 1 + self.codec.temporal_factor * (frames - 1)
 
 
-class Prompts(_Files):
+class Prompts(Files):
     """Prompts alone: a text file with one a line, or embeddings: a .safetensors file, with those
     that continue it (`continued`), or a folder of such, with `text` as in `LatentShards` and maybe
     the metadata entry `prompts`, a JSON list of N sentences."""
@@ -298,8 +316,25 @@ class Prompts(_Files):
             files += itertools.takewhile(Path.exists, more)
         super().__init__(path, files, preset, 0, text)
 
-    def _open(self, path: Path) -> _File:
-        return super()._open(path) if self.lines is None else _File(path, self.lines, False)
+    def _open(self, path: Path) -> Shard:
+        return super()._open(path) if self.lines is None else Shard(path, self.lines)
+
+
+def negative_prompt(prompt: str, preset: Preset, text: TextEncoder | None) -> Tensor:
+    """Embedding [1, T, E] of a negative prompt, or of the only one in a .txt or .safetensors file
+    of that name. Raises ValueError without a text encoder for it, and for a file of several."""
+    if prompt.lower().endswith((".txt", ".safetensors")):
+        source = Prompts(Path(prompt), preset, text)
+        if source.count > 1:
+            raise ValueError(f"{prompt}: has {source.count} prompts: must have one")
+        return source.first(1).text_BTE
+    if text is None:
+        short = prompt[:20] + "…" * (len(prompt) > 20)
+        raise ValueError(
+            f"negative={short!r}: there is no text encoder for it: write it into negative.txt, "
+            "`sfmodel encode negative.txt` where there is one, then --negative negative.safetensors"
+        )
+    return text([prompt])
 
 
 def open_source(
@@ -357,7 +392,7 @@ def _depth(paths: Sequence[Path]) -> float:
 def _alone(shards: Sequence[Path]) -> bool:
     """Tells whether the first that is whole has prompts alone."""
     for shard in shards:
-        with suppress(ValueError), _safetensors(shard) as file:
+        with suppress(ValueError), opened(shard) as file:
             return "text" in file.keys() and "latents" not in file.keys()  # noqa: SIM118
     return False
 
@@ -386,82 +421,6 @@ def _shuffled(count: int, random: Random) -> Iterator[int]:
         j = random.randrange(i, count)
         item, moved[j] = moved.get(j, j), moved.get(i, i)
         yield item
-
-
-@contextmanager
-def _safetensors(path: Path) -> Iterator[Any]:
-    if not path.is_file():  # opening a FIFO would wait for its writer
-        raise ValueError("not a whole safetensors file (is no regular file)")
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"not a whole safetensors file ({error})") from None
-
-
-def _header(path: Path, preset: Preset, frames: int) -> _File:
-    """Header of a file with clips of so many frames or more, or, if 0, with prompts alone."""
-    dit, count = preset.dit, 0
-    with _safetensors(path) as file:
-        embedded = not frames or "text" in file.keys()  # noqa: SIM118
-        if frames:
-            shape, size = _shape(file, "latents"), [dit.channels, preset.height, preset.width]
-            if len(shape) != 5 or not shape[0] or shape[1] < frames or shape[2:] != size:
-                want = f"[N, {frames} or more, {', '.join(map(str, size))}]"
-                raise ValueError(f"latents has shape {shape}: must be {want}")
-            count = shape[0]
-        starts = None
-        if embedded and "lengths" in file.keys():  # noqa: SIM118
-            starts = _starts(file, count, dit.text_len, dit.text_dim)
-            count = len(starts) - 1
-        elif embedded:
-            shape = _shape(file, "text")
-            fits = len(shape) == 3 and 1 <= shape[1] <= dit.text_len and shape[2] == dit.text_dim
-            if not fits or not shape[0] or shape[0] != (count or shape[0]):
-                want = f"[{count or 'N'}, 1 to {dit.text_len}, {dit.text_dim}]"
-                raise ValueError(f"text has shape {shape}: must be {want}")
-            count = shape[0]
-        written = (file.metadata() or {}).get("prompts")
-    if embedded and written is None:
-        return _File(path, [""] * count, embedded, starts)
-    with suppress(json.JSONDecodeError):
-        sentences = json.loads(written or "null")
-        if isinstance(sentences, list) and [type(s) for s in sentences] == [str] * count:
-            return _File(path, sentences, embedded, starts)
-    raise ValueError(
-        f"must have {'' if embedded else 'text, or '}a JSON list of {count} sentences as prompts "
-        "in its metadata"
-    )
-
-
-def _starts(file: Any, count: int, most: int, dim: int) -> list[int]:
-    """Rows at which each embedding begins in a `text` without padding, and at which the last one
-    ends."""
-    lengths, shape = file.get_tensor("lengths"), _shape(file, "text")
-    whole = lengths.dim() == 1 and lengths.dtype in (torch.int32, torch.int64) and len(lengths)
-    if not whole or lengths.min() < 1 or lengths.max() > most or len(lengths) != (count or whole):
-        raise ValueError(f"lengths must be {count or 'N'} whole numbers from 1 to {most}")
-    starts = [0, *itertools.accumulate(lengths.tolist())]
-    if shape != [starts[-1], dim]:
-        raise ValueError(f"text has shape {shape}: must be {[starts[-1], dim]}, as its lengths say")
-    return starts
-
-
-def _shape(file: Any, name: str) -> list[int]:
-    if name not in file.keys():  # noqa: SIM118
-        raise ValueError(f"holds no tensor named {name}")
-    piece = file.get_slice(name)
-    if "F" not in piece.get_dtype():  # F32, BF16, F8_E4M3 …
-        raise ValueError(f"{name} is of type {piece.get_dtype()}: must be floating point")
-    return piece.get_shape()
-
-
-def _finite(name: str, x: Tensor) -> Tensor:
-    """The tensor in float32 on the CPU."""
-    x = x.float().cpu()
-    if not x.isfinite().all():
-        raise ValueError(f"{name} holds NaN or infinity")
-    return x
 
 
 def _long_enough(frames: float, needed: int) -> None:

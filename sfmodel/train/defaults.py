@@ -31,7 +31,15 @@ _TOY_BY: dict[str, dict[str, Any]] = {
         drop_text=0.0, init=_INIT, teacher=_TEACHER, log_every=5, save_every=10,
     ),
 }  # fmt: skip
-_WAN: dict[str, Any] = dict(bf16=True, recompute=True, micro_batch=1, drop_text=0.0, drop_word=0.0)
+# The negative prompt that the public Self Forcing trains with (configs/self_forcing_dmd.yaml).
+NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+_WAN: dict[str, Any] = dict(
+    negative=NEGATIVE, bf16=True, recompute=True, micro_batch=1, drop_text=0.0, drop_word=0.0,
+)  # fmt: skip
 Variant = Literal["paper", "one-node"]
 _WAN_BY: dict[str, dict[str, Any]] = {
     "paper": dict(shard=8, pairs=16_000),  # 64 ranks on nodes of 8, whose copies are whole

@@ -25,26 +25,29 @@ from sfmodel.process import noting
 from sfmodel.ranges import phase
 from sfmodel.ranks import Ranks, started
 from sfmodel.schedule import FlowSchedule
-from sfmodel.toy.text import ToyTextEncoder
 from sfmodel.toy.vae import ToyVAE
 from sfmodel.train import parallel
 from sfmodel.train.batch import Batch, Draw, TrainContext, seed_of
 from sfmodel.train.config import TrainConfig
-from sfmodel.train.data import Prompts, Source, open_source
+from sfmodel.train.data import Files, Source, negative_prompt, open_source
 from sfmodel.train.learner import Learner
 from sfmodel.train.models import Models, load
 from sfmodel.train.report import Record, Report, means
+from sfmodel.train.text import KeptText, text_encoder
 from sfmodel.train.trajectories import Trajectories, solve
 from sfmodel.vae.codec import VideoCodec
 from sfmodel.weights import checkpoint
+
+AHEAD = 64  # prompts that a load of the text encoder is for, at least
 
 
 class Run:
     """A run's models, optimisers and folder.
 
-    source, models, vae: ready ones, in place of those that config's files and seed give. Models
-    lie on the device, on several ranks as `parallel.place` leaves them, and are trained in place.
-    Raises ValueError for settings, weights or data that do not fit together."""
+    source, models, vae, negative: ready ones, in place of those that config's files and seed give.
+    Models lie on the device, on several ranks as `parallel.place` leaves them, and are trained in
+    place; negative is the embedding [1, T, E] of the prompt that guidance leads away from. Raises
+    ValueError for settings, weights or data that do not fit together."""
 
     def __init__(
         self,
@@ -54,6 +57,7 @@ class Run:
         source: Source | None = None,
         models: Models | None = None,
         vae: VideoCodec | None = None,
+        negative: Tensor | None = None,
     ) -> None:
         self.config, self.ranks, self.preset = config, ranks, config.model
         self.objective = config.objective
@@ -65,7 +69,7 @@ class Run:
             self._split(config.clips(frames))
         toy = config.preset == "toy"
         self.codec = ToyVAE.from_pretrained().to(ranks.device) if toy else None
-        self.text = ToyTextEncoder() if toy else None
+        self.text = text_encoder(config.preset, ranks.device)
         self.source = source or open_source(
             config.data, self.preset, max(config.frames), ToyVAE() if toy else None, self.text,
             config.drop_word, config.drop_text,
@@ -79,7 +83,8 @@ class Run:
         vae = vae or self.codec
         if vae is None and max(config.rollouts, default=0) > min(config.frames):
             vae = load_codec(config.preset, ranks.device, "wan", config.models)
-        negative_1TE, dark_CHW = self._negative(), self._dark()
+        negative_1TE = self._negative() if negative is None else negative.to(ranks.device)
+        dark_CHW = self._dark()
         self.models = models or Models.load(config, ranks)
         self.models.check(config)
         self._prepare_passes()
@@ -96,17 +101,18 @@ class Run:
             FlowSchedule(config.score_shift or self.preset.shift), vae,
         )  # fmt: skip
         self.step = 0
+        self.encoded = 0  # the first step whose prompts are not encoded ahead
         self.seconds = 0.0
         self.of_critic: list[Record] = []  # its updates of the step that is not over
         self.recent: list[Record] = []  # of steps since the last line of the log
         self.asked: Callable[[], bool] = lambda: False  # whether to stop, the same on all ranks
 
     def _negative(self) -> Tensor:
-        """Embeddings [1, T, E] of the prompt that guidance leads away from."""
+        """Embedding [1, T, E] of the prompt that guidance leads away from; zeros without it. That
+        of no words is the end token's for Wan2.1, and zeros in the toy world."""
         text_1TE = torch.zeros(1, 1, self.preset.dit.text_dim)
-        if self.config.negative is not None:
-            prompts = Prompts(self.config.negative, self.preset, self.text)
-            text_1TE = prompts.draw(0, 1, 1, latents=False).text_BTE
+        if self.objective.needs_teacher and self.config.guidance_scale != 1:
+            text_1TE = negative_prompt(self.config.negative or "", self.preset, self.text)
         return text_1TE.to(self.ranks.device)
 
     def _dark(self) -> Tensor | None:
@@ -200,6 +206,31 @@ class Run:
             )  # fmt: skip
         return points, text
 
+    def _critic_updates(self, step: int) -> int:
+        """Updates of the critic before that of the generator in a step."""
+        config = self.config
+        if "critic" not in self.learners:
+            return 0
+        first = config.discriminator_warmup + config.critic_warmup
+        return config.critic_steps + (0 if step else first)
+
+    def _encode_ahead(self) -> None:
+        """Has this rank's prompts of this step and the next ones, AHEAD or more, encoded by one
+        load of the text encoder, where they are sentences at full size."""
+        ready = self.step < self.encoded or self.objective.needs_trajectories
+        if ready or not isinstance(self.source, Files) or not isinstance(self.text, KeptText):
+            return
+        draws, count, self.encoded = [], 0, self.step
+        while count < AHEAD and self.encoded < self.config.steps:
+            names = [f"critic {i}" for i in range(self._critic_updates(self.encoded))]
+            for name in (*names, "generator"):
+                batch = Batch.draw(self.context, self.encoded, name)
+                mine = self._split(batch.clips)
+                draws.append(batch.rows(range(mine[0].start, mine[-1].stop)))
+                count += mine[-1].stop - mine[0].start
+            self.encoded += 1
+        self.source.encode_ahead(draws)
+
     def train_step(self) -> Record:
         """The critic's updates and one of the generator; returns means over the ranks. Raises
         FloatingPointError before an update that is not finite, and Stopped where it is asked to:
@@ -207,11 +238,10 @@ class Run:
         config = self.config
         record: Record = {}
         began = time.perf_counter()
-        if "critic" in self.learners:
-            learner, count, alone = self.learners["critic"], config.critic_steps, 0
-            if not self.step:
-                alone = config.discriminator_warmup
-                count += alone + config.critic_warmup
+        self._encode_ahead()
+        if count := self._critic_updates(self.step):
+            learner = self.learners["critic"]
+            alone = 0 if self.step else config.discriminator_warmup
             while (i := len(self.of_critic)) < count:
                 learner.only("discriminator" if i < alone else None)
                 if alone and i == alone:

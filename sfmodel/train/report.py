@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from sfmodel.dit import DiT
 from sfmodel.extras import needed
 from sfmodel.files import atomic, cannot_write
-from sfmodel.stream import Stream
+from sfmodel.pretrained import checked_codec
 from sfmodel.train import parallel
-from sfmodel.train.data import Clips, skipped_report
+from sfmodel.train.data import skipped_report
+from sfmodel.train.samples import write_samples
+from sfmodel.train.trackers import Tracking
+from sfmodel.vae.codec import VideoCodec
 
 with needed():
     from rich.console import Console
@@ -26,13 +28,12 @@ if TYPE_CHECKING:
     from sfmodel.train.loop import Run
 
 Record = dict[str, float]
-# Of the samples that a run of the toy world shows.
-PROMPTS = ("a large red ball moves up slowly", "a small bright blue ball moves right fast", "")
 
 
 class Report:
     """Output of a run while it goes on, on its first rank: progress in a terminal, plain lines
-    elsewhere; log.jsonl with the means of every few updates; at the end curves.png."""
+    elsewhere; log.jsonl, and a tracker, with the means of every few updates; at the end
+    curves.png."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, run.config
@@ -48,19 +49,24 @@ class Report:
         self.live = live
         self.records: list[Record] = []  # logged
         self.failed: OSError | None = None  # to write the log
+        self.decoder: Callable[[], VideoCodec] | None = None  # of samples, on the first rank
+        self.tracking: Tracking | None = None  # on the first rank
         self.began, self.done = time.perf_counter(), 0  # of updates
 
     def __enter__(self) -> Report:
         run = self.run
         if self.first:
-            if run.step and self.path.exists():
-                self.records = _logged(self.path, run.step)
+            before = _logged(self.path) if run.step and self.path.exists() else []
+            self.records = [each for each in before if each["step"] <= run.step]
             # A resumed run writes again what it logged after its checkpoint.
             with atomic(self.path) as part:
                 part.write_text("".join(json.dumps(each) + "\n" for each in self.records))
             self.skipped = skipped_report(run.source)
             if self.skipped:
                 self.say(self.skipped)
+            self.decoder = self._decoder()
+            last = int(max((each["step"] for each in before), default=0))
+            self.tracking = Tracking(self.config, run.step, last, self.say)
         self.progress.start()
         name = self.config.recipe
         self.task = self.progress.add_task(
@@ -73,6 +79,8 @@ class Report:
         # Some files show that they are bad only when a clip of theirs is drawn.
         if self.first and (report := skipped_report(self.run.source)) != self.skipped:
             self.say(report)
+        if self.tracking is not None:
+            self.tracking.close()
         if self.first and self.records:
             # On a full disk, the first failure is the one to report.
             with contextlib.suppress(*([] if kind is None else [OSError])):
@@ -110,57 +118,80 @@ class Report:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:
                 self.failed = cannot_write(self.path, error)
+        if self.tracking is not None:
+            self.tracking.log(step, {name: line[name] for name in line if name != "step"})
         text = "  ".join(f"{key} {value:.4g}" for key, value in mean.items())
         self.progress.update(self.task, completed=step, text=text)
         if not self.live:
             left = (steps - step) * rate / 60
             self.say(f"update {step}/{steps}  {text}  {rate:.2f} s each  {left:.0f} min left")
 
+    def _decoder(self) -> Callable[[], VideoCodec] | None:
+        """Loader of what decodes samples: the toy's codec, or the tiny VAE where its weights are.
+        Says why there is none."""
+        codec, config = self.run.codec, self.config
+        if config.objective.context == "whole":  # which does not stream
+            return None
+        if codec is not None:
+            return lambda: codec
+        try:
+            return checked_codec(config.preset, self.run.ranks.device, "tiny")
+        except ValueError as error:
+            self.say(f"no samples are drawn: {error}")
+            return None
+
     def sample(self) -> None:
-        """A contact sheet of what the averaged weights generate, where there is a decoder: after
-        every `sample_every` updates and the last, unless it is there."""
+        """Videos that the averaged weights generate, where there is a decoder: after every
+        `sample_every` updates and the last, unless they are there."""
         run, config = self.run, self.config
-        if run.codec is None or run.text is None or config.objective.context == "whole":
-            return
         due = run.step == config.steps or (
             config.sample_every and run.step % config.sample_every == 0
         )
         path = config.output / "samples" / f"update-{run.step:06d}.png"
-        if not run.step or not due or not run.ranks.any(self.first and not path.exists()):
+        if not run.step or not due:
             return
+        if run.ranks.any(self.decoder is not None and not path.exists()):
+            self._draw(path)
+        if self.tracking is not None and path.exists():
+            self.tracking.image(run.step, path)
+
+    def _draw(self, path: Path) -> None:
+        """Draws samples on the first rank, while the others wait for it."""
+        run = self.run
         # Under FSDP a model is whole only inside its own forward pass.
-        state = parallel.full_state(run.average, run.ranks)
+        weights, more = parallel.full_state(run.average, run.ranks), True
         if not self.first:
+            while self._goes_on(False):
+                pass
             return
-        model = DiT(run.preset.dit, config.impl, config.attention_impl)
-        model.load_state_dict(state)
-        preset = replace(
-            run.preset, chunk=config.chunks[-1], window=max(config.windows), sink=config.sink,
-            positions=config.positions,
-        )  # fmt: skip
-        clips = Clips(None, run.text(PROMPTS, run.ranks.device), [*PROMPTS])
-        if config.image:
-            clips = run.source.draw(config.seed, len(PROMPTS), max(config.frames))
-        model = model.to(run.ranks.device).eval()
-        text = clips.text_BTE.to(run.ranks.device)
-        made = Stream(model, run.codec, text, preset, seed=config.seed, batch=len(PROMPTS))
-        if clips.latents_BFCHW is not None:
-            made.give(clips.latents_BFCHW[:, :1].to(run.ranks.device))
-        latents = max(2 * max(config.frames), *config.rollouts, 1)
-        videos = torch.cat([*made.video(1 + run.codec.temporal_factor * (latents - 1))], 1)
-        labels = [prompt or "(no prompt)" for prompt in clips.sentences]
-        from sfmodel.video import contact_sheet_of_rows  # needs PyAV
+        assert self.decoder is not None
+        benchmark = torch.backends.cudnn.benchmark  # which loading a codec turns on
+        try:
+            for _ in write_samples(run, weights, self.decoder(), path):
+                if not (more := self._goes_on(True)):
+                    break
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            self.say(f"no sample of update {run.step}: {str(error).partition(chr(10))[0]}")
+        finally:
+            torch.backends.cudnn.benchmark = benchmark
+            if more:
+                self._goes_on(False)
+        if run.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
 
-        contact_sheet_of_rows(videos, path, labels, f"{config.recipe}, update {run.step}")
+    def _goes_on(self, more: bool) -> bool:
+        """Tells all ranks whether the first one, which they wait for, draws one more chunk: none
+        then waits for longer than that takes, and all stop together where it is asked for."""
+        return self.run.ranks.any(more) and not self.run.asked()
 
 
-def _logged(path: Path, step: int) -> list[Record]:
-    """The lines of a log up to an update, without what a kill left unfinished."""
+def _logged(path: Path) -> list[Record]:
+    """The lines of a log, without what a kill left unfinished."""
     records = []
     for text in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, AttributeError, TypeError, RecursionError):
             line = json.loads(text)
-            if line.keys() >= {"step", "loss", "norm"} and line["step"] <= step:
+            if line.keys() >= {"step", "loss", "norm"} and line["step"] >= 0:
                 records.append(line)
     return records
 
