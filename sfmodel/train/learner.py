@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
     set_optimizer_state_dict,
 )
 
 from sfmodel.dit import DiT
+from sfmodel.train import parallel
 from sfmodel.train.config import TrainConfig
 
 
@@ -62,11 +61,12 @@ class Learner:
             optimizer.state.clear()
 
     def state(self) -> dict[str, Any]:
+        """The learned weights themselves, which loading fills, and the optimisers' state."""
         return {
-            "weights": get_model_state_dict(self.whole),
+            "weights": parallel.learned(self.whole),
             "optimizers": get_optimizer_state_dict(self.whole, self.optimizers),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        set_model_state_dict(self.whole, state["weights"])
+        """Takes the optimisers' part of a `state` that was loaded."""
         set_optimizer_state_dict(self.whole, self.optimizers, state["optimizers"])

@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
@@ -31,7 +30,7 @@ from sfmodel.train.batch import Batch, Draw, TrainContext, seed_of
 from sfmodel.train.config import TrainConfig
 from sfmodel.train.data import Prompts, Source, open_source
 from sfmodel.train.learner import Learner
-from sfmodel.train.models import Models, load
+from sfmodel.train.models import Models
 from sfmodel.train.report import Record, Report, means
 from sfmodel.train.trajectories import Trajectories, solve
 from sfmodel.weights import checkpoint
@@ -77,11 +76,9 @@ class Run:
         self.models = models or Models.load(config, ranks)
         self.models.check(config)
         self._prepare_passes()
-        self.average = self.models.generator
+        self.average = parallel.learned(self.models.generator)
         if config.ema:
-            self.average = load(config, ranks, DiT, self.preset.dit).requires_grad_(False)
-            for mine, theirs in self._averaged():
-                mine.copy_(theirs)
+            self.average = {name: value.clone() for name, value in self.average.items()}
         self.learners = self._learners()
         trajectories = Trajectories(config.output / "trajectories", config.pairs)
         self.context = TrainContext(
@@ -118,12 +115,6 @@ class Run:
                 model.recompute = self.config.recompute and whole
                 if self.config.compile and whole:
                     model.compile()
-
-    def _averaged(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each weight of the average and that of the generator, without gradient."""
-        models = self.average, self.models.generator
-        pairs = ([p.detach() for p in parallel.local(model.parameters())] for model in models)
-        return zip(*pairs, strict=True)
 
     def _learners(self) -> dict[str, Learner]:
         """Learned models by name, each with its optimisers."""
@@ -204,7 +195,9 @@ class Run:
         after = self.step - config.ema_start
         if config.ema:
             decay = min(config.ema, (1 + after) / (10 + after)) if after > 0 else 0.0
-            for mine, theirs in self._averaged():
+            both = self.average, parallel.learned(self.models.generator)
+            parts = (parallel.local(each.values()) for each in both)
+            for mine, theirs in zip(*parts, strict=True):
                 mine.lerp_(theirs, 1 - decay)
         self.seconds += time.perf_counter() - began
         return record
@@ -241,7 +234,7 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         state = {name: learner.state() for name, learner in self.learners.items()}
-        return {**state, "average": get_model_state_dict(self.average)}
+        return {**state, "average": self.average}
 
     def save(self, prefix: str = "") -> Path:
         """A checkpoint of everything that a resumed run needs, and, unless it has a prefix, the
@@ -303,7 +296,6 @@ class Run:
         parallel.load(found[-1], state, self.ranks)
         for name, learner in self.learners.items():
             learner.restore(state[name])
-        set_model_state_dict(self.average, state["average"])
         self.step, self.seconds = facts["step"], seconds
         self.of_critic, self.recent = of_critic, recent
         if self.step == 0:
