@@ -1,4 +1,4 @@
-"""Settings of a training run: one dataclass, saved with the run, and the recipes it chooses from."""
+"""Settings of a training run: one dataclass, saved with the run, and the recipes to choose from."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from sfmodel.config import PRESETS, Preset, check_seed
 from sfmodel.dit import DiT
 from sfmodel.files import check_writable
 from sfmodel.ranks import PATIENCE
+from sfmodel.train.lora import Adapter
 from sfmodel.train.objectives import Objective
 from sfmodel.train.objectives.dmd import DMD
 from sfmodel.train.objectives.flow import FlowMatching
@@ -24,6 +25,7 @@ from sfmodel.train.objectives.gan import GAN
 from sfmodel.train.objectives.ode import ODERegression
 from sfmodel.train.objectives.sid import SiD
 from sfmodel.weights import checkpoint
+from sfmodel.weights.names import LORA_TARGETS
 
 # The least and the most that settings may be.
 _RANGES: dict[tuple[float, float], tuple[str, ...]] = {
@@ -36,6 +38,7 @@ _RANGES: dict[tuple[float, float], tuple[str, ...]] = {
         "weight_decay", "lr", "lr_critic", "clip", "min_sigma", "context_noise", "gan_penalty",
     ),
     (0, 1024): ("threads",),
+    (0, 65536): ("lora_rank",),
     (0, 1): ("drop_text", "drop_word", "decay_fraction", "darken", "ema", "betas"),
     (-1e9, 1e9): ("guidance_scale", "gan_sigma"),
 }  # fmt: skip
@@ -73,6 +76,12 @@ class TrainConfig:
     teacher: Path | None = None  # weights of the real score, which also makes ODE trajectories
     teacher_preset: str | None = None  # sizes of the real score, where other than the generator's
     critic: Path | None = None  # weights that the critic starts from; None takes the teacher's
+
+    # LoRA
+    lora_rank: int = 0  # of the generator's changes, which learn in place of its weights; 0: none
+    lora_alpha: float | None = None  # changes are scaled by this / rank; None: the rank
+    lora_targets: tuple[str, ...] = LORA_TARGETS  # layers of a block, by the ends of public names
+    lora_critic: bool = False  # the critic learns changes of the same rank, too
 
     # clips
     frames: tuple[int, ...] = (21,)  # latent frames of a clip
@@ -154,6 +163,12 @@ class TrainConfig:
             if getattr(self, name) not in IMPLS:
                 known = ", ".join(IMPLS)
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {known}")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha={self.lora_alpha}: must be more than 0")
+        if self.lora is not None:
+            self.lora.layers()
+        elif self.lora_critic:
+            raise ValueError("lora_critic: goes with a lora_rank")
         check_seed(self.seed, videos=1024)  # more than samples show
         if not 0 < self.patience < 10**8:
             raise ValueError(f"patience={self.patience}: must be seconds, more than 0")
@@ -176,6 +191,8 @@ class TrainConfig:
                 f"recipe={self.recipe!r}: a critic of {self.preset!r} cannot start from "
                 f"teacher={self.teacher} of {size!r}: give critic"
             )
+        if self.lora is not None and self.init is None:
+            raise ValueError(f"lora_rank={self.lora_rank}: a LoRA changes weights: give init")
         check_writable(self.output / "config.json")
         own, real = self.model.dit, PRESETS[size].dit
         critic = self.critic or self.teacher if objective.needs_critic else None
@@ -191,6 +208,12 @@ class TrainConfig:
     @property
     def model(self) -> Preset:
         return PRESETS[self.preset]
+
+    @property
+    def lora(self) -> Adapter | None:
+        """What learns in place of weights, if anything does."""
+        alpha = self.lora_alpha or self.lora_rank
+        return Adapter(self.lora_rank, alpha, self.lora_targets) if self.lora_rank else None
 
     def layout(
         self, frames: int, chunk: int, window: int, teacher_forcing: bool = False

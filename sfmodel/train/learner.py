@@ -26,7 +26,7 @@ class Learner:
         muon, decay = config.optimizer == "muon", config.weight_decay
         models = [module for module in modules.values() if isinstance(module, DiT)]
         blocks = [p for model in models for p in model.blocks.parameters()]
-        matrices = {id(p): p for p in blocks if muon and p.dim() == 2}
+        matrices = {id(p): p for p in blocks if muon and p.requires_grad and p.dim() == 2}
         others = [p for p in self.parameters if id(p) not in matrices]
         groups = [
             {"params": [p for p in others if p.dim() > 1], "weight_decay": 0.0 if muon else decay},

@@ -257,9 +257,18 @@ class Run:
         """The file of the averaged weights."""
         return self.config.output / "model.safetensors"
 
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """Averaged weights of the generator, a LoRA merged into them, on the first rank's CPU."""
+        state = self.models.generator.state_dict() | self.average
+        whole = parallel.full_state(state, self.ranks)
+        return self.config.lora.merged(whole) if self.config.lora else whole
+
     def _save_weights(self) -> None:
-        weights = parallel.full_state(self.average, self.ranks)
+        weights, lora = self.averaged_weights(), self.config.lora
+        learned = parallel.full_state(self.average, self.ranks) if lora is not None else {}
         if self.ranks.first:
+            if lora is not None:
+                lora.save(self.config.output / "lora", learned)
             extra = {"step": self.step, "recipe": self.config.recipe}
             checkpoint.save(weights, self.weights, self.preset.dit, **extra)
 

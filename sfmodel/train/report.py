@@ -15,7 +15,6 @@ from sfmodel.dit import DiT
 from sfmodel.extras import needed
 from sfmodel.files import atomic, cannot_write
 from sfmodel.stream import Stream
-from sfmodel.train import parallel
 from sfmodel.train.data import skipped_report
 
 with needed():
@@ -129,7 +128,7 @@ class Report:
         if not run.step or not due or not run.ranks.any(self.first and not path.exists()):
             return
         # Under FSDP a model is whole only inside its own forward pass.
-        state = parallel.full_state(run.average, run.ranks)
+        state = run.averaged_weights()
         if not self.first:
             return
         model = DiT(run.preset.dit, config.impl, config.attention_impl)

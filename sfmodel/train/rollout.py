@@ -109,7 +109,9 @@ class Rollout:
             for i, chunk in enumerate(self.chunks):
                 if self.with_gradient[i]:
                     self._x0(i).backward(upstream_BFCHW[:, chunk])
-            torch.autograd.backward(learned, [e.grad for k in cut for e in k if e.requires_grad])
+            if learned:  # not so where a LoRA leaves them alone
+                grads = [each.grad for k in cut for each in k if each.requires_grad]
+                torch.autograd.backward(learned, grads)
 
     def _new_cache(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the whole clip, [layers, B, L, heads, head_dim] each."""
