@@ -16,8 +16,9 @@ import sfkernels as sf
 from sfkernels import BlockLayout
 from sfmodel.blocks import TextKeys
 from sfmodel.config import PRESETS, DiTConfig
-from sfmodel.cost import GIB, decoder_gib, kept_elements, training_gib
+from sfmodel.cost import GIB, decoder_gib
 from sfmodel.dit import DiT
+from sfmodel.training_memory import kept_elements, training_gib
 from sfmodel.vae.taehv import TinyVAE
 from sfmodel.vae.wan import WanVAE
 
@@ -67,7 +68,9 @@ def test_what_a_block_keeps(dim: int, ffn: int, heads: int, recompute: bool) -> 
 def test_a_generator_step_of_the_paper() -> None:
     """1.3B beside a real score of 14B, from the numbers of parameters alone."""
     gib = training_gib(PRESETS["wan-1.3b"], "sf+dmd", 8, PRESETS["wan-14b"])
-    assert gib["weights"] == pytest.approx((36 * 1.419e9 + 2 * 14.29e9) / 8 / 2**30, rel=0.01)
+    assert gib["weights"] == pytest.approx((8 * 1.419e9 + 2 * 14.29e9) / 8 / 2**30, rel=0.01)
+    learned = gib["gradients"] + gib["moments"] + gib["average"]
+    assert learned == pytest.approx(28 * 1.419e9 / 8 / 2**30, rel=0.01)
     assert gib["cache"] == pytest.approx(21 * 274 / 1024, rel=0.01)
     alone = training_gib(PRESETS["wan-1.3b"], "sf+dmd")
     assert alone["activations"] == gib["activations"] and alone["total"] > gib["total"]

@@ -29,11 +29,11 @@ from sfmodel.cost import (
     multi_gpu,
     total,
     training_flops,
-    training_gib,
     waves,
 )
 from sfmodel.extras import needed
 from sfmodel.files import atomic
+from sfmodel.training_memory import training_gib
 from sfmodel.vae.flops import DECODERS
 
 with needed():
@@ -42,6 +42,7 @@ with needed():
 
 MODELS = ("wan-1.3b", "wan-14b")
 PRECISIONS = ("bf16", "8-bit")
+LORA_RANK = 256  # as LongLive's
 LABEL = "predicted, not measured"
 
 
@@ -139,13 +140,16 @@ def prediction(
 
 
 def training_memory(preset: Preset) -> list[dict[str, Any]]:
-    """GiB of one rank by recipe, sizes of the real score and number of ranks."""
+    """GiB of one rank by recipe, sizes of the real score, rank of the LoRA that generator and
+    critic learn, and number of ranks."""
     rows: list[dict[str, Any]] = []
     scores = {name: PRESETS[name] for name in MODELS if PRESETS[name].dit.dim >= preset.dit.dim}
-    for recipe, real in (("tf", ""), ("df", ""), *(("sf+dmd", name) for name in scores)):
+    distilled = [("sf+dmd", name, rank) for name in scores for rank in (0, LORA_RANK)]
+    for recipe, real, rank in (("tf", "", 0), ("df", "", 0), *distilled):
         for ranks in (1, 8, 64):
-            gib = training_gib(preset, recipe, ranks, scores.get(real))
-            rows.append({"recipe": recipe, "real_score": real, "gpus": ranks, **gib})
+            gib = training_gib(preset, recipe, ranks, scores.get(real), 1, rank, rank > 0)
+            of = {"recipe": recipe, "real_score": real, "lora_rank": rank or "", "gpus": ranks}
+            rows.append(of | gib)
     return rows
 
 
@@ -189,7 +193,8 @@ def report(result: dict[str, Any], console: Console) -> None:
         f"{memory['gpu']:.0f}{'' if memory['fits'] else ', which is too much'} (activations, "
         "decoder and text encoder left out)"
     )
-    columns = "recipe|real score|GPUs|weights|activations|cache|gathered|in all"
+    columns = "recipe|real score|LoRA|GPUs|weights|gradients|moments|average|activations|cache|"
+    columns += "gathered|in all"
     rows = [tuple(row.values()) for row in result["training_gib"]]
     table("GiB of one GPU in training, one clip at a time", columns, rows)
 

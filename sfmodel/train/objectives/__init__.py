@@ -77,7 +77,7 @@ class Distillation(Objective):
 
     def learn_critic(self, batch: MicroBatch, share: float) -> float:
         with phase("rollout"), torch.no_grad():
-            video, _ = self.generate(batch)
+            video = self.generate(batch)[0]  # and nothing of what its gradient would need
         with phase("forward"):
             loss = self.critic_loss(batch, video)
         with phase("backward"):
