@@ -76,10 +76,11 @@ def training_gib(
     # Weights that learn and that are frozen.
     learned, frozen = (low, own) if lora_rank else (own, 0)
     average = learned
+    if objective in ("dmd", "sid") or context == "ode":
+        frozen += parameters(real_config)
     if objective:
         learned += low if lora_critic else own
         frozen += own if lora_critic else 0
-        frozen += parameters(real_config) if objective != "gan" else 0
 
     def whole(config: DiTConfig, rank: int, tokens: int) -> float:
         """Elements kept of a pass over whole clips."""

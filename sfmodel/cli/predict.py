@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import json as json_format
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from sfmodel.cli import tables
 from sfmodel.config import PRESETS, Preset
 from sfmodel.cost import (
     GPUS,
@@ -38,7 +38,6 @@ from sfmodel.vae.flops import DECODERS
 
 with needed():
     from rich.console import Console
-    from rich.table import Table
 
 MODELS = ("wan-1.3b", "wan-14b")
 PRECISIONS = ("bf16", "8-bit")
@@ -155,12 +154,7 @@ def training_memory(preset: Preset) -> list[dict[str, Any]]:
 
 def report(result: dict[str, Any], console: Console) -> None:
     def table(title: str, columns: str, rows: Iterable[Sequence[Any]]) -> None:
-        made = Table()
-        for i, column in enumerate(columns.split("|")):
-            made.add_column(column, justify="right" if i else "left")
-        for row in rows:
-            made.add_row(*(_said(cell) for cell in row))
-        console.print(f"{title} ({LABEL})", made, sep="\n")
+        tables.show(console, f"{title} ({LABEL})", columns, rows)
 
     s, gpu, memory = result["setting"], result["gpu"], result["memory_gib"]
     console.print(
@@ -197,10 +191,6 @@ def report(result: dict[str, Any], console: Console) -> None:
     columns += "gathered|in all"
     rows = [tuple(row.values()) for row in result["training_gib"]]
     table("GiB of one GPU in training, one clip at a time", columns, rows)
-
-
-def _said(cell: Any) -> str:
-    return f"{cell:.{1 if cell >= 10 else 2}f}" if isinstance(cell, float) else str(cell)
 
 
 def predict(
@@ -245,4 +235,4 @@ def predict(
     if json:
         with atomic(json) as part:
             part.write_text(json_format.dumps(result, indent=1) + "\n")
-    report(result, Console(width=None if sys.stdout.isatty() else 140))
+    report(result, tables.console())

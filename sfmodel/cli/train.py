@@ -8,6 +8,8 @@ from typing import Annotated
 
 import tyro
 
+from sfmodel.cli import tables
+from sfmodel.cli.dry_run import show
 from sfmodel.config import PRESETS
 from sfmodel.train.config import RECIPES, TrainConfig
 from sfmodel.train.defaults import defaults
@@ -27,8 +29,13 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
 
     default = defaults(named("preset", PRESETS, "toy"), named("recipe", RECIPES, "tf"))
 
+    world = int(os.environ.get("WORLD_SIZE", 1))
+
     def run(
-        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default, resume: bool = False
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
+        resume: bool = False,
+        dry_run: bool = False,
+        ranks: int = world,
     ) -> None:
         """Train a model: progress, log.jsonl, curves.png, samples, checkpoints, weights. The
         defaults are those of the preset and the recipe. Under torchrun, on all its ranks.
@@ -36,9 +43,19 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
         Args:
             resume: Continue the run in the output folder, bit for bit as if it had not stopped, or
                 start it where there is none.
+            dry_run: Train nothing: show what the run would take of memory, time and disk, and which
+                of its files are missing.
+            ranks: Number of GPUs of a dry run; otherwise torchrun says it.
         """
+        if ranks < 1 or (not dry_run and ranks != world):
+            raise ValueError(f"ranks={ranks}: goes with a dry run, and must be at least 1")
+        first = os.environ.get("RANK", "0") == "0"
+        if dry_run:
+            if first:
+                show(config, ranks, tables.console())
+            return
         weights = train(config, resume=resume)
-        if os.environ.get("RANK", "0") == "0":
+        if first:
             print(f"weights: {weights}; see them: sfmodel generate --checkpoint {weights}")
 
     return run

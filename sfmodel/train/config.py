@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -180,26 +180,39 @@ class TrainConfig:
             self.layout(frames, chunk, window)
 
     def check_files(self) -> None:
-        """Raises ValueError or OSError for weights that are missing or not of these models, and for
-        a folder that cannot be written. Reads no weights and leaves nothing."""
+        """Raises the first of `refusals`."""
+        for refusal in self.refusals():
+            raise refusal
+
+    def refusals(self) -> Iterator[ValueError | OSError]:
+        """Errors for weights that are missing or not of these models, and for a folder that cannot
+        be written. Reads no weights and leaves nothing."""
         objective, size = self.objective, self.teacher_preset or self.preset
         if objective.needs_teacher and self.teacher is None:
-            raise ValueError(f"recipe={self.recipe!r} learns from a teacher: give its weights")
+            yield ValueError(f"recipe={self.recipe!r} learns from a teacher: give its weights")
         mine = self.teacher is not None and size == self.preset
         if objective.needs_critic and self.critic is None and not mine:
-            raise ValueError(
+            yield ValueError(
                 f"recipe={self.recipe!r}: a critic of {self.preset!r} cannot start from "
                 f"teacher={self.teacher} of {size!r}: give critic"
             )
         if self.lora is not None and self.init is None:
-            raise ValueError(f"lora_rank={self.lora_rank}: a LoRA changes weights: give init")
-        check_writable(self.output / "config.json")
+            yield ValueError(f"lora_rank={self.lora_rank}: a LoRA changes weights: give init")
+        checks: list[Callable[[], None]] = [
+            functools.partial(check_writable, self.output / "config.json")
+        ]
         own, real = self.model.dit, PRESETS[size].dit
         critic = self.critic or self.teacher if objective.needs_critic else None
         teacher = self.teacher if objective.needs_teacher else None
         for sizes, weights in ((own, self.init), (real, teacher), (own, critic)):
             if weights is not None:
-                checkpoint.check(functools.partial(DiT, sizes), weights)
+                build = functools.partial(DiT, sizes)
+                checks.append(functools.partial(checkpoint.check, build, weights))
+        for check in checks:
+            try:
+                check()
+            except (ValueError, OSError) as error:
+                yield error
 
     @property
     def objective(self) -> Objective:
@@ -236,6 +249,25 @@ class TrainConfig:
     def clips(self, frames: int) -> int:
         """Number of clips of so many latent frames in one update."""
         return self.batch * max(self.frames) // frames
+
+    def split(self, clips: int, ranks: int) -> tuple[int, int]:
+        """Number of clips of one rank in an update of so many, and in one of its micro-batches.
+        Raises ValueError where they do not divide."""
+        local, left = divmod(clips, ranks)
+        micro = min(self.micro_batch or local, local)
+        if left or not local or local % micro:
+            raise ValueError(
+                f"an update of {clips} clips: must divide into {ranks} ranks and "
+                f"micro_batch={micro}"
+            )
+        return local, micro
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raises ValueError for settings that do not go with so many ranks."""
+        if self.optimizer == "muon" and ranks > 1:
+            raise ValueError("optimizer='muon' runs on one rank: use 'adamw' on several")
+        for frames in self.frames:
+            self.split(self.clips(frames), ranks)
 
     def plain(self) -> dict[str, Any]:
         """The settings as JSON has them."""

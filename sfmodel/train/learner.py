@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 from sfmodel.dit import DiT
 from sfmodel.train import parallel
 from sfmodel.train.config import TrainConfig
+from sfmodel.train.models import Models
 
 
 class Learner:
@@ -70,3 +71,16 @@ class Learner:
     def restore(self, state: dict[str, Any]) -> None:
         """Takes the optimisers' part of a `state` that was loaded."""
         set_optimizer_state_dict(self.whole, self.optimizers, state["optimizers"])
+
+
+def learners(models: Models, config: TrainConfig) -> dict[str, Learner]:
+    """Learners of the generator and, where there is one, of the critic, by these names."""
+    generator, _, critic, head = models
+    found = {"generator": Learner({"generator": generator}, config, config.lr)}
+    if critic is not None:
+        learned: dict[str, nn.Module] = {"critic": critic}
+        if head is not None:
+            critic.head.requires_grad_(False)  # what is read are the blocks before it
+            learned["discriminator"] = head
+        found["critic"] = Learner(learned, config, config.lr_critic)
+    return found

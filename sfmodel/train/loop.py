@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
@@ -29,7 +29,7 @@ from sfmodel.train import parallel
 from sfmodel.train.batch import Batch, Draw, TrainContext, seed_of
 from sfmodel.train.config import TrainConfig
 from sfmodel.train.data import Prompts, Source, open_source
-from sfmodel.train.learner import Learner
+from sfmodel.train.learner import learners
 from sfmodel.train.models import Models
 from sfmodel.train.report import Record, Report, means
 from sfmodel.train.trajectories import Trajectories, solve
@@ -55,10 +55,7 @@ class Run:
         self.objective = config.objective
         if models is None:
             config.check_files()
-        if config.optimizer == "muon" and ranks.world > 1:
-            raise ValueError("optimizer='muon' runs on one rank: use 'adamw' on several")
-        for frames in config.frames:
-            self._split(config.clips(frames))
+        config.check_ranks(ranks.world)
         toy = config.preset == "toy"
         self.codec = ToyVAE.from_pretrained().to(ranks.device) if toy else None
         self.text = ToyTextEncoder() if toy else None
@@ -79,7 +76,7 @@ class Run:
         self.average = parallel.learned(self.models.generator)
         if config.ema:
             self.average = {name: value.clone() for name, value in self.average.items()}
-        self.learners = self._learners()
+        self.learners = learners(self.models, config)
         trajectories = Trajectories(config.output / "trajectories", config.pairs)
         self.context = TrainContext(
             config, self.models, self.source, trajectories, negative_1TE, dark_CHW, ranks.device,
@@ -116,28 +113,9 @@ class Run:
                 if self.config.compile and whole:
                     model.compile()
 
-    def _learners(self) -> dict[str, Learner]:
-        """Learned models by name, each with its optimisers."""
-        config = self.config
-        generator, _, critic, head = self.models
-        learners = {"generator": Learner({"generator": generator}, config, config.lr)}
-        if critic is not None:
-            learned: dict[str, nn.Module] = {"critic": critic}
-            if head is not None:
-                critic.head.requires_grad_(False)  # what is read are the blocks before it
-                learned["discriminator"] = head
-            learners["critic"] = Learner(learned, config, config.lr_critic)
-        return learners
-
     def _split(self, clips: int) -> list[range]:
         """This rank's micro-batches of a global batch."""
-        local, left = divmod(clips, self.ranks.world)
-        micro = min(self.config.micro_batch or local, local)
-        if left or not local or local % micro:
-            raise ValueError(
-                f"an update of {clips} clips: must divide into {self.ranks.world} ranks and "
-                f"micro_batch={micro}"
-            )
+        local, micro = self.config.split(clips, self.ranks.world)
         begin = self.ranks.rank * local
         return [range(i, i + micro) for i in range(begin, begin + local, micro)]
 
