@@ -245,7 +245,7 @@ def test_the_command(
     [
         ("--ranks 0", "ranks=0: goes with a dry run, and must be at least 1"),
         ("--ranks 2", "optimizer='muon' runs on one rank"),
-        ("--optimizer adamw --ranks 3", "an update of 32 clips: must divide into 3 ranks"),
+        ("--optimizer adamw --ranks 3", "an update of 512 clips: must divide into 3 ranks"),
         ("--micro-batch 5", "must divide into 1 ranks and micro_batch=5"),
         ("--optimizer adamw --ranks 4 --shard 3", "shard=3: must divide the 4 ranks"),
     ],
