@@ -208,6 +208,8 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         first: Any = self[0]
+        if type(first) is not nn.Linear:  # a LoRA's change comes before GELU
+            return super().forward(x_BLD)
         impl = self.linear_impl
         y: Tensor = self[2](sf.linear(x_BLD, first.weight, first.bias, gelu=True, impl=impl))
         return y

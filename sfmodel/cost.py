@@ -4,8 +4,7 @@ chunk and number of steps, from arithmetic alone. `python -m bench predict` show
 "Floor" is FLOPs over the attainable rate of matrix products or bytes over that of a copy, whichever
 takes longer, summed over the components: no launch gaps, no exponentials, no decoder's bytes.
 "Whole waves" also counts the multiprocessors that idle in the last wave of tiles. All of it is
-predicted, none of it measured. FSDP2 cuts weights, gradients, moments and averages into the ranks;
-what is left whole is what one micro-batch computes with.
+predicted, none of it measured. What training takes of memory is in training_memory.py.
 """
 
 from __future__ import annotations
@@ -364,13 +363,6 @@ def multi_gpu(
 
 # --- Memory
 
-# Bytes a parameter: float32 weights, gradients, two moments; the generator's average; a frozen one.
-LEARNED, AVERAGED, FROZEN = 16, 4, 2
-# What a block keeps for its backward pass with the Triton kernels, in elements a token: of the
-# model's width, of the FFN's, of each head, and a few statistics of rows. Recomputed, its inputs.
-KEPT_DIM, KEPT_FFN, KEPT_HEAD, KEPT_ROW = 18.375, 2, 2, 10
-KEPT_RECOMPUTED = 2
-
 # Of a decoder: channels of its largest activation; how many of these there are at once, as
 # `tests/test_memory.py` counts them, TAEHV's state among them; parameters.
 DECODER_MEMORY = {"wan": (96, 4.3, 126.9e6), "taehv": (64, 2.3, 11.3e6)}
@@ -393,44 +385,3 @@ def decoder_gib(preset: Preset, decoder: str) -> float:
         inputs = [count * a * space**2 for count, a, _, taps, space, _ in WAN_DECODER if taps == 27]
         elements += 2 * 2 * latents * sum(inputs)
     return 2 * (elements + weights) / GIB
-
-
-def kept_elements(config: DiTConfig, recompute: bool) -> float:
-    """Elements that autograd keeps of one token in all blocks."""
-    if recompute:
-        return config.layers * KEPT_RECOMPUTED * config.dim
-    block = KEPT_DIM * config.dim + KEPT_FFN * config.ffn_dim + KEPT_HEAD * config.heads + KEPT_ROW
-    return config.layers * block
-
-
-def training_gib(
-    preset: Preset, recipe: str, ranks: int = 1, teacher: Preset | None = None, micro: int = 1
-) -> dict[str, float]:
-    """GiB of one rank at the peak of an update of the generator ("sf+dmd") or of flow matching
-    ("tf", "df"), in bfloat16 arithmetic. teacher: the real score's sizes, the generator's if None.
-
-    "activations": self forcing keeps one step of one chunk, however many steps come before the
-    exit, and flow matching the inputs of every block of the sequence, and one whole block. "cache":
-    keys and values of the clip, without gradient. "gathered": the largest part of a block, twice,
-    for the next one is gathered meanwhile; alone, autocast's copy of all weights."""
-    config, frame = preset.dit, math.prod(preset.grid)
-    own, chunks = parameters(config), clip_chunks(preset)
-    distils = "+" in recipe
-    weights = (LEARNED + AVERAGED) * own / ranks
-    if distils:
-        real = parameters(teacher.dit if teacher else config)
-        weights += (LEARNED * own + FROZEN * real) / ranks
-    largest = max(2 * config.dim * config.ffn_dim, 4 * config.dim**2)
-    gathered = 2 * own if ranks == 1 else 2 * 2 * largest
-    cache = 0.0
-    if recipe.startswith("sf"):
-        tokens = max(chunks) * frame
-        activations = tokens * kept_elements(config, recompute=False)
-        cache = 2 * 2 * config.layers * sum(chunks) * frame * config.dim
-    else:
-        tokens = sum(chunks) * frame * (2 if recipe.startswith("tf") else 1)
-        block = kept_elements(config, recompute=False) / config.layers
-        activations = tokens * (kept_elements(config, recompute=True) + block)
-    parts = {"weights": weights, "activations": 2 * micro * activations, "cache": micro * cache}
-    gib = {name: nbytes / GIB for name, nbytes in (parts | {"gathered": gathered}).items()}
-    return {**gib, "total": sum(gib.values())}

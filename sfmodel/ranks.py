@@ -89,9 +89,7 @@ def started(
     if world == 1:
         yield Ranks(0, 1, here)
         return
-    size = shard or world
-    if world % size:
-        raise ValueError(f"shard={shard}: must divide the {world} ranks")
+    size = sharing(shard, world)
     if cuda:
         torch.cuda.set_device(here)
     own = not dist.is_initialized()
@@ -116,6 +114,15 @@ def started(
     finally:
         if own and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def sharing(shard: int, world: int) -> int:
+    """How many of `world` ranks share one copy of the weights; shard as of `started`. Raises
+    ValueError where they do not divide."""
+    size = shard or world
+    if world % size:
+        raise ValueError(f"shard={shard}: must divide the {world} ranks")
+    return size
 
 
 def lost(error: BaseException) -> bool:

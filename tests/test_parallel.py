@@ -23,7 +23,7 @@ from sfmodel.train.loop import train
 from sfmodel.weights import checkpoint
 from tests.tiny_runs import apart, config, saved, tiny
 from tests.torchrun import torchrun
-from tests.two_ranks import RECIPES, SHORT, trajectories
+from tests.two_ranks import RUNS, trajectories
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,9 +46,9 @@ class Done(NamedTuple):
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     folder = tmp_path_factory.mktemp("ranks")
     with tiny():
-        for recipe in RECIPES:
-            train(config(folder / f"one {recipe}", recipe, **SHORT), device="cpu")
-            part = shutil.copytree(folder / f"one {recipe}", folder / f"one then two {recipe}")
+        for name, (recipe, change) in RUNS.items():
+            train(config(folder / f"one {name}", recipe, **change), device="cpu")
+            part = shutil.copytree(folder / f"one {name}", folder / f"one then two {name}")
             shutil.rmtree(part / "checkpoints" / "step-000002")
         train(trajectories(folder / "one trajectories"), device="cpu")
     ended = torchrun(2, "-m", "tests.two_ranks", folder)
@@ -69,22 +69,22 @@ def assert_close(one: Path, other: Path, step: int = 2) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_two_ranks_learn_what_one_does(done: Done, recipe: str) -> None:
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_learn_what_one_does(done: Done, name: str) -> None:
     """From the start, and from a checkpoint of one rank."""
-    one = done.folder / f"one {recipe}"
-    assert_close(one, done.folder / f"two {recipe}")
-    assert_close(one, done.folder / f"one then two {recipe}")
+    one = done.folder / f"one {name}"
+    assert_close(one, done.folder / f"two {name}")
+    assert_close(one, done.folder / f"one then two {name}")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_one_rank_goes_on_from_two(done: Done, recipe: str) -> None:
-    part = done.folder / f"two then one {recipe}"
-    shutil.copytree(done.folder / f"two {recipe}", part)
+@pytest.mark.parametrize("name", RUNS)
+def test_one_rank_goes_on_from_two(done: Done, name: str) -> None:
+    part, (recipe, change) = done.folder / f"two then one {name}", RUNS[name]
+    shutil.copytree(done.folder / f"two {name}", part)
     shutil.rmtree(part / "checkpoints" / "step-000002")
-    train(config(part, recipe, **SHORT), resume=True, device="cpu")
-    assert_close(done.folder / f"one {recipe}", part)
+    train(config(part, recipe, **change), resume=True, device="cpu")
+    assert_close(done.folder / f"one {name}", part)
 
 
 @pytest.mark.slow
@@ -168,8 +168,8 @@ def test_ranks_share_the_making_of_trajectories(done: Done) -> None:
 
 @pytest.mark.slow
 def test_the_first_rank_alone_tells(done: Done) -> None:
-    """Once for each of the three recipes, which resume, too, the copies and what was stopped."""
-    assert done.out.count("update 2/2") == 8 and done.out.count("update 1/2") == 5
+    """Once for each of the four runs, which resume, too, the copies and what was stopped."""
+    assert done.out.count("update 2/2") == 10 and done.out.count("update 1/2") == 6
     assert done.out.count("stopped at update 0") == 1
     lines = (done.folder / "two tf" / "log.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
@@ -194,9 +194,10 @@ def test_ranks_end_together(done: Done) -> None:
     assert second["begun"] < first["begun"] < second["ended"]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_micro_batches_learn_what_a_whole_batch_does(recipe: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", RUNS)
+def test_micro_batches_learn_what_a_whole_batch_does(name: str, tmp_path: Path) -> None:
+    recipe, change = RUNS[name]
     for size in (0, 1):
-        settings = config(tmp_path / str(size), recipe, **SHORT, micro_batch=size)
+        settings = config(tmp_path / str(size), recipe, **change, micro_batch=size)
         train(settings, device="cpu")
     assert_close(tmp_path / "0", tmp_path / "1", 2)

@@ -25,8 +25,12 @@ from tests.tiny_runs import config, tiny
 
 CPU = "cpu"
 SAMPLE = report.Report.sample
-RECIPES = "tf", "sf+dmd", "sf+gan"
 SHORT: dict[str, Any] = {"steps": 2, "save_every": 1, "chunks": (3,)}
+# Recipes and their settings by the names of runs.
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{recipe: (recipe, SHORT) for recipe in ("tf", "sf+dmd", "sf+gan")},
+    "lora": ("sf+dmd", SHORT | {"lora_rank": 2, "lora_critic": True, "lr_critic": 0.1}),
+}
 REFUSED: dict[str, dict[str, Any]] = {
     "muon": {"optimizer": "muon"},
     "batch": {"batch": 3},
@@ -67,9 +71,9 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     said: dict[str, str] = {}
     with started(device=CPU) as ranks, tiny():
-        for recipe in RECIPES:
-            train(config(folder / f"two {recipe}", recipe, **SHORT), device=CPU)
-            resumed = config(folder / f"one then two {recipe}", recipe, **SHORT)
+        for name, (recipe, change) in RUNS.items():
+            train(config(folder / f"two {name}", recipe, **change), device=CPU)
+            resumed = config(folder / f"one then two {name}", recipe, **change)
             train(resumed, resume=True, device=CPU)
         copies = config(folder / "copies", "sf+dmd", **SHORT, shard=1, micro_batch=1)
         train(copies, device=CPU)

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import json as json_format
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from sfmodel.cli import tables
 from sfmodel.config import PRESETS, Preset
 from sfmodel.cost import (
     GPUS,
@@ -28,21 +28,21 @@ from sfmodel.cost import (
     memory_gib,
     multi_gpu,
     total,
-    training_gib,
     waves,
 )
 from sfmodel.extras import needed
 from sfmodel.files import atomic
 from sfmodel.training_cost import Update, figure6, floor_seconds, to_first, training_flops
+from sfmodel.training_memory import training_gib
 from sfmodel.vae.flops import DECODERS
 
 with needed():
     from rich.console import Console
-    from rich.table import Table
 
 MODELS = ("wan-1.3b", "wan-14b")
 PRECISIONS = ("bf16", "8-bit")
 STEPS = 4  # at most, of the self rollouts in the table of training: the paper's
+LORA_RANK = 256  # as LongLive's
 LABEL = "predicted, not measured"
 
 
@@ -154,12 +154,16 @@ def training(preset: Preset, gpu: Gpu) -> list[dict[str, Any]]:
 
 
 def training_memory(preset: Preset) -> list[dict[str, Any]]:
-    """GiB of one rank by recipe, sizes of the real score and number of ranks."""
+    """GiB of one rank by recipe, sizes of the real score, rank of the LoRA that generator and
+    critic learn, and number of ranks."""
     rows: list[dict[str, Any]] = []
-    for recipe, real in (("tf", ""), ("df", ""), *(("sf+dmd", r) for r in _real_scores(preset))):
+    distilled = [("sf+dmd", name, rank) for name in _real_scores(preset) for rank in (0, LORA_RANK)]
+    for recipe, real, rank in (("tf", "", 0), ("df", "", 0), *distilled):
+        score = PRESETS[real] if real else None
         for ranks in (1, 8, 64):
-            gib = training_gib(preset, recipe, ranks, PRESETS[real] if real else None)
-            rows.append({"recipe": recipe, "real_score": real, "gpus": ranks, **gib})
+            gib = training_gib(preset, recipe, ranks, score, 1, rank, rank > 0)
+            of = {"recipe": recipe, "real_score": real, "lora_rank": rank or "", "gpus": ranks}
+            rows.append(of | gib)
     return rows
 
 
@@ -170,12 +174,7 @@ def _real_scores(preset: Preset) -> list[str]:
 
 def report(result: dict[str, Any], console: Console) -> None:
     def table(title: str, columns: str, rows: Iterable[Sequence[Any]]) -> None:
-        made = Table()
-        for i, column in enumerate(columns.split("|")):
-            made.add_column(column, justify="right" if i else "left")
-        for row in rows:
-            made.add_row(*(_said(cell) for cell in row))
-        console.print(f"{title} ({LABEL})", made, sep="\n")
+        tables.show(console, f"{title} ({LABEL})", columns, rows)
 
     s, gpu, memory = result["setting"], result["gpu"], result["memory_gib"]
     console.print(
@@ -209,15 +208,10 @@ def report(result: dict[str, Any], console: Console) -> None:
         f"{memory['gpu']:.0f}{'' if memory['fits'] else ', which is too much'} (activations, "
         "decoder and text encoder left out)"
     )
-    columns = "recipe|real score|GPUs|weights|activations|cache|gathered|in all"
+    columns = "recipe|real score|LoRA|GPUs|weights|gradients|moments|average|activations|cache|"
+    columns += "gathered|in all"
     rows = [tuple(row.values()) for row in result["training_gib"]]
     table("GiB of one GPU in training, one clip at a time", columns, rows)
-
-
-def _said(cell: Any) -> str:
-    if isinstance(cell, float):
-        return f"{cell:.{1 if cell >= 10 else 2}f}"
-    return "" if cell is None else str(cell)
 
 
 def predict(
@@ -262,4 +256,4 @@ def predict(
     if json:
         with atomic(json) as part:
             part.write_text(json_format.dumps(result, indent=1) + "\n")
-    report(result, Console(width=None if sys.stdout.isatty() else 140))
+    report(result, tables.console())

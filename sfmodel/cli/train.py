@@ -8,6 +8,8 @@ from typing import Annotated, get_args
 
 import tyro
 
+from sfmodel.cli import tables
+from sfmodel.cli.dry_run import show
 from sfmodel.config import PRESETS
 from sfmodel.train.config import RECIPES, TrainConfig
 from sfmodel.train.defaults import Variant, defaults
@@ -31,10 +33,14 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
         named("variant", get_args(Variant), "paper"),
     )
 
+    world = int(os.environ.get("WORLD_SIZE", 1))
+
     def run(
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
         resume: bool = False,
         variant: Variant = "paper",
+        dry_run: bool = False,
+        ranks: int = world,
     ) -> None:
         """Train a model: progress, log.jsonl, curves.png, samples, checkpoints, weights. The
         defaults are those of the preset, the recipe and the variant. Under torchrun, on all its
@@ -45,9 +51,19 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
                 start it where there is none.
             variant: Defaults at Wan2.1's size: the paper's 64 ranks and real score of 14B, or those
                 of one node, with a real score of 1.3B.
+            dry_run: Train nothing: show what the run would take of memory, time and disk, and which
+                of its files are missing.
+            ranks: Number of GPUs of a dry run; otherwise torchrun says it.
         """
+        if ranks < 1 or (not dry_run and ranks != world):
+            raise ValueError(f"ranks={ranks}: goes with a dry run, and must be at least 1")
+        first = os.environ.get("RANK", "0") == "0"
+        if dry_run:
+            if first:
+                show(config, ranks, tables.console())
+            return
         weights = train(config, resume=resume)
-        if os.environ.get("RANK", "0") == "0":
+        if first:
             print(f"weights: {weights}; see them: sfmodel generate --checkpoint {weights}")
 
     return run

@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from sfmodel.dit import DiT
 from sfmodel.extras import check_installed
 from sfmodel.files import check_writable
 from sfmodel.ranks import PATIENCE
+from sfmodel.train.lora import Adapter
 from sfmodel.train.objectives import Objective
 from sfmodel.train.objectives.dmd import DMD
 from sfmodel.train.objectives.flow import FlowMatching
@@ -25,6 +26,7 @@ from sfmodel.train.objectives.gan import GAN
 from sfmodel.train.objectives.ode import ODERegression
 from sfmodel.train.objectives.sid import SiD
 from sfmodel.weights import checkpoint
+from sfmodel.weights.names import LORA_TARGETS
 
 # The least and the most that settings may be.
 _RANGES: dict[tuple[float, float], tuple[str, ...]] = {
@@ -38,6 +40,7 @@ _RANGES: dict[tuple[float, float], tuple[str, ...]] = {
         "gan_penalty", "discriminator_lr_multiplier", "discriminator_warmup",
     ),
     (0, 1024): ("threads",),
+    (0, 65536): ("lora_rank",),
     (0, 1): ("drop_text", "drop_word", "decay_fraction", "darken", "ema", "betas", "betas_critic"),
     (0, 999): ("min_score_timestep",),
     (0.01, 100): ("score_shift", "teacher_shift"),
@@ -78,6 +81,12 @@ class TrainConfig:
     teacher: Path | None = None  # weights of the real score, which also makes ODE trajectories
     teacher_preset: str | None = None  # sizes of the real score, where other than the generator's
     critic: Path | None = None  # weights that the critic starts from; None takes the teacher's
+
+    # LoRA
+    lora_rank: int = 0  # of the generator's changes, which learn in place of its weights; 0: none
+    lora_alpha: float | None = None  # changes are scaled by this / rank; None: the rank
+    lora_targets: tuple[str, ...] = LORA_TARGETS  # layers of a block, by the ends of public names
+    lora_critic: bool = False  # the critic learns changes of the same rank, too
 
     # clips
     frames: tuple[int, ...] = (21,)  # latent frames of a clip
@@ -179,6 +188,12 @@ class TrainConfig:
             if getattr(self, name) not in IMPLS:
                 known = ", ".join(IMPLS)
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {known}")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha={self.lora_alpha}: must be more than 0")
+        if self.lora is not None:
+            self.lora.layers()
+        elif self.lora_critic:
+            raise ValueError("lora_critic: goes with a lora_rank")
         check_seed(self.seed, videos=1024)  # more than samples show
         if not 0 < self.patience < 10**8:
             raise ValueError(f"patience={self.patience}: must be seconds, more than 0")
@@ -230,27 +245,42 @@ class TrainConfig:
             )
 
     def check_files(self) -> None:
-        """Raises ValueError or OSError for weights that are missing or not of these models, for a
-        folder that cannot be written and a tracker that is not installed. Reads no weights and
-        leaves nothing."""
+        """Raises the first of `refusals`."""
+        for refusal in self.refusals():
+            raise refusal
+
+    def refusals(self) -> Iterator[ValueError | OSError]:
+        """Errors for weights that are missing or not of these models, for a folder that cannot be
+        written and a tracker that is not installed. Reads no weights and leaves nothing."""
         objective, size = self.objective, self.teacher_preset or self.preset
-        if self.tracker is not None:
-            check_installed(f"tracker={self.tracker!r}", self.tracker, "trackers")
         if objective.needs_teacher and self.teacher is None:
-            raise ValueError(f"recipe={self.recipe!r} learns from a teacher: give its weights")
+            yield ValueError(f"recipe={self.recipe!r} learns from a teacher: give its weights")
         mine = self.teacher is not None and size == self.preset
         if objective.needs_critic and self.critic is None and not mine:
-            raise ValueError(
+            yield ValueError(
                 f"recipe={self.recipe!r}: a critic of {self.preset!r} cannot start from "
                 f"teacher={self.teacher} of {size!r}: give critic"
             )
-        check_writable(self.output / "config.json")
+        if self.lora is not None and self.init is None:
+            yield ValueError(f"lora_rank={self.lora_rank}: a LoRA changes weights: give init")
+        checks: list[Callable[[], None]] = [
+            functools.partial(check_writable, self.output / "config.json")
+        ]
+        if self.tracker is not None:
+            named = f"tracker={self.tracker!r}", self.tracker, "trackers"
+            checks.append(functools.partial(check_installed, *named))
         own, real = self.model.dit, PRESETS[size].dit
         critic = self.critic or self.teacher if objective.needs_critic else None
         teacher = self.teacher if objective.needs_teacher else None
         for sizes, weights in ((own, self.init), (real, teacher), (own, critic)):
             if weights is not None:
-                checkpoint.check(functools.partial(DiT, sizes), weights)
+                build = functools.partial(DiT, sizes)
+                checks.append(functools.partial(checkpoint.check, build, weights))
+        for check in checks:
+            try:
+                check()
+            except (ValueError, OSError) as error:
+                yield error
 
     @property
     def objective(self) -> Objective:
@@ -264,6 +294,12 @@ class TrainConfig:
     @property
     def needs_clips(self) -> bool:
         return self.objective.needs_clips or (self.image and self.objective.context == "own")
+
+    @property
+    def lora(self) -> Adapter | None:
+        """What learns in place of weights, if anything does."""
+        alpha = self.lora_alpha or self.lora_rank
+        return Adapter(self.lora_rank, alpha, self.lora_targets) if self.lora_rank else None
 
     def layout(
         self, frames: int, chunk: int, window: int, teacher_forcing: bool = False
@@ -286,6 +322,25 @@ class TrainConfig:
     def clips(self, frames: int) -> int:
         """Number of clips of so many latent frames in one update."""
         return self.batch * max(self.frames) // frames
+
+    def split(self, clips: int, ranks: int) -> tuple[int, int]:
+        """Number of clips of one rank in an update of so many, and in one of its micro-batches.
+        Raises ValueError where they do not divide."""
+        local, left = divmod(clips, ranks)
+        micro = min(self.micro_batch or local, local)
+        if left or not local or local % micro:
+            raise ValueError(
+                f"an update of {clips} clips: must divide into {ranks} ranks and "
+                f"micro_batch={micro}"
+            )
+        return local, micro
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raises ValueError for settings that do not go with so many ranks."""
+        if self.optimizer == "muon" and ranks > 1:
+            raise ValueError("optimizer='muon' runs on one rank: use 'adamw' on several")
+        for frames in self.frames:
+            self.split(self.clips(frames), ranks)
 
     def plain(self) -> dict[str, Any]:
         """The settings as JSON has them."""

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
     set_optimizer_state_dict,
 )
 
 from sfmodel.dit import DiT
+from sfmodel.train import parallel
 from sfmodel.train.config import TrainConfig
+from sfmodel.train.models import Models
 
 WARM_UP = 0.9  # β1 of the discriminator while the critic rests (public Self Forcing)
 
@@ -92,11 +92,33 @@ class Learner:
             optimizer.state.clear()
 
     def state(self) -> dict[str, Any]:
+        """The learned weights themselves, which loading fills, and the optimisers' state."""
         return {
-            "weights": get_model_state_dict(self.whole),
+            "weights": parallel.learned(self.whole),
             "optimizers": get_optimizer_state_dict(self.whole, self.optimizers),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        set_model_state_dict(self.whole, state["weights"])
+        """Takes the optimisers' part of a `state` that was loaded."""
         set_optimizer_state_dict(self.whole, self.optimizers, state["optimizers"])
+
+
+def learners(models: Models, config: TrainConfig) -> dict[str, Learner]:
+    """Learners of the generator and, where there is one, of the critic, by these names."""
+    generator, _, critic, head = models
+    rates = {
+        "generator": config.lr,
+        "critic": config.lr_critic,
+        "discriminator": config.lr_critic * config.discriminator_lr_multiplier,
+    }
+    betas, clip = config.betas, config.clip
+    found = {"generator": Learner({"generator": generator}, config, rates, betas, clip)}
+    if critic is not None:
+        learned: dict[str, nn.Module] = {"critic": critic}
+        if head is not None:
+            critic.head.requires_grad_(False)  # what is read are the blocks before it
+            learned["discriminator"] = head
+        betas = config.betas_critic or betas
+        clip = clip if config.clip_critic is None else config.clip_critic
+        found["critic"] = Learner(learned, config, rates, betas, clip)
+    return found

@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch import Tensor
 
 from sfmodel.dit import DiT
 from sfmodel.files import atomic
@@ -30,8 +29,8 @@ from sfmodel.train import parallel
 from sfmodel.train.batch import Batch, Draw, TrainContext, seed_of
 from sfmodel.train.config import TrainConfig
 from sfmodel.train.data import Files, Source, negative_prompt, open_source
-from sfmodel.train.learner import Learner
-from sfmodel.train.models import Models, load
+from sfmodel.train.learner import learners
+from sfmodel.train.models import Models
 from sfmodel.train.report import Record, Report, means
 from sfmodel.train.text import KeptText, text_encoder
 from sfmodel.train.trajectories import Trajectories, solve
@@ -63,10 +62,7 @@ class Run:
         self.objective = config.objective
         if models is None:
             config.check_files()
-        if config.optimizer == "muon" and ranks.world > 1:
-            raise ValueError("optimizer='muon' runs on one rank: use 'adamw' on several")
-        for frames in config.frames:
-            self._split(config.clips(frames))
+        config.check_ranks(ranks.world)
         toy = config.preset == "toy"
         self.codec = ToyVAE.from_pretrained().to(ranks.device) if toy else None
         self.text = text_encoder(config.preset, ranks.device)
@@ -88,12 +84,10 @@ class Run:
         self.models = models or Models.load(config, ranks)
         self.models.check(config)
         self._prepare_passes()
-        self.average = self.models.generator
+        self.average = parallel.learned(self.models.generator)
         if config.ema:
-            self.average = load(config, ranks, DiT, self.preset.dit).requires_grad_(False)
-            for mine, theirs in self._averaged():
-                mine.copy_(theirs)
-        self.learners = self._learners()
+            self.average = {name: value.clone() for name, value in self.average.items()}
+        self.learners = learners(self.models, config)
         trajectories = Trajectories(config.output / "trajectories", config.pairs)
         self.context = TrainContext(
             config, self.models, self.source, trajectories, negative_1TE, dark_CHW, ranks.device,
@@ -132,42 +126,9 @@ class Run:
                 if self.config.compile and whole:
                     model.compile()
 
-    def _averaged(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each weight of the average and that of the generator, without gradient."""
-        models = self.average, self.models.generator
-        pairs = ([p.detach() for p in parallel.local(model.parameters())] for model in models)
-        return zip(*pairs, strict=True)
-
-    def _learners(self) -> dict[str, Learner]:
-        """Learned models by name, each with its optimisers."""
-        config = self.config
-        generator, _, critic, head = self.models
-        rates = {
-            "generator": config.lr,
-            "critic": config.lr_critic,
-            "discriminator": config.lr_critic * config.discriminator_lr_multiplier,
-        }
-        betas, clip = config.betas, config.clip
-        learners = {"generator": Learner({"generator": generator}, config, rates, betas, clip)}
-        if critic is not None:
-            learned: dict[str, nn.Module] = {"critic": critic}
-            if head is not None:
-                critic.head.requires_grad_(False)  # what is read are the blocks before it
-                learned["discriminator"] = head
-            betas = config.betas_critic or betas
-            clip = clip if config.clip_critic is None else config.clip_critic
-            learners["critic"] = Learner(learned, config, rates, betas, clip)
-        return learners
-
     def _split(self, clips: int) -> list[range]:
         """This rank's micro-batches of a global batch."""
-        local, left = divmod(clips, self.ranks.world)
-        micro = min(self.config.micro_batch or local, local)
-        if left or not local or local % micro:
-            raise ValueError(
-                f"an update of {clips} clips: must divide into {self.ranks.world} ranks and "
-                f"micro_batch={micro}"
-            )
+        local, micro = self.config.split(clips, self.ranks.world)
         begin = self.ranks.rank * local
         return [range(i, i + micro) for i in range(begin, begin + local, micro)]
 
@@ -255,7 +216,9 @@ class Run:
         self.step += 1
         if config.ema:
             decay = config.ema if self.step > config.ema_start else 0.0
-            for mine, theirs in self._averaged():
+            both = self.average, parallel.learned(self.models.generator)
+            parts = (parallel.local(each.values()) for each in both)
+            for mine, theirs in zip(*parts, strict=True):
                 mine.lerp_(theirs, 1 - decay)
         self.seconds += time.perf_counter() - began
         return record
@@ -292,7 +255,7 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         state = {name: learner.state() for name, learner in self.learners.items()}
-        return {**state, "average": get_model_state_dict(self.average)}
+        return {**state, "average": self.average}
 
     def save(self, prefix: str = "") -> Path:
         """A checkpoint of everything that a resumed run needs, and, unless it has a prefix, the
@@ -315,9 +278,18 @@ class Run:
         """The file of the averaged weights."""
         return self.config.output / "model.safetensors"
 
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """Averaged weights of the generator, a LoRA merged into them, on the first rank's CPU."""
+        state = self.models.generator.state_dict() | self.average
+        whole = parallel.full_state(state, self.ranks)
+        return self.config.lora.merged(whole) if self.config.lora else whole
+
     def _save_weights(self) -> None:
-        weights = parallel.full_state(self.average, self.ranks)
+        weights, lora = self.averaged_weights(), self.config.lora
+        learned = parallel.full_state(self.average, self.ranks) if lora is not None else {}
         if self.ranks.first:
+            if lora is not None:
+                lora.save(self.config.output / "lora", learned)
             extra = {"step": self.step, "recipe": self.config.recipe}
             checkpoint.save(weights, self.weights, self.preset.dit, **extra)
 
@@ -359,7 +331,6 @@ class Run:
         parallel.load(found[-1], state, self.ranks)
         for name, learner in self.learners.items():
             learner.restore(state[name])
-        set_model_state_dict(self.average, state["average"])
         self.step, self.seconds = facts["step"], seconds
         self.of_critic, self.recent = of_critic, recent
         if self.step == 0:

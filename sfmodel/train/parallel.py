@@ -18,7 +18,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as read
 from torch.distributed.checkpoint.state_dict_saver import save as write
 from torch.distributed.fsdp import (
@@ -106,12 +102,20 @@ def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
-def full_state(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
-    """All of a model's weights, on the CPU of the first rank; empty on the others."""
-    if ranks.mesh is None:
-        return {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+def learned(model: nn.Module) -> dict[str, Tensor]:
+    """Weights of a model that learn, by name, without gradient."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def full_state(state: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Whole tensors of what is cut over the ranks, on the CPU of the first one; empty on the
+    others."""
+    whole = {}
+    for name, value in state.items():  # in memory of a device is one of them at a time
+        found = value.full_tensor() if isinstance(value, DTensor) else value
+        if ranks.first:
+            whole[name] = found.detach().cpu()
+    return whole
 
 
 def save(

@@ -14,7 +14,6 @@ import torch
 from sfmodel.extras import needed
 from sfmodel.files import atomic, cannot_write
 from sfmodel.pretrained import checked_codec
-from sfmodel.train import parallel
 from sfmodel.train.data import skipped_report
 from sfmodel.train.samples import write_samples
 from sfmodel.train.trackers import Tracking
@@ -159,7 +158,7 @@ class Report:
         """Draws samples on the first rank, while the others wait for it."""
         run = self.run
         # Under FSDP a model is whole only inside its own forward pass.
-        weights, more = parallel.full_state(run.average, run.ranks), True
+        weights, more = run.averaged_weights(), True
         if not self.first:
             while self._goes_on(False):
                 pass

@@ -141,7 +141,9 @@ class Rollout:
                 begin, end = self.chunks[i].start - first, self.chunks[i].stop - first
                 assert begin >= 0
                 self._x0(i, x, self._past(i)).backward(upstream_BFCHW[:, begin:end])
-            torch.autograd.backward(learned, [e.grad for k in cut for e in k if e.requires_grad])
+            if learned:  # not so where a LoRA leaves them alone
+                grads = [each.grad for k in cut for each in k if each.requires_grad]
+                torch.autograd.backward(learned, grads)
 
     def _new_cache(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the frames in the ring, [layers, B, L, heads, head_dim] each."""

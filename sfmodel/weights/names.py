@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 # Our fused projection: the official ones it is the concatenation of.
-_FUSED = {
+FUSED = {
     "self_attn.qkv": ("self_attn.q", "self_attn.k", "self_attn.v"),
     "cross_attn.kv": ("cross_attn.k", "cross_attn.v"),
 }
+# Linear layers of a block, and those that a LoRA changes unless other ends of names are given.
+LINEARS = (
+    *(f"{attention}_attn.{name}" for attention in ("self", "cross") for name in "qkvo"),
+    *("ffn.0", "ffn.2"),
+)
+LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 # The RMSNorms' only parameter is the module's own here.
 _NORMS = tuple(f"{a}_attn.norm_{w}" for a in ("self", "cross") for w in "qk")
 # Dicts of weights in the files of training code, or so many parts of one dict, and what may be
@@ -149,13 +155,13 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for key, value in state.items():
         stem, _, leaf = key.rpartition(".")
-        fused = next((f for f, parts in _FUSED.items() if stem.endswith(parts)), None)
+        fused = next((f for f, parts in FUSED.items() if stem.endswith(parts)), None)
         if stem.endswith(_NORMS):
             out[stem] = value
         elif fused is None:
             out[key] = value
         else:
-            names = [_sibling(stem, part, leaf) for part in _FUSED[fused]]
+            names = [_sibling(stem, part, leaf) for part in FUSED[fused]]
             if all(n in state for n in names):
                 own = _sibling(stem, fused, leaf)
                 if own not in out:
@@ -171,13 +177,13 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for key, value in state.items():
         stem, _, leaf = key.rpartition(".")
-        fused = next((f for f in _FUSED if stem.endswith(f)), None)
+        fused = next((f for f in FUSED if stem.endswith(f)), None)
         if key.endswith(_NORMS):
             out[f"{key}.weight"] = value
         elif fused is None:
             out[key] = value
         else:
-            parts = _FUSED[fused]
+            parts = FUSED[fused]
             for part, piece in zip(parts, value.chunk(len(parts)), strict=True):
                 out[_sibling(stem, part, leaf)] = piece
     return out
@@ -187,6 +193,16 @@ def _sibling(stem: str, part: str, leaf: str) -> str:
     """The parameter `leaf` of `part` (such as self_attn.k) in the block of `stem`."""
     block = stem.rsplit(".", 2)[0]
     return f"{block}.{part}.{leaf}"
+
+
+def targeted(targets: Iterable[str]) -> list[str]:
+    """The linear layers of a block whose names are these or end in them, as PEFT matches
+    target_modules. Raises ValueError for an end that none has."""
+    ends = {target: [n for n in LINEARS if f".{n}".endswith(f".{target}")] for target in targets}
+    for target, found in ends.items():
+        if not found:
+            raise ValueError(f"{target!r}: must be the end of one of {', '.join(LINEARS)}")
+    return [name for name in LINEARS if any(name in found for found in ends.values())]
 
 
 class Kind(NamedTuple):

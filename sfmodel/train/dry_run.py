@@ -1,0 +1,167 @@
+"""What a run would take, worked out without weights, data or a GPU: its models lie on the meta
+device, so that 14B parameters take seconds and no memory. None of it is measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sfmodel.config import PRESETS
+from sfmodel.cost import GIB, clip_chunks
+from sfmodel.ranks import sharing
+from sfmodel.train import parallel
+from sfmodel.train.config import TrainConfig
+from sfmodel.train.learner import learners
+from sfmodel.train.models import Models, empty
+from sfmodel.training_cost import Update, training_flops
+from sfmodel.training_memory import training_gib
+
+COUNTED = ("tf", "df", "tf+dmd", "df+dmd", "sf+dmd")  # recipes whose FLOPs are worked out
+
+MOMENTS: dict[type, int] = {torch.optim.AdamW: 2, torch.optim.Muon: 1}  # of a parameter
+KEPT = ("weights", "gradients", "moments", "average")
+
+
+class Part(NamedTuple):
+    """A model: parameters, how many of them learn, and GiB of one rank of each of KEPT."""
+
+    name: str
+    parameters: int
+    learned: int
+    gib: tuple[float, ...]
+
+
+class DryRun(NamedTuple):
+    """parts: all models. gib: of one rank at the peak of an update. updates, clips: in the whole
+    run, by learner. flops: of one update, by learner; empty where they are not worked out.
+    written: files and folders of the run with GiB at most. refused: why it would not start."""
+
+    parts: list[Part]
+    gib: dict[str, float]
+    updates: dict[str, int]
+    clips: dict[str, int]
+    flops: dict[str, float]
+    written: dict[str, float]
+    refused: list[str]
+
+    def seconds(self, tflops: float, ranks: int) -> dict[str, float]:
+        """Least seconds of an update, by learner, and of the whole "run", at a rate of each rank's
+        matrix products. What ranks send to each other comes on top."""
+        each = {name: flops / ranks / tflops / 1e12 for name, flops in self.flops.items()}
+        whole = sum(self.updates[name] * seconds for name, seconds in each.items())
+        return {**each, "run": whole}
+
+
+def dry_run(config: TrainConfig, ranks: int = 1) -> DryRun:
+    """What a run on so many ranks would take. Reads of its files only whether they are there and of
+    its models. Raises ValueError for settings that do not go with so many ranks."""
+    config.check_ranks(ranks)
+    sharers = sharing(config.shard, ranks)
+    models = Models.made(config, functools.partial(empty, config))
+    moments = {
+        parameter: MOMENTS[type(optimizer)] * _nbytes([parameter])
+        for learner in learners(models, config).values()
+        for optimizer in learner.optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    parts = []
+    for name, model in models._asdict().items():
+        if model is None:
+            continue
+        own, learns = [*model.parameters()], [*parallel.learned(model).values()]
+        averaged = learns if config.ema and name == "generator" else []
+        nbytes = (
+            _nbytes(own), _nbytes(learns), sum(moments.get(p, 0) for p in own), _nbytes(averaged)
+        )  # fmt: skip
+        gib_of = tuple(each / sharers / GIB for each in nbytes)
+        count, learned_count = (sum(tensor.numel() for tensor in each) for each in (own, learns))
+        parts.append(Part(name, count, learned_count, gib_of))
+    kept = zip(*(part.gib for part in parts), strict=True)
+    gib = _largest(config, ranks, sharers) | dict(zip(KEPT, map(sum, kept), strict=True))
+    gib["total"] = sum(gib[name] for name in gib if name != "total")
+    updates = {"generator": config.steps}
+    if config.objective.needs_critic:
+        updates["critic"] = config.steps * config.critic_steps + config.critic_warmup
+    clips = max(config.clips(frames) for frames in config.frames)
+    return DryRun(
+        parts, gib, updates, {name: count * clips for name, count in updates.items()},
+        _flops(config), _written(config, models, sum(moments.values())), _refused(config),
+    )  # fmt: skip
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _largest(config: TrainConfig, ranks: int, sharers: int) -> dict[str, float]:
+    """GiB of one rank at the sizes of clips and chunks that take the most."""
+    teacher = PRESETS[config.teacher_preset] if config.teacher_preset else None
+    found = []
+    for frames, chunk in itertools.product(config.frames, config.chunks):
+        _, micro = config.split(config.clips(frames), ranks)
+        gib = training_gib(
+            config.model, config.recipe, sharers, teacher, micro, config.lora_rank,
+            config.lora_critic, lora_targets=config.lora_targets, recompute=config.recompute,
+            chunks=config.layout(frames, chunk, max(config.windows)).chunks, bf16=config.bf16,
+        )  # fmt: skip
+        found.append(gib)
+    return max(found, key=lambda gib: gib["total"])
+
+
+def _flops(config: TrainConfig) -> dict[str, float]:
+    """FLOPs of an update by learner, as if all weights learned, the mean over the sizes of chunks
+    and the exit steps: those of a clip of Wan2.1 by its length, and of rollouts no longer."""
+    if config.recipe not in COUNTED:
+        return {}
+    real = PRESETS[config.teacher_preset].dit if config.teacher_preset else None
+    presets = [replace(config.model, chunk=chunk) for chunk in config.chunks]
+    steps = range(len(config.model.steps))
+    exits = steps[-1:] if config.last_step_only else steps
+    options = real, config.guidance_scale != 1, config.recompute
+    frames = config.batch * max(config.frames)  # in clips of any length
+    found: dict[str, float] = {}
+    for learner in ("generator", "critic") if config.objective.needs_critic else ("generator",):
+        a_frame = [
+            training_flops(each, Update(config.recipe, learner, exit_step), *options)
+            / sum(clip_chunks(each))
+            for each, exit_step in itertools.product(presets, exits)
+        ]
+        found[learner] = frames * sum(a_frame) / len(a_frame)
+    return found
+
+
+def _written(config: TrainConfig, models: Models, moments: int) -> dict[str, float]:
+    """GiB of what a run leaves, by its name. moments: bytes of all that there are."""
+    state, learned = models.generator.state_dict(), parallel.learned(models.generator)
+    whole = config.lora.merged(state) if config.lora else state
+    found = {"model.safetensors": _nbytes(whole.values()) / GIB}
+    if config.lora:
+        found["lora/"] = _nbytes(learned.values()) / GIB
+    # What learns, its moments, and the generator's average.
+    saved = [*learned.values()]
+    for model in models:
+        saved += parallel.learned(model).values() if model is not None else []
+    found["checkpoints/, at most three"] = 3 * (_nbytes(saved) + moments) / GIB
+    if config.objective.needs_trajectories:
+        preset, (frames,) = config.model, config.frames
+        point = frames * preset.dit.channels * preset.height * preset.width
+        text = preset.dit.text_len * preset.dit.text_dim
+        each = (len(preset.steps) + 1) * point + text
+        found["trajectories/"] = 4 * config.pairs * each / GIB
+    return found
+
+
+def _refused(config: TrainConfig) -> list[str]:
+    """What is missing or of something else, a sentence each."""
+    said = [str(error) for error in config.refusals()]
+    if config.data is not None and not config.data.exists():
+        said.append(f"data {config.data}: there is no such file or folder")
+    return [*dict.fromkeys(said)]
