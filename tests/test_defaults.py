@@ -22,7 +22,7 @@ OF_14B = WAN / "Wan2.1-T2V-14B" / "diffusion_pytorch_model.safetensors"
 OF_1_3B = WAN / "Wan2.1-T2V-1.3B" / "diffusion_pytorch_model.safetensors"
 
 # Settings that came with the arithmetic of the public code: a run that has none of them is older.
-ADDED = {
+ADDED: dict[str, Any] = {
     "betas_critic": (0.1, 0.9), "clip_critic": 1.0, "fake_guidance_scale": 2.0, "sid_alpha": 0.5,
     "min_score_timestep": 5, "ts_schedule": True, "ts_schedule_max": True, "score_shift": 8.0,
     "discriminator_lr_multiplier": 2.0, "discriminator_warmup": 3, "teacher_shift": 8.0,

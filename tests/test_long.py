@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import long
+from bench import figures
+from experiments import jobs, long
 from experiments.long import TRAININGS, Job, Scale
 from sfmodel.toy import evaluate
 
@@ -24,20 +25,20 @@ def result(training: str, seed: int, level: float) -> dict[str, Any]:
 
 
 def test_trainings_differ_in_what_their_names_say(tmp_path: Path) -> None:
-    jobs = {name: Job(name, 2, TINY, tmp_path, "test") for name in TRAININGS}
-    configs = {name: job.config() for name, job in jobs.items()}
+    planned = {name: Job(name, 2, TINY, tmp_path, "test") for name in TRAININGS}
+    configs = {name: job.config() for name, job in planned.items()}
     assert len({config.output for config in configs.values()}) == len(configs)
     for name, config in configs.items():
         assert (config.rollouts != ()) == name.startswith("long")
         assert (config.init, config.steps, config.seed) == (configs["SF"].init, 1, 2)
-        for row, sampling in jobs[name].samplings().items():
+        for row, sampling in planned[name].samplings().items():
             assert sampling.preset.window == max(config.windows) == 7
             for kind in ("absolute", "relative"):
                 assert (kind in row) == (sampling.preset.sink == 1 and
                                          sampling.preset.positions == kind)  # fmt: skip
             if "sampled" not in row and config.sink:
                 assert sampling.preset.positions == config.positions
-    assert [*jobs["SF"].samplings()] == [
+    assert [*planned["SF"].samplings()] == [
         "SF", "SF, sampled with sink, absolute", "SF, sampled with sink, relative",
     ]  # fmt: skip
 
@@ -53,7 +54,7 @@ def test_the_table_has_the_end_of_each_length(tmp_path: Path) -> None:
     assert shown.rows[1][1:5] == ["5.50 ± 1.41", "26.50 ± 1.41", "68.50 ± 1.41", "208.50 ± 1.41"]
     assert len(shown.rows) == 1 + sum(len(Job(n, 0, TINY, tmp_path, "").samplings())
                                       for n in TRAININGS)  # fmt: skip
-    long.figures.save(long.draw(summary | {"results": results}), tmp_path / "long.png")
+    figures.save(long.draw(summary | {"results": results}), tmp_path / "long.png")
     assert (tmp_path / "long.png").stat().st_size > 10_000
 
 
@@ -63,7 +64,7 @@ def test_the_command_and_what_it_keeps(
     """One training, one seed, in this process; videos of twice the training length."""
     monkeypatch.setattr(long, "LENGTHS", (1, 2))
     monkeypatch.setattr(evaluate, "REAL", 64)
-    monkeypatch.setattr(long.jobs, "run_all", lambda run, planned, *_: [*map(run, planned)])
+    monkeypatch.setattr(jobs, "run_all", lambda run, planned, *_: [*map(run, planned)])
     long.held_out.cache_clear()
     options: dict[str, Any] = {"trainings": ("long SF, sink relative",)}
     long.long(tmp_path, **options, **vars(TINY))

@@ -82,7 +82,8 @@ def judged(run: Run, video: Tensor, frames: int) -> Tensor:
 def loss_of(run: Run, part: MicroBatch, recipe: str, x0: Tensor, masked: int) -> Tensor:
     """The generator's loss of videos without their first frames."""
     _, real, fake, head = run.models
-    t = SCHEDULE.shifted(part.draw.uniform("score level")).clamp(0.02, 0.98) * 1000
+    of_1000 = (1000 * part.draw.uniform("score level")).floor() / 1000
+    t = SCHEDULE.shifted(of_1000).clamp(0.02, 0.98) * 1000
     s, noise = SCHEDULE.sigma(t)[:, None, None, None, None], part.noise("score noise")
     assert fake is not None
     if head is not None:
@@ -90,7 +91,8 @@ def loss_of(run: Run, part: MicroBatch, recipe: str, x0: Tensor, masked: int) ->
         def logits(x_t: Tensor) -> Tensor:
             return head(fake.features(x_t, t, part.text_BTE, head.taps))
 
-        return gan_generator_loss(logits, x0, part.clean_BFCHW, noise, t, SCHEDULE)
+        given = part.clean_BFCHW, noise, t, SCHEDULE, part.noise("real noise")
+        return gan_generator_loss(logits, x0, *given)
     assert real is not None
     x_t = (1 - s) * x0 + s * noise
     prompted, unprompted = real(x_t, t, part.text_BTE), real(x_t, t, torch.zeros(1, 1, 32))

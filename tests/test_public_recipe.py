@@ -96,10 +96,10 @@ def test_the_average_over_120_updates(make: Make, monkeypatch: pytest.MonkeyPatc
 class Grid(NamedTuple):
     """In place of a draw: all of [0, 1) in even steps."""
 
-    count: int
+    size: int
 
     def uniform(self, name: str) -> Tensor:
-        return (torch.arange(self.count) + 0.5) / self.count
+        return (torch.arange(self.size) + 0.5) / self.size
 
 
 @pytest.mark.parametrize(
@@ -129,6 +129,7 @@ def test_levels_of_scores(
         if recipe == "tf+dmd":
             least, end = change.get("min_score_timestep", 0), 1000
         else:
+            assert part.batch.exit_step is not None
             least, end = ranges[part.batch.exit_step]
             seen.add(part.batch.exit_step)
         grid: Any = Grid(3 * (end - least))

@@ -55,13 +55,14 @@ def solve(
     teacher = schedule if shift is None else FlowSchedule(shift)
     levels = schedule.sigma(schedule.warp(steps)) if steps else torch.empty(0)
     sigmas = teacher.shifted(torch.linspace(1, 0, euler_steps + 1))
-    x, kept = noise_BFCHW.float(), []
+    x, kept = noise_BFCHW.float(), list[Tensor]()
     for now, then in itertools.pairwise(sigmas):
         sigma = now.to(x.device)
         t = TRAIN_STEPS * sigma
         against = None if unprompted is None or guidance == 1 else unprompted(x, t)
-        options: Any = {"uncond_flow": against, "guidance": guidance}
-        step = functools.partial(euler_step, x, flow(x, t), sigma, **options)
+        step: Any = functools.partial(
+            euler_step, x, flow(x, t), sigma, uncond_flow=against, guidance=guidance
+        )
         kept += [step(at.to(x.device)) for at in levels[len(kept) :] if at > then]
         x = step(then.to(x.device))
     return torch.stack([*kept, x], 1)
