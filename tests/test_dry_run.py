@@ -37,7 +37,7 @@ WAN: dict[str, Any] = {"teacher_preset": "wan-14b", "critic": Path("critic.pt")}
 def large() -> DryRun:
     """LongLive's: changes of rank 256 of generator and critic, beside a real score of 14B."""
     lora: dict[str, Any] = {"lora_rank": 256, "lora_critic": True}
-    return dry_run(replace(defaults("wan-1.3b", "sf+dmd"), **WAN, **lora), 8)
+    return dry_run(replace(defaults("wan-1.3b", "sf+dmd", "one-node"), **WAN, **lora), 8)
 
 
 def column(found: DryRun, name: str) -> list[float]:
@@ -45,7 +45,7 @@ def column(found: DryRun, name: str) -> list[float]:
 
 
 def test_all_weights_learn() -> None:
-    found = dry_run(replace(defaults("wan-1.3b", "sf+dmd"), **WAN), 8)
+    found = dry_run(replace(defaults("wan-1.3b", "sf+dmd", "one-node"), **WAN), 8)
     assert [part[:3] for part in found.parts] == [
         ("generator", SMALL, SMALL), ("real", LARGE, 0), ("critic", SMALL, SMALL),
     ]  # fmt: skip
@@ -88,11 +88,11 @@ def test_changes_learn() -> None:
 @pytest.mark.parametrize("rank", [0, 64])
 def test_what_is_counted_is_what_the_formula_says(recipe: str, rank: int) -> None:
     """Which knows no model, and counts no discriminator."""
-    some: dict[str, Any] = {"lora_rank": rank, "lora_targets": ("ffn.0", "self_attn.o")}
+    some: dict[str, Any] = {"lora_rank": rank, "lora_targets": ("ffn.0", "self_attn.o"), "ema": 0.9}
     preset = replace(PRESETS["wan-1.3b"], dit=replace(PRESETS["wan-1.3b"].dit, layers=3))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "wan-1.3b", preset)
-        found = dry_run(replace(defaults("wan-1.3b", recipe), frames=(21,), **some), 4)
+        found = dry_run(replace(defaults("wan-1.3b", recipe, "one-node"), frames=(21,), **some), 4)
     want = training_gib(preset, recipe, 4, None, 1, rank, lora_targets=some["lora_targets"])
     assert found.gib == pytest.approx(want, rel=1e-3)
 
@@ -188,7 +188,7 @@ def test_the_largest_clips_and_chunks_count() -> None:
     whole = 30 * 2 * d + block
 
     def peak(recipe: str, **change: Any) -> tuple[float, float]:
-        settings = replace(defaults("wan-1.3b", recipe), **change)
+        settings = replace(defaults("wan-1.3b", recipe, "one-node"), **change)
         gib = dry._largest(settings, 64, 64)
         return gib["activations"] * GIB / 2, gib["cache"] * GIB / 2
 
@@ -213,7 +213,7 @@ def test_the_largest_clips_and_chunks_count() -> None:
 def test_every_recipe(recipe: str) -> None:
     found = dry_run(replace(defaults("toy", recipe), optimizer="adamw"), 1)
     assert found.gib["total"] > 0 and not found.refused
-    assert ("trajectories/" in found.written) == (recipe == "ode")
+    assert ("trajectories/" in found.written) == (recipe in ("ode", "df+ode"))
     assert bool(found.flops) == (recipe in dry.COUNTED)
 
 

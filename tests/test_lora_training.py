@@ -199,7 +199,7 @@ def test_what_learns_and_what_is_written(
 
 
 def test_what_is_averaged_are_a_and_b(tmp_path: Path) -> None:
-    """At ema_start = 1 the third update weighs what was there (1 + 2)/(10 + 2)."""
+    """From ema_start = 1 on the average keeps 0.9 of what it was."""
     run = Run(config(tmp_path / "run", **LORA), ALONE)
     start = {name: value.clone() for name, value in run.average.items()}
     after = []
@@ -208,8 +208,8 @@ def test_what_is_averaged_are_a_and_b(tmp_path: Path) -> None:
         own = {n: p.detach().clone() for n, p in run.models.generator.named_parameters()}
         after.append({name: own[name] for name in start})
     for name, value in run.average.items():
-        second = 2 / 11 * after[0][name] + 9 / 11 * after[1][name]
-        torch.testing.assert_close(value, 3 / 12 * second + 9 / 12 * after[2][name])
+        second = 0.9 * after[0][name] + 0.1 * after[1][name]
+        torch.testing.assert_close(value, 0.9 * second + 0.1 * after[2][name])
         assert not torch.equal(value, start[name])
 
 
