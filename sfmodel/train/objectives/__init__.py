@@ -77,7 +77,7 @@ class Distillation(Objective):
 
     def learn_critic(self, batch: MicroBatch, share: float) -> float:
         with phase("rollout"), torch.no_grad():
-            video, _ = self.generate(batch, gradient=False)
+            video = self.generate(batch, gradient=False)[0]  # the rollout itself goes
         with phase("forward"):
             loss = self.critic_loss(batch, video)
         with phase("backward"):
