@@ -1,4 +1,4 @@
-"""Settings of a training run: one dataclass, saved with the run, and the recipes it chooses from."""
+"""Settings of a training run: one dataclass, saved with the run, and the recipes to choose from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from sfmodel.config import PRESETS, Preset, check_seed
 from sfmodel.dit import DiT
 from sfmodel.files import check_writable
 from sfmodel.ranks import PATIENCE
+from sfmodel.schedule import FlowSchedule
 from sfmodel.train.objectives import Objective
 from sfmodel.train.objectives.dmd import DMD
 from sfmodel.train.objectives.flow import FlowMatching
@@ -79,6 +80,7 @@ class TrainConfig:
     chunks: tuple[int, ...] = (3,)  # latent frames generated at a time
     windows: tuple[int, ...] = (21,)  # latent frames that a chunk sees, its own included
     sink: int = 0  # first latent frames that are always seen
+    denoising_steps: tuple[int, ...] | None = None  # of a chunk, falling; None: the preset's
     hide_first: bool = False  # the last chunk does not see the first (paper, section 3.4)
     drop_text: float = 0.1  # share of clips of the toy world without a prompt
     drop_word: float = 0.15  # share of a prompt's words left out in the toy world
@@ -154,6 +156,11 @@ class TrainConfig:
             if getattr(self, name) not in IMPLS:
                 known = ", ".join(IMPLS)
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {known}")
+        if self.denoising_steps is not None:
+            try:
+                FlowSchedule().warp(self.denoising_steps)
+            except ValueError as error:
+                raise ValueError(f"denoising_{error}") from None
         check_seed(self.seed, videos=1024)  # more than samples show
         if not 0 < self.patience < 10**8:
             raise ValueError(f"patience={self.patience}: must be seconds, more than 0")
@@ -190,7 +197,13 @@ class TrainConfig:
 
     @property
     def model(self) -> Preset:
-        return PRESETS[self.preset]
+        """The generator's sizes, and how it streams once it is trained: in these steps, in the last
+        of `chunks` and the largest of `windows`."""
+        preset = PRESETS[self.preset]
+        return replace(
+            preset, steps=self.denoising_steps or preset.steps, chunk=self.chunks[-1],
+            window=max(self.windows), sink=self.sink,
+        )  # fmt: skip
 
     def layout(
         self, frames: int, chunk: int, window: int, teacher_forcing: bool = False

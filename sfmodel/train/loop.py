@@ -35,6 +35,7 @@ from sfmodel.train.models import Models, load
 from sfmodel.train.report import Record, Report, means
 from sfmodel.train.trajectories import Trajectories, solve
 from sfmodel.weights import checkpoint
+from sfmodel.weights.known import recorded
 
 
 class Run:
@@ -162,6 +163,8 @@ class Run:
                 "negative", "data", "frames", "pairs", "drop_text", "drop_word", "seed",
             )
         }  # fmt: skip
+        if config.denoising_steps is not None:  # trajectories of the preset's do without
+            facts["denoising_steps"] = config.denoising_steps
         self.context.trajectories.make(self._solve, facts, self.ranks, progress)
 
     def _solve(self, samples: range) -> tuple[Tensor, Tensor]:
@@ -268,6 +271,8 @@ class Run:
         weights = parallel.full_state(self.average, self.ranks)
         if self.ranks.first:
             extra = {"step": self.step, "recipe": self.config.recipe}
+            if self.objective.context != "whole":
+                extra |= recorded(self.config.preset, self.preset)
             checkpoint.save(weights, self.weights, self.preset.dit, **extra)
 
     def _has_weights(self) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -134,13 +133,10 @@ class Report:
             return
         model = DiT(run.preset.dit, config.impl, config.attention_impl)
         model.load_state_dict(state)
-        preset = replace(
-            run.preset, chunk=config.chunks[-1], window=max(config.windows), sink=config.sink
-        )
         text = run.text(PROMPTS, run.ranks.device)
         model = model.to(run.ranks.device).eval()
         frames = 1 + run.codec.temporal_factor * (2 * max(config.frames) - 1)
-        made = Stream(model, run.codec, text, preset, seed=config.seed, batch=len(PROMPTS))
+        made = Stream(model, run.codec, text, run.preset, seed=config.seed, batch=len(PROMPTS))
         videos = torch.cat([*made.video(frames)], 1)
         labels = [prompt or "(no prompt)" for prompt in PROMPTS]
         from sfmodel.video import contact_sheet_of_rows  # needs PyAV
