@@ -19,6 +19,7 @@ from sfmodel.files import check_writable
 from sfmodel.ranks import PATIENCE
 from sfmodel.schedule import FlowSchedule
 from sfmodel.train.objectives import Objective
+from sfmodel.train.objectives.consistency import Consistency
 from sfmodel.train.objectives.dmd import DMD
 from sfmodel.train.objectives.flow import FlowMatching
 from sfmodel.train.objectives.gan import GAN
@@ -49,6 +50,7 @@ RECIPES: dict[str, Objective] = {
     "tf": FlowMatching("clean"),
     "df": FlowMatching("noisy"),
     "ode": ODERegression("either"),
+    "consistency": Consistency("clean"),  # Causal Forcing++ (arXiv 2605.15141)
     "tf+dmd": DMD("clean"),
     "tf+sid": SiD("clean"),
     "tf+gan": GAN("clean"),
@@ -104,9 +106,10 @@ class TrainConfig:
     context_noise: float = 0.0  # TF: largest noise on the clean context, in the latents' units
     darken: float = 0.0  # TF: largest share of the light that is missing where the model looks
 
-    # ODE regression
+    # ODE regression and consistency distillation
     pairs: int = 3072  # trajectories of the teacher
-    teacher_steps: int = 20  # Euler steps of a trajectory
+    teacher_steps: int = 20  # Euler steps of a trajectory, which consistency has two points of
+    causal_teacher: bool = False  # consistency: the teacher sees clean chunks, as one of tf does
 
     # distillation
     critic_steps: int = 5  # updates of the critic before each one of the generator
