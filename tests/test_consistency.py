@@ -106,7 +106,7 @@ def test_the_second_point_is_a_step_of_the_teacher(
         clean, noise = part.clean_BFCHW, part.noise("noise")
         assert len(teacher.all) == (1 if guidance == 1 else 2)
         x, t, text, layout, past, flow = teacher.all[-1]
-        index = [min(range(5), key=lambda i, v=value: abs(levels[i] - v)) for value in t / 1000]
+        index = [int((torch.tensor(levels[:5]) - value).abs().argmin()) for value in t / 1000]
         seen |= {*index}
         now = torch.tensor([levels[i] for i in index]).view(-1, 1, 1, 1, 1)
         then = torch.tensor([levels[i + 1] for i in index]).view(-1, 1, 1, 1, 1)

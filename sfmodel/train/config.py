@@ -208,6 +208,11 @@ class TrainConfig:
             window=max(self.windows), sink=self.sink,
         )  # fmt: skip
 
+    @property
+    def weights(self) -> Path:
+        """The file of the run's averaged weights."""
+        return self.output / "model.safetensors"
+
     def layout(
         self, frames: int, chunk: int, window: int, teacher_forcing: bool = False
     ) -> BlockLayout:

@@ -265,7 +265,7 @@ class Run:
     @property
     def weights(self) -> Path:
         """The file of the averaged weights."""
-        return self.config.output / "model.safetensors"
+        return self.config.weights
 
     def _save_weights(self) -> None:
         weights = parallel.full_state(self.average, self.ranks)
