@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -14,13 +14,14 @@ from sfmodel.files import atomic, check_writable
 from sfmodel.pretrained import TOY_WEIGHTS, load_toy
 from sfmodel.toy.evaluate import Sampling, draw, held_out, score, seen_in, table
 from sfmodel.toy.evaluate import evaluate as measure_model
+from sfmodel.weights.known import by_metadata
 
 
 def evaluate(
     checkpoint: Path | None = None,
-    chunk: int = 3,
-    window: int = 7,
-    sink: int = 0,
+    chunk: int | None = None,
+    window: int | None = None,
+    sink: int | None = None,
     positions: Literal["relative", "absolute"] = "relative",
     frames: int = 28,
     trained: int = 7,
@@ -35,9 +36,9 @@ def evaluate(
 
     Args:
         checkpoint: Weights; the shipped ones if not given.
-        chunk: Latent frames generated at a time.
-        window: Latent frames that the KV cache holds, the current chunk included.
-        sink: First latent frames that stay in the cache for good.
+        chunk: Latent frames generated at a time; if not given as the weights were trained, else 3.
+        window: Latent frames that the KV cache holds, the current chunk included; likewise, else 7.
+        sink: First latent frames that stay in the cache for good; likewise, else 0.
         positions: Of the sink: relative to the window, with which it moves along, or absolute.
         frames: Latent frames of a video.
         trained: Latent frames of a training clip, within which the exposure gap is measured.
@@ -51,7 +52,11 @@ def evaluate(
         least = {"videos": 16, "trained": 2, "frames": trained}[name]
         if value < least:
             raise ValueError(f"{name}={value}: must be at least {least}")
-    preset = replace(PRESETS["toy"], chunk=chunk, window=window, sink=sink, positions=positions)
+    known, asked = by_metadata(checkpoint), {"chunk": chunk, "window": window, "sink": sink}
+    settings: dict[str, Any] = {"chunk": 3, "window": 7, "sink": 0, "positions": positions}
+    settings |= known.settings if known and known.preset == "toy" else {}
+    settings |= {name: value for name, value in asked.items() if value is not None}
+    preset = replace(PRESETS["toy"], **settings)
     sampling = Sampling(preset, euler, given)
     if given >= trained:
         raise ValueError(f"given={given}: must be less than trained={trained}")

@@ -53,7 +53,7 @@ from sfmodel.sequence_parallel import Received, Team, chunks_of
 from sfmodel.stream import Stream
 from sfmodel.train.data import Embeddings
 from sfmodel.vae.codec import VideoCodec
-from sfmodel.weights.known import Known, by_lora, by_name, flag, is_wans_own, its_lora
+from sfmodel.weights.known import Known, by_lora, by_metadata, by_name, flag, is_wans_own, its_lora
 from sfmodel.weights.lora import Lora
 from sfmodel.weights.opening import open_weights
 from sfmodel.whole_clip import WholeClip
@@ -79,7 +79,9 @@ def generate(
     whole, loras = sampling.sampler != "few-step", [Lora.parse(said) for said in weights.lora]
     models, preset = weights.models, weights.preset or saved.get("preset")
     path = weights.checkpoint or (None if whole else chosen_generator(preset, models))
-    known = None if whole or path is None else by_name(path) or by_lora(loras)
+    known = None
+    if path is not None and not whole:
+        known = by_name(path) or by_metadata(path) or by_lora(loras)
     preset = preset or (known.preset if known else "toy")
     known = known if known and known.preset == preset else None
     published = known.settings if known else {}
@@ -127,7 +129,7 @@ def generate(
         load_model = load_codec = image = None
         if team.runs:
             part, line = None, ""
-            if path is not None and preset != "toy" and not whole:
+            if path is not None and not whole and (known or preset != "toy"):
                 asked = explicit(stream, sampling)
                 part, own, line = _recognised(path, known, asked, weights, preset)
                 loras += own
@@ -253,7 +255,7 @@ def _recognised(
     note = known.note
     if known.lora and not its and not weights.lora:
         note = f"was published with {known.lora}, which is not beside it: --lora names it"
-    how = "name" if by_name(path) is known else "LoRA"
+    how = "name" if by_name(path) is known else "LoRA" if known.lora else "metadata"
     line = f"{path}: {known.name}, by its {how}: {known.flags(but) or 'as the preset is'}"
     return part, its, line + f"; {note}" * bool(note)
 

@@ -22,6 +22,7 @@ from sfmodel.cli.doctor import doctor
 from sfmodel.cli.encode import decode, encode
 from sfmodel.cli.evaluate import evaluate
 from sfmodel.cli.generate import generate
+from sfmodel.cli.pipeline import for_stages
 from sfmodel.cli.predict import predict
 from sfmodel.cli.train import train_command
 from sfmodel.process import prepared
@@ -59,7 +60,7 @@ def _tell_torchrun(said: str) -> None:
 
 def main() -> None:
     """Entry point of `sfmodel`."""
-    arguments = sys.argv[1:]
+    arguments = for_stages(sys.argv[1:])
     commands: dict[str, Callable[..., None]] = {
         "generate": generate,
         "train": train_command(arguments),

@@ -79,7 +79,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Streaming:
-    """How it is streamed; what is not given is as a checkpoint that is known was published with
+    """How it is streamed; what is not given is as a checkpoint was published or trained with
     (docs/models.md), else the preset's.
 
     Args:

@@ -10,6 +10,7 @@ import tyro
 
 from sfmodel.cli import tables
 from sfmodel.cli.dry_run import show
+from sfmodel.cli.pipeline import given, pipeline_command
 from sfmodel.config import PRESETS
 from sfmodel.train.config import RECIPES, TrainConfig
 from sfmodel.train.defaults import Variant, defaults
@@ -17,15 +18,14 @@ from sfmodel.train.loop import train
 
 
 def train_command(arguments: Sequence[str]) -> Callable[..., None]:
-    """`sfmodel train` with the defaults of the preset, recipe and variant that arguments name."""
+    """`sfmodel train` with the defaults of the preset, the recipe and the variant that the arguments
+    name, or of the pipeline."""
+    if given(arguments, "pipeline") is not None:
+        return pipeline_command(arguments)
 
     def named(option: str, known: Iterable[str], otherwise: str) -> str:
-        for i, word in enumerate(arguments):
-            name, equals, value = word.partition("=")
-            if name == f"--{option}":
-                value = value if equals else "".join(arguments[i + 1 : i + 2])
-                return value if value in known else otherwise  # an unknown one is refused later
-        return otherwise
+        value = given(arguments, option)
+        return value if value and value in known else otherwise  # an unknown one is refused later
 
     default = defaults(
         named("preset", PRESETS, "toy"),
@@ -44,7 +44,8 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
     ) -> None:
         """Train a model: progress, log.jsonl, curves.png, samples, checkpoints, weights. The
         defaults are those of the preset, the recipe and the variant. Under torchrun, on all its
-        ranks.
+        ranks. --pipeline self-forcing trains all models from nothing to a self-forced one: its
+        --help.
 
         Args:
             resume: Continue the run in the output folder, bit for bit as if it had not stopped, or

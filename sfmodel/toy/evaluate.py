@@ -164,12 +164,13 @@ def generate(
 
 
 class HeldOut(NamedTuple):
-    """Data that no model has seen. real: statistics [N, F, D] of real videos. text, latents:
-    prompts, and one real clip for each, other than those."""
+    """Data that no model has seen. real: statistics [N, F, D] of real videos. text, sentences,
+    latents: prompts, and one real clip for each, other than those."""
 
     real_NFD: Tensor
     text_BTE: Tensor
     latents_BFCHW: Tensor
+    sentences: list[str]
 
 
 @torch.no_grad()
@@ -183,7 +184,8 @@ def held_out(codec: ToyVAE, frames: int, videos: int, split: str = "test") -> He
         m = world.measure(world.render(some))
         real.append(statistics(m.position_BT2, m.radius_BT, m.rgb_BT3))
     clips = codec.sample_latents(videos, frames, seed + 1000)
-    return HeldOut(torch.cat(real), ToyTextEncoder()(clips.sentences), clips.latents_BFCHW)
+    text_BTE = ToyTextEncoder()(clips.sentences)
+    return HeldOut(torch.cat(real), text_BTE, clips.latents_BFCHW, clips.sentences)
 
 
 @torch.no_grad()

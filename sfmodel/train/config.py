@@ -18,8 +18,10 @@ from sfmodel.dit import DiT
 from sfmodel.extras import check_installed
 from sfmodel.files import check_writable
 from sfmodel.ranks import PATIENCE
+from sfmodel.schedule import FlowSchedule
 from sfmodel.train.lora import Adapter
 from sfmodel.train.objectives import Objective
+from sfmodel.train.objectives.consistency import Consistency
 from sfmodel.train.objectives.dmd import DMD
 from sfmodel.train.objectives.flow import FlowMatching
 from sfmodel.train.objectives.gan import GAN
@@ -55,6 +57,7 @@ RECIPES: dict[str, Objective] = {
     "tf": FlowMatching("clean"),
     "df": FlowMatching("noisy"),
     "ode": ODERegression("either"),
+    "consistency": Consistency("clean"),  # Causal Forcing++ (arXiv 2605.15141)
     "tf+dmd": DMD("clean"),
     "tf+sid": SiD("clean"),
     "tf+gan": GAN("clean"),
@@ -94,6 +97,7 @@ class TrainConfig:
     first: int | None = None  # of the first chunk, 1 if it is a still; None: the preset's
     windows: tuple[int, ...] = (21,)  # latent frames that a chunk sees, its own included
     sink: int = 0  # first latent frames that are always seen
+    denoising_steps: tuple[int, ...] | None = None  # of a chunk, falling; None: the preset's
     hide_first: bool = False  # the last chunk does not see the first (paper, section 3.4)
     image: bool = False  # the first latent frame is a clip's own, clean, and takes no loss
     drop_text: float = 0.1  # share of clips of the toy world without a prompt
@@ -118,10 +122,11 @@ class TrainConfig:
     context_noise: float = 0.0  # TF: largest noise on the clean context, in the latents' units
     darken: float = 0.0  # TF: largest share of the light that is missing where the model looks
 
-    # ODE regression
+    # ODE regression and consistency distillation
     pairs: int = 3072  # trajectories of the teacher
-    teacher_steps: int = 20  # Euler steps of a trajectory
+    teacher_steps: int = 20  # Euler steps of a trajectory, which consistency has two points of
     teacher_shift: float | None = None  # of their noise levels; None: the preset's
+    causal_teacher: bool = False  # consistency: the teacher sees clean chunks, as one of tf does
 
     # distillation
     critic_steps: int = 5  # updates of the critic before each one of the generator
@@ -194,6 +199,11 @@ class TrainConfig:
             self.lora.layers()
         elif self.lora_critic:
             raise ValueError("lora_critic: goes with a lora_rank")
+        if self.denoising_steps is not None:
+            try:
+                FlowSchedule().warp(self.denoising_steps)
+            except ValueError as error:
+                raise ValueError(f"denoising_{error}") from None
         check_seed(self.seed, videos=1024)  # more than samples show
         if not 0 < self.patience < 10**8:
             raise ValueError(f"patience={self.patience}: must be seconds, more than 0")
@@ -288,8 +298,14 @@ class TrainConfig:
 
     @property
     def model(self) -> Preset:
+        """The generator's sizes, and how it streams once it is trained: in these steps, in the last
+        of `chunks` and the largest of `windows`."""
         preset = PRESETS[self.preset]
-        return preset if self.first is None else replace(preset, first=self.first)
+        return replace(
+            preset, steps=self.denoising_steps or preset.steps, chunk=self.chunks[-1],
+            first=preset.first if self.first is None else self.first, window=max(self.windows),
+            sink=self.sink, positions=self.positions,
+        )  # fmt: skip
 
     @property
     def needs_clips(self) -> bool:
@@ -300,6 +316,11 @@ class TrainConfig:
         """What learns in place of weights, if anything does."""
         alpha = self.lora_alpha or self.lora_rank
         return Adapter(self.lora_rank, alpha, self.lora_targets) if self.lora_rank else None
+
+    @property
+    def weights(self) -> Path:
+        """The file of the run's averaged weights."""
+        return self.output / "model.safetensors"
 
     def layout(
         self, frames: int, chunk: int, window: int, teacher_forcing: bool = False

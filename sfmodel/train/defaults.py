@@ -24,6 +24,9 @@ _TOY_BY: dict[str, dict[str, Any]] = {
         frames=(1, 4, 16), chunks=(1, 3), windows=(6, 9, 15), steps=800, batch=32,
         context_noise=0.4, darken=0.5,
     ),
+    "consistency": dict(
+        **_SHORT, steps=300, lr=4e-4, decay_fraction=0.8, ema=0.98, init=_TEACHER, teacher=_TEACHER
+    ),
     "ode": dict(**_SHORT, steps=500, lr=1e-3, ema=0.98, init=_TEACHER, teacher=_TEACHER),
     "distillation": dict(
         **_SHORT, steps=40, batch=24, optimizer="adamw", lr=1e-4, lr_critic=3e-4, warmup=5,

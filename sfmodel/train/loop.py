@@ -36,6 +36,7 @@ from sfmodel.train.text import KeptText, text_encoder
 from sfmodel.train.trajectories import Trajectories, solve
 from sfmodel.vae.codec import VideoCodec
 from sfmodel.weights import checkpoint
+from sfmodel.weights.known import recorded
 
 AHEAD = 64  # prompts that a load of the text encoder is for, at least
 
@@ -105,7 +106,8 @@ class Run:
         """Embedding [1, T, E] of the prompt that guidance leads away from; zeros without it. That
         of no words is the end token's for Wan2.1, and zeros in the toy world."""
         text_1TE = torch.zeros(1, 1, self.preset.dit.text_dim)
-        if self.objective.needs_teacher and self.config.guidance_scale != 1:
+        scales = self.config.guidance_scale, self.config.fake_guidance_scale
+        if self.objective.needs_teacher and scales != (1, 1):
             text_1TE = negative_prompt(self.config.negative or "", self.preset, self.text)
         return text_1TE.to(self.ranks.device)
 
@@ -145,6 +147,8 @@ class Run:
                 "seed",
             )
         }  # fmt: skip
+        if config.denoising_steps is not None:  # trajectories of the preset's do without
+            facts["denoising_steps"] = config.denoising_steps
         self.context.trajectories.make(self._solve, facts, self.ranks, progress)
 
     def _solve(self, samples: range) -> tuple[Tensor, Tensor]:
@@ -276,7 +280,7 @@ class Run:
     @property
     def weights(self) -> Path:
         """The file of the averaged weights."""
-        return self.config.output / "model.safetensors"
+        return self.config.weights
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """Averaged weights of the generator, a LoRA merged into them, on the first rank's CPU."""
@@ -291,6 +295,8 @@ class Run:
             if lora is not None:
                 lora.save(self.config.output / "lora", learned)
             extra = {"step": self.step, "recipe": self.config.recipe}
+            if self.objective.context != "whole":
+                extra |= recorded(self.config.preset, self.preset)
             checkpoint.save(weights, self.weights, self.preset.dit, **extra)
 
     def _has_weights(self) -> bool:

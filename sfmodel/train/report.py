@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,7 @@ class Report:
     def __enter__(self) -> Report:
         run = self.run
         if self.first:
-            before = _logged(self.path) if run.step and self.path.exists() else []
+            before = logged(self.path) if run.step else []
             self.records = [each for each in before if each["step"] <= run.step]
             # A resumed run writes again what it logged after its checkpoint.
             with atomic(self.path) as part:
@@ -83,7 +84,7 @@ class Report:
         if self.first and self.records:
             # On a full disk, the first failure is the one to report.
             with contextlib.suppress(*([] if kind is None else [OSError])):
-                plot(self.records, self.config.output / "curves.png", self.config.recipe)
+                plot({self.config.recipe: self.records}, self.config.output / "curves.png")
 
     def say(self, text: str) -> None:
         if self.first:
@@ -184,35 +185,37 @@ class Report:
         return self.run.ranks.any(more) and not self.run.asked()
 
 
-def _logged(path: Path) -> list[Record]:
-    """The lines of a log, without what a kill left unfinished."""
+def logged(path: Path, step: float = math.inf) -> list[Record]:
+    """The lines of a log up to an update, without what a kill left unfinished; none where there is
+    no log."""
     records = []
-    for text in path.read_text(errors="replace").splitlines():
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, AttributeError, TypeError, RecursionError):
             line = json.loads(text)
-            if line.keys() >= {"step", "loss", "norm"} and line["step"] >= 0:
+            if line.keys() >= {"step", "loss", "norm"} and 0 <= line["step"] <= step:
                 records.append(line)
     return records
 
 
-def plot(records: list[Record], path: Path, title: str) -> None:
-    """The losses and the norms of the gradients of a run as a PNG."""
+def plot(runs: Mapping[str, list[Record]], path: Path) -> None:
+    """The losses and the norms of the gradients of runs as a PNG, a row for each, by its name."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for ax, what in zip(axes, ("loss", "norm"), strict=True):
-        for prefix, name in (("", "generator"), ("critic_", "critic")):
-            if prefix + what in records[-1]:
-                values = [(r["step"], r[prefix + what]) for r in records]
-                ax.plot(*zip(*values, strict=True), label=name, linewidth=1.2)
-        positive = all(r[key] > 0 for r in records for key in r if key.endswith(what))
-        ax.set_yscale("log" if positive else "linear")
-        ax.set_xlabel("update of the generator")
-        ax.set_ylabel(f"{what} of the gradient" if what == "norm" else what)
-        ax.grid(alpha=0.3, which="both")
-        ax.legend()
-    figure.suptitle(title)
+    figure = Figure(figsize=(9, 0.3 + 3.2 * len(runs)), layout="constrained")
+    rows = figure.subplots(len(runs), 2, squeeze=False)
+    for axes, (title, records) in zip(rows, runs.items(), strict=True):
+        for ax, what in zip(axes, ("loss", "norm"), strict=True):
+            for prefix, name in (("", "generator"), ("critic_", "critic")):
+                if prefix + what in records[-1]:
+                    values = [(r["step"], r[prefix + what]) for r in records]
+                    ax.plot(*zip(*values, strict=True), label=name, linewidth=1.2)
+            positive = all(r[key] > 0 for r in records for key in r if key.endswith(what))
+            ax.set_yscale("log" if positive else "linear")
+            ax.set_xlabel("update of the generator")
+            ax.set_ylabel(f"{what} of the gradient" if what == "norm" else what)
+            ax.set_title(title, loc="left", fontsize=10)
+            ax.grid(alpha=0.3, which="both")
+            ax.legend()
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,17 +35,13 @@ def write_samples(
     video."""
     from sfmodel.video import VideoWriter, contact_sheet_of_rows  # needs PyAV
 
-    config, device, own = run.config, run.ranks.device, run.preset
+    config, device, preset = run.config, run.ranks.device, run.preset
     clips = _prompts(run)  # first: a text encoder needs the room that the model takes
     with torch.device("meta"):
-        model = DiT(own.dit, config.impl, config.attention_impl)
+        model = DiT(preset.dit, config.impl, config.attention_impl)
     model.load_state_dict(weights, assign=True)
     dtype = torch.float32 if config.preset == "toy" else default_dtype(device)
     model = model.to(device, dtype).eval()
-    preset = replace(
-        own, chunk=config.chunks[-1], window=max(config.windows), sink=config.sink,
-        positions=config.positions,
-    )  # fmt: skip
     latents = max(2 * max(config.frames), *config.rollouts, 1)
     count = 1 + codec.temporal_factor * (latents - 1)
     videos = []

@@ -1,24 +1,37 @@
-"""Published few-step checkpoints, and the settings that they were published with.
+"""Few-step checkpoints, and the settings that they were published or trained with.
 
-Weights do not tell with which steps they were distilled. Checkpoints are known by the names of
-their files, LongLive also by its LoRA.
+Weights do not tell with which steps they were distilled. Published checkpoints are known by the
+names of their files, LongLive also by its LoRA; those of this trainer by their metadata.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from sfmodel.config import PRESETS
+from sfmodel.config import PRESETS, Preset
 from sfmodel.hub import PREFIX
+from sfmodel.schedule import FlowSchedule
 from sfmodel.weights.lora import Lora
 from sfmodel.weights.opening import STEM, Weights, open_weights
 
 LORA_RANK = 256  # of LongLive's
+RECORDED = (
+    "steps",
+    "warped",
+    "shift",
+    "chunk",
+    "first",
+    "window",
+    "sink",
+    "positions",
+)  # of a Preset
 
 
 class Known(NamedTuple):
@@ -188,6 +201,28 @@ def by_lora(loras: Sequence[Lora]) -> Known | None:
                 ranks = {len(x) for name, x in found.tensors.items() if ".lora_A." in name}
                 if ranks == {LORA_RANK}:
                     return longlive
+    return None
+
+
+def recorded(name: str, preset: Preset) -> dict[str, Any]:
+    """Metadata of weights that were trained to stream as `preset` does, of the sizes of that of a
+    name; `by_metadata` reads it."""
+    return {"preset": name, "stream": {field: getattr(preset, field) for field in RECORDED}}
+
+
+def by_metadata(path: str | Path | None) -> Known | None:
+    """What a file of this trainer says of itself; None for any other one, and for what is not
+    whole."""
+    with suppress(ValueError, TypeError, KeyError, AttributeError, OSError):
+        if path is not None and Path(path).suffix == ".safetensors" and Path(path).is_file():
+            said = open_weights(path).metadata
+            name, stream = json.loads(said["preset"]), json.loads(said["stream"])
+            settings = {**{each: stream[each] for each in RECORDED}, "steps": (*stream["steps"],)}
+            preset = replace(PRESETS[name], **settings).check()
+            counts = *preset.steps, preset.chunk, preset.first or 1, preset.window, preset.sink
+            if {*map(type, counts)} == {int}:
+                FlowSchedule(preset.shift).warp(preset.steps)
+                return Known("trained here", "", "", settings, preset=name)
     return None
 
 
