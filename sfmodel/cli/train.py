@@ -18,8 +18,8 @@ from sfmodel.train.loop import train
 
 
 def train_command(arguments: Sequence[str]) -> Callable[..., None]:
-    """`sfmodel train` with the defaults of the preset, the recipe and the variant that the arguments
-    name, or of the pipeline."""
+    """`sfmodel train` with the defaults of the preset, the recipe and the variant that the
+    arguments name, or of the pipeline."""
     if given(arguments, "pipeline") is not None:
         return pipeline_command(arguments)
 

@@ -16,7 +16,8 @@ _SHORT = {"frames": (7,), "chunks": (1, 3), "windows": (7,)}
 _TEACHER, _INIT = WEIGHTS / "toy_teacher.safetensors", WEIGHTS / "toy_ode.safetensors"
 _TOY: dict[str, Any] = dict(
     optimizer="muon", lr=2e-3, warmup=50, decay_fraction=0.6, betas=(0.9, 0.95), clip=1.0,
-    ema=0.99, ema_start=0, min_sigma=0.3, guidance_scale=1.0, log_every=20, save_every=200,
+    ema=0.99, ema_start=0, min_sigma=0.3, guidance_scale=1.0, teacher_steps=48, log_every=20,
+    save_every=200,
 )  # fmt: skip
 _TOY_BY: dict[str, dict[str, Any]] = {
     "bidirectional": dict(**_SHORT, steps=2400, ema=0.996),
