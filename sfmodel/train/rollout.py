@@ -95,7 +95,7 @@ class Rollout:
         oldest = [max(layout.sink, end - newest) for end in ends]
         again = self.with_gradient.index(True) if any(self.with_gradient) else count
         held = [end - oldest[min(i, again)] for i, end in enumerate(ends[:-1])]
-        self.capacity = layout.sink + max(1, *held)
+        self.capacity = layout.sink + max([1, *held])
         start = torch.zeros((), dtype=torch.int32)
         self.slots = place(start, total, self.capacity, layout.sink, 1).slot_F.tolist()
 
