@@ -35,7 +35,7 @@ WAN: dict[str, Any] = {"teacher_preset": "wan-14b", "critic": Path("critic.pt")}
 @functools.cache
 def large() -> DryRun:
     """LongLive's: changes of rank 256 of generator and critic, beside a real score of 14B."""
-    lora = {"lora_rank": 256, "lora_critic": True}
+    lora: dict[str, Any] = {"lora_rank": 256, "lora_critic": True}
     return dry_run(replace(defaults("wan-1.3b", "sf+dmd"), **WAN, **lora), 8)
 
 
