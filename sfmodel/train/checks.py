@@ -38,7 +38,7 @@ CLIPS = 4  # of other models, one after the other
 SHOWN = 2  # videos that are kept
 
 # Fréchet distance from real videos in the second half of a clip, by what a chunk sees. Of 128
-# videos, other real ones have 0.3, the shipped teacher 1.6 and its ODE regression 6.0; their mean,
+# videos, other real ones have 0.3, an earlier teacher 1.6 and its ODE regression 6.0; their mean,
 # which shows nothing, 23, and noise 50.
 WHOLE, REAL, OWN = 4.0, 12.0, 4.0
 # Wan2.1's latents are normalised, per channel over its data. A clip alone, of 16 frames, has means

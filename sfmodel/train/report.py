@@ -208,7 +208,8 @@ def plot(runs: Mapping[str, list[Record]], path: Path) -> None:
             for prefix, name in (("", "generator"), ("critic_", "critic")):
                 if prefix + what in records[-1]:
                     values = [(r["step"], r[prefix + what]) for r in records]
-                    ax.plot(*zip(*values, strict=True), label=name, linewidth=1.2)
+                    style = "-" if len(values) > 1 else "."
+                    ax.plot(*zip(*values, strict=True), style, label=name, linewidth=1.2)
             positive = all(r[key] > 0 for r in records for key in r if key.endswith(what))
             ax.set_yscale("log" if positive else "linear")
             ax.set_xlabel("update of the generator")
