@@ -57,8 +57,8 @@ class Row:
 
 # Learning rates are the best of a few on the validation split (docs/training.md).
 FLOW = (("optimizer", "adamw"), ("lr", 1e-3), ("betas", (0.0, 0.99)), ("ema", 0.8),
-        ("warmup", 5), ("decay_fraction", 1.0), ("drop_text", 0.0), ("darken", 0.0),
-        ("context_noise", 0.0))  # fmt: skip
+        ("ema_start", 0), ("warmup", 5), ("decay_fraction", 1.0), ("drop_text", 0.0),
+        ("darken", 0.0), ("context_noise", 0.0))  # fmt: skip
 ROWS = {
     "TF": Row("tf", EULER, FLOW),
     "DF": Row("df", EULER, FLOW),

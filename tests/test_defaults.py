@@ -86,6 +86,14 @@ def test_weights_of_all_recipes(preset: str, recipe: str, variant: str) -> None:
     assert config.batch % 64 == 0 and config.micro_batch == 1
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_averages_of_the_toy_forget_where_they_began(recipe: str) -> None:
+    """Random weights never enter one, however few updates there are."""
+    config = defaults("toy", recipe)
+    assert config.ema ** (config.steps - config.ema_start) < 0.02
+    assert config.init is not None or config.ema_start == config.steps // 2
+
+
 def test_variants_are_of_wan_alone() -> None:
     assert defaults("toy", "sf+dmd", "one-node") == defaults("toy", "sf+dmd")
     assert defaults("wan-1.3b", "sf+dmd") == defaults("wan-1.3b", "sf+dmd", "paper")

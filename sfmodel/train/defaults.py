@@ -19,11 +19,12 @@ _TOY: dict[str, Any] = dict(
     ema=0.99, ema_start=0, min_sigma=0.3, guidance_scale=1.0, teacher_steps=48, log_every=20,
     save_every=200,
 )  # fmt: skip
+# Where the weights are random at first, the second half is averaged.
 _TOY_BY: dict[str, dict[str, Any]] = {
-    "bidirectional": dict(**_SHORT, steps=2400, ema=0.996),
+    "bidirectional": dict(**_SHORT, steps=2400, ema=0.996, ema_start=1200),
     "flow": dict(
         frames=(1, 4, 16), chunks=(1, 3), windows=(6, 9, 15), steps=800, batch=32,
-        context_noise=0.4, darken=0.5,
+        context_noise=0.4, darken=0.5, ema_start=400,
     ),
     "consistency": dict(
         **_SHORT, steps=300, lr=4e-4, decay_fraction=0.8, ema=0.98, init=_TEACHER, teacher=_TEACHER

@@ -33,7 +33,7 @@ with needed():
 
 InitBy = Literal["ode", "consistency"]
 # Settings that are numbers of updates or trajectories.
-SCALED = ("steps", "pairs", "warmup", "critic_warmup", "log_every", "save_every")
+SCALED = ("steps", "pairs", "warmup", "ema_start", "critic_warmup", "log_every", "save_every")
 
 
 def stages(
