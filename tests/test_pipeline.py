@@ -297,20 +297,8 @@ def test_the_command(
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     # One step of the trainer's own command goes on with a stage.
     words = ["--output", folder / NAMES[0], "--resume", "--recipe", "bidirectional"]
-    words += [
-        "--threads",
-        1,
-        "--batch",
-        2,
-        "--frames",
-        4,
-        "--windows",
-        4,
-        "--seed",
-        3,
-        "--steps",
-        3,
-    ]
+    words += ["--threads", 1, "--batch", 2, "--frames", 4, "--windows", 4, "--seed", 3]
+    words += ["--steps", 3, "--ema-start", 1]
     words += ["--warmup", 1, "--pairs", 2, "--critic-steps", 1, "--chunks", 1]
     run(monkeypatch, "train", *words)
     assert json.loads(checkpoint.read(folder / NAMES[0] / "model.safetensors")[1]["step"]) == 3
