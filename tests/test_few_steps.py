@@ -122,7 +122,7 @@ def test_weights_say_how_they_stream(student: Path, tmp_path: Path) -> None:
     assert json.loads(metadata["preset"]) == "toy"
     assert json.loads(metadata["stream"]) == {
         "steps": [1000, 500], "warped": False, "shift": 6.0, "chunk": 1, "first": 1, "window": 4,
-        "sink": 1,
+        "sink": 1, "positions": "absolute",
     }  # fmt: skip
     whole = train(config(tmp_path / "whole", "bidirectional", steps=1), device="cpu")
     assert "stream" not in checkpoint.read(whole)[1] and by_metadata(whole) is None

@@ -138,7 +138,10 @@ def test_training_learns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (dict(recipe="sf"), "recipe='sf': must be one of bidirectional, tf, df, ode, tf"),
+        (
+            dict(recipe="sf"),
+            "recipe='sf': must be one of bidirectional, tf, df, ode, consistency, tf",
+        ),
         (dict(preset="huge"), "preset='huge': must be one of toy"),
         (dict(teacher_preset="huge"), "teacher_preset='huge': must be one of toy"),
         (dict(steps=0), "steps=0: must be at least 1"),
