@@ -80,8 +80,9 @@ def started(
     shard: int = 0, device: torch.device | str | None = None, patience: float = PATIENCE
 ) -> Iterator[Ranks]:
     """The ranks that torchrun started; without it, one alone. shard: how many ranks share a copy of
-    the weights (0: all; fewer, such as those of a node: copies of it are kept equal). patience:
-    seconds that a rank waits for another. Raises ConnectionError where one ended or hangs."""
+    the weights (0, or more than there are: all; fewer, such as those of a node: copies of it are
+    kept equal). patience: seconds that a rank waits for another. Raises ConnectionError where one
+    ended or hangs."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
     here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0)
@@ -119,7 +120,7 @@ def started(
 def sharing(shard: int, world: int) -> int:
     """How many of `world` ranks share one copy of the weights; shard as of `started`. Raises
     ValueError where they do not divide."""
-    size = shard or world
+    size = min(shard or world, world)
     if world % size:
         raise ValueError(f"shard={shard}: must divide the {world} ranks")
     return size

@@ -17,7 +17,7 @@ from sfmodel.cli.train import train_command
 from sfmodel.config import PRESETS
 from sfmodel.cost import GIB, GPUS
 from sfmodel.dit import DiT
-from sfmodel.ranks import Ranks
+from sfmodel.ranks import Ranks, sharing
 from sfmodel.train import dry_run as dry
 from sfmodel.train.config import RECIPES, TrainConfig
 from sfmodel.train.defaults import defaults
@@ -278,3 +278,10 @@ def test_ones_own_sizes_are_those_of_the_public_models() -> None:
     for preset, want in (("wan-1.3b", SMALL), ("wan-14b", LARGE)):
         with torch.device("meta"):
             assert sum(p.numel() for p in DiT(PRESETS[preset].dit).parameters()) == want
+
+
+def test_a_copy_is_shared_by_no_more_ranks_than_there_are() -> None:
+    assert [sharing(8, world) for world in (1, 2, 8, 64)] == [1, 2, 8, 8]
+    assert [sharing(0, world) for world in (1, 4)] == [1, 4]
+    with pytest.raises(ValueError, match="shard=8: must divide the 12 ranks"):
+        sharing(8, 12)

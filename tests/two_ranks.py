@@ -35,7 +35,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "muon": {"optimizer": "muon"},
     "batch": {"batch": 3},
     "micro-batch": {"batch": 6, "micro_batch": 2},
-    "shard": {"shard": 3},
 }
 
 

@@ -161,7 +161,7 @@ class TrainConfig:
     compile: bool = False  # torch.compile of the models that see whole clips
     impl: str = "auto"  # of the sfkernels ops
     attention_impl: str = "auto"  # of the attention ops
-    shard: int = 0  # ranks that share one copy of the weights; 0 is all of them
+    shard: int = 0  # ranks that share one copy of the weights; 0, or more than there are: all
     threads: int = 0  # CPU threads; 0 is PyTorch's choice
     patience: float = PATIENCE  # seconds that a rank waits for another one
     seed: int = 0  # of weights, data and noise
