@@ -21,18 +21,18 @@ import torch
 from bench import figures
 from bench.tables import Table, plain_console, show
 from experiments import jobs
-from experiments.table2 import CODEC, EULER, FLOW, FRAMES, load
+from experiments.table2 import CODEC, EULER, FLOW, FRAMES, Scale, load, settings
 from sfmodel.config import PRESETS
 from sfmodel.machine import describe, machine
 from sfmodel.toy import evaluate
 from sfmodel.toy.evaluate import BATCH, Sampling, over
 from sfmodel.train.config import TrainConfig
-from sfmodel.train.defaults import defaults
 from sfmodel.video import contact_sheet_of_rows
 
 LENGTHS = (1, 4, 10, 30)  # of a training clip; each is measured in its last frames
 LAST = 4
 CHUNK = 3
+SCALE = Scale(videos=96)
 ROLLOUTS = (7, 16, 28)  # latent frames, one of them an update
 MEASURED = {
     "distance": "distance",
@@ -65,16 +65,6 @@ TRAININGS = {
 }
 
 
-@dataclass(frozen=True)
-class Scale:
-    """Size of an experiment. updates: of the generator. videos: that a model is measured by."""
-
-    updates: int = 32
-    batch: int = 20
-    seeds: int = 3
-    videos: int = 96
-
-
 def sinks(sink: Sink) -> dict[str, Any]:
     """Settings of a sink, of a preset as of a run of the trainer."""
     return {} if sink == "none" else {"sink": 1, "positions": sink}
@@ -93,22 +83,9 @@ class Job:
         return f"{self.training.replace(', ', '-').replace(' ', '-').lower()}-{self.seed}"
 
     def config(self) -> TrainConfig:
-        training, scale = TRAININGS[self.training], self.scale
-        return replace(
-            defaults("toy", training.recipe),
-            init=defaults("toy", "sf+dmd").init,
-            output=self.folder / self.name,
-            frames=(FRAMES,),
-            chunks=(CHUNK,),
-            windows=(FRAMES,),
-            steps=scale.updates,
-            batch=scale.batch,
-            seed=self.seed,
-            save_every=scale.updates,
-            log_every=max(1, scale.updates // 20),
-            **sinks(training.sink),
-            **dict(training.change),
-        )
+        training, output = TRAININGS[self.training], self.folder / self.name
+        change = {"chunks": (CHUNK,), **sinks(training.sink), **dict(training.change)}
+        return settings(training.recipe, output, self.scale, self.seed, **change)
 
     def samplings(self) -> dict[str, Sampling]:
         """The ways that the model is streamed, by the name of their row in the table."""
@@ -177,10 +154,8 @@ def long(
         workers: Jobs at a time; by default one a CPU core, up to eight on a GPU.
     """
     jobs.check_among("trainings", trainings, [*TRAININGS])
-    given = {"updates": updates, "batch": batch, "seeds": seeds, "videos": videos}
-    scale = replace(Scale(), **{name: each for name, each in given.items() if each is not None})
-    if min(vars(scale).values()) < 1:
-        raise ValueError(f"{scale}: each must be at least 1")
+    asked = {"updates": updates, "batch": batch, "seeds": seeds, "videos": videos}
+    scale = SCALE.asked(**asked)
     seeded = itertools.product(range(scale.seeds), trainings)
     planned = [Job(name, seed, scale, output, split) for seed, name in seeded]
     described = {name: str(training) for name, training in TRAININGS.items()}

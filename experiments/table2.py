@@ -81,6 +81,13 @@ class Scale:
     seeds: int = 3
     videos: int = 192
 
+    def asked(self, **sizes: int | None) -> Scale:
+        """The same with those that are not None. Raises ValueError for less than 1."""
+        scale = replace(self, **{name: n for name, n in sizes.items() if n is not None})
+        if min(vars(scale).values()) < 1:
+            raise ValueError(f"{scale}: each must be at least 1")
+        return scale
+
 
 # Meant to take under nine minutes on one; not measured on a GPU yet.
 ON_GPU = Scale(updates=48, batch=64, seeds=3, videos=512)
@@ -105,21 +112,27 @@ class Job:
         return Sampling(preset, ROWS[self.row].euler)
 
     def config(self) -> TrainConfig:
-        row, scale = ROWS[self.row], self.scale
-        return replace(
-            defaults("toy", row.recipe),
-            init=defaults("toy", "sf+dmd").init,
-            output=self.folder / self.name,
-            frames=(FRAMES,),
-            chunks=(WAYS[self.way],),
-            windows=(FRAMES,),
-            steps=scale.updates,
-            batch=scale.batch,
-            seed=self.seed,
-            save_every=scale.updates,
-            log_every=max(1, scale.updates // 20),
-            **dict(row.change),
+        row, output = ROWS[self.row], self.folder / self.name
+        return settings(
+            row.recipe, output, self.scale, self.seed, chunks=(WAYS[self.way],), **dict(row.change)
         )
+
+
+def settings(recipe: str, output: Path, scale: Scale, seed: int, **change: Any) -> TrainConfig:
+    """Settings of a run from the start that all share."""
+    return replace(
+        defaults("toy", recipe),
+        init=defaults("toy", "sf+dmd").init,
+        output=output,
+        frames=(FRAMES,),
+        windows=(FRAMES,),
+        steps=scale.updates,
+        batch=scale.batch,
+        seed=seed,
+        save_every=scale.updates,
+        log_every=max(1, scale.updates // 20),
+        **change,
+    )
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -180,11 +193,8 @@ def experiment(
     """
     jobs.check_among("rows", rows, [*ROWS])
     jobs.check_among("ways", ways, [*WAYS])
-    given = {"updates": updates, "batch": batch, "seeds": seeds, "videos": videos}
-    asked = {name: each for name, each in given.items() if each is not None}
-    scale = replace(ON_GPU if jobs.on_gpu() else Scale(), **asked)
-    if min(vars(scale).values()) < 1:
-        raise ValueError(f"{scale}: each must be at least 1")
+    asked = {"updates": updates, "batch": batch, "seeds": seeds, "videos": videos}
+    scale = (ON_GPU if jobs.on_gpu() else Scale()).asked(**asked)
     seeded = itertools.product(range(scale.seeds), ways, rows)
     planned = [Job(row, way, seed, scale, output, split) for seed, way, row in seeded]
     of_rows = {name: str(row) for name, row in ROWS.items()}

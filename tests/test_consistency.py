@@ -62,7 +62,7 @@ def test_the_loss_and_its_gradient_by_hand() -> None:
 
 
 class Calls:
-    """What a model was given, time after time, and what it said."""
+    """Record of what a model was given, time after time, and what it said."""
 
     def __init__(self, model: DiT | None) -> None:
         assert model is not None

@@ -142,7 +142,7 @@ def test_a_run_holds_and_writes_what_was_said(
     kept_gib = gib([t for t in kept.values() if isinstance(t, Tensor) and t.dim()])
     assert found.written["checkpoints/, at most three"] == pytest.approx(3 * kept_gib)
     assert found.written["model.safetensors"] * GIB == pytest.approx(
-        run.weights.stat().st_size, rel=0.2
+        run.config.weights.stat().st_size, rel=0.2
     )
 
 
@@ -181,7 +181,7 @@ def test_time_by_the_length_of_clips_and_the_size_of_chunks() -> None:
 
 
 def test_the_largest_clips_and_chunks_count() -> None:
-    """What is kept of a token, by hand: a block's, and where it is recomputed two rows of 1536 of
+    """Elements kept of a token, by hand: a block's, and where it is recomputed two rows of 1536 of
     each block and one whole one."""
     d, ffn = 1536, 8960
     block, clip = 18.375 * d + 2 * ffn + 2 * 12 + 10, 21 * 1560

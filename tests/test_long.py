@@ -11,7 +11,8 @@ import torch
 
 from bench import figures
 from experiments import jobs, long
-from experiments.long import TRAININGS, Job, Scale
+from experiments.long import TRAININGS, Job
+from experiments.table2 import Scale
 from sfmodel.toy import evaluate
 
 TINY = Scale(updates=1, batch=2, seeds=1, videos=4)

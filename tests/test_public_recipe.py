@@ -84,7 +84,7 @@ def test_the_average_over_120_updates(make: Make, monkeypatch: pytest.MonkeyPatc
         if iteration < 200:
             want = value[iteration // 5]  # there is no average yet: the copy to come
     run._save_weights()
-    averaged, _ = checkpoint.read(run.weights)
+    averaged, _ = checkpoint.read(run.config.weights)
     for weights in averaged.values():
         torch.testing.assert_close(weights, torch.full_like(weights, want), rtol=1e-5, atol=0)
     assert pytest.approx(0.4475, abs=1e-4) == 0.99**80

@@ -66,14 +66,17 @@ def for_stages(arguments: Sequence[str]) -> list[str]:
     stage's name are said of every stage, before what is said of one."""
     if arguments[:1] != ["train"] or given(arguments, "pipeline") is None:
         return [*arguments]
-    settings = {each.name for each in fields(TrainConfig)} - OWN
+    settings, names = (
+        {each.name for each in fields(TrainConfig)} - OWN,
+        [*pipeline_stages(arguments)],
+    )
     begins = [i for i, word in enumerate(arguments) if word.startswith("--")] + [len(arguments)]
     of_all, others = [], [*arguments[: begins[0]]]
     for begin, end in itertools.pairwise(begins):
         word, *values = arguments[begin:end]
         name = word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
         if name in settings:
-            of_all += [[f"--{stage}.{word[2:]}", *values] for stage in pipeline_stages(arguments)]
+            of_all += [[f"--{stage}.{word[2:]}", *values] for stage in names]
         else:
             others += [word, *values]
     return [*others[:1], *itertools.chain(*of_all), *others[1:]]

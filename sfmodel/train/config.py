@@ -313,7 +313,7 @@ class TrainConfig:
 
     @property
     def lora(self) -> Adapter | None:
-        """What learns in place of weights, if anything does."""
+        """Settings of the LoRA that learns in place of weights; None where there is none."""
         alpha = self.lora_alpha or self.lora_rank
         return Adapter(self.lora_rank, alpha, self.lora_targets) if self.lora_rank else None
 
@@ -343,6 +343,13 @@ class TrainConfig:
     def clips(self, frames: int) -> int:
         """Number of clips of so many latent frames in one update."""
         return self.batch * max(self.frames) // frames
+
+    def critic_updates(self, step: int) -> int:
+        """Number of the critic's updates before that of the generator in a step."""
+        if not self.objective.needs_critic:
+            return 0
+        first = self.discriminator_warmup + self.critic_warmup
+        return self.critic_steps + (0 if step else first)
 
     def split(self, clips: int, ranks: int) -> tuple[int, int]:
         """Number of clips of one rank in an update of so many, and in one of its micro-batches.
@@ -384,7 +391,7 @@ class TrainConfig:
         }
 
     def changed(self, saved: Mapping[str, Any]) -> list[str]:
-        """What the version of a saved run computed otherwise under the same settings."""
+        """Ways in which the version of a saved run computed otherwise under the same settings."""
         if "ts_schedule" in saved:  # which came with what is otherwise
             return []
         changes = {

@@ -1,4 +1,4 @@
-"""What a run would take, worked out without weights, data or a GPU: its models lie on the meta
+"""Needs of a run, worked out without weights, data or a GPU: its models lie on the meta
 device, so that 14B parameters take seconds and no memory. None of it is measured.
 """
 
@@ -60,8 +60,8 @@ class DryRun(NamedTuple):
 
 
 def dry_run(config: TrainConfig, ranks: int = 1) -> DryRun:
-    """What a run on so many ranks would take. Reads of its files only whether they are there and of
-    its models. Raises ValueError for settings that do not go with so many ranks."""
+    """Needs of a run on so many ranks. Reads of its files only whether they are there and of its
+    models. Raises ValueError for settings that do not go with so many ranks."""
     config.check_ranks(ranks)
     sharers = sharing(config.shard, ranks)
     models = Models.made(config, functools.partial(empty, config))
@@ -89,7 +89,7 @@ def dry_run(config: TrainConfig, ranks: int = 1) -> DryRun:
     gib["total"] = sum(gib[name] for name in gib if name != "total")
     updates = {"generator": config.steps}
     if config.objective.needs_critic:
-        updates["critic"] = config.steps * config.critic_steps + config.critic_warmup
+        updates["critic"] = sum(map(config.critic_updates, range(config.steps)))
     clips = max(config.clips(frames) for frames in config.frames)
     return DryRun(
         parts, gib, updates, {name: count * clips for name, count in updates.items()},
@@ -160,7 +160,7 @@ def _written(config: TrainConfig, models: Models, moments: int) -> dict[str, flo
 
 
 def _refused(config: TrainConfig) -> list[str]:
-    """What is missing or of something else, a sentence each."""
+    """Sentences on what is missing or of something else."""
     said = [str(error) for error in config.refusals()]
     if config.data is not None and not config.data.exists():
         said.append(f"data {config.data}: there is no such file or folder")

@@ -171,14 +171,6 @@ class Run:
             )  # fmt: skip
         return points, text
 
-    def _critic_updates(self, step: int) -> int:
-        """Updates of the critic before that of the generator in a step."""
-        config = self.config
-        if "critic" not in self.learners:
-            return 0
-        first = config.discriminator_warmup + config.critic_warmup
-        return config.critic_steps + (0 if step else first)
-
     def _encode_ahead(self) -> None:
         """Has this rank's prompts of this step and the next ones, AHEAD or more, encoded by one
         load of the text encoder, where they are sentences at full size."""
@@ -187,7 +179,7 @@ class Run:
             return
         draws, count, self.encoded = [], 0, self.step
         while count < AHEAD and self.encoded < self.config.steps:
-            names = [f"critic {i}" for i in range(self._critic_updates(self.encoded))]
+            names = [f"critic {i}" for i in range(self.config.critic_updates(self.encoded))]
             for name in (*names, "generator"):
                 batch = Batch.draw(self.context, self.encoded, name)
                 mine = self._split(batch.clips)
@@ -204,7 +196,7 @@ class Run:
         record: Record = {}
         began = time.perf_counter()
         self._encode_ahead()
-        if count := self._critic_updates(self.step):
+        if count := config.critic_updates(self.step):
             learner = self.learners["critic"]
             alone = 0 if self.step else config.discriminator_warmup
             while (i := len(self.of_critic)) < count:
@@ -277,11 +269,6 @@ class Run:
             self._save_weights()
         return path
 
-    @property
-    def weights(self) -> Path:
-        """The file of the averaged weights."""
-        return self.config.weights
-
     def averaged_weights(self) -> dict[str, Tensor]:
         """Averaged weights of the generator, a LoRA merged into them, on the first rank's CPU."""
         state = self.models.generator.state_dict() | self.average
@@ -297,12 +284,12 @@ class Run:
             extra = {"step": self.step, "recipe": self.config.recipe}
             if self.objective.context != "whole":
                 extra |= recorded(self.config.preset, self.preset)
-            checkpoint.save(weights, self.weights, self.preset.dit, **extra)
+            checkpoint.save(weights, self.config.weights, self.preset.dit, **extra)
 
     def _has_weights(self) -> bool:
         """Tells whether the file of the averaged weights is of this step."""
         try:
-            return int(checkpoint.read(self.weights)[1]["step"]) == self.step
+            return int(checkpoint.read(self.config.weights)[1]["step"]) == self.step
         except (ValueError, KeyError, TypeError, OSError):
             return False
 
@@ -414,7 +401,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Path:
                 raise KeyboardInterrupt from None
         if report.failed is not None:
             raise report.failed
-    return run.weights
+    return config.weights
 
 
 def _rate(step: int, config: TrainConfig) -> float:

@@ -42,7 +42,7 @@ def write_samples(
     model.load_state_dict(weights, assign=True)
     dtype = torch.float32 if config.preset == "toy" else default_dtype(device)
     model = model.to(device, dtype).eval()
-    latents = max(2 * max(config.frames), *config.rollouts, 1)
+    latents = max([2 * max(config.frames), *config.rollouts])
     count = 1 + codec.temporal_factor * (latents - 1)
     videos = []
     for i, text_TE in enumerate(clips.text_BTE.to(device)):

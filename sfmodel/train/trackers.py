@@ -35,7 +35,7 @@ class WandB:
     def __init__(self, config: TrainConfig, step: int, logged: int) -> None:
         import wandb
 
-        self.library, self.after = wandb, max(step, logged)
+        self.wandb, self.after = wandb, max(step, logged)
         note = config.output / "wandb-id"
         if not step or not note.exists():
             with atomic(note) as part:
@@ -50,7 +50,7 @@ class WandB:
         self.run.log(dict(values), step=step)
 
     def image(self, step: int, path: Path) -> None:
-        self.run.log({"sample": self.library.Image(str(path))}, step=step)
+        self.run.log({"sample": self.wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
         self.run.finish()

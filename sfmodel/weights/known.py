@@ -211,8 +211,8 @@ def recorded(name: str, preset: Preset) -> dict[str, Any]:
 
 
 def by_metadata(path: str | Path | None) -> Known | None:
-    """What a file of this trainer says of itself; None for any other one, and for what is not
-    whole."""
+    """Settings that a file of this trainer says of itself; None for any other one, and for what is
+    not whole."""
     with suppress(ValueError, TypeError, KeyError, AttributeError, OSError):
         if path is not None and Path(path).suffix == ".safetensors" and Path(path).is_file():
             said = open_weights(path).metadata
