@@ -25,6 +25,7 @@ from rich.console import Console
 
 from bench import tables, timing
 from bench.tables import Result, Table
+from sfmodel.terminal import plain_console
 
 OURS = ("triton", "gluon", "cpp", "wan", "tiny")
 REFERENCE = ("eager", "reference")
@@ -229,5 +230,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("new", metavar="NEW", type=Path, help="another of the same parts")
     chosen = parser.parse_args(arguments)
     found = compare(read(chosen.old), read(chosen.new))
-    show(found, tables.plain_console())
+    show(found, plain_console())
     return found.code

@@ -30,9 +30,10 @@ from typing import Any
 import torch
 
 from bench import PARTS, figures, timing
-from bench.tables import Result, plain_console, show, untimed
+from bench.tables import Result, show, untimed
 from sfmodel.files import atomic
 from sfmodel.machine import machine, state
+from sfmodel.terminal import plain_console
 
 # Implementations: the reference that defines every op, ours, and of others' the first word.
 EAGER, CPP = "eager", "cpp"

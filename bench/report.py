@@ -17,9 +17,10 @@ from typing import Any
 from rich.console import Console
 
 from bench import PARTS, compare, timing
-from bench.tables import Result, Table, failures, left_out, plain_console, show
+from bench.tables import Result, Table, failures, left_out, show
 from sfmodel.files import atomic
 from sfmodel.machine import describe_state
+from sfmodel.terminal import plain_console
 
 NUMBER = re.compile(r"[-+−±]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?\s?[%×]?")  # is set to the right
 TAIL = 3000  # characters of what a failed command said last

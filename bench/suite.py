@@ -25,6 +25,7 @@ from rich.text import Text
 
 from bench import harness, public, report, tables, timing, verify
 from sfmodel.machine import describe, machine
+from sfmodel.terminal import plain_console
 
 
 class Step(NamedTuple):
@@ -59,7 +60,7 @@ def step(name: str, limit: float, *command: str) -> Step:
         file.unlink(missing_ok=True)
         options = ["--json-only", "--seconds", str(BEGIN * seconds), "--out", str(folder)]
         begun = [sys.executable, "-m", "bench", *command, *options]
-        with tables.plain_console().status("") as status:
+        with plain_console().status("") as status:
             out = verify.command(begun, seconds, lambda line: status.update(Text(line)))
         return out | ({"result": json.loads(file.read_text())} if file.exists() else {})
 
@@ -153,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         result = run(name, preset, folder)
-        console = tables.plain_console()
+        console = plain_console()
         page = report.write(folder, result, console)
         overview = report.overview(result)._replace(
             title=f"--{name}: {describe(result['machine'])}"

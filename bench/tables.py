@@ -34,14 +34,6 @@ def show(table: Table, console: Console) -> None:
         console.print(note, markup=False, highlight=False)
 
 
-def plain_console(width: int = 160) -> Console:
-    """A console of that width where nobody sees it."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = width
-    return console
-
-
 def timed(row: Result) -> dict[str, Result]:
     """The entries of a row that have a time."""
     return {name: e for name, e in row.get("contestants", {}).items() if "ms" in e}

@@ -22,6 +22,7 @@ from sfmodel.dit import DiT
 from sfmodel.machine import describe, machine
 from sfmodel.pretrained import TOY_WEIGHTS, load_toy
 from sfmodel.stream import Stream
+from sfmodel.terminal import plain_console
 from sfmodel.video import ContactSheet, VideoWriter
 
 PAPER_WINDOW = 21  # latent frames, as Wan2.1's 81 pixel frames
@@ -44,7 +45,7 @@ def demo(
     """
     if frames < 1:
         raise ValueError(f"frames={frames}: must be at least 1")
-    console = tables.plain_console(110)
+    console = plain_console(110)
     model, codec, text = load_toy()
     here = machine(model.device)
     console.print(

@@ -19,11 +19,12 @@ from typing import Any, Literal
 import torch
 
 from bench import figures
-from bench.tables import Table, plain_console, show
+from bench.tables import Table, show
 from experiments import jobs
 from experiments.table2 import CODEC, EULER, FLOW, FRAMES, Scale, load, settings
 from sfmodel.config import PRESETS
 from sfmodel.machine import describe, machine
+from sfmodel.terminal import plain_console
 from sfmodel.toy import evaluate
 from sfmodel.toy.evaluate import BATCH, Sampling, over
 from sfmodel.train.config import TrainConfig

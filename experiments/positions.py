@@ -18,6 +18,7 @@ from sfmodel.config import PRESETS
 from sfmodel.files import atomic
 from sfmodel.machine import describe, machine
 from sfmodel.pretrained import load_toy
+from sfmodel.terminal import plain_console
 from sfmodel.toy.evaluate import Sampling, generate, held_out, over, score, seen_in
 
 TRAINED = 7  # latent frames of a training clip, and of the window
@@ -45,7 +46,7 @@ def positions(videos: int = 128, output: Path = Path("out/positions")) -> None:
     if videos < 16:
         raise ValueError(f"videos={videos}: must be at least 16")
     model, codec, _ = load_toy()
-    frames, console = TRAINED * TIMES[-1], tables.plain_console(110)
+    frames, console = TRAINED * TIMES[-1], plain_console(110)
     found: dict[str, list[float]] = {}
     with console.status("real videos") as status:
         held = held_out(codec, frames, videos)

@@ -21,12 +21,13 @@ from typing import Any, Literal
 import torch
 
 from bench import figures
-from bench.tables import Table, plain_console, show
+from bench.tables import Table, show
 from experiments import jobs
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
 from sfmodel.machine import describe, machine
 from sfmodel.schedule import FlowSchedule
+from sfmodel.terminal import plain_console
 from sfmodel.toy import evaluate
 from sfmodel.toy.evaluate import BATCH, Sampling, bands, over
 from sfmodel.toy.vae import ToyVAE

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench import figures
-from bench.tables import Table, plain_console, show
+from bench.tables import Table, show
 from experiments import jobs, table2
 from sfmodel.machine import describe, machine
+from sfmodel.terminal import plain_console
 from sfmodel.toy.evaluate import over
 from sfmodel.train.parallel import checkpoints, facts
 

@@ -1,4 +1,4 @@
-"""A video in the terminal, two pixels to a character, for watching a stream as it is made."""
+"""What a terminal shows: tables, and a video, two pixels to a character, as it is made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfmodel.extras import needed
+
+with needed():
+    from rich.console import Console
+
 _RESET = "\x1b[0m"
+
+
+def plain_console(width: int = 160) -> Console:
+    """The standard output, of that width where it is no terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = width
+    return console
 
 
 class TerminalPlayer:

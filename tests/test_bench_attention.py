@@ -19,10 +19,11 @@ from bench.harness import Job
 from bench.ops import attention, kernels, measure, memory_bound
 from bench.ops.attention import FULL, TINY, Judge, plainly, rows
 from bench.ops.measure import run_case
-from bench.tables import Result, plain_console, show
+from bench.tables import Result, show
 from sfkernels import testing
 from sfkernels.cases import AttentionCase, Case
 from sfkernels.roofline import attention_flops
+from sfmodel.terminal import plain_console
 from tests.oracle import DEVICE
 
 CPU = torch.device("cpu")

@@ -21,6 +21,7 @@ from bench.codecs import WanCodec
 from bench.decode import Case, Field, Sizes
 from bench.harness import Job
 from sfmodel.config import VAEConfig
+from sfmodel.terminal import plain_console
 from tests.oracle import DEVICE
 
 CPU = torch.device("cpu")
@@ -126,7 +127,7 @@ def test_the_part(capsys: pytest.CaptureFixture[str]) -> None:
             )
     assert ("note" in result) == (not DIFFUSERS)
     for table in decode.tables(result):
-        tables.show(table, tables.plain_console())
+        tables.show(table, plain_console())
     shown = capsys.readouterr().out
     assert "floor" not in shown and "TAEHV" in shown
     rows["decode 1 latent frame, 2 x 3 latents"] |= {"floor_ms": 0.5, "folded_floor_ms": 0.25}

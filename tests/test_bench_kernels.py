@@ -21,13 +21,14 @@ from bench.__main__ import main
 from bench.harness import Job
 from bench.ops import cpu, kernels, measure, memory_bound
 from bench.ops.measure import run_case
-from bench.tables import plain_console, show
+from bench.tables import show
 from bench.tune import Search, searches
 from sfkernels import cases, cpp, launch, roofline
 from sfkernels.cases import Case
 from sfkernels.launch import Box, Flat, Product, RowTile, Tile
 from sfkernels.testing import interpreted
 from sfmodel import graphs, machine
+from sfmodel.terminal import plain_console
 
 CPU = torch.device("cpu")
 

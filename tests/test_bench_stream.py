@@ -25,6 +25,7 @@ from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
 from sfmodel.ranges import phase
 from sfmodel.stream import Stream
+from sfmodel.terminal import plain_console
 from sfmodel.toy.vae import ToyVAE
 
 CPU = torch.device("cpu")
@@ -211,7 +212,7 @@ def test_the_part(small: StreamInputs) -> None:
     assert lines["MAGI-1"] == {"name": "MAGI-1", "paper_fps": 0.19, "paper_latency_s": 282,
                                "said": "published, not run"}  # fmt: skip
 
-    console = tables.plain_console()
+    console = plain_console()
     with console.capture() as capture:
         for table in stream.tables(result):
             tables.show(table, console)

@@ -29,6 +29,7 @@ from sfmodel.config import PRESETS
 from sfmodel.cost import DECODER_MEMORY, GIB, activations_gib, decoder_gib, memory_gib
 from sfmodel.files import atomic, check_writable
 from sfmodel.machine import machine
+from sfmodel.terminal import plain_console
 
 OLDEST = (8, 0)  # compute capability that the kernels are written for
 STREAMS = "wan-1.3b"  # the preset with public few-step weights
@@ -71,8 +72,7 @@ def doctor(
     if json_path is not None:
         with atomic(json_path) as part:
             part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    console = Console()
-    report(found, console if console.is_terminal else Console(width=160))
+    report(found, plain_console())
 
 
 def _download(found: dict[str, Any], folder: Path) -> None:

@@ -7,11 +7,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from sfmodel.config import PRESETS
 from sfmodel.files import atomic, check_writable
 from sfmodel.pretrained import TOY_WEIGHTS, load_toy
+from sfmodel.terminal import plain_console
 from sfmodel.toy.evaluate import Sampling, draw, held_out, score, seen_in, table
 from sfmodel.toy.evaluate import evaluate as measure_model
 from sfmodel.weights.known import by_metadata
@@ -65,7 +64,7 @@ def evaluate(
     model, codec, _ = load_toy(checkpoint)
     held = held_out(codec, frames, videos, split)
     floor = score(seen_in(codec, held.latents_BFCHW), held.real_NFD)
-    console = Console(width=None if Console().is_terminal else 120)
+    console = plain_console(120)
     with console.status("generating") as status:
         result = measure_model(model, sampling, codec, held, trained, progress=status.update)
     facts = {

@@ -32,6 +32,7 @@ from sfmodel.cost import (
 )
 from sfmodel.extras import needed
 from sfmodel.files import atomic
+from sfmodel.terminal import plain_console
 from sfmodel.training_cost import Update, figure6, floor_seconds, to_first, training_flops
 from sfmodel.training_memory import training_gib
 from sfmodel.vae.flops import DECODERS
@@ -256,4 +257,4 @@ def predict(
     if json:
         with atomic(json) as part:
             part.write_text(json_format.dumps(result, indent=1) + "\n")
-    report(result, tables.console())
+    report(result, plain_console())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,11 +10,6 @@ from sfmodel.extras import needed
 with needed():
     from rich.console import Console
     from rich.table import Table
-
-
-def console() -> Console:
-    """The standard output, wide enough for any table where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def show(out: Console, title: str, columns: str, rows: Iterable[Sequence[Any]]) -> None:

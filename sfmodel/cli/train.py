@@ -8,10 +8,10 @@ from typing import Annotated, get_args
 
 import tyro
 
-from sfmodel.cli import tables
 from sfmodel.cli.dry_run import show
 from sfmodel.cli.pipeline import given, pipeline_command
 from sfmodel.config import PRESETS
+from sfmodel.terminal import plain_console
 from sfmodel.train.config import RECIPES, TrainConfig
 from sfmodel.train.defaults import Variant, defaults
 from sfmodel.train.loop import train
@@ -61,7 +61,7 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
         first = os.environ.get("RANK", "0") == "0"
         if dry_run:
             if first:
-                show(config, ranks, tables.console())
+                show(config, ranks, plain_console())
             return
         weights = train(config, resume=resume)
         if first:

@@ -20,6 +20,7 @@ import torch
 from sfmodel import assets
 from sfmodel.extras import needed
 from sfmodel.ranks import started
+from sfmodel.terminal import plain_console
 from sfmodel.toy.vae import ToyVAE
 from sfmodel.train import checks, parallel, report
 from sfmodel.train.config import TrainConfig
@@ -27,7 +28,6 @@ from sfmodel.train.defaults import defaults
 from sfmodel.train.loop import train
 
 with needed():
-    from rich.console import Console
     from rich.table import Table
     from safetensors import safe_open
 
@@ -116,7 +116,8 @@ def run_pipeline(
             raise ValueError(
                 f"{begun[0].output}: holds a run already: resume it or name another folder"
             )
-        console = Console(quiet=not ranks.first, width=None if Console().is_terminal else 140)
+        console = plain_console()
+        console.quiet = not ranks.first
         for i, (name, config) in enumerate(stages.items()):
             measures = checks.kept(config) if resume else None
             if measures is None:
