@@ -53,6 +53,7 @@ def training_gib(
     *,
     lora_targets: Sequence[str] = LORA_TARGETS,
     chunks: Sequence[int] = (),
+    cached: int | None = None,
     recompute: bool = True,
     bf16: bool = True,
 ) -> dict[str, float]:
@@ -62,11 +63,12 @@ def training_gib(
     ranks: that share one copy of the weights. teacher: the real score's sizes, the generator's if
     None. micro: clips at a time. lora_rank: of what the generator learns in place of its weights,
     with `lora_critic` the critic, too. chunks: latent frames of each of a clip's, the preset's if
-    not given. recompute: of models that see whole clips. bf16: of the arithmetic.
+    not given. cached: latent frames whose keys and values a rollout holds, the clip's if None.
+    recompute: of models that see whole clips. bf16: of the arithmetic.
 
     "activations": self forcing keeps one step of one chunk, however many steps come before the
     exit; a model that sees whole clips the inputs of every block, and one whole block. "cache":
-    keys and values of the clip, without gradient. "gathered": the largest part of a block, twice,
+    keys and values, which take no gradient. "gathered": the largest part of a block, twice,
     for the next one is gathered meanwhile; alone, autocast's copies of weights that learn."""
     config, frame, size = preset.dit, math.prod(preset.grid), 2 if bf16 else 4
     real_config = teacher.dit if teacher else config
@@ -94,7 +96,8 @@ def training_gib(
     real, fake, in_critic = SCORES.get(objective, (0, 0, 0))
     scores = real * whole(real_config, 0, clip) + fake * critic
     if context == "sf":
-        cache = 2 * config.layers * clip * config.dim
+        cached = sum(chunks) if cached is None else cached
+        cache = 2 * config.layers * cached * frame * config.dim
         kept = kept_elements(config, False, lora_rank, lora_targets)
         activations = max(max(chunks) * frame * kept, scores)
     else:

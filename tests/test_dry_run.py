@@ -18,11 +18,13 @@ from sfmodel.config import PRESETS
 from sfmodel.cost import GIB, GPUS
 from sfmodel.dit import DiT
 from sfmodel.ranks import Ranks, sharing
+from sfmodel.schedule import FlowSchedule
 from sfmodel.train import dry_run as dry
 from sfmodel.train.config import RECIPES, TrainConfig
 from sfmodel.train.defaults import defaults
 from sfmodel.train.dry_run import KEPT, DryRun, dry_run
 from sfmodel.train.loop import Run
+from sfmodel.train.rollout import Rollout
 from sfmodel.training_cost import Update, training_flops
 from sfmodel.training_memory import lora_parameters, training_gib
 from tests.tiny_runs import config, saved, tiny
@@ -207,6 +209,24 @@ def test_the_largest_clips_and_chunks_count() -> None:
     assert peak("df+dmd") == pytest.approx((clip * whole, 0))
     assert peak("df+sid") == pytest.approx((3 * clip * whole, 0))
     assert peak("bidirectional", lora_rank=4) == pytest.approx((clip * (whole + 4 * 8), 0))
+
+
+def test_longer_rollouts_take_a_window_more_and_have_no_floor_of_time() -> None:
+    long = replace(defaults("toy", "sf+dmd"), frames=(7,), windows=(7,), rollouts=(7, 28))
+    clip = dry._largest(replace(long, rollouts=()), 1, 1)["cache"] / 7
+    assert dry._largest(long, 1, 1)["cache"] == pytest.approx(14 * clip)
+    assert dry._largest(replace(long, rollouts=(10,)), 1, 1)["cache"] == pytest.approx(10 * clip)
+    assert dry_run(long).flops == {} and dry_run(replace(long, rollouts=(7,))).flops
+    model, steps = DiT(PRESETS["toy"].dit), PRESETS["toy"].steps
+    for chunk in (1, 3):  # what the ring of a rollout holds
+        layout = long.layout(28, chunk, 7)
+        noise, text = lambda frames, i: torch.zeros(()), torch.zeros(())
+        exits = (0,) * len(layout.chunks)
+        schedule = FlowSchedule(long.model.shift)
+        made = Rollout(model, layout, schedule, steps, exits, noise, text, frames=7)
+        assert made.capacity <= 28
+        part = replace(made, gradient_frames=7 - layout.chunks[0])
+        assert 7 <= part.capacity <= 14
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

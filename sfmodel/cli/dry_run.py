@@ -12,7 +12,7 @@ from sfmodel.cli import tables
 from sfmodel.cli.predict import LABEL
 from sfmodel.cost import GIB, GPUS
 from sfmodel.train.config import TrainConfig
-from sfmodel.train.dry_run import KEPT, dry_run
+from sfmodel.train.dry_run import COUNTED, KEPT, dry_run
 
 
 def show(config: TrainConfig, ranks: int, out: Console) -> None:
@@ -44,7 +44,8 @@ def show(config: TrainConfig, ranks: int, out: Console) -> None:
         rows.append((gpu.name, f"{gpu.memory_gib:.0f}", fits, *times, hours))
     title = "Time: floors of bfloat16 arithmetic as if all weights learned, without what GPUs send"
     if not found.flops:
-        title = f"Time: the FLOPs of {config.recipe} are not worked out"
+        what = " on rollouts longer than a clip" if config.recipe in COUNTED else ""
+        title = f"Time: the FLOPs of {config.recipe}{what} are not worked out"
     learned = "|".join(f"s, {name}" for name in found.updates)
     tables.show(out, title, f"GPU|GiB|fits|{learned}|hours in all", rows)
 

@@ -105,12 +105,15 @@ def _largest(config: TrainConfig, ranks: int, sharers: int) -> dict[str, float]:
     """GiB of one rank at the sizes of clips and chunks that take the most."""
     teacher = PRESETS[config.teacher_preset] if config.teacher_preset else None
     found = []
+    longest = max(config.rollouts, default=0)
     for frames, chunk in itertools.product(config.frames, config.chunks):
+        held = min(max(frames, longest), frames + max(config.windows))  # at most
         _, micro = config.split(config.clips(frames), ranks)
         gib = training_gib(
             config.model, config.recipe, sharers, teacher, micro, config.lora_rank,
             config.lora_critic, lora_targets=config.lora_targets, recompute=config.recompute,
-            chunks=config.layout(frames, chunk, max(config.windows)).chunks, bf16=config.bf16,
+            chunks=config.layout(frames, chunk, max(config.windows)).chunks, cached=held,
+            bf16=config.bf16,
         )  # fmt: skip
         found.append(gib)
     return max(found, key=lambda gib: gib["total"])
@@ -118,8 +121,9 @@ def _largest(config: TrainConfig, ranks: int, sharers: int) -> dict[str, float]:
 
 def _flops(config: TrainConfig) -> dict[str, float]:
     """FLOPs of an update by learner, as if all weights learned, the mean over the sizes of chunks
-    and the exit steps: those of a clip of Wan2.1 by its length, and of rollouts no longer."""
-    if config.recipe not in COUNTED:
+    and the exit steps: those of a clip of Wan2.1 by its length. Of rollouts that are longer they
+    are not worked out."""
+    if config.recipe not in COUNTED or max(config.rollouts, default=0) > max(config.frames):
         return {}
     real = PRESETS[config.teacher_preset].dit if config.teacher_preset else None
     presets = [replace(config.model, chunk=chunk) for chunk in config.chunks]
