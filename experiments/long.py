@@ -1,6 +1,7 @@
 """`python -m bench long`: streams of up to 30 times the training length, in the toy world. Teacher
-forcing, self forcing on clips and on rollouts longer than a clip, without and with a sink whose
-position stays or moves along with the window; every model sampled past its window by the ring.
+forcing, self forcing on clips and on rollouts longer than a clip, these also with every chunk at
+its last step, and with a sink whose position stays or moves along with the window; every model
+sampled past its window by the ring.
 
 What is done is kept (`experiments.jobs`).
 """
@@ -61,6 +62,7 @@ TRAININGS = {
     "TF": Training("tf", sampled=("none", "relative"), euler=EULER, change=FLOW),
     "SF": Training("sf+dmd", sampled=("none", "absolute", "relative")),
     "long SF": Training("sf+dmd", change=_LONG),
+    "long SF, last step": Training("sf+dmd", change=(*_LONG, ("last_step_only", True))),
     "long SF, sink absolute": Training("sf+dmd", "absolute", change=_LONG),
     "long SF, sink relative": Training("sf+dmd", "relative", change=_LONG),
 }

@@ -126,6 +126,13 @@ def training_flops(
     return learned + (1 + guided) * whole(real_score or config).forward + whole(config).forward
 
 
+def trajectory_flops(preset: Preset, config: DiTConfig, steps: int, guided: bool = True) -> float:
+    """FLOPs of a trajectory of so many Euler steps of a clip, as long as in `training_flops`, by a
+    teacher of these sizes."""
+    tokens = sum(clip_chunks(preset)) * math.prod(preset.grid)
+    return steps * (1 + guided) * _pass(config, tokens, tokens**2, 1).forward
+
+
 def _cache_flops(config: DiTConfig, chunks: tuple[int, ...], frame_tokens: int) -> int:
     """FLOPs of the passes that leave keys and values of these chunks behind: they end with q, k and
     v of the last layer."""

@@ -84,20 +84,23 @@ def drawn(run: Run, step: int) -> MicroBatch:
     return Batch.draw(run.context, step, "generator").load(range(4))
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize(
+    ("causal", "guidance", "shift"),
+    [(False, 1.0, None), (False, 3.0, 8.0), (True, 1.0, 8.0), (True, 3.0, None)],
+)
 def test_the_second_point_is_a_step_of_the_teacher(
-    causal: bool, guidance: float, tmp_path: Path
+    causal: bool, guidance: float, shift: float | None, tmp_path: Path
 ) -> None:
     """From noised clips, with guidance, on the levels of a trajectory."""
     settings = config(
         tmp_path / "run", "consistency", teacher_steps=5, guidance_scale=guidance,
-        causal_teacher=causal, chunks=(1,), windows=(3,),
+        causal_teacher=causal, chunks=(1,), windows=(3,), teacher_shift=shift,
     )  # fmt: skip
     run = Run(settings, Ranks(0, 1, torch.device("cpu")))
     teacher, student = Calls(run.models.real), Calls(run.models.generator)
     spaced = [1 - i / 5 for i in range(6)]
-    levels = [TINY.shift * s / (1 + (TINY.shift - 1) * s) for s in spaced]
+    by = shift or TINY.shift
+    levels = [by * s / (1 + (by - 1) * s) for s in spaced]
     seen: set[int] = set()
     for step in range(8):
         teacher.all, student.all = [], []

@@ -25,7 +25,7 @@ from sfmodel.train.defaults import defaults
 from sfmodel.train.dry_run import KEPT, DryRun, dry_run
 from sfmodel.train.loop import Run
 from sfmodel.train.rollout import Rollout
-from sfmodel.training_cost import Update, training_flops
+from sfmodel.training_cost import Update, training_flops, trajectory_flops
 from sfmodel.training_memory import lora_parameters, training_gib
 from tests.tiny_runs import config, saved, tiny
 
@@ -182,6 +182,24 @@ def test_time_by_the_length_of_clips_and_the_size_of_chunks() -> None:
     assert found.clips == {"generator": settings.steps * 8}  # of 4 frames
 
 
+def test_trajectories_take_time() -> None:
+    """The arithmetic of ODE regression: DF and TF by turns, and 48 guided steps of the teacher
+    before, which are counted as PyTorch does."""
+    settings = replace(defaults("wan-1.3b", "ode", "one-node"), batch=64)
+    found = dry_run(settings, 8)
+    assert found.updates == {"generator": 3000, "trajectory": 1500} and found.clips == {
+        "generator": 3000 * 64, "trajectory": 1500,
+    }  # fmt: skip
+    wan = PRESETS["wan-1.3b"]
+    by_turns = (training_flops(wan, Update(recipe)) for recipe in ("df", "tf"))
+    assert found.flops["generator"] == pytest.approx(64 * sum(by_turns) / 2)
+    assert found.flops["trajectory"] == trajectory_flops(wan, wan.dit, 48)
+    only = dry_run(replace(settings, recipe="df+ode"), 8).flops["generator"]
+    assert only == pytest.approx(64 * training_flops(wan, Update("df")))
+    each = found.seconds(1.0, 8)
+    assert each["run"] == pytest.approx(3000 * each["generator"] + 1500 * each["trajectory"])
+
+
 def test_the_largest_clips_and_chunks_count() -> None:
     """Elements kept of a token, by hand: a block's, and where it is recomputed two rows of 1536 of
     each block and one whole one."""
@@ -261,9 +279,9 @@ def test_the_command(
     fits = [line.split("│")[3].strip() for line in out.splitlines() if "SXM" in line]
     assert fits == ["no", "yes"]
     missing = [line for line in out.splitlines() if line.startswith("missing or refused")]
-    assert len(missing) == 3 and "ode_init.pt" in missing[0] and missing[2].endswith(
-        "data data: there is no such file or folder"
-    )  # fmt: skip
+    assert len(missing) == 4 and "ode_init.pt" in missing[0]
+    assert "data: no such file or folder: must be" in missing[2]
+    assert "there is no text encoder for it" in missing[3]
 
 
 @pytest.mark.parametrize(

@@ -299,6 +299,9 @@ def test_the_command(
     assert [each["steps"] for each in settings] == [2, 1, 1]
     for name in ("curves.png", "samples.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    (folder / NAMES[1] / "log.jsonl").unlink()  # what is lost is left out of the pictures
+    (folder / NAMES[1] / "check.safetensors").write_bytes(b"x")
+    run(monkeypatch, *WORDS.split(), "--output", folder, "--resume", "--accept")
     # One step of the trainer's own command goes on with a stage.
     words = ["--output", folder / NAMES[0], "--resume", "--recipe", "bidirectional"]
     words += ["--threads", 1, "--batch", 2, "--frames", 4, "--windows", 4, "--seed", 3]
@@ -373,23 +376,30 @@ def test_the_teacher_of_the_full_size_model_is_public(
 ) -> None:
     monkeypatch.setenv("SFMODEL_MODELS", str(tmp_path / "none"))
     made = stages("wan-1.3b")
-    official = Path("wan_models/Wan2.1-T2V-1.3B/diffusion_pytorch_model.safetensors")
-    assert [*made] == ["init", "self-forcing"]
-    assert made["init"].init == made["init"].teacher == official == made["self-forcing"].teacher
-    assert made["init"].output.name == "2-init" and made["self-forcing"].critic is None
+    official = tmp_path / "none" / "Wan2.1-T2V-1.3B" / "diffusion_pytorch_model.safetensors"
+    assert [*made] == ["init", "self-forcing"] and made["init"].output.name == "2-init"
+    assert made["init"].init == made["init"].teacher == official == made["self-forcing"].critic
+    assert made["self-forcing"].teacher_preset == "wan-14b" and made["init"].pairs == 16_000
+    name = "Wan2.1-T2V-14B/diffusion_pytorch_model.safetensors.index.json"
+    assert made["self-forcing"].teacher == tmp_path / "none" / name
+    small = stages("wan-1.3b", variant="one-node")
+    assert small["init"].teacher == official == small["self-forcing"].teacher
+    assert small["self-forcing"].critic is None and small["init"].pairs == 1_500
     folder = tmp_path / "models" / "Wan2.1-T2V-1.3B"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"dim": 1536, "in_dim": 16, "out_dim": 16}))
     weights = folder / "diffusion_pytorch_model.safetensors"
     weights.touch()
     monkeypatch.setenv("SFMODEL_MODELS", str(tmp_path / "models"))
-    assert stages("wan-1.3b")["self-forcing"].teacher == weights
+    assert stages("wan-1.3b", variant="one-node")["self-forcing"].teacher == weights
+    assert stages("wan-1.3b")["self-forcing"].critic == weights
     mine = stages("wan-1.3b", teacher=Path("mine.pt"))
     assert mine["init"].init == mine["init"].teacher == Path("mine.pt")
     large = stages("wan-1.3b", teacher=Path("14b.pt"), teacher_preset="wan-14b")
+    assert large["init"].teacher_preset == large["self-forcing"].teacher_preset == "wan-14b"
     assert (large["init"].init, large["init"].teacher) == (weights, Path("14b.pt"))
     assert large["self-forcing"].critic == weights
-    words = "train --pipeline self-forcing --preset wan-1.3b --teacher x --output o --init-by ode"
+    words = "train --pipeline self-forcing --teacher y --preset wan-1.3b --teacher x --output o"
     named = pipeline_stages(words.split())
     assert named["init"].output == Path("o/2-init") and named["init"].teacher == Path("x")
 
@@ -420,6 +430,34 @@ def test_the_full_size_model_is_measured_by_its_latents(tmp_path: Path) -> None:
             clips = load_file(tmp_path / "run" / name / "check.safetensors")
             assert {*clips} == {"latents"} and clips["latents"].shape == (2, 3, 16, 8, 8)
         pipeline.sheet.assert_not_called()  # type: ignore[attr-defined]
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("a\nb\n")
+        embed = mock.Mock(return_value=torch.zeros(1, 4, dit.text_dim))
+        with mock.patch.object(checks, "text_encoder", return_value=embed):
+            checks.check(replace(made["init"], data=prompts), torch.device("cpu"))
+        assert {*embed.call_args.args[0]} <= {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "others"),
+    [
+        ("--preset wan-1.3b", ("14,288.5", "wan-1.3b, GPUs: 8"), ("stage teacher",)),
+        ("--preset wan-1.3b --variant one-node", ("wan-1.3b, GPUs: 8",), ("14,288.5",)),
+        ("--teacher mine.safetensors", ("mine.safetensors: there is no",), ("stage teacher",)),
+        ("--optimizer adamw", ("stage teacher: bidirectional, toy",), ("missing or refused",)),
+    ],
+)
+def test_a_dry_run_of_all_stages(
+    words: str, said: tuple[str, ...], others: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """As the command line reads it: stages, their defaults and what earlier ones make."""
+    command = f"train --pipeline self-forcing --dry-run --ranks 8 --batch 64 {words}"
+    run(monkeypatch, *command.split())
+    out = capsys.readouterr().out
+    assert "stage init: ode" in out and "stage self-forcing: sf+dmd" in out
+    assert all(each in out for each in said) and not any(each in out for each in others)
+    assert "2-init/model.safetensors" not in out  # which the stage before makes
 
 
 def test_latents_of_other_statistics_do_not_pass() -> None:

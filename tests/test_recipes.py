@@ -417,6 +417,14 @@ def test_trajectories_are_not_made_twice(tmp_path: Path) -> None:
     assert points.shape == (3, 3, 2, 1, 1, 1)
     assert points[:, 0, 0].flatten().tolist() == [count - 1, 5, IN_FILE]
     assert text.sum((1, 2)).tolist() == [6, 12, 6] and (text[0, 2:] == 0).all()
+    last = sorted((tmp_path / "t").glob("*.safetensors"))[-1]
+    last.write_bytes(b"x")
+    with pytest.raises(ValueError, match=f"{last.name}: not a whole .*: remove it, and --resume"):
+        stored.draw([count - 1])
+    for damaged in ("x", "[]"):
+        (tmp_path / "t" / "trajectories.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"trajectories.json: is damaged: remove .*/t"):
+            stored.make(solved, {"teacher": "a"}, ALONE)
 
 
 def test_a_run_refuses_trajectories_of_another(make: Make) -> None:

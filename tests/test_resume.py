@@ -182,6 +182,10 @@ def test_a_run_that_ended_goes_on_to_more_steps(
     more = config(tmp_path / "run", recipe, optimizer=optimizer, micro_batch=4, save_every=1)
     train(more, resume=True, device="cpu")
     assert_same(tmp_path / "run", whole(recipe, optimizer))
+    kept = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(ValueError, match="000004: has 4 updates already: steps=3 must be at least"):
+        train(replace(more, steps=3), resume=True, device="cpu")
+    assert (tmp_path / "run" / "config.json").read_text() == kept
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,11 +452,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_once(
         return value * loss
 
     folder = tmp_path / "run"
+    failed = folder / "checkpoints" / "failed-step-000002"
+    failed.mkdir(parents=True)  # of another run, which its state takes the place of
+    (failed / "left").touch()
     with monkeypatch.context() as patch:
         patch.setattr(RECIPES[recipe], name, exploding)
         with pytest.raises(FloatingPointError) as raised:
             train(config(folder, recipe), device="cpu")
-    failed = folder / "checkpoints" / "failed-step-000002"
+    assert not (failed / "left").exists()
     said = str(raised.value)
     assert said.startswith(f"{which}: loss is ") and said.endswith(f"before it is in {failed}")
     assert "in update 3;" in said

@@ -3,6 +3,7 @@ Wan2.1-1.3B at 480×832, and Figure 6 (arXiv 2506.08009)."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -16,8 +17,17 @@ from sfkernels import BlockLayout
 from sfmodel.cli.predict import prediction
 from sfmodel.config import PRESETS
 from sfmodel.dit import DiT
+from sfmodel.schedule import FlowSchedule
 from sfmodel.train.loop import Run
-from sfmodel.training_cost import Update, figure6, floor_seconds, to_first, training_flops
+from sfmodel.train.trajectories import solve
+from sfmodel.training_cost import (
+    Update,
+    figure6,
+    floor_seconds,
+    to_first,
+    training_flops,
+    trajectory_flops,
+)
 from tests.test_cost import H100, H200, WAN, D, N, agrees
 
 TOY = PRESETS["toy"]
@@ -89,6 +99,16 @@ def test_a_real_score_of_another_size_and_without_guidance(monkeypatch: pytest.M
     assert counted(run, update) == training_flops(SMALL, update, LARGE)
     run.context = run.context._replace(config=plain)
     assert counted(run, update) == training_flops(SMALL, update, LARGE, guided=False)
+
+
+def test_a_trajectory() -> None:
+    teacher, frames = DiT(LARGE), sum(CHUNKS)
+    noise, text = torch.randn(1, frames, 4, 8, 8), torch.randn(1, LARGE.text_len, LARGE.text_dim)
+    schedule, flow = FlowSchedule(SMALL.shift), functools.partial(teacher, text_BTE=text)
+    with FlopCounterMode(display=False, custom_mapping=SDPA) as counter, torch.no_grad():
+        solve(flow, noise, schedule, (), 3)
+    assert counter.get_total_flops() == trajectory_flops(SMALL, LARGE, 3, guided=False)
+    assert trajectory_flops(SMALL, LARGE, 3) == 2 * trajectory_flops(SMALL, LARGE, 3, guided=False)
 
 
 def test_by_hand() -> None:

@@ -60,10 +60,9 @@ def _tell_torchrun(said: str) -> None:
 
 def main() -> None:
     """Entry point of `sfmodel`."""
-    arguments = for_stages(sys.argv[1:])
     commands: dict[str, Callable[..., None]] = {
         "generate": generate,
-        "train": train_command(arguments),
+        "train": train_command(sys.argv[1:]),
         "evaluate": evaluate,
         "encode": encode,
         "decode": decode,
@@ -71,4 +70,4 @@ def main() -> None:
         "predict": predict,
         "doctor": doctor,
     }
-    run_command("sfmodel", commands, arguments)
+    run_command("sfmodel", commands, for_stages(sys.argv[1:]))

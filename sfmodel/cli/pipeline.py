@@ -12,8 +12,11 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
+from sfmodel.cli.dry_run import WORLD, check_ranks, show
 from sfmodel.config import PRESETS
+from sfmodel.terminal import plain_console
 from sfmodel.train.config import TrainConfig
+from sfmodel.train.defaults import Variant
 from sfmodel.train.pipeline import InitBy, check_scale, run_pipeline, stages
 
 _INITS = get_args(InitBy)
@@ -37,12 +40,14 @@ class Stage(TrainConfig):
 
 
 def given(arguments: Sequence[str], option: str) -> str | None:
-    """The word after an option; None where it is not among the arguments."""
+    """The word after an option, of several the last one; None where it is not among the
+    arguments."""
+    found = None
     for i, word in enumerate(arguments):
         name, equals, value = word.partition("=")
         if name.replace("_", "-") == f"--{option}":
-            return value if equals else "".join(arguments[i + 1 : i + 2])
-    return None
+            found = value if equals else "".join(arguments[i + 1 : i + 2])
+    return found
 
 
 def pipeline_stages(arguments: Sequence[str]) -> dict[str, TrainConfig]:
@@ -53,7 +58,10 @@ def pipeline_stages(arguments: Sequence[str]) -> dict[str, TrainConfig]:
         with suppress(ValueError):
             if (word := given(arguments, name)) is not None:
                 options[name] = kind(word)
-    for name, known in (("preset", PRESETS), ("teacher-preset", PRESETS), ("init-by", _INITS)):
+    for name, known in (
+        ("preset", PRESETS), ("teacher-preset", PRESETS), ("init-by", _INITS),
+        ("variant", get_args(Variant)),
+    ):  # fmt: skip
         if (word := given(arguments, name)) in known:
             options[name.replace("-", "_")] = word
     with suppress(ValueError):
@@ -90,9 +98,12 @@ def pipeline_command(arguments: Sequence[str]) -> Callable[..., None]:
         pipeline: Literal["self-forcing"],
         output: Path = Path("out/pipeline"),
         init_by: InitBy = "ode",
+        variant: Variant = "paper",
         scale: float = 1.0,
         resume: bool = False,
         accept: bool = False,
+        dry_run: bool = False,
+        ranks: int = WORLD,
         stages: Annotated[dict[str, Stage], tyro.conf.arg(name="")] = default,
     ) -> None:
         """Train all stages from nothing to a self-forced model, each in a folder of its own. A
@@ -104,14 +115,26 @@ def pipeline_command(arguments: Sequence[str]) -> Callable[..., None]:
             output: Folder of the stages.
             init_by: How a causal model begins: ode, by regression to the teacher's trajectories, or
                 consistency, by consistency distillation.
+            variant: Defaults at Wan2.1's size: the paper's 64 ranks and real score of 14B, or those
+                of one node, with a real score of 1.3B.
             scale: Factor of all numbers of updates and trajectories.
             resume: Go on where it was stopped, bit for bit, or start where there is nothing.
             accept: Go on after a stage that has not passed its check.
+            dry_run: Train nothing: show what each stage would take of memory, time and disk, and
+                which of its files are missing.
+            ranks: Number of GPUs of a dry run; otherwise torchrun says it.
         """
         check_scale(scale)
+        check_ranks(ranks, dry_run)
         checked = {name: each.checked(name) for name, each in stages.items()}
+        first = os.environ.get("RANK", "0") == "0"
+        if dry_run:
+            if first:
+                named = {f"stage {name}": each for name, each in checked.items()}
+                show(named, ranks, plain_console())
+            return
         weights = run_pipeline(checked, output, resume=resume, accept=accept)
-        if os.environ.get("RANK", "0") == "0":
+        if first:
             print(f"weights: {weights}; see them: sfmodel generate --checkpoint {weights}")
 
     return run

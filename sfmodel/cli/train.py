@@ -8,7 +8,7 @@ from typing import Annotated, get_args
 
 import tyro
 
-from sfmodel.cli.dry_run import show
+from sfmodel.cli.dry_run import WORLD, check_ranks, show
 from sfmodel.cli.pipeline import given, pipeline_command
 from sfmodel.config import PRESETS
 from sfmodel.terminal import plain_console
@@ -33,14 +33,12 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
         named("variant", get_args(Variant), "paper"),
     )
 
-    world = int(os.environ.get("WORLD_SIZE", 1))
-
     def run(
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
         resume: bool = False,
         variant: Variant = "paper",
         dry_run: bool = False,
-        ranks: int = world,
+        ranks: int = WORLD,
     ) -> None:
         """Train a model: progress, log.jsonl, curves.png, samples, checkpoints, weights. The
         defaults are those of the preset, the recipe and the variant. Under torchrun, on all its
@@ -56,12 +54,11 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
                 of its files are missing.
             ranks: Number of GPUs of a dry run; otherwise torchrun says it.
         """
-        if ranks < 1 or (not dry_run and ranks != world):
-            raise ValueError(f"ranks={ranks}: goes with a dry run, and must be at least 1")
+        check_ranks(ranks, dry_run)
         first = os.environ.get("RANK", "0") == "0"
         if dry_run:
             if first:
-                show(config, ranks, plain_console())
+                show({"": config}, ranks, plain_console())
             return
         weights = train(config, resume=resume)
         if first:

@@ -30,6 +30,7 @@ from sfmodel.train.batch import Draw, seed_of
 from sfmodel.train.config import TrainConfig
 from sfmodel.train.data import open_source
 from sfmodel.train.report import logged
+from sfmodel.train.text import text_encoder
 from sfmodel.train.trajectories import solve
 from sfmodel.weights.saving import save_tensors
 
@@ -78,7 +79,8 @@ def check(config: TrainConfig, device: torch.device) -> list[Measure]:
         measures = [distance(made, held, codec, config)]
         shown = {"latents": made[:SHOWN], "real": held.latents_BFCHW[:SHOWN]}
     else:
-        source = open_source(config.data, config.model, max(config.frames), None, None)
+        text_of = text_encoder(config.preset, device)
+        source = open_source(config.data, config.model, max(config.frames), None, text_of)
         seed = seed_of(config.seed, "check")
         drawn = source.draw(seed, CLIPS, max(config.frames), latents=False)
         made, text = sample(config, drawn.text_BTE, device), drawn.sentences

@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -76,7 +76,7 @@ class TrainConfig:
     """Settings of one run. Every step draws one of `frames`, of `chunks` and of `windows`, the same
     for all ranks, so that one model streams at any of them."""
 
-    recipe: str = "tf"  # what is learned, and what a chunk sees meanwhile: see RECIPES
+    recipe: str = "tf"  # bidirectional, ode, consistency, or what a chunk sees, tf, df, sf (+dmd …)
     preset: str = "toy"  # sizes of the generator
     output: Path = Path("out/train")  # folder of the run
     data: Path | None = None  # clips or prompts; None is the toy world
@@ -131,7 +131,7 @@ class TrainConfig:
     # distillation
     critic_steps: int = 5  # updates of the critic before each one of the generator
     critic_warmup: int = 0  # further ones before the first
-    lr_critic: float = 4e-7
+    lr_critic: float = 4e-7  # of the critic, which neither warmup nor decay_fraction changes
     betas_critic: tuple[float, float] | None = None  # of the critic's AdamW; None: betas
     clip_critic: float | None = None  # largest norm of the critic's gradient; None: clip
     negative: str | None = None  # prompt, or file of one, guidance leads away from; None: no words
@@ -183,8 +183,8 @@ class TrainConfig:
             for name in names:
                 value = getattr(self, name)
                 for each in value if isinstance(value, tuple) else (value,):
-                    if each is not None and not low <= each <= high:
-                        limit = f" and at most {high}" if high < math.inf else ""
+                    if each is not None and not (low <= each <= high and each < math.inf):
+                        limit = f" and at most {high}" if high < math.inf else ", and finite"
                         raise ValueError(f"{name}={value}: must be at least {low}{limit}")
         for name in ("frames", "chunks", "windows"):
             if not getattr(self, name):
@@ -195,6 +195,16 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {known}")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             raise ValueError(f"lora_alpha={self.lora_alpha}: must be more than 0")
+        elif self.lora_alpha is not None and not self.lora_rank:
+            raise ValueError(f"lora_alpha={self.lora_alpha}: goes with a lora_rank")
+        for name in ("ema", "betas", "betas_critic"):
+            value = getattr(self, name)
+            if 1 in (value if isinstance(value, tuple) else (value,)):
+                raise ValueError(f"{name}={value}: must be less than 1")
+        if self.objective.needs_discriminator and self.gan_sigma == 0:
+            raise ValueError("gan_sigma=0: penalties are measured by a perturbation: must not be 0")
+        if self.darken and self.preset != "toy":
+            raise ValueError(f"darken={self.darken}: only the toy world has a light")
         if self.lora is not None:
             self.lora.layers()
         elif self.lora_critic:
@@ -224,8 +234,12 @@ class TrainConfig:
             raise ValueError("hide_first: a bidirectional model has no first chunk")
         if self.rollouts and self.objective.context != "own":
             raise ValueError(f"rollouts={self.rollouts}: recipe={self.recipe!r} rolls nothing out")
+        elif self.judged == "random" and not self.rollouts:
+            raise ValueError("judged='random': is of rollouts longer than a clip: give rollouts")
         if self.image and self.objective.context == "whole":
             raise ValueError("image: a bidirectional model has no first chunk")
+        if self.image and isinstance(self.objective, Consistency):
+            raise ValueError("image: recipe='consistency' has a teacher that makes whole clips")
         for frames, chunk, window in itertools.product(self.frames, self.chunks, self.windows):
             self._check_sizes(self.layout(frames, chunk, window), chunk)
 
@@ -259,9 +273,10 @@ class TrainConfig:
         for refusal in self.refusals():
             raise refusal
 
-    def refusals(self) -> Iterator[ValueError | OSError]:
+    def refusals(self, to_come: Collection[Path] = ()) -> Iterator[ValueError | OSError]:
         """Errors for weights that are missing or not of these models, for a folder that cannot be
-        written and a tracker that is not installed. Reads no weights and leaves nothing."""
+        written and a tracker that is not installed. to_come: weights that are made before it
+        starts. Reads no weights and leaves nothing."""
         objective, size = self.objective, self.teacher_preset or self.preset
         if objective.needs_teacher and self.teacher is None:
             yield ValueError(f"recipe={self.recipe!r} learns from a teacher: give its weights")
@@ -283,7 +298,7 @@ class TrainConfig:
         critic = self.critic or self.teacher if objective.needs_critic else None
         teacher = self.teacher if objective.needs_teacher else None
         for sizes, weights in ((own, self.init), (real, teacher), (own, critic)):
-            if weights is not None:
+            if weights is not None and weights not in to_come:
                 build = functools.partial(DiT, sizes)
                 checks.append(functools.partial(checkpoint.check, build, weights))
         for check in checks:
@@ -291,6 +306,17 @@ class TrainConfig:
                 check()
             except (ValueError, OSError) as error:
                 yield error
+
+    @property
+    def guided(self) -> bool:
+        """Whether something is led away from the negative prompt."""
+        scales = self.guidance_scale, self.fake_guidance_scale
+        return self.objective.needs_teacher and scales != (1, 1)
+
+    @property
+    def longer(self) -> bool:
+        """Whether some rollouts are longer than a clip."""
+        return max(self.rollouts, default=0) > min(self.frames)
 
     @property
     def objective(self) -> Objective:
@@ -357,9 +383,9 @@ class TrainConfig:
         local, left = divmod(clips, ranks)
         micro = min(self.micro_batch or local, local)
         if left or not local or local % micro:
+            by_micro = f" and micro_batch={micro}" if self.micro_batch else ""
             raise ValueError(
-                f"an update of {clips} clips: must divide into {ranks} ranks and "
-                f"micro_batch={micro}"
+                f"an update of {clips} clips: must divide into {ranks} ranks{by_micro}"
             )
         return local, micro
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from sfmodel import assets
 from sfmodel.config import PRESETS
 from sfmodel.train.config import RECIPES, TrainConfig
 
 WEIGHTS = Path(__file__).parent.parent / "toy" / "weights"
-WAN_MODELS = Path("wan_models")  # where the public code looks for weights
 
 # A clip of 7 latent frames is 25 pixel frames, in which a fast ball crosses most of the box.
 _SHORT = {"frames": (7,), "chunks": (1, 3), "windows": (7,)}
@@ -45,6 +46,7 @@ NEGATIVE = (
 _WAN: dict[str, Any] = dict(
     negative=NEGATIVE, bf16=True, recompute=True, micro_batch=1, drop_text=0.0, drop_word=0.0,
 )  # fmt: skip
+ODE_INIT = Path("checkpoints/ode_init.pt")  # of the public Self Forcing
 Variant = Literal["paper", "one-node"]
 _WAN_BY: dict[str, dict[str, Any]] = {
     "paper": dict(shard=8, pairs=16_000),  # 64 ranks on nodes of 8, whose copies are whole
@@ -71,24 +73,30 @@ def defaults(preset: str = "toy", recipe: str = "tf", variant: str = "paper") ->
         others = "ode" if objective.needs_trajectories else others
         own = _TOY_BY.get(recipe, _TOY_BY[others])
         return TrainConfig(recipe, **streamed, **{**_TOY, **own})
-    official, real = _official(preset), preset
+    base, real = official(preset), preset
     if (variant, preset) == ("paper", "wan-1.3b") and recipe.endswith("+dmd"):
         real = "wan-14b"  # the public configuration of SiD has 1.3B
     return TrainConfig(
         recipe,
         preset,
-        init=Path("checkpoints/ode_init.pt") if objective.needs_critic else official,
-        teacher=_official(real) if objective.needs_critic or objective.needs_teacher else None,
+        init=assets.default_folder() / ODE_INIT if objective.needs_critic else base,
+        teacher=official(real) if objective.needs_critic or objective.needs_teacher else None,
         teacher_preset=None if real == preset else real,
-        critic=None if real == preset else official,
+        critic=None if real == preset else base,
         data=Path("data"),
-        models=WAN_MODELS,
         **streamed,
         **{**_WAN, **_WAN_BY[variant], **objective.wan_settings},
     )
 
 
-def _official(preset: str) -> Path:
-    """The published weights of a preset."""
-    folder = f"Wan2.1-T2V-{preset.removeprefix('wan-').upper()}"
-    return WAN_MODELS / folder / "diffusion_pytorch_model.safetensors"
+def official(preset: str) -> Path:
+    """The published weights of a preset, the base model: where `assets.find` finds them, else where
+    `sfmodel doctor` has them downloaded to."""
+    with suppress(ValueError):  # there is no folder of models
+        if found := assets.find(None, preset).dit:
+            return found
+    public = assets.PUBLIC[preset]["dit"]
+    shards = "" if public.files else ".index.json"
+    return (
+        assets.default_folder() / Path(public.where).name / f"{assets.WEIGHTS}.safetensors{shards}"
+    )

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,15 +16,23 @@ from torch import Tensor
 
 from sfmodel.config import PRESETS
 from sfmodel.cost import GIB, clip_chunks
+from sfmodel.pretrained import checked_codec
 from sfmodel.ranks import sharing
 from sfmodel.train import parallel
 from sfmodel.train.config import TrainConfig
+from sfmodel.train.data import TextEncoder, negative_prompt
 from sfmodel.train.learner import learners
+from sfmodel.train.loop import check_source, source_of
 from sfmodel.train.models import Models, empty
-from sfmodel.training_cost import Update, training_flops
+from sfmodel.train.text import KeptText, text_encoder
+from sfmodel.training_cost import Update, training_flops, trajectory_flops
 from sfmodel.training_memory import training_gib
 
-COUNTED = ("tf", "df", "tf+dmd", "df+dmd", "sf+dmd")  # recipes whose FLOPs are worked out
+# Recipes whose FLOPs are worked out, as those of others by turns.
+COUNTED = {name: (name,) for name in ("tf", "df", "tf+dmd", "df+dmd", "sf+dmd")} | {
+    "ode": ("df", "tf"),
+    "df+ode": ("df",),
+}
 
 MOMENTS: dict[type, int] = {torch.optim.AdamW: 2, torch.optim.Muon: 1}  # of a parameter
 KEPT = ("weights", "gradients", "moments", "average")
@@ -40,7 +49,8 @@ class Part(NamedTuple):
 
 class DryRun(NamedTuple):
     """parts: all models. gib: of one rank at the peak of an update. updates, clips: in the whole
-    run, by learner. flops: of one update, by learner; empty where they are not worked out.
+    run, by learner, and of "trajectory" how many are made before. flops: of one of them; empty
+    where they are not worked out.
     written: files and folders of the run with GiB at most. refused: why it would not start."""
 
     parts: list[Part]
@@ -59,9 +69,9 @@ class DryRun(NamedTuple):
         return {**each, "run": whole}
 
 
-def dry_run(config: TrainConfig, ranks: int = 1) -> DryRun:
-    """Needs of a run on so many ranks. Reads of its files only whether they are there and of its
-    models. Raises ValueError for settings that do not go with so many ranks."""
+def dry_run(config: TrainConfig, ranks: int = 1, to_come: Collection[Path] = ()) -> DryRun:
+    """Needs of a run on so many ranks. Reads the heads of its files. to_come: weights that are made
+    before it starts. Raises ValueError for settings that do not go with so many ranks."""
     config.check_ranks(ranks)
     sharers = sharing(config.shard, ranks)
     models = Models.made(config, functools.partial(empty, config))
@@ -90,10 +100,13 @@ def dry_run(config: TrainConfig, ranks: int = 1) -> DryRun:
     updates = {"generator": config.steps}
     if config.objective.needs_critic:
         updates["critic"] = sum(map(config.critic_updates, range(config.steps)))
-    clips = max(config.clips(frames) for frames in config.frames)
+    each = max(config.clips(frames) for frames in config.frames)
+    clips = {name: count * each for name, count in updates.items()}
+    if config.objective.needs_trajectories:
+        updates["trajectory"] = clips["trajectory"] = config.pairs
     return DryRun(
-        parts, gib, updates, {name: count * clips for name, count in updates.items()},
-        _flops(config), _written(config, models, sum(moments.values())), _refused(config),
+        parts, gib, updates, clips,
+        _flops(config), _written(config, models, sum(moments.values())), _refused(config, to_come),
     )  # fmt: skip
 
 
@@ -123,7 +136,7 @@ def _flops(config: TrainConfig) -> dict[str, float]:
     """FLOPs of an update by learner, as if all weights learned, the mean over the sizes of chunks
     and the exit steps: those of a clip of Wan2.1 by its length. Of rollouts that are longer they
     are not worked out."""
-    if config.recipe not in COUNTED or max(config.rollouts, default=0) > max(config.frames):
+    if config.recipe not in COUNTED or config.longer:
         return {}
     real = PRESETS[config.teacher_preset].dit if config.teacher_preset else None
     presets = [replace(config.model, chunk=chunk) for chunk in config.chunks]
@@ -134,11 +147,15 @@ def _flops(config: TrainConfig) -> dict[str, float]:
     found: dict[str, float] = {}
     for learner in ("generator", "critic") if config.objective.needs_critic else ("generator",):
         a_frame = [
-            training_flops(each, Update(config.recipe, learner, exit_step), *options)
+            training_flops(each, Update(recipe, learner, exit_step), *options)
             / sum(clip_chunks(each))
-            for each, exit_step in itertools.product(presets, exits)
+            for each, recipe, exit_step in itertools.product(presets, COUNTED[config.recipe], exits)
         ]
         found[learner] = frames * sum(a_frame) / len(a_frame)
+    if config.objective.needs_trajectories:
+        guided = config.guidance_scale != 1
+        whole = trajectory_flops(presets[0], real or config.model.dit, config.teacher_steps, guided)
+        found["trajectory"] = max(config.frames) * whole / sum(clip_chunks(presets[0]))
     return found
 
 
@@ -163,9 +180,28 @@ def _written(config: TrainConfig, models: Models, moments: int) -> dict[str, flo
     return found
 
 
-def _refused(config: TrainConfig) -> list[str]:
+def _refused(config: TrainConfig, to_come: Collection[Path]) -> list[str]:
     """Sentences on what is missing or of something else."""
-    said = [str(error) for error in config.refusals()]
-    if config.data is not None and not config.data.exists():
-        said.append(f"data {config.data}: there is no such file or folder")
+    said = [str(error) for error in config.refusals(to_come)]
+    encoder, width = text_encoder(config.preset, torch.device("cpu")), config.model.dit.text_dim
+    text: TextEncoder | None = encoder
+    if isinstance(encoder, KeptText):  # which is not loaded
+
+        def text(sentences: Sequence[str]) -> Tensor:
+            return torch.zeros(len(sentences), 1, width)
+
+    try:
+        check_source(config, source_of(config, text))
+    except (ValueError, OSError) as error:
+        said.append(str(error))
+    try:
+        if config.guided:
+            negative_prompt(config.negative or "", config.model, text)
+    except (ValueError, OSError) as error:
+        said.append(str(error))
+    try:
+        if config.longer and config.preset != "toy":
+            checked_codec(config.preset, torch.device("cpu"), "wan", config.models)
+    except (ValueError, OSError) as error:
+        said.append(str(error))
     return [*dict.fromkeys(said)]

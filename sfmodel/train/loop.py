@@ -28,7 +28,7 @@ from sfmodel.toy.vae import ToyVAE
 from sfmodel.train import parallel
 from sfmodel.train.batch import Batch, Draw, TrainContext, seed_of
 from sfmodel.train.config import TrainConfig
-from sfmodel.train.data import Files, Source, negative_prompt, open_source
+from sfmodel.train.data import Files, Source, TextEncoder, negative_prompt, open_source
 from sfmodel.train.learner import learners
 from sfmodel.train.models import Models
 from sfmodel.train.report import Record, Report, means
@@ -67,18 +67,10 @@ class Run:
         toy = config.preset == "toy"
         self.codec = ToyVAE.from_pretrained().to(ranks.device) if toy else None
         self.text = text_encoder(config.preset, ranks.device)
-        self.source = source or open_source(
-            config.data, self.preset, max(config.frames), ToyVAE() if toy else None, self.text,
-            config.drop_word, config.drop_text,
-        )  # fmt: skip
-        if config.needs_clips and not self.source.has_latents:
-            raise ValueError(
-                f"recipe={config.recipe!r} learns from clips: {config.data} holds prompts alone"
-            )
-        if config.darken and self.codec is None:
-            raise ValueError(f"darken={config.darken}: only the toy world has a light")
+        self.source = source or source_of(config, self.text)
+        check_source(config, self.source)
         vae = vae or self.codec
-        if vae is None and max(config.rollouts, default=0) > min(config.frames):
+        if vae is None and config.longer:
             vae = load_codec(config.preset, ranks.device, "wan", config.models)
         negative_1TE = self._negative() if negative is None else negative.to(ranks.device)
         dark_CHW = self._dark()
@@ -106,8 +98,7 @@ class Run:
         """Embedding [1, T, E] of the prompt that guidance leads away from; zeros without it. That
         of no words is the end token's for Wan2.1, and zeros in the toy world."""
         text_1TE = torch.zeros(1, 1, self.preset.dit.text_dim)
-        scales = self.config.guidance_scale, self.config.fake_guidance_scale
-        if self.objective.needs_teacher and scales != (1, 1):
+        if self.config.guided:
             text_1TE = negative_prompt(self.config.negative or "", self.preset, self.text)
         return text_1TE.to(self.ranks.device)
 
@@ -320,6 +311,11 @@ class Run:
                 f"{found[-1]}: is of an earlier version ({'; '.join(changes)}): resume it with "
                 "that one"
             )
+        if facts["step"] > self.config.steps:
+            raise ValueError(
+                f"{found[-1]}: has {facts['step']} updates already: steps={self.config.steps} must "
+                "be at least as many"
+            )
         state = self.state()
         parallel.load(found[-1], state, self.ranks)
         for name, learner in self.learners.items():
@@ -331,6 +327,22 @@ class Run:
             self.learners["generator"].forget()
         if self.ranks.any(self.ranks.first and not self._has_weights()):
             self._save_weights()
+
+
+def source_of(config: TrainConfig, text: TextEncoder | None) -> Source:
+    """The run's data. Raises ValueError where there are none."""
+    return open_source(
+        config.data, config.model, max(config.frames), ToyVAE() if config.preset == "toy" else None,
+        text, config.drop_word, config.drop_text,
+    )  # fmt: skip
+
+
+def check_source(config: TrainConfig, source: Source) -> None:
+    """Raises ValueError for prompts alone where clips are learned from."""
+    if config.needs_clips and not source.has_latents:
+        raise ValueError(
+            f"recipe={config.recipe!r} learns from clips: {config.data} holds prompts alone"
+        )
 
 
 class Stopped(Exception):
@@ -358,7 +370,9 @@ def train(
 def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Path:
     folder = config.output
     if not resume and parallel.checkpoints(folder / "checkpoints"):
-        raise ValueError(f"{folder}: holds a run already: resume it or name another folder")
+        raise ValueError(
+            f"{folder}: holds a run already: resume it (--resume) or name another --output"
+        )
     ranks.wait()
     run = Run(config, ranks)
     if resume:
@@ -397,7 +411,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Path:
                 run.save()
             if report.failed is None:
                 saved = f"saved in {folder}" if learned else "nothing was learned yet"
-                report.say(f"stopped at update {run.step}; {saved}")
+                report.say(f"stopped at update {run.step}; {saved}; --resume goes on")
                 raise KeyboardInterrupt from None
         if report.failed is not None:
             raise report.failed

@@ -129,11 +129,16 @@ def save(
 ) -> Path:
     """Writes `state` and JSON `facts` as the checkpoint of a step, and removes all but the newest
     `keep`. Atomic; one that is there already is left as it is, for a run is the same every time.
-    prefix: for a name that `checkpoints` passes over. Raises OSError where it cannot be written."""
+    prefix: for a name that `checkpoints` passes over, and that another run may have left. Raises
+    OSError where it cannot be written."""
     path = folder / f"{prefix}step-{step:06d}"
     part = folder / f".{path.name}.part"
     if ranks.any(path.exists()):
-        return path
+        if not prefix:
+            return path
+        ranks.wait()
+        if ranks.first:
+            shutil.rmtree(path, ignore_errors=True)
     try:
         part.mkdir(parents=True, exist_ok=True)
         with _alone():

@@ -13,23 +13,22 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from sfmodel import assets
 from sfmodel.extras import needed
 from sfmodel.ranks import started
 from sfmodel.terminal import plain_console
 from sfmodel.toy.vae import ToyVAE
 from sfmodel.train import checks, parallel, report
 from sfmodel.train.config import TrainConfig
-from sfmodel.train.defaults import defaults
+from sfmodel.train.defaults import Variant, defaults, official
 from sfmodel.train.loop import train
+from sfmodel.train.shards import opened
 
 with needed():
     from rich.table import Table
-    from safetensors import safe_open
 
 InitBy = Literal["ode", "consistency"]
 # Settings that are numbers of updates or trajectories.
@@ -43,32 +42,37 @@ def stages(
     teacher: Path | None = None,
     teacher_preset: str | None = None,
     scale: float = 1.0,
+    variant: Variant = "paper",
 ) -> dict[str, TrainConfig]:
     """Settings of each stage, by its name, as far as `defaults` and the stages before it say.
 
-    teacher: weights of the teacher; without them the toy's is trained, and that of other presets is
-    Wan2.1 as it was published, where `assets.find` finds it. teacher_preset: sizes of the teacher,
-    where other than the generator's, which then starts from the base model of its own. scale: of
-    all numbers of updates and of trajectories. Raises ValueError for one that is not positive."""
+    teacher: weights of the teacher in all stages; without them the toy's is trained, and those of
+    Wan2.1 are `official` ones, of the generator's size for the init and of the variant's for self
+    forcing. teacher_preset: sizes of the teacher in all stages, where other than the generator's,
+    which then starts from the base model of its own. scale: of all numbers of updates and of
+    trajectories. Raises ValueError for one that is not positive."""
     check_scale(scale)
     made: dict[str, TrainConfig] = {}
-    start = critic = None
+    start: Path | None = None
+    score: dict[str, Any] = {}
     if teacher is None and preset == "toy":
         made["teacher"] = replace(
             defaults(preset, "bidirectional"), output=output / "1-teacher", init=None
         )
         teacher = made["teacher"].weights
-    elif teacher is None:
-        teacher = _base(teacher_preset or preset)
-    if teacher_preset not in (None, preset):
-        start = critic = _base(preset)
+    if teacher or teacher_preset:
+        teacher = teacher or official(teacher_preset or preset)
+        if teacher_preset not in (None, preset):
+            start = official(preset)
+        score = {"teacher": teacher, "teacher_preset": teacher_preset, "critic": start}
+    teacher = teacher or official(preset)
     made["init"] = replace(
-        defaults(preset, init_by), output=output / "2-init", init=start or teacher,
+        defaults(preset, init_by, variant), output=output / "2-init", init=start or teacher,
         teacher=teacher, teacher_preset=teacher_preset,
     )  # fmt: skip
     made["self-forcing"] = replace(
-        defaults(preset, "sf+dmd"), output=output / "3-self-forcing", init=made["init"].weights,
-        teacher=teacher, teacher_preset=teacher_preset, critic=critic,
+        defaults(preset, "sf+dmd", variant), output=output / "3-self-forcing",
+        init=made["init"].weights, **score,
     )  # fmt: skip
     return {name: _scaled(config, scale) for name, config in made.items()}
 
@@ -76,14 +80,6 @@ def stages(
 def check_scale(scale: float) -> None:
     if not 0 < scale <= 1000:
         raise ValueError(f"scale={scale}: must be more than 0 and at most 1000")
-
-
-def _base(preset: str) -> Path | None:
-    """The public weights of a preset: where they are, or where they are looked for at last."""
-    with suppress(ValueError):
-        if found := assets.find(None, preset).dit:
-            return found
-    return defaults(preset, "ode").teacher
 
 
 def _scaled(config: TrainConfig, scale: float) -> TrainConfig:
@@ -114,7 +110,8 @@ def run_pipeline(
         begun = [each for each in configs if parallel.checkpoints(each.output / "checkpoints")]
         if begun and not resume:
             raise ValueError(
-                f"{begun[0].output}: holds a run already: resume it or name another folder"
+                f"{begun[0].output}: holds a run already: resume it (--resume) or name another "
+                "--output"
             )
         console = plain_console()
         console.quiet = not ranks.first
@@ -126,6 +123,7 @@ def run_pipeline(
                 if ranks.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(ranks.device)
                 train(config, resume=config in begun, device=device)
+                console.print(f"stage {name}: measuring what it makes")
                 if ranks.first:
                     measures = checks.check(config, ranks.device)
                 measures = ranks.from_first(measures)
@@ -163,8 +161,17 @@ def table(stages: Mapping[str, TrainConfig]) -> Table:
     def named(path: Path | None) -> str:
         return "random weights" if path is None else by_weights.get(path, path.name)
 
-    for column in ("stage", "recipe", "from", "teacher", "updates", "time", "loss", "check"):
-        made.add_column(column, overflow="fold", no_wrap=column in ("stage", "from", "time"))
+    for column in (
+        "stage",
+        "recipe",
+        "from",
+        "teacher",
+        "updates",
+        "time of updates",
+        "loss",
+        "check",
+    ):
+        made.add_column(column, overflow="fold", no_wrap=column in ("stage", "from"))
     for name, config in stages.items():
         recipe, teacher = config.recipe, ""
         if config.objective.needs_trajectories:
@@ -204,17 +211,23 @@ def draw(stages: Mapping[str, TrainConfig], output: Path) -> None:
 
 @torch.no_grad()
 def sheet(stages: Mapping[str, TrainConfig], path: Path) -> None:
-    """Contact sheet of the clips that the checks have kept."""
+    """Contact sheet of the clips that the checks have kept, as far as they can be read."""
     from sfmodel.video import contact_sheet_of_rows  # needs PyAV
 
     clips: dict[str, torch.Tensor] = {}
     prompts: list[str] = []
     for name, config in stages.items():
-        with safe_open(config.output / "check.safetensors", "pt") as file:
+        with suppress(ValueError), opened(config.output / "check.safetensors") as file:
             prompts = json.loads(file.metadata()["prompts"])
             clips = {"real": file.get_tensor("real"), **clips, name: file.get_tensor("latents")}
+    if not clips:
+        return
     frames = min(each.shape[1] for each in clips.values())
     rows = torch.stack([each[:, :frames] for each in clips.values()], 1)
     videos = ToyVAE.from_pretrained().decode_chunk(rows.flatten(0, 1))[0]
-    labels = [f"{name}: {prompt or '(no prompt)'}" for prompt in prompts for name in clips]
+    labels = [
+        f"real: {prompt or '(no prompt)'}" if name == "real" else name
+        for prompt in prompts
+        for name in clips
+    ]
     contact_sheet_of_rows(videos, path, labels, "real clips and what each stage makes")

@@ -192,7 +192,10 @@ def logged(path: Path, step: float = math.inf) -> list[Record]:
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, AttributeError, TypeError, RecursionError):
             line = json.loads(text)
-            if line.keys() >= {"step", "loss", "norm"} and 0 <= line["step"] <= step:
+            if (
+                line.keys() >= {"step", "loss", "norm", "seconds", "seconds_per_step"}
+                and 0 <= line["step"] <= step
+            ):
                 records.append(line)
     return records
 
@@ -201,6 +204,7 @@ def plot(runs: Mapping[str, list[Record]], path: Path) -> None:
     """The losses and the norms of the gradients of runs as a PNG, a row for each, by its name."""
     from matplotlib.figure import Figure
 
+    runs = {title: records for title, records in runs.items() if records}
     figure = Figure(figsize=(9, 0.3 + 3.2 * len(runs)), layout="constrained")
     rows = figure.subplots(len(runs), 2, squeeze=False)
     for axes, (title, records) in zip(rows, runs.items(), strict=True):

@@ -20,14 +20,11 @@ import torch
 from torch import Tensor
 
 from sfkernels import euler_step
-from sfmodel.extras import needed
 from sfmodel.files import atomic
 from sfmodel.ranks import Ranks
 from sfmodel.schedule import TRAIN_STEPS, FlowSchedule
+from sfmodel.train.shards import opened
 from sfmodel.weights.saving import save_tensors
-
-with needed():
-    from safetensors import safe_open
 
 IN_FILE = 64  # trajectories
 
@@ -90,7 +87,11 @@ class Trajectories:
         files = [*self.files()]
         note = self.folder / "trajectories.json"
         settings = json.dumps(facts, sort_keys=True)
-        if note.exists() and {**dict.fromkeys(facts), **json.loads(note.read_text())} != facts:
+        try:
+            others = note.exists() and {**dict.fromkeys(facts), **json.loads(note.read_text())}
+        except (ValueError, TypeError):
+            raise ValueError(f"{note}: is damaged: remove {self.folder}") from None
+        if others and others != facts:
             raise ValueError(f"{self.folder}: holds trajectories of other settings: remove them")
         ranks.wait()
         if ranks.first:
@@ -112,10 +113,15 @@ class Trajectories:
         points, texts = [], []
         for index in indices:
             name = f"trajectories-{index // IN_FILE * IN_FILE:06d}.safetensors"
-            with safe_open(self.folder / name, "pt") as file:
-                row = index % IN_FILE
-                points.append(file.get_slice("points")[row].float())
-                texts.append(file.get_slice("text")[row])
+            row = index % IN_FILE
+            try:
+                with opened(self.folder / name) as file:
+                    points.append(file.get_slice("points")[row].float())
+                    texts.append(file.get_slice("text")[row])
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.folder / name}: {error}: remove it, and --resume makes it anew"
+                ) from None
         rows = max(map(len, texts))
         padded = [torch.nn.functional.pad(t, (0, 0, 0, rows - len(t))) for t in texts]
         return torch.stack(points), torch.stack(padded)

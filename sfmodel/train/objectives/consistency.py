@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfkernels import BlockLayout, euler_step
 from sfmodel.dit import DiT
-from sfmodel.schedule import TRAIN_STEPS, add_noise, x0_of
+from sfmodel.schedule import TRAIN_STEPS, FlowSchedule, add_noise, x0_of
 from sfmodel.train.batch import MicroBatch
 from sfmodel.train.objectives import Objective
 
@@ -37,7 +37,10 @@ class Consistency(Objective):
         context, config = batch.context, batch.context.config
         clean, layout, text = batch.clean_BFCHW, batch.batch.layout, batch.text_BTE
         spaced = torch.linspace(1, 0, config.teacher_steps + 1)
-        sigmas = context.schedule.shifted(spaced).to(clean.device)
+        teacher = context.schedule
+        if config.teacher_shift is not None:
+            teacher = FlowSchedule(config.teacher_shift)
+        sigmas = teacher.shifted(spaced).to(clean.device)
         level_B = (batch.draw.uniform("level") * config.teacher_steps).long()
         sigma_B, next_B = sigmas[level_B], sigmas[level_B + 1]
         x = add_noise(clean, batch.noise("noise"), sigma_B)
