@@ -41,6 +41,13 @@ def legend(figure: Any, colours: Mapping[str, str]) -> None:
 
 
 def save(figure: Any, file: Path) -> None:
+    """Writes a PNG. Logarithmic heights are labelled in plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    for axis in (ax.yaxis for ax in figure.axes if ax.get_yscale() == "log"):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     with atomic(file) as part:
         figure.savefig(part, format="png", dpi=110)
 
