@@ -49,7 +49,8 @@ def demo(
     model, codec, text = load_toy()
     here = machine(model.device)
     console.print(
-        f"streaming {prompt!r}: weights {TOY_WEIGHTS.name}, teacher-forced; {describe(here)}"
+        f"streaming {prompt!r}: weights {TOY_WEIGHTS.name}, teacher-forced, "
+        f"the first frame self-forced; {describe(here)}"
     )
     embedding = text([prompt], model.device)
     result: dict[str, Any] = {"machine": here, "prompt": prompt, "seed": seed, "frames": frames}

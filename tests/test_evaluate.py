@@ -203,6 +203,7 @@ def test_euler_steps_follow_the_flow(model: DiT, monkeypatch: pytest.MonkeyPatch
 
 def test_bands_and_means() -> None:
     assert evaluate.bands(28, 7) == [(3, 7), (7, 14), (14, 28)]
+    assert evaluate.bands(70, 7) == [(3, 7), (7, 14), (14, 28), (28, 70)]
     assert evaluate.bands(20, 7) == [(3, 7), (7, 14)]
     assert evaluate.over([0.0, 1.0, 2.0, 3.0], (1, 3)) == 1.5
 

@@ -263,8 +263,8 @@ def evaluate(
 
 def bands(frames: int, trained: int) -> list[tuple[int, int]]:
     """Half-open ranges of latent frames to average over: the second half of what was trained, then
-    up to 2 and 4 times as long."""
-    ends = [trained // 2, *(trained * k for k in (1, 2, 4) if trained * k <= frames)]
+    up to 2, 4 and 10 times as long."""
+    ends = [trained // 2, *(trained * k for k in (1, 2, 4, 10) if trained * k <= frames)]
     return [*itertools.pairwise(ends)]
 
 
