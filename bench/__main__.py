@@ -18,7 +18,6 @@ readme       writes the newest results into README.md
 experiment   teacher, diffusion and self forcing trained and compared in the toy world
 wall-clock   their quality by seconds of training (Figure 6, right half)
 long         streams of 30 times the training length, by training and sink
-positions    a sink that stays or moves with the window, at 30 times the training length
 demo         a streamed toy video and what it cost
 tune         searches launch settings on this GPU and writes sfkernels/tuned/sm_XX.json
 """
@@ -42,7 +41,6 @@ FUNCTIONS = {
     "demo": "experiments.demo",
     "experiment": "experiments.table2",
     "long": "experiments.long",
-    "positions": "experiments.positions",
     "predict": "sfmodel.cli.predict",
     "wall-clock": "experiments.wall_clock",
 }

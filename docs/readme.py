@@ -111,8 +111,10 @@ def _experiment(file: Path) -> Iterator[str]:
     names = [name.removeprefix("distance ") for name in tables[0][0][shown]]
     found = summary["references"]
     least = [row[1] for row in tables[0][1] if row[0] in found]
+    commit = summary["machine"].get("commit")
     yield from _prose(
-        f"`make experiment` ({minutes:.0f} min) on {_on(summary, file.name)}: Fréchet distance "
+        f"`make experiment` ({minutes:.0f} min{f', at commit {commit}' if commit else ''}) on "
+        f"{_on(summary, file.name)}: Fréchet distance "
         "from real videos by latent frame, of "
         f"models trained on {table2.FRAMES}; {scale['seeds']} seeds, {scale['updates']} "
         f"updates. {_and(found)} have {_and(least)} at {names[0]}. Gap: what a model's own past "

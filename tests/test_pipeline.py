@@ -443,7 +443,11 @@ def test_the_full_size_model_is_measured_by_its_latents(tmp_path: Path) -> None:
     [
         ("--preset wan-1.3b", ("14,288.5", "wan-1.3b, GPUs: 8"), ("stage teacher",)),
         ("--preset wan-1.3b --variant one-node", ("wan-1.3b, GPUs: 8",), ("14,288.5",)),
-        ("--teacher mine.safetensors", ("mine.safetensors: there is no",), ("stage teacher",)),
+        (
+            "--optimizer adamw --teacher mine.safetensors",
+            ("mine.safetensors: there is no",),
+            ("stage teacher",),
+        ),
         ("--optimizer adamw", ("stage teacher: bidirectional, toy",), ("missing or refused",)),
     ],
 )
@@ -491,7 +495,8 @@ def test_a_loss_must_not_grow(tmp_path: Path) -> None:
     settings = config(tmp_path / "run", "ode", steps=20)
     (tmp_path / "run").mkdir()
     losses = [4.0, 2.0, *[9.0] * 16, 1.0, 2.0]
-    lines = [{"step": i + 1, "loss": loss, "norm": 1.0} for i, loss in enumerate(losses)]
+    said = {"norm": 1.0, "seconds": 1.0, "seconds_per_step": 1.0}
+    lines = [{"step": i + 1, "loss": loss, **said} for i, loss in enumerate(losses)]
     (tmp_path / "run" / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (measure,) = checks.learning(settings)
     assert measure.value == pytest.approx(1.5 / 3) and measure.passed

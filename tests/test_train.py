@@ -241,7 +241,7 @@ def test_help_shows_the_defaults_of_the_recipe(
     ):
         code, out, _ = said_by(f"train {words} --help", monkeypatch, capsys)
         want = defaults(preset, recipe)
-        assert code == 0 and f"RECIPES (default: {recipe})" in out
+        assert code == 0 and f"(+dmd …) (default: {recipe})" in out
         assert f"--steps INT updates of the generator (default: {want.steps})" in out
         assert f"shorter ones of `frames` come in proportion (default: {want.batch})" in out
         assert f"rate of the generator (default: {want.lr})" in out
