@@ -17,8 +17,8 @@ from sfmodel.train.defaults import defaults
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
 SECTIONS = re.split(r"^## ", PAGE.read_text(), flags=re.M)[1:]
-WAN = Path("wan_models")
-OF_14B = WAN / "Wan2.1-T2V-14B" / "diffusion_pytorch_model.safetensors"
+WAN = Path("nowhere")
+OF_14B = WAN / "Wan2.1-T2V-14B" / "diffusion_pytorch_model.safetensors.index.json"
 OF_1_3B = WAN / "Wan2.1-T2V-1.3B" / "diffusion_pytorch_model.safetensors"
 
 # Settings that came with the arithmetic of the public code: a run that has none of them is older.
@@ -27,6 +27,12 @@ ADDED: dict[str, Any] = {
     "min_score_timestep": 5, "ts_schedule": True, "ts_schedule_max": True, "score_shift": 8.0,
     "discriminator_lr_multiplier": 2.0, "discriminator_warmup": 3, "teacher_shift": 8.0,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None that this machine has."""
+    monkeypatch.setenv("SFMODEL_MODELS", str(WAN))
 
 
 def rows(section: str) -> list[list[str]]:
@@ -63,9 +69,10 @@ def test_the_page_names_the_variants() -> None:
     pairs = [defaults("wan-1.3b", "ode", variant).pairs for variant in ("paper", "one-node")]
     assert pairs == [16_000, 1_500]
     assert said["trajectories for ODE regression"] == ["16,000", "1,500 (CausVid's)"]
-    size = 4 * 5 * 21 * 16 * 60 * 104  # float32, of five points
-    assert (round(size / 1e6, 1), round(16_000 * size / 1e9)) == (41.9, 671)
-    assert "41.9 MB" in SECTIONS[0] and "671 GB" in SECTIONS[0]
+    size, text = 4 * 5 * 21 * 16 * 60 * 104, 4 * 512 * 4096  # float32, of five points
+    assert (round(size / 1e6, 1), round(text / 1e6, 1)) == (41.9, 8.4)
+    assert round(16_000 * (size + text) / 1e9) == 805
+    assert "41.9 MB" in SECTIONS[0] and "up to 8.4" in SECTIONS[0] and "805 GB" in SECTIONS[0]
 
 
 @pytest.mark.parametrize("variant", ["paper", "one-node"])
@@ -82,7 +89,7 @@ def test_weights_of_all_recipes(preset: str, recipe: str, variant: str) -> None:
     else:
         needed = own if objective.needs_critic or objective.needs_teacher else None
         assert (config.teacher_preset, config.teacher, config.critic) == (None, needed, None)
-    assert config.init == (Path("checkpoints/ode_init.pt") if objective.needs_critic else own)
+    assert config.init == (WAN / "checkpoints/ode_init.pt" if objective.needs_critic else own)
     assert config.batch % 64 == 0 and config.micro_batch == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sfmodel.cli import main
 from sfmodel.cli.main import run_command
 from sfmodel.cli.train import train_command
 from sfmodel.config import PRESETS
@@ -323,3 +325,30 @@ def test_a_copy_is_shared_by_no_more_ranks_than_there_are() -> None:
     assert [sharing(0, world) for world in (1, 4)] == [1, 4]
     with pytest.raises(ValueError, match="shard=8: must divide the 12 ranks"):
         sharing(8, 12)
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "others"),
+    [
+        ("--preset wan-1.3b", ("14,288.5", "wan-1.3b, GPUs: 8"), ("stage teacher",)),
+        ("--preset wan-1.3b --variant one-node", ("wan-1.3b, GPUs: 8",), ("14,288.5",)),
+        (
+            "--optimizer adamw --teacher mine.safetensors",
+            ("mine.safetensors: there is no",),
+            ("stage teacher",),
+        ),
+        ("--optimizer adamw", ("stage teacher: bidirectional, toy",), ("missing or refused",)),
+    ],
+)
+def test_a_dry_run_of_all_stages(
+    words: str, said: tuple[str, ...], others: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """As the command line reads it: stages, their defaults and what earlier ones make."""
+    command = f"train --pipeline self-forcing --dry-run --ranks 8 --batch 64 {words}"
+    monkeypatch.setattr(sys, "argv", ["sfmodel", *command.split()])
+    main.main()
+    out = capsys.readouterr().out
+    assert "stage init: ode" in out and "stage self-forcing: sf+dmd" in out
+    assert all(each in out for each in said) and not any(each in out for each in others)
+    assert "2-init/model.safetensors" not in out  # which the stage before makes

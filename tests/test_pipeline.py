@@ -438,32 +438,6 @@ def test_the_full_size_model_is_measured_by_its_latents(tmp_path: Path) -> None:
         assert {*embed.call_args.args[0]} <= {"a", "b"}
 
 
-@pytest.mark.parametrize(
-    ("words", "said", "others"),
-    [
-        ("--preset wan-1.3b", ("14,288.5", "wan-1.3b, GPUs: 8"), ("stage teacher",)),
-        ("--preset wan-1.3b --variant one-node", ("wan-1.3b, GPUs: 8",), ("14,288.5",)),
-        (
-            "--optimizer adamw --teacher mine.safetensors",
-            ("mine.safetensors: there is no",),
-            ("stage teacher",),
-        ),
-        ("--optimizer adamw", ("stage teacher: bidirectional, toy",), ("missing or refused",)),
-    ],
-)
-def test_a_dry_run_of_all_stages(
-    words: str, said: tuple[str, ...], others: tuple[str, ...],
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    """As the command line reads it: stages, their defaults and what earlier ones make."""
-    command = f"train --pipeline self-forcing --dry-run --ranks 8 --batch 64 {words}"
-    run(monkeypatch, *command.split())
-    out = capsys.readouterr().out
-    assert "stage init: ode" in out and "stage self-forcing: sf+dmd" in out
-    assert all(each in out for each in said) and not any(each in out for each in others)
-    assert "2-init/model.safetensors" not in out  # which the stage before makes
-
-
 def test_latents_of_other_statistics_do_not_pass() -> None:
     """Smooth ones do; noise, a channel off its mean, one that is flat and one that is saturated do
     not."""

@@ -156,6 +156,8 @@ def learning(config: TrainConfig) -> list[Measure]:
     if objective.needs_critic or config.recipe == "consistency":
         return []  # whose losses move with what they are measured against
     losses = [each["loss"] for each in logged(config.output / "log.jsonl", config.steps)]
+    if not losses:
+        return []  # the log is lost
     part = math.ceil(len(losses) / 10)
     ratio = sum(losses[-part:]) / sum(losses[:part])
     return [Measure("loss at the end over that at the start", ratio, 0.0, 1.0)]
