@@ -29,7 +29,7 @@ SHORT: dict[str, Any] = {"steps": 2, "save_every": 1, "chunks": (3,)}
 # Recipes and their settings by the names of runs.
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     **{recipe: (recipe, SHORT) for recipe in ("tf", "sf+dmd", "sf+gan")},
-    "lora": ("sf+dmd", SHORT | {"lora_rank": 2, "lora_critic": True, "lr_critic": 0.1}),
+    "lora": ("sf+dmd", SHORT | {"lora_rank": 2, "lora_critic": True, "lr_critic": 0.03}),
 }
 REFUSED: dict[str, dict[str, Any]] = {
     "muon": {"optimizer": "muon"},
