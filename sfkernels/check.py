@@ -375,11 +375,9 @@ def check(
     kernels: Sequence[str] | None = None,
     archs: Sequence[int] | None = None,
     tuned: Path = launch.TUNED,
-    one_case: bool = False,
 ) -> list[Compiled]:
     """Compiles and judges every case of the kernels (None: all) for the architectures (None: all),
-    in as many processes as there are cores. one_case: the first of each kernel alone. Raises
-    ValueError for unknown names."""
+    in as many processes as there are cores. Raises ValueError for unknown names."""
     every = ahead_of_time()
     known = list(dict.fromkeys(case.launcher for case in every))
     for name in kernels or ():
@@ -392,8 +390,6 @@ def check(
     work: list[tuple[list[int], int]] = []
     for arch in archs or LIMITS:
         indices = [i for i in chosen if arch in every[i].archs]
-        if one_case:
-            indices = [*{every[i].launcher: i for i in reversed(indices)}.values()]
         work += [(indices[at : at + TOGETHER], arch) for at in range(0, len(indices), TOGETHER)]
     # Fresh processes: a forked one may inherit a lock that a thread of the parent held.
     context = multiprocessing.get_context("spawn")
@@ -451,7 +447,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--kernel", action="append", metavar="NAME", help="only this launcher")
     parser.add_argument("--arch", action="append", type=int, metavar="XX", help="only sm_XX")
-    parser.add_argument("--one-case", action="store_true", help="only the first of each kernel")
     parser.add_argument(
         "--tuned",
         type=Path,
@@ -464,7 +459,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         folder, arch = _tuned_folder(chosen.tuned)
         archs = chosen.arch or ([arch] if arch else None)
-        results = check(chosen.kernel, archs, folder, chosen.one_case)
+        results = check(chosen.kernel, archs, folder)
         if chosen.json:
             rows = [dataclasses.asdict(r) for r in results]
             chosen.json.write_text(json.dumps(rows, indent=1))

@@ -182,17 +182,12 @@ def test_each_bound_is_named() -> None:
 
 @pytest.mark.aot
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", ["--arch 90", "--one-case --arch 80 --arch 89 --arch 100"])
-def test_shipped_kernels_hold_the_bounds_at_shipped_settings(
-    arguments: str, tmp_path: Path
-) -> None:
-    """All cases on Hopper, one of each kernel elsewhere: they are compiled for minutes."""
-    done = run_check("--json", tmp_path / "check.json", *arguments.split())
+def test_shipped_kernels_hold_the_bounds_at_shipped_settings(tmp_path: Path) -> None:
+    done = run_check("--json", tmp_path / "check.json")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "check.json").read_text())
-    archs = {int(word) for word in arguments.split() if word.isdigit()}
-    cases = {(one.launcher, arch) for one in ahead_of_time() for arch in archs & {*one.archs}}
-    assert {(row["launcher"], row["arch"]) for row in rows} == cases
+    assert {row["launcher"] for row in rows} == {one.launcher for one in ahead_of_time()}
+    assert {row["arch"] for row in rows} == {80, 89, 90, 100}
 
 
 @pytest.mark.aot
