@@ -1,4 +1,4 @@
-"""What a terminal shows: tables, and a video, two pixels to a character, as it is made."""
+"""Output to a terminal: tables, and a video, two pixels to a character, as it is made."""
 
 from __future__ import annotations
 

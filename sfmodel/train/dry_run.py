@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -190,18 +190,15 @@ def _refused(config: TrainConfig, to_come: Collection[Path]) -> list[str]:
         def text(sentences: Sequence[str]) -> Tensor:
             return torch.zeros(len(sentences), 1, width)
 
-    try:
-        check_source(config, source_of(config, text))
-    except (ValueError, OSError) as error:
-        said.append(str(error))
-    try:
-        if config.guided:
-            negative_prompt(config.negative or "", config.model, text)
-    except (ValueError, OSError) as error:
-        said.append(str(error))
-    try:
-        if config.longer and config.preset != "toy":
-            checked_codec(config.preset, torch.device("cpu"), "wan", config.models)
-    except (ValueError, OSError) as error:
-        said.append(str(error))
+    checks: list[Callable[[], object]] = [lambda: check_source(config, source_of(config, text))]
+    if config.guided:
+        checks.append(lambda: negative_prompt(config.negative or "", config.model, text))
+    if config.longer and config.preset != "toy":
+        cpu = torch.device("cpu")
+        checks.append(lambda: checked_codec(config.preset, cpu, "wan", config.models))
+    for check in checks:
+        try:
+            check()
+        except (ValueError, OSError) as error:
+            said.append(str(error))
     return [*dict.fromkeys(said)]
