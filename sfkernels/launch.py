@@ -66,16 +66,13 @@ class Tile:
     pass of keys and values, keys) and streams the tiles of the other side past it one by one.
 
     stationary, streamed: tokens of such tiles. warps: of a program (of each consumer, where warps
-    are specialised). stages: streamed tiles in shared memory at once. per_sm: of kernels in Gluon,
-    programs per multiprocessor, each of which loops over stationary tiles (0: one program a tile).
-    why: reason or measurement.
+    are specialised). stages: streamed tiles in shared memory at once. why: reason or measurement.
     """
 
     stationary: int
     streamed: int
     warps: int
     stages: int
-    per_sm: int = 0
     why: str = ""
 
 
@@ -388,8 +385,8 @@ def candidates(
         return [default, *(box for box in boxes if box != same)]
     if isinstance(default, Tile):
         # Where warps are specialised, a consumer has four and there are two of 64 tokens.
-        fixed = (128,), (32, 64, 128), (4,), (2, 3, 4), (0, 1)
-        free = (64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4), (0,)
+        fixed = (128,), (32, 64, 128), (4,), (2, 3, 4)
+        free = (64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)
         tiles = itertools.starmap(Tile, itertools.product(*(fixed if specialised else free)))
         return [default, *(tile for tile in tiles if tile != same)]
     block = 2 ** math.ceil(math.log2(channels))

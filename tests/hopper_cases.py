@@ -28,12 +28,8 @@ LAYOUTS = {
     "hidden first chunk": BlockLayout.causal(6, 2, 25, hide_first=True),
     "smaller than a tile": BlockLayout.causal(2, 1, 5),
 }
-# Few tokens a visited tile, so that short spans have several. A CPU counts as two multiprocessors.
-TILES = [
-    Tile(128, 32, 4, 2),
-    Tile(128, 64, 4, 3, per_sm=1),
-    Tile(128, 128, 4, 2, per_sm=2),
-]
+# Few tokens a visited tile, so that short spans have several.
+TILES = [Tile(128, 32, 4, 2), Tile(128, 64, 4, 3), Tile(128, 128, 4, 2)]
 
 
 def rows_of(layout: BlockLayout) -> Pattern:

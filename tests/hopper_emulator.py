@@ -8,6 +8,9 @@ the worst that may happen:
 
 - mbarriers: arrival count, byte count, phase. One arrival too many is an error. A wait asks for the
   parity of a phase, as the hardware does, so that a wrong phase passes too early or never.
+- Named barriers: 16, which open when so many threads have come as each of them names. A partition
+  that comes twice before, or names another number, is an error, as is who is left waited for at
+  the end.
 - TMA loads poison their destination with NaN when they are issued and land at any time after it,
   in any order; what lies outside of the tensor is zero. Boxes count in full towards the bytes.
 - wgmma reads its operands in shared memory at the last moment, when a wait forces it to: a buffer
@@ -47,6 +50,7 @@ from triton.experimental.gluon.language.nvidia import hopper as real_hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sfkernels import launch
+from sfkernels.gpu.hopper import barriers, registers
 from sfkernels.gpu.hopper.launching import thread_barrier
 from tests.hopper_machine import (
     Barrier,
@@ -55,6 +59,7 @@ from tests.hopper_machine import (
     Copy,
     HopperError,
     InFlight,
+    NamedBarrier,
     Program,
     Shared,
     Store,
@@ -294,6 +299,24 @@ class _Language:
         Program.running.specialize(*partitions)
 
 
+class _NamedBarriers:
+    """`sfkernels.gpu.hopper.barriers`."""
+
+    @staticmethod
+    def meet(barrier: Any, warps: int, threads: int) -> None:
+        _NamedBarriers._of(barrier).come(32 * warps, threads, waits=True)
+
+    @staticmethod
+    def arrive(barrier: Any, warps: int, threads: int) -> None:
+        _NamedBarriers._of(barrier).come(32 * warps, threads, waits=False)
+
+    @staticmethod
+    def _of(barrier: Any) -> NamedBarrier:
+        if not barriers.FIRST.value <= int(barrier) < 16:
+            raise HopperError(f"named barrier {int(barrier)}: must be {barriers.FIRST.value} to 15")
+        return Program.running.barriers.setdefault(int(barrier), NamedBarrier())
+
+
 # What a kernel's module imports from Gluon, under whatever name, and what it gets instead.
 _INSTEAD = [
     (real_language, _Language()),
@@ -302,6 +325,8 @@ _INSTEAD = [
     (real_hopper.tma.async_copy_global_to_shared, _Tma.async_copy_global_to_shared),
     (real_hopper.fence_async_shared, lambda cluster=False: None),
     (thread_barrier, _Language.barrier),
+    (barriers, _NamedBarriers),
+    (registers.over_quarters, lambda x_M, like_M4: x_M[:, None]),
     (real_hopper.warpgroup_mma, _wgmma),
     (real_hopper.warpgroup_mma_wait, _wgmma_wait),
     (real_hopper.warpgroup_mma_init, lambda value: value),
@@ -314,12 +339,15 @@ def _rebuilt(function: Any, worlds: dict[int, dict[str, Any]]) -> Callable[..., 
     if id(module) not in worlds:
         world = worlds[id(module)] = {"range": _range}
         for name, value in [*module.items()]:
-            if isinstance(value, GluonJITFunction):
+            ours = [ours for real, ours in _INSTEAD if value is real]
+            if ours:
+                world[name] = ours[0]
+            elif isinstance(value, GluonJITFunction):
                 world[name] = _rebuilt(value, worlds)
             elif isinstance(value, real_language.constexpr):
                 world[name] = value.value
             elif name != "range":
-                world[name] = next((ours for real, ours in _INSTEAD if value is real), value)
+                world[name] = value
     code = function.fn
     return types.FunctionType(
         code.__code__, worlds[id(module)], code.__name__, code.__defaults__, code.__closure__
@@ -386,3 +414,6 @@ def _run_program(program: Program, function: Callable[..., None], given: dict[st
         raise program.failure
     if program.copies or program.current.groups:
         raise HopperError("a program ends with copies or wgmma in flight")
+    for number, barrier in program.barriers.items():
+        if barrier.come_by:
+            raise HopperError(f"a program ends with who came to named barrier {number} waited for")

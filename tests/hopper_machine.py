@@ -88,6 +88,7 @@ class Program:
         self.current = Partition(self.speed(), {})
         self.partitions = [self.current]
         self.copies: list[Copy] = []
+        self.barriers: dict[int, NamedBarrier] = {}
         self.shared = 0
         self.failure: Exception | None = None
 
@@ -195,6 +196,38 @@ class Barrier:
         if self.pending == 0 and self.bytes == 0:
             self.phase, self.pending = self.phase + 1, self.count
             _join(self.done, self.coming)
+
+
+class NamedBarrier:
+    """A named barrier. come_by: who has come in this phase, with so many of the `expected`
+    threads."""
+
+    expected = phase = 0
+
+    def __init__(self) -> None:
+        self.come_by: dict[Partition, int] = {}
+        self.coming: Clock = {}
+
+    def come(self, threads: int, expected: int, waits: bool) -> None:
+        program = Program.running
+        program.pause()
+        me = program.current
+        if me in self.come_by:
+            raise HopperError("a partition comes twice to a named barrier before it opens")
+        if self.come_by and expected != self.expected:
+            raise HopperError(f"a named barrier of {self.expected} threads, and of {expected}")
+        self.come_by[me], self.expected = threads, expected
+        _join(self.coming, me.clock)
+        me.clock[me] += 1
+        phase, done = self.phase, self.coming
+        if sum(self.come_by.values()) > expected:
+            raise HopperError("more threads come to a named barrier than it waits for")
+        if sum(self.come_by.values()) == expected:
+            self.phase, self.come_by, self.coming = phase + 1, {}, {}
+        if waits:
+            program.pause(lambda: self.phase > phase)
+            _join(program.current.clock, done)
+        program.pause()
 
 
 class Access:

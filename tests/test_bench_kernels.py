@@ -274,7 +274,7 @@ def test_candidates_are_all_different_programs() -> None:
     tile = Tile(128, 64, 4, 2, why="measured")
     for specialised in (False, True):
         tiles = launch.candidates(tile, 256, specialised=specialised)
-        assert tiles[0] == tile and len(tiles) == len(set(tiles)) > 10
+        assert tiles[0] == tile and len(tiles) == len(set(tiles)) > 8
         assert replace(tile, why="") not in tiles
     assert all(isinstance(s, Tile) and s.stationary == 128 and s.warps == 4 for s in tiles)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sfkernels import BlockLayout, RingKVCache, launch
 from sfkernels.gpu.hopper import attention as hopper
+from sfkernels.gpu.hopper import work
 from sfkernels.gpu.tiles import visits
 from sfkernels.kv_cache import semaphores_needed
 from sfkernels.launch import Tile
@@ -95,19 +96,21 @@ def test_strided_tensors() -> None:
 
 
 def check_ring(
-    parts: int,
+    programs: int,
     valid: int,
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
     module: ModuleType = hopper,
+    queries: int = 150,
 ) -> None:
-    batch, queries, heads, head_dim, slots = 2, 150, 1, 64, 250
+    """programs: that share the ring's tiles, four where there are 150 queries."""
+    batch, heads, head_dim, slots = 2, 1, 64, 250
     q = torch.randn(batch, queries, heads, head_dim).to(dtype)
     k, v = torch.randn(2, batch, slots, heads, head_dim).to(dtype).unbind()
     near = min(max(valid, 1), slots)
     k[:, near:], v[:, near:] = 1000.0, 1000.0  # finite, and never to be seen
     length = torch.tensor(valid, dtype=random.choice([torch.int32, torch.int64]))
-    monkeypatch.setattr("sfkernels.gpu.attention.key_splits", lambda *_: parts)
+    shared_by(programs, monkeypatch)
     launches: list[str] = []
     seed = random.randrange(1000)
     semaphores = torch.zeros(semaphores_needed(batch, queries, heads), dtype=torch.int32)
@@ -117,38 +120,80 @@ def check_ring(
     seen = (torch.arange(slots) < near).expand(queries, slots)
     eager, _ = attend(q, k, v, seen, 0.1)
     exact, _ = attend(q.double(), k.double(), v.double(), seen, 0.1)
-    close_as_eager(f"o of {valid} in {parts} (emulator's seed {seed})", o, eager, exact)
+    close_as_eager(f"o of {valid} by {programs} (emulator's seed {seed})", o, eager, exact)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 5])
-def test_ring_of_any_length(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def shared_by(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets tiles be cut between so many programs, however short the parts are."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda _: programs)
+    monkeypatch.setattr(work, "JOIN", 0)
+
+
+@pytest.mark.parametrize("programs", [1, 3, 8, 13])
+def test_ring_of_any_length(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for valid in (1, 31, 32, 33, 64, 65, random.randint(66, 249), 250):
         with launch.using(hopper_fwd=random.choice(TILES)):
-            check_ring(parts, valid, FP16, monkeypatch)
+            check_ring(programs, valid, FP16, monkeypatch)
 
 
-@pytest.mark.parametrize(("parts", "valid"), [(1, -3), (2, 0), (1, 251), (2, 2**31 - 1)])
-def test_a_length_out_of_range(parts: int, valid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("queries", [1, 16, 17, 64, 65, 128])
+def test_few_queries(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many semaphores as a cache has are enough."""
+    with launch.using(hopper_fwd=TILES[0]):
+        check_ring(7, 250, FP16, monkeypatch, queries=queries)
+
+
+@pytest.mark.parametrize(("programs", "valid"), [(1, -3), (9, 0), (1, 251), (9, 2**31 - 1)])
+def test_a_length_out_of_range(programs: int, valid: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts as the nearest in range."""
     with launch.using(hopper_fwd=TILES[0]):
-        check_ring(parts, valid, FP16, monkeypatch)
+        check_ring(programs, valid, FP16, monkeypatch)
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-def test_ring_in_bfloat16(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("programs", [1, 9])
+def test_ring_in_bfloat16(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with launch.using(hopper_fwd=TILES[0]):
-        check_ring(parts, 77, BF16, monkeypatch)
+        check_ring(programs, 77, BF16, monkeypatch)
+
+
+def test_samples_at_different_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared_by(7, monkeypatch)
+    q, k, v = torch.randn(3, 3, 160, 2, 64).half().unbind()
+    valid = torch.tensor([1, 160, 70], dtype=torch.int32)
+    with launch.using(hopper_fwd=TILES[0]), nan_filled(), emulate(random.randrange(1000)):
+        o = hopper.ring_attention(q, k, v, valid, None, 0.1)
+    for sample, count in enumerate(valid.tolist()):
+        each = slice(sample, sample + 1)
+        seen = (torch.arange(160) < count).expand(160, 160)
+        eager, _ = attend(q[each], k[each], v[each], seen, 0.1)
+        exact, _ = attend(q[each].double(), k[each].double(), v[each].double(), seen, 0.1)
+        close_as_eager(f"o of sample {sample}", o[each], eager, exact)
 
 
 def test_parts_are_joined_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever ends last: the same numbers, bit for bit, in a stream and when it is run again."""
-    monkeypatch.setattr("sfkernels.gpu.attention.key_splits", lambda *_: 4)
+    shared_by(11, monkeypatch)
     q, k, v = torch.randn(3, 1, 160, 2, 64).half().unbind()
     outs = []
     for seed in range(4):
         with launch.using(hopper_fwd=TILES[0]), nan_filled(), emulate(seed):
             outs.append(hopper.ring_attention(q, k, v, torch.tensor(160), None, 0.1))
     assert all(torch.equal(o, outs[0]) for o in outs)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_tiles_of_a_pattern_are_shared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared_by(random.choice([5, 7, 23]), monkeypatch)
+    with launch.using(hopper_fwd=TILES[0]):
+        check_fwd(new(LAYOUTS[name], 1, 2, 64, FP16), LAYOUTS[name])
+
+
+def test_tiles_with_a_prefix_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared_by(7, monkeypatch)
+    layout = BlockLayout.causal(3, 1, 50)
+    past = tuple(torch.randn(2, 90, 2, 64).half() for _ in range(2))
+    with launch.using(hopper_fwd=TILES[0]):
+        check_fwd((*new(layout, 2, 2, 64, FP16), *past), layout, ((0, 31), (64, 65), (70, 90)))
 
 
 def test_streaming_equals_one_pass() -> None:
@@ -228,58 +273,70 @@ def test_what_tma_cannot_read_is_named() -> None:
 
 
 # Mutants of the kernel: pieces of its text, and what replaces each.
+TAKE_TURN = "    barriers.meet(TURN + C, 4, BOTH)\n"
+GIVE_TURN = "    barriers.arrive(TURN + 1 - C, 4, BOTH)\n"
 WAIT_S = "    s_MN = warpgroup_mma_wait(1, deps=[s_MN])\n"
-WAIT_O = "    acc_MD = warpgroup_mma_wait(0, deps=[acc_MD])\n"
-DONE_K = "    mbarrier.arrive(k_empty.index(at))\n"
-DONE_V = "    mbarrier.arrive(v_empty.index(before))\n"
+WAIT_O = "    acc_MD, p_MN = warpgroup_mma_wait(0, deps=[acc_MD, p_MN])\n"
+DONE_K = "    barriers.arrive(FREE + 2 * at, 4, ALL)\n"
+DONE_V = "    barriers.arrive(FREE + 2 * before + 1, 4, ALL)\n"
+OPERAND = "    p_MN = operand(p_MN, q.dtype, D)\n"
 DONE_Q = "            mbarrier.arrive(q_empty.index(C))\n"
-NEXT_K = "    mbarrier.wait(k_full.index(after), ((n + 1) // STAGES) & 1, pred=n < last)\n"
-WAIT_V = "    mbarrier.wait(v_full.index(before), ((n - 1) // STAGES) & 1)\n"
-WAIT_Q = "            mbarrier.wait(q_full.index(C), turn_of(tile) & 1)\n"
-FREE_K = "            mbarrier.wait(k_empty.index(at), phase ^ 1)\n"
-FREE_V = "            mbarrier.wait(v_empty.index(at), phase ^ 1)\n"
-FREE_Q = "                mbarrier.wait(q_empty.index(c), (turn_of(tile) & 1) ^ 1)\n"
-INIT_V = "        mbarrier.init(v_empty.index(stage), count=CONSUMERS)\n"
-STEPS = "            skip = 1\n"
+NEXT_K = "    mbarrier.wait(k_full.index(after), ((n + 1) // STAGES) & 1, pred=n < last)\n    if"
+WAIT_V = "    mbarrier.wait(v_full.index(at), (n // STAGES) & 1)\n    acc"
+WAIT_Q = "            mbarrier.wait(q_full.index(C), turn & 1)\n"
+FREE_K = "                barriers.meet(FREE + 2 * at, 1, ALL)\n"
+FREE_V = "                barriers.meet(FREE + 2 * at + 1, 1, ALL)\n"
+FREE_Q = "                mbarrier.wait(q_empty.index(c), (turn & 1) ^ 1)\n"
+STEPS = "            skip = N\n"
+END = "    if C == 0:\n        barriers.meet(TURN, 4, BOTH)\n"
 MUTANTS = {
     "K released early": {WAIT_S + DONE_K: DONE_K + WAIT_S},
-    "V released early": {WAIT_O + DONE_V: DONE_V + WAIT_O},
+    "V released early": {WAIT_O + OPERAND + DONE_V: DONE_V + WAIT_O + OPERAND},
     "Q released early": {DONE_Q: "", STEPS: DONE_Q + STEPS},
     "K never released": {DONE_K: ""},
     "K released twice": {DONE_K: DONE_K + DONE_K},
     "another buffer released": {DONE_V: DONE_V.replace("before", "at")},
+    "V released in the place of K": {DONE_K: DONE_K.replace("at,", "at + 1,")},
     "wrong phase of K": {NEXT_K: NEXT_K.replace("n + 1", "n")},
-    "wrong phase of V": {WAIT_V: WAIT_V.replace("n - 1", "n")},
-    "wrong phase of Q": {WAIT_Q: WAIT_Q.replace("turn_of(tile) & 1", "0")},
-    "wrong phase of a free K": {FREE_K: FREE_K.replace("phase ^ 1", "phase")},
-    "no wait for K": {NEXT_K: ""},
-    "no wait for V": {WAIT_V: ""},
+    "wrong phase of V": {WAIT_V: WAIT_V.replace("n //", "(n + 1) //")},
+    "wrong phase of Q": {WAIT_Q: WAIT_Q.replace("turn & 1", "0")},
+    "no wait for K": {NEXT_K: "    if"},
+    "no wait for V": {WAIT_V: "    acc"},
     "no wait for Q": {WAIT_Q: ""},
-    "no wait for a free K": {FREE_K: ""},
-    "no wait for a free V": {FREE_V: ""},
+    "no wait for a free K": {FREE_K: "                pass\n"},
+    "no wait for a free V": {FREE_V: "                pass\n"},
     "no wait for a free Q": {FREE_Q: ""},
     "no wait for S": {WAIT_S: ""},
     "too few waited for at S": {WAIT_S: WAIT_S.replace("1", "2")},
-    "too few waited for at O": {WAIT_O + DONE_V: WAIT_O.replace("0", "1") + DONE_V},
+    "too few waited for at O": {WAIT_O: WAIT_O.replace("0", "1")},
     "more bytes expected than come": {"at), k_desc.block_type": "at), 2 * k_desc.block_type"},
-    "one consumer awaited": {INIT_V: INIT_V.replace("CONSUMERS", "1")},
-    "no mask": {"    if MASK:": "    if False:"},
-    "rows beyond the tile written": {"row_M1 < past": "row_M1 < tokens"},
+    "one consumer awaited": {"gl.constexpr(288)": "gl.constexpr(160)"},
+    "turns never given": {GIVE_TURN: ""},
+    "turns given to oneself": {GIVE_TURN: GIVE_TURN.replace("1 - C", "C")},
+    "nobody begins": {"    if C == 1:\n        barriers.arrive(TURN, 4, BOTH)\n": ""},
+    "the last turn is left": {END: ""},
+    "the last buffers are left": {"range(gl.maximum(n - STAGES, 0), n)": "range(0)"},
+    "turns taken out of order": {TAKE_TURN: TAKE_TURN.replace("+ C", "+ 1 - C")},
+    "no mask": {"    if left < N:": "    if False:"},
+    "rows beyond the tile written": {"start, end, H * D": "start, queries, H * D"},
 }  # fmt: skip
 
 
+PARTS = """    for part in range(joined, parts_end):
+        at_R = part * (CONSUMERS * M) + row + row_R
+"""
+SUMMED = "        lse_R"
 RING_MUTANTS = {
-    "not all threads have stored": {"            thread_barrier()\n": ""},
+    "not all threads have stored": {"                thread_barrier()\n": ""},
     "what was stored is not released": {'sem="acq_rel", scope="gpu"': 'sem="relaxed", scope="gpu"'},
-    "the first to end joins": {"if counted == parts - 1:": "if counted == 0:"},
-    "nobody joins": {"if counted == parts - 1:": "if counted == parts:"},
-    "parts without keys are counted": {"if gl.program_id(1) < parts:": "if True:"},
-    "the semaphores are left": {"gl.store(semaphores_ptr + at, 0)": "pass"},
-    "tiles of a head share a semaphore": {" + first // SEMAPHORES": ""},
-    "the last part is left out": {"for part in range(parts):\n        weight":
-                                  "for part in range(parts - 1):\n        weight"},
-    "weights of another part": {"gl.load(lse_at + part * step, row_R < past, 0.0) - most_R":
-                                "gl.load(lse_at, row_R < past, 0.0) - most_R"},
+    "the first to end joins": {"if counted == parts_end - joined - 1:": "if counted == 0:"},
+    "nobody joins": {"if counted == parts_end - joined - 1:": "if counted == parts_end - joined:"},
+    "parts without keys are as they were": {"if first == past:": "if False:"},
+    "the semaphores are left": {"gl.store(semaphore_ptr, 0)": "pass"},
+    "both consumers share a semaphore": {"semaphores_ptr + C * shared +": "semaphores_ptr +"},
+    "tiles share a semaphore": {" + gl.load(item_ptr + 8)": ""},
+    "the last part is left out": {PARTS + SUMMED: PARTS.replace("end", "end - 1") + SUMMED},
+    "a part has the keys of another": {"lo, hi = lo * visits": "lo, hi = 0 * visits"},
 }  # fmt: skip
 
 
@@ -291,9 +348,9 @@ def test_emulator_catches_in_a_ring(
     with launch.using(hopper_fwd=Tile(128, 32, 4, 2)):
         with pytest.raises((HopperError, AssertionError)) as caught:
             for _ in range(5):
-                check_ring(3, 33, FP16, monkeypatch, module)
+                check_ring(13, 33, FP16, monkeypatch, module)
         print(f"{name}: {caught.type.__name__}: {caught.value}")
-        check_ring(3, 33, FP16, monkeypatch)
+        check_ring(13, 33, FP16, monkeypatch)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -301,7 +358,7 @@ def test_emulator_catches(name: str, tmp_path: Path) -> None:
     module = mutant(hopper, MUTANTS[name], tmp_path)
     layout = BlockLayout.causal(3, 1, 150)
     tensors = new(layout, 1, 2, 64, FP16)
-    with launch.using(hopper_fwd=Tile(128, 32, 4, 2, per_sm=1)):
+    with launch.using(hopper_fwd=Tile(128, 32, 4, 2)):
         with pytest.raises((HopperError, AssertionError)) as caught:
             for seed in range(5):
                 check_fwd(tensors, layout, module=module, seed=seed)

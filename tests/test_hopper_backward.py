@@ -162,7 +162,7 @@ KV_WAIT = "            dk_MD, dv_MD = warpgroup_mma_wait(0, deps=[dk_MD, dv_MD])
 KV_DONE = "            mbarrier.arrive(empty.index(slot), count=1)\n"
 KV_KEPT_DONE = "        mbarrier.arrive(kept_empty.index(c), count=1)\n        done += count\n"
 KV_LOOP = "        for t in range(done, done + count):\n"
-KV_KEPT = ("        mbarrier.wait(kept_full.index(c), turn_of(tile) & 1)\n" + KV_LOOP, KV_LOOP)
+KV_KEPT = ("        mbarrier.wait(kept_full.index(c), (item - begin) & 1)\n" + KV_LOOP, KV_LOOP)
 # Keys are visited:
 Q_FULL = "                mbarrier.wait(full.index(slot), t // STAGES & 1)\n                k_DN"
 Q_WAIT_S = "                s_MN = warpgroup_mma_wait(2, deps=[s_MN])\n"
@@ -172,12 +172,12 @@ Q_DONE = "                mbarrier.arrive(empty.index(before), count=1, pred=t >
 Q_KEPT_DONE = "        mbarrier.arrive(kept_empty.index(c), count=1)\n        if t"
 Q_BEGAN = "        began = t\n"
 Q_LOAD = "        q_MD = q_s"
-Q_KEPT = ("        mbarrier.wait(kept_full.index(c), turn_of(tile) & 1)\n" + Q_LOAD, Q_LOAD)
+Q_KEPT = ("        mbarrier.wait(kept_full.index(c), (item - begin) & 1)\n" + Q_LOAD, Q_LOAD)
 Q_LAST_WAIT = "            dq_MD = warpgroup_mma_wait(0, deps=[dq_MD])\n            mb"
 Q_LAST_DONE = "            mbarrier.arrive(empty.index(last), count=1)\n"
 # The loading warp:
 FREE = "        mbarrier.wait(empty.index(slot), t // STAGES & 1 ^ 1)\n"
-KEPT_FREE = "            mbarrier.wait(kept_empty.index(c), turn_of(tile) & 1 ^ 1)\n"
+KEPT_FREE = "            mbarrier.wait(kept_empty.index(c), turn ^ 1)\n"
 STATS = ("            lse_s.index(slot).store(lse_N)\n"
          "            delta_s.index(slot).store(delta_N)\n")
 STATS_DONE = "            mbarrier.arrive(full.index(slot), count=1)\n"
@@ -215,7 +215,7 @@ MUTANTS = {
     "no wait for a free buffer": {FREE: ""},
     "wrong phase of a free buffer": {FREE: FREE.replace(" ^ 1", "")},
     "no wait for a free kept tile": {KEPT_FREE: ""},
-    "the same phase in every turn": {KEPT_FREE: KEPT_FREE.replace("turn_of(tile)", "0")},
+    "the same phase in every turn": {KEPT_FREE: KEPT_FREE.replace("turn", "0")},
     "lse and delta stored late": {STATS + STATS_DONE: STATS_DONE + STATS},
     "lse and delta not awaited": {"count=2 if HAS_STATS else 1": "count=1", STATS_DONE: ""},
     "one consumer awaited": {"(empty.index(i), count=CONSUMERS)": "(empty.index(i), count=1)"},
@@ -230,7 +230,7 @@ def test_emulator_catches(name: str, tmp_path: Path) -> None:
     module = mutant(hopper_bwd, MUTANTS[name], tmp_path)
     layout = BlockLayout.causal(2, 1, 150)
     tensors = new(layout, 2, 1, 64, FP16)
-    with launch.using(**settings(Tile(128, 32, 4, 2, per_sm=1))):
+    with launch.using(**settings(Tile(128, 32, 4, 2))):
         with pytest.raises(Exception) as caught:  # an error of the hardware, NaN, or other numbers
             for seed in range(5):
                 check_bwd(tensors, rows_of(layout), module=module, seed=seed)

@@ -99,7 +99,7 @@ def _attend(q_MD, acc_MD, m_M, l_M, k_ptr, v_ptr, lo, hi, stride_kl, stride_vl, 
     return acc_MD, m_M, l_M
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "slots", "heads", "prefix", "stride_valid"])
 def _attention_fwd_kernel(
     q_ptr,
     k_ptr,
@@ -230,7 +230,7 @@ def _join(part_ptr, lse_ptr, o_ptr, start, past, step, parts, heads, D: tl.const
     store_tile(o_ptr, acc_MD / sum_M[:, None], start, past, heads * D, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "queries", "heads"])
 def _combine_parts_kernel(
     part_ptr,
     lse_ptr,

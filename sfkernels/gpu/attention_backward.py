@@ -30,7 +30,7 @@ from sfkernels.gpu.tiles import Pattern, column_table, tile_table
 from sfkernels.layout import Span
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "heads"])
 def _row_delta_kernel(
     do_ptr,
     o_ptr,
@@ -84,7 +84,7 @@ def _dq_of_span(dq_MD, q_MD, do_MD, lse_M, delta_M, k_ptr, v_ptr, lo, hi, stride
     return dq_MD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "heads", "prefix"])
 def _attention_dq_kernel(
     do_ptr,
     q_ptr,
@@ -158,7 +158,7 @@ def _attention_dq_kernel(
     store_tile(dq_ptr, dq_MD * scale, start, past, heads * D, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "keys", "heads"])
 def _attention_dkdv_kernel(
     do_ptr,
     q_ptr,

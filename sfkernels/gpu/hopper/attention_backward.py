@@ -54,10 +54,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sfkernels import launch
 from sfkernels.gpu.attention import LOG2E
 from sfkernels.gpu.attention_backward import row_delta
-from sfkernels.gpu.hopper.attention import accumulator, operand, store_rows, turn_of
+from sfkernels.gpu.hopper.attention import ITEM
 from sfkernels.gpu.hopper.launching import (
     CONSUMER_REGISTERS,
     CONSUMERS,
@@ -66,17 +65,34 @@ from sfkernels.gpu.hopper.launching import (
     describe,
     hopper_setting,
     launch_specialised,
-    programs_of,
 )
-from sfkernels.gpu.tiles import Pattern, Tiles, column_table, tile_table
-from sfkernels.layout import Span
+from sfkernels.gpu.hopper.registers import accumulator, operand, store_rows
+from sfkernels.gpu.hopper.work import list_of
+from sfkernels.gpu.tiles import Pattern
+from sfkernels.layout import Row, Span, transpose
 
 Named = tuple[str, Tensor | None]
 
 
 @gluon.jit
 def _span(spans_ptr, i):
+    """Tokens that an item visits. Keys of the prefix count back from 0."""
     return gl.load(spans_ptr + 2 * i), gl.load(spans_ptr + 2 * i + 1)
+
+
+@gluon.jit
+def _item(items_ptr, i):
+    """First token of an item and the one past its last, its head, and its first span and the one
+    past its last."""
+    at = items_ptr + ITEM * i
+    return gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3), gl.load(at + 4)
+
+
+@gluon.jit
+def _items(begins_ptr):
+    """The items of this program."""
+    at = begins_ptr + gl.program_id(0)
+    return gl.load(at), gl.load(at + 1)
 
 
 @gluon.jit
@@ -109,40 +125,52 @@ def _load_span(x_desc, y_desc, x_row, y_row, col, lse_ptr, delta_ptr, lo, hi, t,
 
 @gluon.jit
 def _load(a_desc, b_desc, x_desc, y_desc, x_prefix_desc, y_prefix_desc, lse_ptr, delta_ptr,
-          tiles_ptr, spans_ptr, tiles, prefix, visited, a_rows, b_rows, x_rows, y_rows,
+          begins_ptr, items_ptr, spans_ptr, prefix, visited, a_rows, b_rows, x_rows, y_rows,
           x_prefix_rows, y_prefix_rows, kept, ring, stats, H: gl.constexpr, D: gl.constexpr,
           N: gl.constexpr, STAGES: gl.constexpr, HAS_STATS: gl.constexpr, HAS_PREFIX: gl.constexpr
           ):  # fmt: skip
     """The loading warp. Kept are tiles of a and b, visited tiles of x and y: K, V and Q, dO, or
     Q, dO and K, V. Tensors are seen as rows of tokens, and samples are *_rows of them apart."""
     a_s, b_s, kept_full, kept_empty = kept
-    batch, col = gl.program_id(1) // H, gl.program_id(1) % H * D
-    lse_ptr += gl.program_id(1) * visited
-    delta_ptr += gl.program_id(1) * visited
+    begin, end = _items(begins_ptr)
     t = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        at = tiles_ptr + 4 * tile
-        first = gl.load(at)
+    for item in range(begin, end):
+        first, _past, head, first_span, past_span = _item(items_ptr, item)
+        batch, col = head // H, head % H * D
+        turn = (item - begin) & 1
         for c in gl.static_range(CONSUMERS):
             bar, row = kept_full.index(c), first + c * M
-            mbarrier.wait(kept_empty.index(c), turn_of(tile) & 1 ^ 1)
+            mbarrier.wait(kept_empty.index(c), turn ^ 1)
             mbarrier.expect(bar, a_desc.block_type.nbytes + b_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(a_desc, [batch * a_rows + row, col], bar, a_s.index(c))
             tma.async_copy_global_to_shared(b_desc, [batch * b_rows + row, col], bar, b_s.index(c))
-        if HAS_PREFIX:
-            for i in range(prefix):
-                lo, hi = _span(spans_ptr, i)
-                t = _load_span(x_prefix_desc, y_prefix_desc, batch * x_prefix_rows,
-                               batch * y_prefix_rows, col, lse_ptr, delta_ptr, lo, hi, t, ring,
-                               stats, N, STAGES, HAS_STATS)  # fmt: skip
-        for i in range(gl.load(at + 2), gl.load(at + 3)):
+        at = head * visited
+        for i in range(first_span, past_span):
             lo, hi = _span(spans_ptr, i)
-            t = _load_span(x_desc, y_desc, batch * x_rows, batch * y_rows, col, lse_ptr, delta_ptr,
-                           lo, hi, t, ring, stats, N, STAGES, HAS_STATS)  # fmt: skip
+            if HAS_PREFIX:
+                if lo < 0:
+                    lo += prefix
+                    t = _load_span(x_prefix_desc, y_prefix_desc, batch * x_prefix_rows,
+                                   batch * y_prefix_rows, col, lse_ptr + at, delta_ptr + at, lo,
+                                   hi + prefix, t, ring, stats, N, STAGES, HAS_STATS)  # fmt: skip
+                else:
+                    t = _load_span(x_desc, y_desc, batch * x_rows, batch * y_rows, col,
+                                   lse_ptr + at, delta_ptr + at, lo, hi, t, ring, stats, N,
+                                   STAGES, HAS_STATS)  # fmt: skip
+            else:
+                t = _load_span(x_desc, y_desc, batch * x_rows, batch * y_rows, col, lse_ptr + at,
+                               delta_ptr + at, lo, hi, t, ring, stats, N, STAGES,
+                               HAS_STATS)  # fmt: skip
 
 
 @gluon.jit
-def _consume_queries(c: gl.constexpr, dk_ptr, dv_ptr, tiles_ptr, spans_ptr, tiles, keys,
+def _start_of(head, tokens, H: gl.constexpr, D: gl.constexpr):
+    """Start of a head, counted over all samples, in a contiguous [samples, tokens, H, D]."""
+    return (head // H * tokens.to(gl.int64) * H + head % H) * D
+
+
+@gluon.jit
+def _consume_queries(c: gl.constexpr, dk_ptr, dv_ptr, begins_ptr, items_ptr, spans_ptr, keys,
                      scale, scale_log2, kept, ring, stats, H: gl.constexpr, D: gl.constexpr,
                      N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """dK and dV of the c-th M keys of every tile."""
@@ -153,16 +181,17 @@ def _consume_queries(c: gl.constexpr, dk_ptr, dv_ptr, tiles_ptr, spans_ptr, tile
     OUT: gl.constexpr = accumulator(D)
     zero_MN = gl.zeros([M, N], gl.float32, SCORE)
     done = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        at = tiles_ptr + 4 * tile
+    begin, end = _items(begins_ptr)
+    for item in range(begin, end):
+        first, past, head, first_span, past_span = _item(items_ptr, item)
         # Counted here: the loop over tiles has no registers left for one over spans around it.
         count = 0
-        for i in range(gl.load(at + 2), gl.load(at + 3)):
+        for i in range(first_span, past_span):
             lo, hi = _span(spans_ptr, i)
             count += gl.cdiv(hi - lo, N)
         dk_MD = gl.zeros([M, D], gl.float32, OUT)
         dv_MD = gl.zeros([M, D], gl.float32, OUT)
-        mbarrier.wait(kept_full.index(c), turn_of(tile) & 1)
+        mbarrier.wait(kept_full.index(c), (item - begin) & 1)
         for t in range(done, done + count):
             slot = t % STAGES
             q_ND, do_ND = q_s.index(slot), do_s.index(slot)
@@ -182,16 +211,15 @@ def _consume_queries(c: gl.constexpr, dk_ptr, dv_ptr, tiles_ptr, spans_ptr, tile
             mbarrier.arrive(empty.index(slot), count=1)
         mbarrier.arrive(kept_empty.index(c), count=1)
         done += count
-        at = tiles_ptr + 4 * tile
-        first, past = gl.load(at) + c * M, gl.load(at + 1)
-        sample, head = gl.program_id(1) // H, gl.program_id(1) % H
-        store_rows(dv_ptr, dv_MD, first, past, sample, keys, head, 16, H, D)
-        store_rows(dk_ptr, dk_MD * scale, first, past, sample, keys, head, 16, H, D)
+        first, past, head, _first_span, _past_span = _item(items_ptr, item)
+        at = _start_of(head, keys, H, D)
+        store_rows(dv_ptr + at, dv_MD, first + c * M, past, H * D, 16, D)
+        store_rows(dk_ptr + at, dk_MD * scale, first + c * M, past, H * D, 16, D)
 
 
 @gluon.jit
-def _consume_keys(c: gl.constexpr, dq_ptr, lse_ptr, delta_ptr, tiles_ptr, spans_ptr, tiles,
-                  prefix, queries, scale, scale_log2, kept, ring, H: gl.constexpr,
+def _consume_keys(c: gl.constexpr, dq_ptr, lse_ptr, delta_ptr, begins_ptr, items_ptr, spans_ptr,
+                  queries, scale, scale_log2, kept, ring, H: gl.constexpr,
                   D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """dQ of the c-th M queries of every tile."""
     q_s, do_s, kept_full, kept_empty = kept
@@ -202,21 +230,21 @@ def _consume_keys(c: gl.constexpr, dq_ptr, lse_ptr, delta_ptr, tiles_ptr, spans_
     row_M = gl.arange(0, M, gl.SliceLayout(1, SCORE))
     col_N = gl.arange(0, N, gl.SliceLayout(0, SCORE))
     t = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        at = tiles_ptr + 4 * tile
-        first, past = gl.load(at) + c * M, gl.load(at + 1)
-        first_span, past_span = gl.load(at + 2), gl.load(at + 3)
-        at_M = gl.program_id(1) * queries + first + row_M
+    begin, end = _items(begins_ptr)
+    for item in range(begin, end):
+        first, past, head, first_span, past_span = _item(items_ptr, item)
+        first += c * M
+        at_M = head * queries + first + row_M
         lse_M = gl.load(lse_ptr + at_M, first + row_M < past, 0.0)
         delta_M = gl.load(delta_ptr + at_M, first + row_M < past, 0.0)
         dq_MD = gl.zeros([M, D], gl.float32, OUT)
         # There is no tile before the first: zeros, which multiply the first one's own keys.
         ds_MN = operand(zero_MN, q_s.dtype, D)
         began = t
-        mbarrier.wait(kept_full.index(c), turn_of(tile) & 1)
+        mbarrier.wait(kept_full.index(c), (item - begin) & 1)
         q_MD = q_s.index(c).load(gl.DotOperandLayout(0, SCORE, 2))
-        for i in range(first_span - prefix, past_span):
-            lo, hi = _span(spans_ptr, gl.where(i < first_span, i + prefix - first_span, i))
+        for i in range(first_span, past_span):
+            lo, hi = _span(spans_ptr, i)
             for start in range(lo, hi, N):
                 slot, before = t % STAGES, gl.maximum(t - 1, began) % STAGES
                 mbarrier.wait(full.index(slot), t // STAGES & 1)
@@ -244,8 +272,8 @@ def _consume_keys(c: gl.constexpr, dq_ptr, lse_ptr, delta_ptr, tiles_ptr, spans_
             dq_MD = warpgroup_mma(ds_MN, k_s.index(last), dq_MD, is_async=True)
             dq_MD = warpgroup_mma_wait(0, deps=[dq_MD])
             mbarrier.arrive(empty.index(last), count=1)
-        sample, head = gl.program_id(1) // H, gl.program_id(1) % H
-        store_rows(dq_ptr, dq_MD * scale, first, past, sample, queries, head, 16, H, D)
+        at = _start_of(head, queries, H, D)
+        store_rows(dq_ptr + at, dq_MD * scale, first, past, H * D, 16, D)
 
 
 @gluon.jit
@@ -277,37 +305,48 @@ def _prepare(a_desc, x_desc, D: gl.constexpr, N: gl.constexpr, STAGES: gl.conste
     return (a_s, b_s, kept_full, kept_empty), (x_s, y_s, full, empty), (lse_s, delta_s)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["queries", "keys", "q_rows", "do_rows", "k_rows", "v_rows"])
 def _hopper_dkdv_kernel(q_desc, do_desc, k_desc, v_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-                        tiles_ptr, spans_ptr, tiles, queries, keys, scale, scale_log2,
+                        begins_ptr, items_ptr, spans_ptr, queries, keys, scale, scale_log2,
                         q_rows, do_rows, k_rows, v_rows, H: gl.constexpr, D: gl.constexpr,
                         N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     kept, ring, stats = _prepare(k_desc, q_desc, D, N, STAGES, True)
     gl.warp_specialize([
-        (_consume_queries, (0, dk_ptr, dv_ptr, tiles_ptr, spans_ptr, tiles, keys, scale,
+        (_consume_queries, (0, dk_ptr, dv_ptr, begins_ptr, items_ptr, spans_ptr, keys, scale,
                             scale_log2, kept, ring, stats, H, D, N, STAGES)),
-        (_consume_queries, (1, dk_ptr, dv_ptr, tiles_ptr, spans_ptr, tiles, keys, scale,
+        (_consume_queries, (1, dk_ptr, dv_ptr, begins_ptr, items_ptr, spans_ptr, keys, scale,
                             scale_log2, kept, ring, stats, H, D, N, STAGES)),
-        (_load, (k_desc, v_desc, q_desc, do_desc, q_desc, do_desc, lse_ptr, delta_ptr, tiles_ptr,
-                 spans_ptr, tiles, 0, queries, k_rows, v_rows, q_rows, do_rows, 0, 0,
+        (_load, (k_desc, v_desc, q_desc, do_desc, q_desc, do_desc, lse_ptr, delta_ptr, begins_ptr,
+                 items_ptr, spans_ptr, 0, queries, k_rows, v_rows, q_rows, do_rows, 0, 0,
                  kept, ring, stats, H, D, N, STAGES, True, False)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit(
+    do_not_specialize=[
+        "prefix",
+        "queries",
+        "do_rows",
+        "q_rows",
+        "k_rows",
+        "v_rows",
+        "k_prefix_rows",
+        "v_prefix_rows",
+    ]
+)
 def _hopper_dq_kernel(q_desc, do_desc, k_desc, v_desc, k_prefix_desc, v_prefix_desc, lse_ptr,
-                      delta_ptr, dq_ptr, tiles_ptr, spans_ptr, tiles, prefix, queries, scale,
+                      delta_ptr, dq_ptr, begins_ptr, items_ptr, spans_ptr, prefix, queries, scale,
                       scale_log2, q_rows, do_rows, k_rows, v_rows, k_prefix_rows, v_prefix_rows,
                       H: gl.constexpr, D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
                       HAS_PREFIX: gl.constexpr):  # fmt: skip
     kept, ring, stats = _prepare(q_desc, k_desc, D, N, STAGES, False)
     gl.warp_specialize([
-        (_consume_keys, (0, dq_ptr, lse_ptr, delta_ptr, tiles_ptr, spans_ptr, tiles, prefix,
+        (_consume_keys, (0, dq_ptr, lse_ptr, delta_ptr, begins_ptr, items_ptr, spans_ptr,
                          queries, scale, scale_log2, kept, ring, H, D, N, STAGES)),
-        (_consume_keys, (1, dq_ptr, lse_ptr, delta_ptr, tiles_ptr, spans_ptr, tiles, prefix,
+        (_consume_keys, (1, dq_ptr, lse_ptr, delta_ptr, begins_ptr, items_ptr, spans_ptr,
                          queries, scale, scale_log2, kept, ring, H, D, N, STAGES)),
         (_load, (q_desc, do_desc, k_desc, v_desc, k_prefix_desc, v_prefix_desc, lse_ptr, delta_ptr,
-                 tiles_ptr, spans_ptr, tiles, prefix, 0, q_rows, do_rows, k_rows, v_rows,
+                 begins_ptr, items_ptr, spans_ptr, prefix, 0, q_rows, do_rows, k_rows, v_rows,
                  k_prefix_rows, v_prefix_rows, kept, ring, stats, H, D, N, STAGES, False,
                  HAS_PREFIX)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
@@ -338,18 +377,22 @@ def attention_bwd(
     by_key: list[Named] = [("k", k_BSHD), ("v", v_BSHD)]
 
     setting = hopper_setting("hopper_dkdv", q_BLHD)
-    table = column_table(rows, keys, setting.stationary, q_BLHD.device)
+    columns = transpose([Row(*row) for row in rows], keys)
+    work = list_of(q_BLHD, setting, columns, whole=True)
     descs, apart = _describe(by_query, setting.streamed, by_key, M.value)
-    args = (*descs, lse_BHL, delta_BHL, dk, dv, *table, len(table.tiles), queries, keys)
-    _run(_hopper_dkdv_kernel, setting, (*args, scale, scale * LOG2E, *apart), table, q_BLHD)
+    args = (*descs, lse_BHL, delta_BHL, dk, dv, *work.tables, queries, keys)
+    launch_specialised(_hopper_dkdv_kernel, setting, (work.programs,),
+                       (*args, scale, scale * LOG2E, *apart), q_BLHD)  # fmt: skip
 
     setting = hopper_setting("hopper_dq", q_BLHD)
-    table = tile_table(rows, prefix, setting.stationary, q_BLHD.device)
+    before = 0 if k_prefix_BPHD is None else k_prefix_BPHD.shape[1]
+    work = list_of(q_BLHD, setting, rows, prefix, before, whole=True)
     by_key += [("prefix k", k_prefix_BPHD), ("prefix v", v_prefix_BPHD)]
     descs, apart = _describe(by_query, M.value, by_key, setting.streamed)
-    args = (*descs, lse_BHL, delta_BHL, dq, *table, len(table.tiles), len(prefix), queries)
-    _run(_hopper_dq_kernel, setting, (*args, scale, scale * LOG2E, *apart), table, q_BLHD,
-         HAS_PREFIX=len(prefix) > 0)  # fmt: skip
+    args = (*descs, lse_BHL, delta_BHL, dq, *work.tables, before, queries)
+    launch_specialised(_hopper_dq_kernel, setting, (work.programs,),
+                       (*args, scale, scale * LOG2E, *apart), q_BLHD,
+                       HAS_PREFIX=before > 0)  # fmt: skip
     return dq, dk, dv
 
 
@@ -368,16 +411,3 @@ def _describe(
     both = [*(describe(*t, queries) for t in by_query), *(describe(*t, keys) for t in by_key)]
     descs, apart = zip(*both, strict=True)
     return descs, apart
-
-
-def _run(
-    kernel: Any,
-    setting: launch.Tile,
-    args: tuple[Any, ...],
-    table: Tiles,
-    q_BLHD: Tensor,
-    **meta: Any,
-) -> None:
-    others = len(q_BLHD) * q_BLHD.shape[2]
-    programs = programs_of(setting, q_BLHD.device, len(table.tiles), others)
-    launch_specialised(kernel, setting, (programs, others), args, q_BLHD, **meta)

@@ -14,7 +14,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sfkernels import launch
 from sfkernels.gpu.attention import tile_setting
-from sfkernels.kv_cache import SEMAPHORE_ROWS
 
 # Two consumers of M queries each: the rows of one wgmma.
 M, CONSUMERS = gl.constexpr(64), gl.constexpr(2)
@@ -22,7 +21,6 @@ M, CONSUMERS = gl.constexpr(64), gl.constexpr(2)
 # take what the warpgroup of the loading warp leaves.
 REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS = 168, gl.constexpr(240), gl.constexpr(24)
 
-SEMAPHORES = gl.constexpr(SEMAPHORE_ROWS)
 # Waits for all threads of a partition. Triton 3.6 has it by one name, 3.7 by the other.
 thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
@@ -32,13 +30,6 @@ def hopper_setting(kernel: str, q_BLHD: Tensor) -> launch.Tile:
     assert setting.stationary == CONSUMERS.value * M.value and setting.warps == 4, setting
     assert setting.stages > 1, setting  # a tile of keys is kept until the next one is there
     return setting
-
-
-def programs_of(setting: launch.Tile, device: torch.device, tiles: int, others: int) -> int:
-    """Number of programs that share the tiles of each of the `others` heads and parts."""
-    if not setting.per_sm:
-        return tiles
-    return min(tiles, -(-setting.per_sm * launch.multiprocessors(device) // others))
 
 
 def launch_specialised(
