@@ -37,7 +37,7 @@ from sfmodel.terminal import plain_console
 
 # Implementations: the reference that defines every op, ours, and of others' the first word.
 EAGER, CPP = "eager", "cpp"
-OURS = ("triton", "gluon", CPP)
+OURS = ("triton", "gluon", "gluon deterministic", CPP)
 PEERS = ("compile", "native", "cublaslt", "liger", "quack", "sdpa", "flash", "flex", "diffusers",
          "public")  # fmt: skip
 FULL_ON_CPU = ("cpu", "decode")  # at more than toy sizes

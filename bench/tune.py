@@ -72,11 +72,14 @@ def searches(device: torch.device) -> Iterator[Search]:
     """The most valuable first: what runs most often per frame."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     clip = (cases.training(Heads(), 9, backward=True),)
+    same_bits = (cases.training(Heads(), 9, backward=True, deterministic=True),)
     for prefix, impl in (("attention", "triton"), ("hopper", "gluon")):
         if impl == "triton" or launch.architecture(device) == 90:
             yield Search(f"{prefix}_fwd", 256, STREAMS, impl)
-            yield Search(f"{prefix}_dkdv", 256, clip, impl)
-            yield Search(f"{prefix}_dq", 256, clip, impl)
+            yield Search(f"{prefix}_dkdv", 256, same_bits, impl)
+            yield Search(f"{prefix}_dq", 256, same_bits, impl)
+    if launch.architecture(device) == 90:
+        yield Search("hopper_bwd", 256, clip, "gluon")
     for outputs, inputs in ((8960, (1536,)), (1536, (8960, 1536)), (4608, (1536,))):
         layer = functools.partial(cases.linear, gelu=outputs == 8960, dtype=torch.bfloat16)
         sizes = itertools.product((CHUNK * FRAME, 2 * CHUNK * FRAME), inputs)

@@ -149,7 +149,8 @@ def launch_every_kernel() -> None:
     patterns = attention.Sizes(heads, 1, 77, (6, 3), (6,), 5, 1)
     odd = [
         *(case for case, _ in (*memory_bound.rows(rows), *attention.rows(patterns))),
-        # Three that no list has.
+        # Four that no list has.
+        cases.training(heads, 6, backward=True, deterministic=True),
         cases.normal(latents=latents),
         cases.sampler_step("euler, guided", latents=latents),
         cases.ring_attention(heads, 3, 6, table=True),

@@ -56,11 +56,15 @@ def block_causal_attention(
     *,
     prefix: Prefix | None = None,
     scale: float | None = None,
+    deterministic: bool | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Softmax attention under the mask that `layout` describes.
 
     q, k, v [B, layout.tokens, H, D]; scale defaults to D^-½; prefix: what all queries see as well.
+    deterministic: whether gradients are to be the same bits in every run, where it is faster not
+    to ("gluon", heads of 128, no prefix); None: as torch.use_deterministic_algorithms says, which
+    alone decides for the kernels of libraries.
     Returns [B, L, H, D]. Raises ValueError for shapes that do not fit the layout or each other
     (grouped-query attention, fewer key heads than query heads, is not offered)."""
     if not isinstance(layout, BlockLayout):
@@ -83,7 +87,12 @@ def block_causal_attention(
         )
     rows = flat_rows(*layout.fields)
     flat_spans = [edge for span in spans for edge in span]
-    return _attention(q_BLHD, k_BLHD, v_BLHD, past_k, past_v, rows, flat_spans, scale, impl)[0]
+    settings = scale, _deterministic(deterministic), impl
+    return _attention(q_BLHD, k_BLHD, v_BLHD, past_k, past_v, rows, flat_spans, *settings)[0]
+
+
+def _deterministic(asked: bool | None) -> bool:
+    return torch.are_deterministic_algorithms_enabled() if asked is None else bool(asked)
 
 
 def ring_attention(
@@ -150,10 +159,12 @@ def cross_attention(
     v_BSHD: Tensor,
     *,
     scale: float | None = None,
+    deterministic: bool | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Softmax attention of every query over every key, for text; q [B, L, H, D], k and v
-    [B, S, H, D]. Returns [B, L, H, D]. Raises ValueError for shapes that do not fit."""
+    [B, S, H, D]. deterministic: as of `block_causal_attention`. Returns [B, L, H, D]. Raises
+    ValueError for shapes that do not fit."""
     _check_heads(q_BLHD, k_BSHD, v_BSHD)
     scale = _scale(scale, q_BLHD)
     impl = _choose("cross_attention", impl, q_BLHD, "", k=k_BSHD, v=v_BSHD)
@@ -162,7 +173,8 @@ def cross_attention(
     if impl in library_attention.IMPLS:
         return library_attention.attention(q_BLHD, k_BSHD, v_BSHD, scale, impl)
     rows = [0, q_BLHD.shape[1], 1, 0, k_BSHD.shape[1]]
-    return _attention(q_BLHD, k_BSHD, v_BSHD, None, None, rows, [], scale, impl)[0]
+    settings = scale, _deterministic(deterministic), impl
+    return _attention(q_BLHD, k_BSHD, v_BSHD, None, None, rows, [], *settings)[0]
 
 
 def _choose_ring(
@@ -286,6 +298,7 @@ def _attention(
     rows: Sequence[int],
     prefix: Sequence[int],
     scale: float,
+    deterministic: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """o, and the logarithm of each query's sum of exponentials, which has no gradient."""
@@ -316,6 +329,7 @@ def _attention_bwd(
     rows: Sequence[int],
     prefix: Sequence[int],
     scale: float,
+    deterministic: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     seen = _check_pattern(q, k, v, k_prefix, v_prefix, rows, prefix, scale, impl)
@@ -330,7 +344,7 @@ def _attention_bwd(
         )
     do = do if do.stride()[2:] == (do.shape[3], 1) else do.contiguous()
     dq, dk, dv = kernel(impl, "attention_bwd")(
-        do, q, k, v, o, lse, seen, k_prefix, v_prefix, as_spans(prefix), scale
+        do, q, k, v, o, lse, seen, k_prefix, v_prefix, as_spans(prefix), scale, deterministic
     )
     return dq, dk, dv
 
@@ -358,9 +372,9 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, do: Tensor | None, _: None) -> Any:
     if do is None:
-        return (None,) * 9
+        return (None,) * 10
     grads = _attention_bwd(do, *ctx.saved_tensors, *ctx.options)
-    return *grads, *(None,) * 6
+    return *grads, *(None,) * 7
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)

@@ -123,6 +123,9 @@ def _attention_ahead(of: Heads, impl: str = "triton") -> Iterator[Bounded]:
     forced = [cases.training(of, 2 * CHUNK, backward, teacher_forcing=True) for backward in both]
     past = [cases.self_forcing(of, 8 * CHUNK, backward) for backward in both]
     found = {"attention_fwd": [forced[0], past[0]], "attention_bwd": [forced[1], past[1]]}
+    if impl == "gluon" and of.head_dim == 128:  # which has two ways
+        case = cases.training(of, 2 * CHUNK, True, teacher_forcing=True, deterministic=True)
+        found["attention_bwd"].append(case)
     found["ring_attention"] = [cases.ring_attention(of, CHUNK, window)]
     if impl == "triton":
         found["rotate_keys"] = [cases.ring_attention(of, CHUNK, window, table=True)]

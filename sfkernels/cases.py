@@ -63,9 +63,9 @@ class Case:
     def label(self) -> str:
         return f"{self.op}{' backward' if self.backward else ''} {self.size}"
 
-    def by(self, impl: str) -> Callable[..., tuple[Tensor, ...]]:
+    def by(self, impl: str, **options: Any) -> Callable[..., tuple[Tensor, ...]]:
         """The function under an implementation, its outputs as a tuple."""
-        return functools.partial(_sequence, functools.partial(self.function, impl=impl))
+        return functools.partial(_sequence, functools.partial(self.function, impl=impl, **options))
 
     def launch(self, impl: str, device: torch.device) -> tuple[Tensor, ...]:
         """Outputs or, of a backward pass, gradients by random ones, of new tensors. On "meta" the
@@ -417,18 +417,23 @@ def cross_attention(of: Heads, queries: int, keys: int) -> AttentionCase:
 
 def training(
     of: Heads, frames: int, backward: bool = False, teacher_forcing: bool = False,
-    window: int | None = None, sink: int = 0,
+    window: int | None = None, sink: int = 0, deterministic: bool = False,
 ) -> AttentionCase:  # fmt: skip
     """A training pass under a layout of chunks of three frames."""
     layout = BlockLayout.causal(
         frames, CHUNK, of.frame_tokens, window=window, sink=sink, teacher_forcing=teacher_forcing
     )
 
-    def function(q: Tensor, k: Tensor, v: Tensor, impl: str) -> Tensor:
-        return attention.block_causal_attention(q, k, v, layout, impl=impl)
+    def function(
+        q: Tensor, k: Tensor, v: Tensor, impl: str, deterministic: bool = deterministic
+    ) -> Tensor:
+        return attention.block_causal_attention(
+            q, k, v, layout, deterministic=deterministic, impl=impl
+        )
 
     forcing = "teacher" if teacher_forcing else "diffusion"
     moving = "" if window is None else f", window {window}, sink {sink}"
+    moving += ", deterministic" * deterministic
     return AttentionCase(
         "attention",
         f"{forcing} forcing, {frames} frames{moving}",

@@ -59,7 +59,7 @@ LIMITS = {
 }
 
 # Kernels that are slow unless the softmax runs beside the products of matrices.
-OVERLAPPING = ("attention_fwd", "hopper_fwd", "hopper_dq", "hopper_dkdv")
+OVERLAPPING = ("attention_fwd", "hopper_fwd", "hopper_dq", "hopper_dkdv", "hopper_bwd")
 # Kernels that are a product of matrices and little else.
 PRODUCTS = ("linear",)
 # Kernels over so few bytes that the width of their loads does not matter.

@@ -178,6 +178,7 @@ _DEFAULTS: dict[str, dict[int, Setting]] = {
         256: Tile(128, 128, 4, 2, why=_UNMEASURED),
         128: Tile(128, 128, 4, 4, why=_UNMEASURED),
     },
+    "hopper_bwd": {256: Tile(128, 64, 4, 2, why=_UNMEASURED)},
     "hopper_dkdv": {
         256: Tile(128, 64, 4, 4, why=_UNMEASURED),
         128: Tile(128, 128, 4, 4, why=_UNMEASURED),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -54,17 +55,26 @@ def new(
     return tuple(torch.randn(batch, layout.tokens, heads, head_dim).to(dtype) for _ in range(3))
 
 
-def mutant(original: ModuleType, changes: Mapping[str, str], folder: Path) -> ModuleType:
-    """A module of kernels with some text replaced."""
+def mutant(
+    original: ModuleType, changes: Mapping[str, str], folder: Path, user: ModuleType | None = None
+) -> ModuleType:
+    """A module of kernels with some text replaced. user: another one, which gets the mutant in the
+    place of the original and is returned."""
     assert original.__file__
     text = Path(original.__file__).read_text()
     for old, new in changes.items():
         assert text.count(old) == 1, (text.count(old), old)
         text = text.replace(old, new)
-    file = folder / "mutant.py"
-    file.write_text(text)
-    spec = importlib.util.spec_from_file_location("mutant", file)
+    (folder / "mutant.py").write_text(text)
+    spec = importlib.util.spec_from_file_location("mutant", folder / "mutant.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    if user is None:
+        return module
+    sys.modules["mutant"] = module
+    try:
+        (folder / "user").mkdir()
+        return mutant(user, {original.__name__: "mutant"}, folder / "user")
+    finally:
+        del sys.modules["mutant"]

@@ -11,6 +11,8 @@ the worst that may happen:
 - Named barriers: 16, which open when so many threads have come as each of them names. A partition
   that comes twice before, or names another number, is an error, as is who is left waited for at
   the end.
+- A tile that TMA adds to global memory is read at any time after, or at the last moment, when it is
+  waited for.
 - TMA loads poison their destination with NaN when they are issued and land at any time after it,
   in any order; what lies outside of the tensor is zero. Boxes count in full towards the bytes.
 - wgmma reads its operands in shared memory at the last moment, when a wait forces it to: a buffer
@@ -19,6 +21,7 @@ the worst that may happen:
   flight and what still is.
 - Whatever the seed draws, a copy into shared memory must come after all that read there, and a read
   after the copy, by arrivals and waits alone: both are checked against vector clocks.
+- What a partition stores to shared memory itself, wgmma and TMA may read after a fence of its own.
 - Shared memory starts as NaN and ends at 227 KiB; global memory at the end of a tensor's storage.
   No element of it is stored to twice in one launch, for the order would be left to chance. What a
   program has stored another may read after an atomic of its own that acquires what an atomic of
@@ -27,8 +30,8 @@ the worst that may happen:
 - That nobody can go on is an error, as are copies or wgmma in flight at the end.
 
 Not modelled: layouts of registers and of shared memory (the compiler checks them), the warps and
-threads of a partition (each partition acts as one), fences between the proxies, alignment of
-addresses, allocation of registers, what ptxas serialises, and time.
+threads of a partition (each partition acts as one), alignment of addresses, allocation of
+registers, what ptxas serialises, and time.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ from triton.experimental.gluon.language.nvidia import hopper as real_hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sfkernels import launch
-from sfkernels.gpu.hopper import barriers, registers
+from sfkernels.gpu.hopper import hardware, registers
 from sfkernels.gpu.hopper.launching import thread_barrier
 from tests.hopper_machine import (
     Barrier,
@@ -204,6 +207,17 @@ class _Tma:
         Program.running.copies.append(Copy(Program.running.speed(), land))
         Program.running.pause()
 
+    @staticmethod
+    def store_wait(pendings: int) -> None:
+        Program.running.pause()
+        me = Program.running.current
+        while len(me.adding) > pendings:
+            copy, read = me.adding.pop(0)
+            if copy in Program.running.copies:
+                Program.running.copies.remove(copy)
+                copy.land()
+            read.tick = me.clock[me]
+
 
 def _int(value: int) -> Tensor:
     return torch.tensor(value, dtype=torch.int32 if abs(value) < 2**31 else torch.int64)
@@ -299,21 +313,38 @@ class _Language:
         Program.running.specialize(*partitions)
 
 
-class _NamedBarriers:
-    """`sfkernels.gpu.hopper.barriers`."""
+class _Hardware:
+    """`sfkernels.gpu.hopper.hardware`."""
 
     @staticmethod
     def meet(barrier: Any, warps: int, threads: int) -> None:
-        _NamedBarriers._of(barrier).come(32 * warps, threads, waits=True)
+        _Hardware._of(barrier).come(32 * warps, threads, waits=True)
 
     @staticmethod
     def arrive(barrier: Any, warps: int, threads: int) -> None:
-        _NamedBarriers._of(barrier).come(32 * warps, threads, waits=False)
+        _Hardware._of(barrier).come(32 * warps, threads, waits=False)
+
+    @staticmethod
+    def add_to_global(desc: _Descriptor, coord: Sequence[Any], source: Shared) -> None:
+        Program.running.pause()
+        me, starts = Program.running.current, [int(c) for c in coord]
+
+        def land() -> None:
+            to, tile = desc.data, source.data
+            for dim, (start, size) in enumerate(zip(starts, desc.block_shape, strict=True)):
+                count = max(min(start + size, to.shape[dim]) - start, 0)
+                to, tile = to.narrow(dim, start, count), tile.narrow(dim, 0, count)
+            to += tile
+
+        copy = Copy(Program.running.speed(), land)
+        me.adding.append((copy, source.read()))
+        Program.running.copies.append(copy)
+        Program.running.pause()
 
     @staticmethod
     def _of(barrier: Any) -> NamedBarrier:
-        if not barriers.FIRST.value <= int(barrier) < 16:
-            raise HopperError(f"named barrier {int(barrier)}: must be {barriers.FIRST.value} to 15")
+        if not hardware.FIRST.value <= int(barrier) < 16:
+            raise HopperError(f"named barrier {int(barrier)}: must be {hardware.FIRST.value} to 15")
         return Program.running.barriers.setdefault(int(barrier), NamedBarrier())
 
 
@@ -323,9 +354,9 @@ _INSTEAD = [
     (real_hopper.mbarrier, _Mbarrier),
     (real_hopper.tma, _Tma),
     (real_hopper.tma.async_copy_global_to_shared, _Tma.async_copy_global_to_shared),
-    (real_hopper.fence_async_shared, lambda cluster=False: None),
+    (real_hopper.fence_async_shared, lambda: Program.running.current.fence()),
     (thread_barrier, _Language.barrier),
-    (barriers, _NamedBarriers),
+    (hardware, _Hardware),
     (registers.over_quarters, lambda x_M, like_M4: x_M[:, None]),
     (real_hopper.warpgroup_mma, _wgmma),
     (real_hopper.warpgroup_mma_wait, _wgmma_wait),
@@ -412,7 +443,7 @@ def _run_program(program: Program, function: Callable[..., None], given: dict[st
         program.fail(error)
     if program.failure:
         raise program.failure
-    if program.copies or program.current.groups:
+    if program.copies or program.current.groups or program.current.adding:
         raise HopperError("a program ends with copies or wgmma in flight")
     for number, barrier in program.barriers.items():
         if barrier.come_by:

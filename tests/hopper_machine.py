@@ -40,12 +40,19 @@ class Partition:
         self.ready: Callable[[], bool] = lambda: True
         self.wake = threading.Semaphore(0)
         self.groups: list[InFlight] = []  # wgmma not waited for, oldest first
+        self.unfenced: list[Access] = []  # stores to shared memory that no fence has come after
+        self.adding: list[tuple[Copy, Access]] = []  # tiles that leave by TMA, not waited for
 
     def store(self) -> Store:
         """Stores to global memory."""
         store = Store(self)
         self.stores.append(store)
         return store
+
+    def fence(self) -> None:
+        """Lets TMA and wgmma see what this partition has stored to shared memory."""
+        while self.unfenced:
+            self.unfenced.pop().fenced = True
 
     def order_stores(self) -> None:
         """Waits for all threads: what they have stored, each of them knows."""
@@ -71,7 +78,7 @@ class Store:
 
 
 class Copy(NamedTuple):
-    """A TMA load on its way."""
+    """A tile on its way by TMA."""
 
     speed: float
     land: Callable[[], None]
@@ -157,8 +164,8 @@ class Program:
         try:
             if not self.failure:
                 function(*args)
-                if me.groups:
-                    raise HopperError("a partition ends with a wgmma in flight")
+                if me.groups or me.adding:
+                    raise HopperError("a partition ends with a wgmma or a tile in flight")
         except _Stopped:
             pass
         except Exception as error:
@@ -231,18 +238,23 @@ class NamedBarrier:
 
 
 class Access:
-    """A read or write of some elements lo..hi of an allocation; an unfinished one has no tick."""
+    """A read or write of some elements lo..hi of an allocation; an unfinished one has no tick. What
+    a partition stores itself is not fenced, and seen by ordinary loads alone, until it fences."""
+
+    fenced = True
 
     def __init__(self, data: Tensor, actor: object, tick: float = math.inf) -> None:
         self.lo = data.storage_offset()
         self.hi = self.lo + 1 + sum((data.shape[d] - 1) * data.stride(d) for d in range(data.dim()))
         self.actor, self.tick = actor, tick
 
+    def meets(self, other: Access) -> bool:
+        return self.lo < other.hi and other.lo < self.hi
+
     def races(self, other: Access, clock: Clock) -> bool:
         """Tells whether `other` meets the same elements and may not be over for one who knows
         `clock`."""
-        meet = self.lo < other.hi and other.lo < self.hi
-        return meet and other.tick > clock.get(other.actor, 0)
+        return self.meets(other) and other.tick > clock.get(other.actor, 0)
 
 
 class Shared:
@@ -255,22 +267,25 @@ class Shared:
     def view(self, data: Tensor) -> Shared:
         return Shared(data, self.reads, self.writes)
 
-    def read(self) -> Access:
-        """Begins a read by the partition that runs."""
+    def read(self, ordinary: bool = False) -> Access:
+        """Begins a read by the partition that runs: an ordinary load, or one of wgmma or TMA."""
         me = Program.running.current
         access = Access(self.data, me)
         if any(access.races(write, me.clock) for write in self.writes):
             raise HopperError("shared memory is read that nobody has waited for")
+        if not ordinary and any(access.meets(w) and not w.fenced for w in self.writes):
+            raise HopperError("shared memory is read by TMA or wgmma before a fence")
         self.reads.append(access)
         return access
 
-    def write(self, actor: object, tick: int) -> None:
+    def write(self, actor: object, tick: int) -> Access:
         access = Access(self.data, actor, tick)
         if any(access.races(read, Program.running.current.clock) for read in self.reads):
             raise HopperError("shared memory is overwritten while it may still be read")
         for old in (self.reads, self.writes):
             old[:] = [a for a in old if not (access.lo <= a.lo and a.hi <= access.hi)]
         self.writes.append(access)
+        return access
 
     def index(self, i: Any) -> Shared:
         if not 0 <= int(i) < len(self.data):
@@ -285,12 +300,15 @@ class Shared:
 
     def load(self, layout: Any = None) -> Tensor:
         Program.running.pause()
-        self.read().tick = Program.running.current.clock[Program.running.current]
+        self.read(ordinary=True).tick = Program.running.current.clock[Program.running.current]
         return self.data.clone()
 
     def store(self, value: Tensor) -> None:
         Program.running.pause()
-        self.write(Program.running.current, Program.running.current.clock[Program.running.current])
+        me = Program.running.current
+        access = self.write(me, me.clock[me])
+        access.fenced = False
+        me.unfenced.append(access)
         self.data.copy_(value)
 
 

@@ -273,22 +273,22 @@ def test_what_tma_cannot_read_is_named() -> None:
 
 
 # Mutants of the kernel: pieces of its text, and what replaces each.
-TAKE_TURN = "    barriers.meet(TURN + C, 4, BOTH)\n"
-GIVE_TURN = "    barriers.arrive(TURN + 1 - C, 4, BOTH)\n"
+TAKE_TURN = "    hardware.meet(TURN + C, 4, BOTH)\n"
+GIVE_TURN = "    hardware.arrive(TURN + 1 - C, 4, BOTH)\n"
 WAIT_S = "    s_MN = warpgroup_mma_wait(1, deps=[s_MN])\n"
 WAIT_O = "    acc_MD, p_MN = warpgroup_mma_wait(0, deps=[acc_MD, p_MN])\n"
-DONE_K = "    barriers.arrive(FREE + 2 * at, 4, ALL)\n"
-DONE_V = "    barriers.arrive(FREE + 2 * before + 1, 4, ALL)\n"
+DONE_K = "    hardware.arrive(FREE + 2 * at, 4, ALL)\n"
+DONE_V = "    hardware.arrive(FREE + 2 * before + 1, 4, ALL)\n"
 OPERAND = "    p_MN = operand(p_MN, q.dtype, D)\n"
 DONE_Q = "            mbarrier.arrive(q_empty.index(C))\n"
 NEXT_K = "    mbarrier.wait(k_full.index(after), ((n + 1) // STAGES) & 1, pred=n < last)\n    if"
 WAIT_V = "    mbarrier.wait(v_full.index(at), (n // STAGES) & 1)\n    acc"
 WAIT_Q = "            mbarrier.wait(q_full.index(C), turn & 1)\n"
-FREE_K = "                barriers.meet(FREE + 2 * at, 1, ALL)\n"
-FREE_V = "                barriers.meet(FREE + 2 * at + 1, 1, ALL)\n"
+FREE_K = "                hardware.meet(FREE + 2 * at, 1, ALL)\n"
+FREE_V = "                hardware.meet(FREE + 2 * at + 1, 1, ALL)\n"
 FREE_Q = "                mbarrier.wait(q_empty.index(c), (turn & 1) ^ 1)\n"
 STEPS = "            skip = N\n"
-END = "    if C == 0:\n        barriers.meet(TURN, 4, BOTH)\n"
+END = "    if C == 0:\n        hardware.meet(TURN, 4, BOTH)\n"
 MUTANTS = {
     "K released early": {WAIT_S + DONE_K: DONE_K + WAIT_S},
     "V released early": {WAIT_O + OPERAND + DONE_V: DONE_V + WAIT_O + OPERAND},
@@ -310,10 +310,10 @@ MUTANTS = {
     "too few waited for at S": {WAIT_S: WAIT_S.replace("1", "2")},
     "too few waited for at O": {WAIT_O: WAIT_O.replace("0", "1")},
     "more bytes expected than come": {"at), k_desc.block_type": "at), 2 * k_desc.block_type"},
-    "one consumer awaited": {"gl.constexpr(288)": "gl.constexpr(160)"},
+    "one consumer awaited": {FREE_K: FREE_K.replace("ALL", "160")},
     "turns never given": {GIVE_TURN: ""},
     "turns given to oneself": {GIVE_TURN: GIVE_TURN.replace("1 - C", "C")},
-    "nobody begins": {"    if C == 1:\n        barriers.arrive(TURN, 4, BOTH)\n": ""},
+    "nobody begins": {"    if C == 1:\n        hardware.arrive(TURN, 4, BOTH)\n": ""},
     "the last turn is left": {END: ""},
     "the last buffers are left": {"range(gl.maximum(n - STAGES, 0), n)": "range(0)"},
     "turns taken out of order": {TAKE_TURN: TAKE_TURN.replace("+ C", "+ 1 - C")},

@@ -60,8 +60,8 @@ def test_opcheck(grad: bool, impl: str) -> None:
     ]
     if impl == "triton":  # C++ has no attention
         calls += [
-            (attention._attention, (*heads, None, None, rows, (), 0.3, impl)),
-            (attention._attention, (*heads, *past, rows, (0, 1, 2, 4), 0.3, impl)),
+            (attention._attention, (*heads, None, None, rows, (), 0.3, True, impl)),
+            (attention._attention, (*heads, *past, rows, (0, 1, 2, 4), 0.3, True, impl)),
         ]
     if not grad:  # without a derivative of their own
         rings = rand(2, B, 2 * TOKENS, HEADS, D).unbind()
@@ -98,7 +98,7 @@ def test_opcheck(grad: bool, impl: str) -> None:
                 (rope._rotate_keys, (dq, rand(TOKENS, D // 2, 2), slots[0], rings[0], impl)),
                 (
                     attention._attention_bwd,
-                    (dq, *heads, dk, lse, None, None, rows, (), 0.3, impl),
+                    (dq, *heads, dk, lse, None, None, rows, (), 0.3, True, impl),
                 ),
             ]
     for op, args in calls:

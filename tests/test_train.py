@@ -22,7 +22,7 @@ from sfmodel.ranks import Ranks, started
 from sfmodel.train import loop
 from sfmodel.train.config import RECIPES
 from sfmodel.train.defaults import defaults
-from sfmodel.train.loop import train
+from sfmodel.train.loop import reproducible, train
 from sfmodel.train.models import Models
 from sfmodel.weights import checkpoint
 from tests.tiny_runs import TINY, config, draw_pictures, logged, steps, tiny, weights
@@ -209,6 +209,20 @@ def test_without_an_average_the_generator_itself_is_saved(tmp_path: Path, runs: 
     assert all(is_file(runs[0].models.generator, path).values())
     train(config(tmp_path / "run", steps=4, ema=0.0), device="cpu", resume=True)
     assert steps(tmp_path / "run") == ["step-000002", "step-000004"]
+
+
+def test_runs_on_a_gpu_take_deterministic_kernels() -> None:
+    """And leave PyTorch's settings as they were; on a CPU there is nothing to set."""
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
+    for device, wanted, expected in (("cuda", True, True), ("cuda", False, False),
+                                     ("cpu", True, False)):  # fmt: skip
+        with reproducible(torch.device(device), wanted):
+            assert torch.are_deterministic_algorithms_enabled() == expected
+            assert torch.is_deterministic_algorithms_warn_only_enabled() == expected
+            assert settings.fill_uninitialized_memory == (filled and not expected)
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert settings.fill_uninitialized_memory == filled
 
 
 def test_a_rate_warms_up_and_falls(tmp_path: Path) -> None:

@@ -96,6 +96,9 @@ def implementations(
         return [*found, eager, Implementation("sdpa", plainly(case, "sdpa"))]
     if torch.cuda.get_device_capability(device)[0] == 9:
         found.append(Implementation("gluon", case.by("gluon")))
+        if case.backward and case.layout is not None:  # without a prefix, there are two ways
+            same_bits = case.by("gluon", deterministic=True)
+            found.append(Implementation("gluon deterministic", same_bits))
     backends = dict(SDPA)
     if case.flops <= MATH and case.layout is None and not case.backward:
         backends["sdpa math"] = SDPBackend.MATH

@@ -254,8 +254,10 @@ def attention_bwd(
     v_prefix_BPHD: Tensor | None,
     prefix: tuple[Span, ...],
     scale: float,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv. The prefix gets no gradient."""
+    """dq, dk, dv, of which every sum has one owner: always the same bits. The prefix gets no
+    gradient."""
     _, queries, heads, head_dim = q_BLHD.shape
     keys, device = k_BSHD.shape[1], q_BLHD.device
     delta_BHL = row_delta(do_BLHD, o_BLHD)

@@ -163,6 +163,7 @@ class TrainConfig:
     attention_impl: str = "auto"  # of the attention ops
     shard: int = 0  # ranks that share one copy of the weights; 0, or more than there are: all
     threads: int = 0  # CPU threads; 0 is PyTorch's choice
+    deterministic: bool = True  # the same bits in every run on a GPU too, where PyTorch can
     patience: float = PATIENCE  # seconds that a rank waits for another one
     seed: int = 0  # of weights, data and noise
 
@@ -408,7 +409,7 @@ class TrainConfig:
         if "guidance" in saved:  # of 0.1.0: x0 + guidance · (x0 − x0 of the unprompted)
             saved["guidance_scale"] = saved["guidance"] + 1
         free = {"output", "models", "steps", "threads", "shard", "micro_batch", "patience"}
-        free |= {"log_every", "save_every", "sample_every", "tracker"}
+        free |= {"log_every", "save_every", "sample_every", "tracker", "deterministic"}
         free |= set() if self.sink else {"positions"}
         return {
             name: saved.get(name)

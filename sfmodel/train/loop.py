@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +350,27 @@ class Stopped(Exception):
     """Signal that an update was left where what the run holds is whole."""
 
 
+@contextmanager
+def reproducible(device: torch.device, wanted: bool) -> Iterator[None]:
+    """Context in which PyTorch, and attention with it, takes kernels that give the same bits in
+    every run on a GPU, and warns where it has none; on a CPU all are such. Not measured on a GPU
+    yet."""
+    if device.type != "cuda" or not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = False  # which takes time, for debugging
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+        settings.fill_uninitialized_memory = filled
+
+
 def train(
     config: TrainConfig, *, resume: bool = False, device: torch.device | str | None = None
 ) -> Path:
@@ -362,6 +384,7 @@ def train(
         torch.set_num_threads(config.threads)
     with (
         started(config.shard, device, config.patience) as ranks,
+        reproducible(ranks.device, config.deterministic),
         parallel.alone(config.output, ranks),
     ):
         return _train(config, resume, ranks)

@@ -44,10 +44,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sfkernels import launch
 from sfkernels.gpu.attention import LOG2E, Sources, by_row
-from sfkernels.gpu.hopper import barriers
+from sfkernels.gpu.hopper import hardware
 from sfkernels.gpu.hopper.launching import (
+    ALL,
+    BOTH,
     CONSUMER_REGISTERS,
     CONSUMERS,
+    ITEM,
     PRODUCER_REGISTERS,
     M,
     describe,
@@ -63,15 +66,12 @@ from sfkernels.gpu.hopper.registers import (
     quarter_sums,
     store_rows,
 )
-from sfkernels.gpu.hopper.work import FIELDS, WorkList, list_of
+from sfkernels.gpu.hopper.work import WorkList, list_of
 from sfkernels.gpu.tiles import Pattern
 from sfkernels.layout import Span
 
-ITEM = gl.constexpr(FIELDS)
-# Barriers of the consumers, and of them and the loading warp: how many threads meet.
-BOTH, ALL = gl.constexpr(256), gl.constexpr(288)
 # Named barriers: a consumer's turn to send products; from FREE on, two for each buffer: K, V.
-TURN, FREE = barriers.FIRST, gl.constexpr(barriers.FIRST.value + 2)
+TURN, FREE = hardware.FIRST, gl.constexpr(hardware.FIRST.value + 2)
 
 
 @gluon.jit
@@ -110,14 +110,14 @@ def _load_span(k_desc, v_desc, k_row, v_row, col, visits, n, k_pipe, v_pipe, N: 
         if i < visits:
             at = (n + i) % STAGES
             if n + i >= STAGES:
-                barriers.meet(FREE + 2 * at, 1, ALL)
+                hardware.meet(FREE + 2 * at, 1, ALL)
             mbarrier.expect(k_full.index(at), k_desc.block_type.nbytes)
             row = k_row + i * N
             tma.async_copy_global_to_shared(k_desc, [row, col], k_full.index(at), k_s.index(at))
         if i > 0:
             at = (n + i - 1) % STAGES
             if n + i > STAGES:
-                barriers.meet(FREE + 2 * at + 1, 1, ALL)
+                hardware.meet(FREE + 2 * at + 1, 1, ALL)
             mbarrier.expect(v_full.index(at), v_desc.block_type.nbytes)
             row = v_row + (i - 1) * N
             tma.async_copy_global_to_shared(v_desc, [row, col], v_full.index(at), v_s.index(at))
@@ -166,8 +166,8 @@ def _produce(q_desc, k_desc, v_desc, k_prefix_desc, v_prefix_desc, q_pipe, k_pip
                                visits, n, k_pipe, v_pipe, N, STAGES)  # fmt: skip
     # Nobody is left waited for: the barriers end as they began.
     for i in range(gl.maximum(n - STAGES, 0), n):
-        barriers.meet(FREE + 2 * (i % STAGES), 1, ALL)
-        barriers.meet(FREE + 2 * (i % STAGES) + 1, 1, ALL)
+        hardware.meet(FREE + 2 * (i % STAGES), 1, ALL)
+        hardware.meet(FREE + 2 * (i % STAGES) + 1, 1, ALL)
 
 
 @gluon.jit
@@ -179,12 +179,12 @@ def _step(C: gl.constexpr, q, k_pipe, v_pipe, zero_MN, p_MN, acc_MD, m_M, l_M4, 
     k_s, k_full = k_pipe
     v_s, v_full = v_pipe
     at, before, after = n % STAGES, (n - 1) % STAGES, (n + 1) % STAGES
-    barriers.meet(TURN + C, 4, BOTH)
+    hardware.meet(TURN + C, 4, BOTH)
     s_MN = warpgroup_mma(q, k_s.index(at).permute((1, 0)), zero_MN, use_acc=False, is_async=True)
     acc_MD = warpgroup_mma(p_MN, v_s.index(before), acc_MD, is_async=True)
-    barriers.arrive(TURN + 1 - C, 4, BOTH)
+    hardware.arrive(TURN + 1 - C, 4, BOTH)
     s_MN = warpgroup_mma_wait(1, deps=[s_MN])
-    barriers.arrive(FREE + 2 * at, 4, ALL)
+    hardware.arrive(FREE + 2 * at, 4, ALL)
     # The branch in this wait keeps ptxas from moving the arrival down below the softmax.
     mbarrier.wait(k_full.index(after), ((n + 1) // STAGES) & 1, pred=n < last)
     if left < N:
@@ -200,7 +200,7 @@ def _step(C: gl.constexpr, q, k_pipe, v_pipe, zero_MN, p_MN, acc_MD, m_M, l_M4, 
     mbarrier.wait(v_full.index(at), (n // STAGES) & 1)
     acc_MD, p_MN = warpgroup_mma_wait(0, deps=[acc_MD, p_MN])
     p_MN = operand(p_MN, q.dtype, D)
-    barriers.arrive(FREE + 2 * before + 1, 4, ALL)
+    hardware.arrive(FREE + 2 * before + 1, 4, ALL)
     acc_MD = acc_MD * gl.convert_layout(shrink_M, gl.SliceLayout(1, accumulator(D)))[:, None]
     return p_MN, acc_MD, m_new_M, l_M4
 
@@ -220,7 +220,7 @@ def _consume(C: gl.constexpr, q_pipe, k_pipe, v_pipe, o_ptr, lse_ptr, part_ptr, 
     n = 0
     turn = 0
     if C == 1:
-        barriers.arrive(TURN, 4, BOTH)
+        hardware.arrive(TURN, 4, BOTH)
     program = gl.program_id(0)
     for i in range(gl.load(begins_ptr + program), gl.load(begins_ptr + program + 1)):
         item_ptr = items_ptr + ITEM * i
@@ -240,7 +240,7 @@ def _consume(C: gl.constexpr, q_pipe, k_pipe, v_pipe, o_ptr, lse_ptr, part_ptr, 
             k = k_s.index(n % STAGES).permute((1, 0))
             s_MN = warpgroup_mma(q, k, zero_MN, use_acc=False, is_async=True)
             s_MN = warpgroup_mma_wait(0, deps=[s_MN])
-            barriers.arrive(FREE + 2 * (n % STAGES), 4, ALL)
+            hardware.arrive(FREE + 2 * (n % STAGES), 4, ALL)
             s_MN = masked(s_MN, end - key, N)
             m_M = gl.max(s_MN, 1) * scale
             p_MN = gl.exp2(s_MN * scale - m_M[:, None])
@@ -266,7 +266,7 @@ def _consume(C: gl.constexpr, q_pipe, k_pipe, v_pipe, o_ptr, lse_ptr, part_ptr, 
             at = (n - 1) % STAGES
             acc_MD = warpgroup_mma(p_MN, v_s.index(at), acc_MD, is_async=True)
             acc_MD = warpgroup_mma_wait(0, deps=[acc_MD])
-            barriers.arrive(FREE + 2 * at + 1, 4, ALL)
+            hardware.arrive(FREE + 2 * at + 1, 4, ALL)
             l_M = gl.convert_layout(gl.sum(l_M4, 1), gl.SliceLayout(1, O_LAYOUT))
             o_MD = acc_MD / l_M[:, None]
             lse_M = gl.convert_layout(m_M, gl.SliceLayout(1, O_LAYOUT)) + gl.log2(l_M)
@@ -306,7 +306,7 @@ def _consume(C: gl.constexpr, q_pipe, k_pipe, v_pipe, o_ptr, lse_ptr, part_ptr, 
                               HAS_TABLE)  # fmt: skip
                     gl.store(semaphore_ptr, 0)
     if C == 0:
-        barriers.meet(TURN, 4, BOTH)
+        hardware.meet(TURN, 4, BOTH)
 
 
 @gluon.jit

@@ -39,27 +39,35 @@ measured on a GPU yet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from sfkernels.gpu.attention import LOG2E
 from sfkernels.gpu.attention_backward import row_delta
-from sfkernels.gpu.hopper.attention import ITEM
+from sfkernels.gpu.hopper import hardware
+from sfkernels.gpu.hopper.backward_loading import (
+    FREE,
+    Named,
+    describe_both,
+    item_of,
+    items_of,
+    load_tiles,
+    prepare,
+    span_of,
+    start_of,
+    tiles_of,
+)
+from sfkernels.gpu.hopper.fused_backward import fused_backward
 from sfkernels.gpu.hopper.launching import (
+    ALL,
     CONSUMER_REGISTERS,
-    CONSUMERS,
     PRODUCER_REGISTERS,
     M,
     describe,
@@ -71,103 +79,6 @@ from sfkernels.gpu.hopper.work import list_of
 from sfkernels.gpu.tiles import Pattern
 from sfkernels.layout import Row, Span, transpose
 
-Named = tuple[str, Tensor | None]
-
-
-@gluon.jit
-def _span(spans_ptr, i):
-    """Tokens that an item visits. Keys of the prefix count back from 0."""
-    return gl.load(spans_ptr + 2 * i), gl.load(spans_ptr + 2 * i + 1)
-
-
-@gluon.jit
-def _item(items_ptr, i):
-    """First token of an item and the one past its last, its head, and its first span and the one
-    past its last."""
-    at = items_ptr + ITEM * i
-    return gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3), gl.load(at + 4)
-
-
-@gluon.jit
-def _items(begins_ptr):
-    """The items of this program."""
-    at = begins_ptr + gl.program_id(0)
-    return gl.load(at), gl.load(at + 1)
-
-
-@gluon.jit
-def _load_span(x_desc, y_desc, x_row, y_row, col, lse_ptr, delta_ptr, lo, hi, t, ring, stats,
-               N: gl.constexpr, STAGES: gl.constexpr, HAS_STATS: gl.constexpr):  # fmt: skip
-    """Loads the tiles of the visited tokens lo..hi, the first of them number t of the program."""
-    x_s, y_s, full, empty = ring
-    lse_s, delta_s = stats
-    for start in range(lo, hi, N):
-        slot = t % STAGES
-        if HAS_STATS:  # sent for before the wait, stored after it
-            at_N = start + gl.arange(0, N, gl.BlockedLayout([1], [32], [1], [0]))
-            lse_N = gl.load(lse_ptr + at_N, at_N < hi, float("inf"))
-            delta_N = gl.load(delta_ptr + at_N, at_N < hi, 0.0)
-        mbarrier.wait(empty.index(slot), t // STAGES & 1 ^ 1)
-        mbarrier.expect(full.index(slot), x_desc.block_type.nbytes + y_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            x_desc, [x_row + start, col], full.index(slot), x_s.index(slot)
-        )
-        tma.async_copy_global_to_shared(
-            y_desc, [y_row + start, col], full.index(slot), y_s.index(slot)
-        )
-        if HAS_STATS:
-            lse_s.index(slot).store(lse_N)
-            delta_s.index(slot).store(delta_N)
-            mbarrier.arrive(full.index(slot), count=1)
-        t += 1
-    return t
-
-
-@gluon.jit
-def _load(a_desc, b_desc, x_desc, y_desc, x_prefix_desc, y_prefix_desc, lse_ptr, delta_ptr,
-          begins_ptr, items_ptr, spans_ptr, prefix, visited, a_rows, b_rows, x_rows, y_rows,
-          x_prefix_rows, y_prefix_rows, kept, ring, stats, H: gl.constexpr, D: gl.constexpr,
-          N: gl.constexpr, STAGES: gl.constexpr, HAS_STATS: gl.constexpr, HAS_PREFIX: gl.constexpr
-          ):  # fmt: skip
-    """The loading warp. Kept are tiles of a and b, visited tiles of x and y: K, V and Q, dO, or
-    Q, dO and K, V. Tensors are seen as rows of tokens, and samples are *_rows of them apart."""
-    a_s, b_s, kept_full, kept_empty = kept
-    begin, end = _items(begins_ptr)
-    t = 0
-    for item in range(begin, end):
-        first, _past, head, first_span, past_span = _item(items_ptr, item)
-        batch, col = head // H, head % H * D
-        turn = (item - begin) & 1
-        for c in gl.static_range(CONSUMERS):
-            bar, row = kept_full.index(c), first + c * M
-            mbarrier.wait(kept_empty.index(c), turn ^ 1)
-            mbarrier.expect(bar, a_desc.block_type.nbytes + b_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(a_desc, [batch * a_rows + row, col], bar, a_s.index(c))
-            tma.async_copy_global_to_shared(b_desc, [batch * b_rows + row, col], bar, b_s.index(c))
-        at = head * visited
-        for i in range(first_span, past_span):
-            lo, hi = _span(spans_ptr, i)
-            if HAS_PREFIX:
-                if lo < 0:
-                    lo += prefix
-                    t = _load_span(x_prefix_desc, y_prefix_desc, batch * x_prefix_rows,
-                                   batch * y_prefix_rows, col, lse_ptr + at, delta_ptr + at, lo,
-                                   hi + prefix, t, ring, stats, N, STAGES, HAS_STATS)  # fmt: skip
-                else:
-                    t = _load_span(x_desc, y_desc, batch * x_rows, batch * y_rows, col,
-                                   lse_ptr + at, delta_ptr + at, lo, hi, t, ring, stats, N,
-                                   STAGES, HAS_STATS)  # fmt: skip
-            else:
-                t = _load_span(x_desc, y_desc, batch * x_rows, batch * y_rows, col, lse_ptr + at,
-                               delta_ptr + at, lo, hi, t, ring, stats, N, STAGES,
-                               HAS_STATS)  # fmt: skip
-
-
-@gluon.jit
-def _start_of(head, tokens, H: gl.constexpr, D: gl.constexpr):
-    """Start of a head, counted over all samples, in a contiguous [samples, tokens, H, D]."""
-    return (head // H * tokens.to(gl.int64) * H + head % H) * D
-
 
 @gluon.jit
 def _consume_queries(c: gl.constexpr, dk_ptr, dv_ptr, begins_ptr, items_ptr, spans_ptr, keys,
@@ -175,20 +86,17 @@ def _consume_queries(c: gl.constexpr, dk_ptr, dv_ptr, begins_ptr, items_ptr, spa
                      N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """dK and dV of the c-th M keys of every tile."""
     k_s, v_s, kept_full, kept_empty = kept
-    q_s, do_s, full, empty = ring
+    q_s, do_s, full = ring
     lse_s, delta_s = stats
     SCORE: gl.constexpr = accumulator(N)
     OUT: gl.constexpr = accumulator(D)
     zero_MN = gl.zeros([M, N], gl.float32, SCORE)
     done = 0
-    begin, end = _items(begins_ptr)
+    begin, end = items_of(begins_ptr)
     for item in range(begin, end):
-        first, past, head, first_span, past_span = _item(items_ptr, item)
+        first, past, head, first_span, past_span = item_of(items_ptr, item)
         # Counted here: the loop over tiles has no registers left for one over spans around it.
-        count = 0
-        for i in range(first_span, past_span):
-            lo, hi = _span(spans_ptr, i)
-            count += gl.cdiv(hi - lo, N)
+        count = tiles_of(first_span, past_span, spans_ptr, N)
         dk_MD = gl.zeros([M, D], gl.float32, OUT)
         dv_MD = gl.zeros([M, D], gl.float32, OUT)
         mbarrier.wait(kept_full.index(c), (item - begin) & 1)
@@ -208,11 +116,11 @@ def _consume_queries(c: gl.constexpr, dk_ptr, dv_ptr, begins_ptr, items_ptr, spa
             ds_MN = p_MN * (dp_MN - delta_N[None, :])
             dk_MD = warpgroup_mma(operand(ds_MN, q_s.dtype, D), q_ND, dk_MD, is_async=True)
             dk_MD, dv_MD = warpgroup_mma_wait(0, deps=[dk_MD, dv_MD])
-            mbarrier.arrive(empty.index(slot), count=1)
+            hardware.arrive(FREE + slot, 4, ALL)
         mbarrier.arrive(kept_empty.index(c), count=1)
         done += count
-        first, past, head, _first_span, _past_span = _item(items_ptr, item)
-        at = _start_of(head, keys, H, D)
+        first, past, head, _first_span, _past_span = item_of(items_ptr, item)
+        at = start_of(head, keys, H, D)
         store_rows(dv_ptr + at, dv_MD, first + c * M, past, H * D, 16, D)
         store_rows(dk_ptr + at, dk_MD * scale, first + c * M, past, H * D, 16, D)
 
@@ -223,16 +131,16 @@ def _consume_keys(c: gl.constexpr, dq_ptr, lse_ptr, delta_ptr, begins_ptr, items
                   D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """dQ of the c-th M queries of every tile."""
     q_s, do_s, kept_full, kept_empty = kept
-    k_s, v_s, full, empty = ring
+    k_s, v_s, full = ring
     SCORE: gl.constexpr = accumulator(N)
     OUT: gl.constexpr = accumulator(D)
     zero_MN = gl.zeros([M, N], gl.float32, SCORE)
     row_M = gl.arange(0, M, gl.SliceLayout(1, SCORE))
     col_N = gl.arange(0, N, gl.SliceLayout(0, SCORE))
     t = 0
-    begin, end = _items(begins_ptr)
+    begin, end = items_of(begins_ptr)
     for item in range(begin, end):
-        first, past, head, first_span, past_span = _item(items_ptr, item)
+        first, past, head, first_span, past_span = item_of(items_ptr, item)
         first += c * M
         at_M = head * queries + first + row_M
         lse_M = gl.load(lse_ptr + at_M, first + row_M < past, 0.0)
@@ -244,7 +152,7 @@ def _consume_keys(c: gl.constexpr, dq_ptr, lse_ptr, delta_ptr, begins_ptr, items
         mbarrier.wait(kept_full.index(c), (item - begin) & 1)
         q_MD = q_s.index(c).load(gl.DotOperandLayout(0, SCORE, 2))
         for i in range(first_span, past_span):
-            lo, hi = _span(spans_ptr, i)
+            lo, hi = span_of(spans_ptr, i)
             for start in range(lo, hi, N):
                 slot, before = t % STAGES, gl.maximum(t - 1, began) % STAGES
                 mbarrier.wait(full.index(slot), t // STAGES & 1)
@@ -260,49 +168,22 @@ def _consume_keys(c: gl.constexpr, dq_ptr, lse_ptr, delta_ptr, begins_ptr, items
                 # which passes at once, keep ptxas from moving the last wait up before dS.
                 p_MN = warpgroup_mma_wait(2, deps=[p_MN])
                 dp_MN = warpgroup_mma_wait(1, deps=[dp_MN])
-                ds_MN = operand(p_MN * (dp_MN - delta_M[:, None]), q_s.dtype, D)
-                ds_MN = warpgroup_mma_wait(1, deps=[ds_MN])
+                dp_MN = warpgroup_mma_wait(1, deps=[p_MN * (dp_MN - delta_M[:, None])])
                 mbarrier.wait(full.index(slot), t // STAGES & 1)
-                dq_MD = warpgroup_mma_wait(0, deps=[dq_MD])
-                mbarrier.arrive(empty.index(before), count=1, pred=t > began)
+                dq_MD, dp_MN = warpgroup_mma_wait(0, deps=[dq_MD, dp_MN])
+                # Into the registers that the product has read.
+                ds_MN = operand(dp_MN, q_s.dtype, D)
+                if t > began:
+                    hardware.arrive(FREE + before, 4, ALL)
                 t += 1
         mbarrier.arrive(kept_empty.index(c), count=1)
         if t > began:
             last = (t - 1) % STAGES
             dq_MD = warpgroup_mma(ds_MN, k_s.index(last), dq_MD, is_async=True)
             dq_MD = warpgroup_mma_wait(0, deps=[dq_MD])
-            mbarrier.arrive(empty.index(last), count=1)
-        at = _start_of(head, queries, H, D)
+            hardware.arrive(FREE + last, 4, ALL)
+        at = start_of(head, queries, H, D)
         store_rows(dq_ptr + at, dq_MD * scale, first, past, H * D, 16, D)
-
-
-@gluon.jit
-def _prepare(a_desc, x_desc, D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-             HAS_STATS: gl.constexpr):  # fmt: skip
-    """Shared memory: the kept tiles of both consumers, the ring of visited tiles, each with their
-    barriers, and the ring's lse and delta."""
-    dtype: gl.constexpr = a_desc.dtype
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    bars: gl.constexpr = mbarrier.MBarrierLayout()
-    stats: gl.constexpr = STAGES if HAS_STATS else 1
-    a_s = gl.allocate_shared_memory(dtype, [CONSUMERS, M, D], a_desc.layout)
-    b_s = gl.allocate_shared_memory(dtype, [CONSUMERS, M, D], a_desc.layout)
-    x_s = gl.allocate_shared_memory(dtype, [STAGES, N, D], x_desc.layout)
-    y_s = gl.allocate_shared_memory(dtype, [STAGES, N, D], x_desc.layout)
-    lse_s = gl.allocate_shared_memory(gl.float32, [stats, N], flat)
-    delta_s = gl.allocate_shared_memory(gl.float32, [stats, N], flat)
-    kept_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bars)
-    kept_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bars)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    for c in gl.static_range(CONSUMERS):
-        mbarrier.init(kept_full.index(c), count=1)
-        mbarrier.init(kept_empty.index(c), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=2 if HAS_STATS else 1)
-        mbarrier.init(empty.index(i), count=CONSUMERS)
-    fence_async_shared()
-    return (a_s, b_s, kept_full, kept_empty), (x_s, y_s, full, empty), (lse_s, delta_s)
 
 
 @gluon.jit(do_not_specialize=["queries", "keys", "q_rows", "do_rows", "k_rows", "v_rows"])
@@ -310,15 +191,15 @@ def _hopper_dkdv_kernel(q_desc, do_desc, k_desc, v_desc, lse_ptr, delta_ptr, dk_
                         begins_ptr, items_ptr, spans_ptr, queries, keys, scale, scale_log2,
                         q_rows, do_rows, k_rows, v_rows, H: gl.constexpr, D: gl.constexpr,
                         N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    kept, ring, stats = _prepare(k_desc, q_desc, D, N, STAGES, True)
+    kept, ring, stats = prepare(k_desc, q_desc, D, N, STAGES, True, 1)
     gl.warp_specialize([
         (_consume_queries, (0, dk_ptr, dv_ptr, begins_ptr, items_ptr, spans_ptr, keys, scale,
                             scale_log2, kept, ring, stats, H, D, N, STAGES)),
         (_consume_queries, (1, dk_ptr, dv_ptr, begins_ptr, items_ptr, spans_ptr, keys, scale,
                             scale_log2, kept, ring, stats, H, D, N, STAGES)),
-        (_load, (k_desc, v_desc, q_desc, do_desc, q_desc, do_desc, lse_ptr, delta_ptr, begins_ptr,
-                 items_ptr, spans_ptr, 0, queries, k_rows, v_rows, q_rows, do_rows, 0, 0,
-                 kept, ring, stats, H, D, N, STAGES, True, False)),
+        (load_tiles, (k_desc, v_desc, q_desc, do_desc, q_desc, do_desc, lse_ptr, delta_ptr,
+                      begins_ptr, items_ptr, spans_ptr, 0, queries, k_rows, v_rows, q_rows,
+                      do_rows, 0, 0, kept, ring, stats, H, D, N, STAGES, True, False)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
@@ -339,17 +220,25 @@ def _hopper_dq_kernel(q_desc, do_desc, k_desc, v_desc, k_prefix_desc, v_prefix_d
                       scale_log2, q_rows, do_rows, k_rows, v_rows, k_prefix_rows, v_prefix_rows,
                       H: gl.constexpr, D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
                       HAS_PREFIX: gl.constexpr):  # fmt: skip
-    kept, ring, stats = _prepare(q_desc, k_desc, D, N, STAGES, False)
+    kept, ring, stats = prepare(q_desc, k_desc, D, N, STAGES, False, 1)
     gl.warp_specialize([
         (_consume_keys, (0, dq_ptr, lse_ptr, delta_ptr, begins_ptr, items_ptr, spans_ptr,
                          queries, scale, scale_log2, kept, ring, H, D, N, STAGES)),
         (_consume_keys, (1, dq_ptr, lse_ptr, delta_ptr, begins_ptr, items_ptr, spans_ptr,
                          queries, scale, scale_log2, kept, ring, H, D, N, STAGES)),
-        (_load, (q_desc, do_desc, k_desc, v_desc, k_prefix_desc, v_prefix_desc, lse_ptr, delta_ptr,
-                 begins_ptr, items_ptr, spans_ptr, prefix, 0, q_rows, do_rows, k_rows, v_rows,
-                 k_prefix_rows, v_prefix_rows, kept, ring, stats, H, D, N, STAGES, False,
-                 HAS_PREFIX)),
+        (load_tiles, (q_desc, do_desc, k_desc, v_desc, k_prefix_desc, v_prefix_desc, lse_ptr,
+                      delta_ptr, begins_ptr, items_ptr, spans_ptr, prefix, 0, q_rows, do_rows,
+                      k_rows, v_rows, k_prefix_rows, v_prefix_rows, kept, ring, stats, H, D, N,
+                      STAGES, False, HAS_PREFIX)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+
+
+def _readable(do_BLHD: Tensor) -> Tensor:
+    try:
+        describe("do", do_BLHD, M.value)
+    except ValueError:
+        return do_BLHD.contiguous()
+    return do_BLHD
 
 
 def attention_bwd(
@@ -364,12 +253,16 @@ def attention_bwd(
     v_prefix_BPHD: Tensor | None,
     prefix: tuple[Span, ...],
     scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv. The prefix gets no gradient. Raises ValueError for tensors that TMA cannot read;
-    do, to which autograd may give any strides, is copied instead."""
+    """dq, dk, dv. The prefix gets no gradient. deterministic: the same bits in every run. Raises
+    ValueError for tensors that TMA cannot read; do, to which autograd may give any strides, is
+    copied instead."""
     queries, keys = q_BLHD.shape[1], k_BSHD.shape[1]
     do_BLHD = _readable(do_BLHD)
     delta_BHL = row_delta(do_BLHD, o_BLHD)
+    if not deterministic and not prefix and q_BLHD.shape[3] == 128:
+        return fused_backward(do_BLHD, q_BLHD, k_BSHD, v_BSHD, lse_BHL, delta_BHL, rows, scale)
     dq, dk, dv = (
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q_BLHD, k_BSHD, v_BSHD)
     )
@@ -379,7 +272,7 @@ def attention_bwd(
     setting = hopper_setting("hopper_dkdv", q_BLHD)
     columns = transpose([Row(*row) for row in rows], keys)
     work = list_of(q_BLHD, setting, columns, whole=True)
-    descs, apart = _describe(by_query, setting.streamed, by_key, M.value)
+    descs, apart = describe_both(by_query, setting.streamed, by_key, M.value)
     args = (*descs, lse_BHL, delta_BHL, dk, dv, *work.tables, queries, keys)
     launch_specialised(_hopper_dkdv_kernel, setting, (work.programs,),
                        (*args, scale, scale * LOG2E, *apart), q_BLHD)  # fmt: skip
@@ -388,26 +281,9 @@ def attention_bwd(
     before = 0 if k_prefix_BPHD is None else k_prefix_BPHD.shape[1]
     work = list_of(q_BLHD, setting, rows, prefix, before, whole=True)
     by_key += [("prefix k", k_prefix_BPHD), ("prefix v", v_prefix_BPHD)]
-    descs, apart = _describe(by_query, M.value, by_key, setting.streamed)
+    descs, apart = describe_both(by_query, M.value, by_key, setting.streamed)
     args = (*descs, lse_BHL, delta_BHL, dq, *work.tables, before, queries)
     launch_specialised(_hopper_dq_kernel, setting, (work.programs,),
                        (*args, scale, scale * LOG2E, *apart), q_BLHD,
                        HAS_PREFIX=before > 0)  # fmt: skip
     return dq, dk, dv
-
-
-def _readable(do_BLHD: Tensor) -> Tensor:
-    try:
-        describe("do", do_BLHD, M.value)
-    except ValueError:
-        return do_BLHD.contiguous()
-    return do_BLHD
-
-
-def _describe(
-    by_query: Sequence[Named], queries: int, by_key: Sequence[Named], keys: int
-) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """Descriptors, with boxes of so many queries and keys, and how many rows samples are apart."""
-    both = [*(describe(*t, queries) for t in by_query), *(describe(*t, keys) for t in by_key)]
-    descs, apart = zip(*both, strict=True)
-    return descs, apart

@@ -14,13 +14,22 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sfkernels import launch
 from sfkernels.gpu.attention import tile_setting
+from sfkernels.gpu.hopper.work import FIELDS
 
 # Two consumers of M queries each: the rows of one wgmma.
 M, CONSUMERS = gl.constexpr(64), gl.constexpr(2)
+ITEM = gl.constexpr(FIELDS)
+# Threads of both consumers, and of them and the loading warp.
+BOTH, ALL = gl.constexpr(256), gl.constexpr(288)
 # Registers of a thread. A program is given REGISTERS for each thread of 12 warps; its consumers
 # take what the warpgroup of the loading warp leaves.
 REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS = 168, gl.constexpr(240), gl.constexpr(24)
 
+_GLUON = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.float32: gl.float32,
+}
 # Waits for all threads of a partition. Triton 3.6 has it by one name, 3.7 by the other.
 thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
@@ -84,11 +93,10 @@ def describe(name: str, x_BLHD: Tensor | None, box: int) -> tuple[Any, int]:
         )
     apart = stride_b // stride_l
     shape = [(batch - 1) * apart + tokens, heads * head_dim]
-    layout = _shared_layout(box, head_dim, x_BLHD.dtype)
+    layout = shared_layout(box, head_dim, x_BLHD.dtype)
     return TensorDescriptor(x_BLHD, shape, [stride_l, 1], [box, head_dim], layout), apart
 
 
 @functools.cache
-def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], kind)
+def shared_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], _GLUON[dtype])
