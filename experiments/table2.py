@@ -62,12 +62,12 @@ FLOW = (("optimizer", "adamw"), ("lr", 1e-3), ("betas", (0.0, 0.99)), ("ema", 0.
         ("darken", 0.0), ("context_noise", 0.0))  # fmt: skip
 ROWS = {
     "TF": Row("tf", EULER, FLOW),
-    "DF": Row("df", EULER, FLOW),
+    "DF": Row("df", EULER, (*FLOW, ("lr", 2e-3))),
     "TF + DMD": Row("tf+dmd", change=(("lr", 4e-4),)),
-    "DF + DMD (CausVid)": Row("df+dmd", change=(("lr", 2e-4),)),
+    "DF + DMD (CausVid)": Row("df+dmd", change=(("lr", 1.6e-3),)),
     "SF + DMD": Row("sf+dmd", change=(("lr", 1e-4),)),
-    "SF + SiD": Row("sf+sid", change=(("lr", 5e-5),)),
-    "SF + GAN": Row("sf+gan", change=(("lr", 5e-5),)),
+    "SF + SiD": Row("sf+sid", change=(("lr", 1e-4),)),
+    "SF + GAN": Row("sf+gan", change=(("lr", 1e-4),)),
     "SF + DMD, first hidden": Row("sf+dmd", change=(("lr", 1e-4), ("hide_first", True))),
 }
 WAYS = {"chunk-wise": 3, "frame-wise": 1}
