@@ -31,7 +31,7 @@ from torch import Tensor
 
 from bench import timing
 from bench.ops.measure import run_case
-from sfkernels import cases, check, dispatch, launch, testing
+from sfkernels import cases, check, dispatch, launch, machine_code, testing
 from sfkernels.cases import CHUNK, FRAME, WINDOW, Case, Heads
 from sfkernels.launch import RowTile, Setting
 from sfmodel.files import atomic
@@ -130,8 +130,8 @@ def _holds_bounds(kernel: str, channels: int, arch: int, setting: Setting) -> bo
         out = check.Compiled(check.kernel_name(jit), "", kernel, arch, warps=num_warps)
         try:
             binary = jit.warmup(*args, grid=(1,), num_warps=num_warps, **options)
-            (sass,) = check.disassemble([binary.asm["cubin"]], arch)
-            check.examine(jit, binary, sass, out)
+            (sass,) = machine_code.disassemble([binary.asm["cubin"]], arch)
+            check.examine(jit, binary, sass, out, options)
             fine = fine and not check.judge(out, narrow=sys.maxsize, may_serialise=True)
         except Exception:  # the compiler's
             fine = False

@@ -34,6 +34,31 @@ SCALARS = 6
 
 
 @dataclass(frozen=True)
+class MainLoop:
+    """Bounds of the main loops of a kernel in Gluon, at the settings that ship: TFLOP/s that what
+    binds leaves at least on an H200, of 790 (`sfkernels.machine_code`); and of a consumer's turn
+    how many meetings of its warps, exchanges between threads and copies of registers at most."""
+
+    ceiling: int
+    barriers: int
+    shuffles: int
+    moves: int
+
+
+# By kernel and head dim. Of short heads exponentials bind a forward pass, and of the fused backward
+# pass shared memory does.
+LOOPS = {
+    ("hopper_fwd", 128): MainLoop(790, 1, 4, 4),
+    ("hopper_fwd", 64): MainLoop(760, 1, 4, 4),
+    ("hopper_bwd", 128): MainLoop(630, 2, 0, 8),
+    ("hopper_dkdv", 128): MainLoop(790, 1, 0, 8),
+    ("hopper_dkdv", 64): MainLoop(790, 1, 0, 8),
+    ("hopper_dq", 128): MainLoop(790, 2, 0, 4),
+    ("hopper_dq", 64): MainLoop(790, 2, 0, 4),
+}
+
+
+@dataclass(frozen=True)
 class Bounded:
     """A case whose launches are compiled ahead of time. launcher: whose they are, of the GPU module
     that `impl` names. narrow: how many global loads, and how many stores, of less than 128 bits its

@@ -15,12 +15,9 @@ import json
 import multiprocessing
 import os
 import re
-import struct
-import subprocess
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +26,21 @@ from typing import Any
 import torch
 
 from sfkernels import launch
-from sfkernels.bounds import ahead_of_time
+from sfkernels.bounds import LOOPS, MainLoop, ahead_of_time
+from sfkernels.machine_code import (
+    UNITS,
+    Load,
+    beyond,
+    disassemble,
+    hazards,
+    highest,
+    load_of,
+    loops,
+    main_loops,
+    parse,
+    run_tool,
+    warnings_of,
+)
 
 # A loop may park values outside it, where they cost nothing: ptxas does so to reach the next level
 # of occupancy. One instruction to store and one to load each.
@@ -94,6 +105,9 @@ class Compiled:
     beside: int = 0
     gluon: bool = False
     waits: dict[int, int] = dataclasses.field(default_factory=dict)
+    load: Load | None = None
+    used: dict[int, int] = dataclasses.field(default_factory=dict)
+    hazards: list[str] = dataclasses.field(default_factory=list)
     warned: list[str] = dataclasses.field(default_factory=list)
     sets_registers: bool = False
     broken: list[str] = dataclasses.field(default_factory=list)
@@ -118,52 +132,34 @@ def read_usage(text: str, out: Compiled) -> None:
     out.registers, out.stack = usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
-_INSTRUCTION = re.compile(
-    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)((?:\.\w+)*)(.*)$"
-)
-
-
 def read_sass(sass: str, out: Compiled) -> None:
     """Fills in the counts of instructions from the text of `cuobjdump -sass`."""
-    loops: list[tuple[int, int]] = []
-    local: list[int] = []
-    products: list[int] = []
+    code = parse(sass)
     loads: Counter[int] = Counter()
     stores: Counter[int] = Counter()
     under_way = False
-    for line in sass.splitlines():
-        found = _INSTRUCTION.match(line)
-        if not found:
-            continue
-        at, name, suffixes, operands = int(found[1], 16), found[2], found[3], found[4]
-        if name in ("LDG", "LDGSTS"):
-            loads[_bits(suffixes)] += 1
-        elif name == "UTMALDG":
+    for i in code:
+        if i.name in ("LDG", "LDGSTS"):
+            loads[_bits(i.suffixes)] += 1
+        elif i.name == "UTMALDG":
             out.tma += 1
-        elif name == "STG":
-            stores[_bits(suffixes)] += 1
-        elif name in ("LDL", "STL"):
-            local.append(at)
-        elif name == "BRA" and (target := re.search(r"0x([0-9a-f]+)", operands)):
-            loops.append((int(target[1], 16), at))  # backward ones; an end is a jump to itself
-        elif "MMA" in name and not name.startswith("DMMA"):
+        elif i.name == "STG":
+            stores[_bits(i.suffixes)] += 1
+        elif i.multiplies:
             out.tensor_core += 1
-            products.append(at)
-            under_way = name == "HGMMA"
-        elif name == "WARPGROUP" and suffixes == ".DEPBAR.LE":
-            under_way = not operands.split(";")[0].rstrip().endswith(", 0x0")
-        elif name == "MUFU" and suffixes == ".EX2":
+            under_way = i.name == "HGMMA"
+        elif i.name == "WARPGROUP" and i.suffixes == ".DEPBAR.LE":
+            under_way = not i.operands.endswith(", 0x0")
+        elif i.name == "MUFU" and i.suffixes == ".EX2":
             out.beside += under_way
-        if re.fullmatch(r"D(ADD|MUL|FMA|SETP|MMA|MNMX)", name) or re.search(
-            r"\.(F64|\w+64H)\b", suffixes
+        if re.fullmatch(r"D(ADD|MUL|FMA|SETP|MMA|MNMX)", i.name) or re.search(
+            r"\.(F64|\w+64H)\b", i.suffixes
         ):
             out.fp64 += 1
     out.loads, out.stores = dict(loads), dict(stores)
-    out.local = len(local)
-    loops = [(lo, hi) for lo, hi in loops if lo < hi]
-    if busy := [loop for loop in loops if any(loop[0] < at < loop[1] for at in products)]:
-        loops = [a for a in busy if not any(a != b and a[0] <= b[0] <= b[1] <= a[1] for b in busy)]
-    out.looped = sum(any(lo <= at <= hi for lo, hi in loops) for at in local)
+    out.local = sum(i.name in ("LDL", "STL") for i in code)
+    around = main_loops(code) or loops(code)
+    out.looped = len({i.at for turn in around for i in turn if i.name in ("LDL", "STL")})
 
 
 def _bits(suffixes: str) -> int:
@@ -173,9 +169,14 @@ def _bits(suffixes: str) -> int:
 
 
 def judge(
-    out: Compiled, narrow: int, may_spill: bool = False, may_serialise: bool = False
+    out: Compiled,
+    narrow: int,
+    may_spill: bool = False,
+    may_serialise: bool = False,
+    loop: MainLoop | None = None,
 ) -> list[str]:
-    """Clauses, one for every bound that is broken; the last three arguments as in Bounded."""
+    """Clauses, one for every bound that is broken; narrow, may_spill and may_serialise as in
+    Bounded. loop: bounds of the main loops, at the settings that ship."""
     limits = LIMITS[out.arch]
     broken = []
     if not may_spill and (out.looped or out.local > PARKED):
@@ -202,6 +203,9 @@ def judge(
         broken.append("every wait is for all products, so that none overlap")
     if out.gluon and not out.sets_registers:
         broken.append("the loading warp keeps its registers")
+    broken += out.hazards
+    if loop is not None:
+        broken += _judge_loop(out.load, loop)
     # In Gluon loads go by TMA, and results leave in the tensor cores' layout, once a tile.
     if out.kernel not in SMALL and not out.gluon:
         for what, widths in (("loads", out.loads), ("stores", out.stores)):
@@ -217,6 +221,22 @@ def judge(
     return broken
 
 
+def _judge_loop(load: Load | None, most: MainLoop) -> list[str]:
+    if load is None:
+        return ["no loop multiplies matrices"]
+    broken = []
+    if load.ceiling < most.ceiling:
+        broken.append(
+            f"main loop: at most {load.ceiling:.0f} TFLOP/s, for {load.binds} binds; must be "
+            f"{most.ceiling} at least"
+        )
+    for what in ("barriers", "shuffles", "moves"):
+        count, allowed = getattr(load, what), getattr(most, what)
+        if count > allowed:
+            broken.append(f"main loop: {count} {what}, at most {allowed} allowed")
+    return broken
+
+
 def _overlaps_products(out: Compiled) -> bool:
     """Tells whether it starts a product of matrices before it waits for the one before."""
     return out.gluon or (out.kernel in PRODUCTS and out.arch == 90)
@@ -226,26 +246,40 @@ def kernel_name(kernel: Any) -> str:
     return str(kernel.__name__).strip("_").removesuffix("_kernel")
 
 
-def examine(kernel: Any, binary: Any, sass: str, out: Compiled) -> None:
-    """Fills in what a compiled kernel needs and is made of. sass: as `disassemble` gives it."""
+def examine(
+    kernel: Any, binary: Any, sass: str, out: Compiled, constants: Mapping[str, Any]
+) -> None:
+    """Fills in what a compiled kernel needs and is made of. sass: as `disassemble` gives it.
+    constants: that it was compiled with."""
     out.gluon = getattr(kernel, "is_gluon", bool)()
     out.shared = binary.metadata.shared
-    read_usage(_run("cuobjdump", binary.asm["cubin"], "-res-usage"), out)
+    read_usage(run_tool("cuobjdump", binary.asm["cubin"], "-res-usage"), out)
     read_sass(sass, out)
     ptx = binary.asm["ptx"]
     out.fp64 = out.fp64 or len(re.findall(r"\.f64\b", ptx))
     if _overlaps_products(out):
         out.warps = binary.metadata.num_warps  # of all partitions
         read_ptx(ptx, out)
+    if out.gluon:
+        code = parse(sass)
+        out.load = load_of(code, _copied(out.kernel, constants))
+        out.used, out.hazards = highest(code), [*hazards(code), *beyond(code)]
     if out.tma and out.arch == 90:
-        out.warned = _warnings(ptx, out.arch)
+        out.warned = warnings_of(ptx, out.arch)
+
+
+def _copied(kernel: str, constants: Mapping[str, Any]) -> int:
+    """Bytes that TMA moves to and from shared memory for a tile: two of 16 bits; and of dQ one of
+    32."""
+    elements: int = constants["N"] * constants["D"]
+    return 4 * elements * (2 if kernel == "hopper_bwd" else 1)
 
 
 def compile_cases(indices: Sequence[int], arch: int) -> list[tuple[int, Compiled]]:
     """Compiles what these cases launch, for one architecture, and judges it. Returns each with the
     index of its case."""
     every = ahead_of_time()
-    built: list[tuple[int, Compiled, Any, Any]] = []
+    built: list[tuple[int, Compiled, Any, Any, Mapping[str, Any]]] = []
 
     def record(
         kernel: Any, grid: Sequence[int], args: Sequence[Any], *, num_warps: int, **meta: Any
@@ -256,21 +290,22 @@ def compile_cases(indices: Sequence[int], arch: int) -> list[tuple[int, Compiled
             binary = kernel.warmup(*args, grid=(1,), num_warps=num_warps, **meta)
         except Exception as error:  # the compiler's; whatever it is, the other cases go on
             out.broken.append(f"does not compile: {_first_line(error)}")
-        built.append((index, out, kernel, binary))
+        built.append((index, out, kernel, binary, meta))
 
     launch.target, launch.recorder = arch, record
     use_driver(arch)
     for index in indices:
         entry = every[index]
         entry.case.launch(entry.impl, torch.device("meta"))
-    binaries = {binary.hash: binary for *_, binary in built if binary}
+    binaries = {binary.hash: binary for *_, binary, _ in built if binary}
     cubins = [binary.asm["cubin"] for binary in binaries.values()]
     sass = dict(zip(binaries, disassemble(cubins, arch), strict=True))
-    for index, out, kernel, binary in built:
+    for index, out, kernel, binary, meta in built:
         if binary:
             entry = every[index]
-            examine(kernel, binary, sass[binary.hash], out)
-            out.broken += judge(out, entry.narrow, entry.may_spill, entry.may_serialise)
+            examine(kernel, binary, sass[binary.hash], out, meta)
+            loop = LOOPS.get((out.kernel, meta.get("D", 0)))
+            out.broken += judge(out, entry.narrow, entry.may_spill, entry.may_serialise, loop)
     return [(index, out) for index, out, *_ in built]
 
 
@@ -279,55 +314,6 @@ def read_ptx(ptx: str, out: Compiled) -> None:
     waits = re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)
     out.waits = dict(Counter(map(int, waits)))
     out.sets_registers = "setmaxnreg.dec" in ptx and "setmaxnreg.inc" in ptx
-
-
-def _warnings(ptx: str, arch: int) -> list[str]:
-    """Warnings of ptxas on products that it serialises (C75xx), which Triton does not pass on."""
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [str(_tool("ptxas")), "-v", f"--gpu-name=sm_{arch}a", file.name, "-o", os.devnull]
-        done = subprocess.run(command, capture_output=True, text=True)
-    return sorted(set(re.findall(r"\(C75\d\d\)[^\n]*", done.stdout + done.stderr)))
-
-
-def disassemble(cubins: Sequence[bytes], arch: int) -> list[str]:
-    """The SASS of each, by one start of nvdisasm, which alone takes longer than most kernels."""
-    codes = [_code(cubin) for cubin in cubins]
-    target = f"SM{arch}a" if arch >= 90 else f"SM{arch}"
-    said = _run("nvdisasm", b"".join(codes), "-ndf", "-b", target) if codes else ""
-    lines = iter([line for line in said.splitlines() if line.lstrip().startswith("/*")])
-    # An instruction has 16 bytes. Jumps are relative, so that loops stay loops at other addresses.
-    return ["\n".join(itertools.islice(lines, len(code) // 16)) for code in codes]
-
-
-def _code(cubin: bytes) -> bytes:
-    """The instructions of an ELF file for a GPU."""
-    (table,) = struct.unpack_from("<Q", cubin, 40)
-    size, count, names = struct.unpack_from("<3H", cubin, 58)
-    heads = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
-    at = heads[names][4]
-    return b"".join(
-        cubin[start : start + length]
-        for name, _, _, _, start, length in heads
-        if cubin[at + name :].startswith(b".text.")
-    )
-
-
-def _run(name: str, content: bytes, *options: str) -> str:
-    """Output of one of NVIDIA's tools that come with Triton for a file with this content."""
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(content)
-        file.flush()
-        command = [str(_tool(name)), *options, file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def _tool(name: str) -> Path:
-    """Path of one of NVIDIA's tools that come with Triton."""
-    import triton
-
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
 class _Driver:
@@ -417,11 +403,34 @@ def table(results: Iterable[Compiled]) -> str:
                 "BROKEN" if r.broken else "ok",
             )
         )
+    return _aligned(rows, (0, 1, 10, 11, 15))
+
+
+MAIN_LOOPS = """\
+Main loops of kernels with specialised warps: clocks of a multiprocessor for a tile that both
+consumers visit, what binds and what it leaves of the 790 TFLOP/s at which an H200 multiplies
+matrices; a consumer's barriers, shuffles and moves; registers used of those that warps have."""
+
+
+def loop_table(results: Iterable[Compiled]) -> str:
+    """What the main loops ask for, as plain text."""
+    rows = [("kernel", "case", *UNITS, "binds", "TFLOP/s", "barriers", "shuffles", "moves", "used")]
+    for r in results:
+        if r.load:
+            clocks = (f"{r.load.clocks[unit]:.0f}" for unit in UNITS)
+            counted = map(str, (r.load.barriers, r.load.shuffles, r.load.moves))
+            used = " ".join(f"{n}/{most}" for most, n in sorted(r.used.items()))
+            ceiling = f"{r.load.ceiling:.0f}"
+            rows.append((r.kernel, r.case, *clocks, r.load.binds, ceiling, *counted, used))
+    return _aligned(rows, (0, 1, 2 + len(UNITS), len(rows[0]) - 1))
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
+    """Rows as text; columns are flush right but those named."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    text = (0, 1, 10, 11, 15)
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i in text else cell.rjust(width)
+            cell.ljust(width) if i in left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
@@ -467,6 +476,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"python -m sfkernels.check: {error}", file=sys.stderr)
         return 2
     print(table(results))
+    if any(r.load for r in results):
+        print(f"\n{MAIN_LOOPS}\n{loop_table(results)}")
     broken = [
         f"{r.kernel}, {r.case}, sm_{r.arch}, {r.warps} warps: {clause}"
         for r in results
