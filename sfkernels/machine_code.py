@@ -80,16 +80,18 @@ def parse(sass: str) -> list[Instruction]:
 
 
 def loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
-    """What a branch goes back to, up to that branch."""
-    back = sorted({(i.target, i.at) for i in code if i.target is not None and i.target < i.at})
-    return [[i for i in code if lo <= i.at <= hi] for lo, hi in back]
+    """What a branch goes back to, up to that branch. None comes from where a wait for an mbarrier
+    goes on that did not pass at once: it is tried there again, behind all other code."""
+    back = {(i.target, i.at) for i in code if i.target is not None and i.target < i.at}
+    for wait, again, on in zip(code, code[1:], code[2:], strict=False):
+        if wait.name == "SYNCS" and again.target == wait.at:
+            back.discard((on.target, on.at))
+    return [[i for i in code if lo <= i.at <= hi] for lo, hi in sorted(back)]
 
 
 def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
-    """The innermost loops that multiply matrices. A branch back that is always taken ends none: it
-    comes from where a wait for an mbarrier goes on that did not pass at once."""
-    ends = {i.at for i in code if i.target is not None and i.conditional}
-    busy = [turn for turn in loops(code) if turn[-1].at in ends and any(i.multiplies for i in turn)]
+    """The innermost loops that multiply matrices."""
+    busy = [turn for turn in loops(code) if any(i.multiplies for i in turn)]
     spans = [(turn[0].at, turn[-1].at) for turn in busy]
     return [
         turn

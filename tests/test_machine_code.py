@@ -55,8 +55,12 @@ def test_instructions_are_parsed() -> None:
 
 def test_a_wait_that_is_tried_again_ends_no_main_loop() -> None:
     """It goes on from behind the code, back into the loop."""
-    code = parse(listing("NOP", "@!P1 BRA 0x50", SENT, "@P0 BRA 0x10", "EXIT", "NOP", "BRA 0x20"))
-    assert [(turn[0].at, turn[-1].at) for turn in main_loops(code)] == [(0x10, 0x30)]
+    wait = "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2"
+    code = [wait, "@!P0 BRA 0x60", SENT, "BRA.U UP0, 0x0", "EXIT", "NOP",
+            wait, "@!P0 BRA 0x60", "BRA 0x20"]  # fmt: skip
+    assert [(turn[0].at, turn[-1].at) for turn in main_loops(parse(listing(*code)))] == [(0, 0x30)]
+    code[3] = "BRA 0x0"
+    assert [(turn[0].at, turn[-1].at) for turn in main_loops(parse(listing(*code)))] == [(0, 0x30)]
 
 
 def test_what_a_main_loop_asks_for() -> None:
