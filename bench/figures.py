@@ -16,8 +16,8 @@ COLOURS = {
     "cublaslt": "#8aa86b", "liger": "#c96a6a", "quack": "#a99bc7", "sdpa": "#8aa86b",
     "sdpa cudnn": "#4f7a3a", "sdpa cudnn split": "#2f5220", "sdpa flash": "#8aa86b",
     "sdpa efficient": "#c3d6a8", "sdpa math": "#dddddd", "sdpa varlen": "#a99bc7",
-    "flash-attn": "#c96a6a", "flex": ORANGE, "gluon": "#1f3f66", "gluon deterministic": "#5c7fa8",
-    "triton": BLUE, "cpp": BLUE,
+    "flash-attn": "#c96a6a", "flex": ORANGE, "flex flash": "#b8651f", "gluon": "#1f3f66",
+    "gluon deterministic": "#5c7fa8", "triton": BLUE, "cpp": BLUE,
 }  # fmt: skip
 LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # legible over a line
 

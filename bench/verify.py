@@ -155,7 +155,7 @@ def launch_every_kernel() -> None:
         cases.sampler_step("euler, guided", latents=latents),
         cases.ring_attention(heads, 3, 6, table=True),
     ]
-    gluon = ["gluon"] if torch.cuda.get_device_capability(device)[0] == 9 else []
+    gluon = ["gluon"] if launch.is_hopper(device) else []
     for case in odd:
         for impl in ["triton", *(gluon if isinstance(case, AttentionCase) else [])]:
             case.launch(impl, device)

@@ -402,10 +402,10 @@ def ring_attention(
     )
 
 
-def cross_attention(of: Heads, queries: int, keys: int) -> AttentionCase:
+def cross_attention(of: Heads, queries: int, keys: int, what: str = "text") -> AttentionCase:
     return AttentionCase(
         "attention",
-        f"{queries} queries, text of {keys}",
+        f"{queries} queries, {what} of {keys}",
         attention.cross_attention,
         lambda device: [of.new(n, device) for n in (queries, keys, keys)],
         of.flops(queries * keys),

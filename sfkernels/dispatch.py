@@ -8,6 +8,7 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -72,6 +73,16 @@ def _needs_hopper(device: torch.device) -> str:
     return _needs_gpu(device)
 
 
+def _needs_flash_attn_4(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "takes CUDA tensors: use 'flex'"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9:
+        return f"runs on Hopper and newer GPUs, not on {device}: use 'flex'"
+    if not find_spec("flash_attn") or not find_spec("flash_attn.cute"):
+        return "needs flash-attn 4 (flash_attn.cute), which is not installed: use 'flex'"
+    return ""
+
+
 def _needs_cpu(device: torch.device) -> str:
     if device.type != "cpu":
         return f"takes CPU tensors, not {device.type}"
@@ -117,6 +128,7 @@ IMPLEMENTATIONS = {
     ),
     "flash": Implementation(ATTENTION, {}, HALF, _needs_gpu),
     "flex": Implementation(ATTENTION),
+    "flex_flash": Implementation(ATTENTION, {}, HALF, _needs_flash_attn_4),
     "cpp": Implementation(FUSED, {"cpu": FUSED}, FLOATS, _needs_cpu, ".cpp"),
     "torch": Implementation(
         (*CONVOLUTION, LINEAR),

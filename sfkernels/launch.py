@@ -320,6 +320,10 @@ def architecture(device: torch.device) -> int:
     return _capability(device) if device.type == "cuda" else target or 90
 
 
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 @functools.cache
 def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)

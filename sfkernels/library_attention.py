@@ -1,7 +1,7 @@
 """Attention by other libraries' kernels: PyTorch's own (impl="sdpa", which picks cuDNN, flash or
-another backend; "cudnn" and "sdpa_flash", which are these two), its FlexAttention (impl="flex") and
-flash-attn (impl="flash": version 3, 4 or 2, the first that is installed). A ring under "cudnn" is
-in gpu/cudnn.py.
+another backend; "cudnn" and "sdpa_flash", which are these two), its FlexAttention (impl="flex", in
+Triton, and "flex_flash", by flash-attn 4) and flash-attn (impl="flash": version 3, 4 or 2, the
+first that is installed). A ring under "cudnn" is in gpu/cudnn.py.
 
 To all but FlexAttention a pattern is one call for each of its rows, without a mask, on slices of
 the keys. That one takes it whole, as a BlockMask. Shapes are named as in reference.py.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,8 @@ from sfkernels import reference
 from sfkernels.dispatch import cached_tensors
 from sfkernels.layout import Row, Span
 
-IMPLS = ("sdpa", "cudnn", "sdpa_flash", "flash", "flex")
+IMPLS = ("sdpa", "cudnn", "sdpa_flash", "flash", "flex", "flex_flash")
+FLEX = {"flex": "TRITON", "flex_flash": "FLASH"}  # FlexAttention, and what computes it
 FLEX_BLOCK = 128  # queries, and keys, that FlexAttention skips, masks or computes whole
 
 
@@ -30,8 +32,8 @@ def attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float, impl
     """Attention of every query to every key, [B, L, H, D]."""
     if impl == "sdpa":
         return reference.attention(q_BLHD, k_BSHD, v_BSHD, scale)
-    if impl == "flex":
-        return _flex(q_BLHD, k_BSHD, v_BSHD, scale, None)
+    if impl in FLEX:
+        return _flex(q_BLHD, k_BSHD, v_BSHD, scale, None, impl)
     if impl in ("cudnn", "sdpa_flash"):
         # By the ops themselves: to choose a backend for a while is a setting of the whole process.
         q, k, v = (t.transpose(1, 2) for t in (q_BLHD, k_BSHD, v_BSHD))
@@ -65,11 +67,11 @@ def block_causal_attention(
         pieces = [*past, *(x_BSHD[:, a:b] for a, b in spans)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
-    if impl == "flex":
+    if impl in FLEX:
         every = ((0, k_BLHD.shape[1]),)
         k, v = seen(k_BLHD, k_prefix_BPHD, every), seen(v_BLHD, v_prefix_BPHD, every)
         mask = flex_mask(tuple(rows), k.shape[1] - k_BLHD.shape[1], k.shape[1], k.device)
-        return _flex(q_BLHD, k, v, scale, mask)
+        return _flex(q_BLHD, k, v, scale, mask, impl)
     outs = []
     for (start, end), spans in rows:
         k, v = seen(k_BLHD, k_prefix_BPHD, spans), seen(v_BLHD, v_prefix_BPHD, spans)
@@ -83,9 +85,9 @@ def ring_attention(
     """Attention to the first `valid` slots, without a host sync: flash-attn takes the length as a
     tensor, and so do the flash backend of PyTorch and the BlockMask of FlexAttention. What "sdpa"
     cannot take so, float32 and CPU tensors, goes the reference's way."""
-    if impl == "flex":
+    if impl in FLEX:
         mask = _flex_ring_mask(q_BLHD.shape[1], k_ring_BSHD.shape[1], _length(k_ring_BSHD, valid))
-        return _flex(q_BLHD, k_ring_BSHD, v_ring_BSHD, scale, mask)
+        return _flex(q_BLHD, k_ring_BSHD, v_ring_BSHD, scale, mask, impl)
     if impl == "sdpa":
         if not q_BLHD.is_cuda or q_BLHD.dtype not in (torch.float16, torch.bfloat16):
             return reference.ring_attention(q_BLHD, k_ring_BSHD, v_ring_BSHD, valid, scale)
@@ -139,13 +141,19 @@ def _flash() -> tuple[Callable[..., Any], Callable[..., Any] | None]:
         except ImportError:
             continue
         if hasattr(module, "flash_attn_func"):
-            return module.flash_attn_func, getattr(module, "flash_attn_with_kvcache", None)
+            function = module.flash_attn_func
+            if "num_splits" in inspect.signature(function).parameters:
+                # Few queries do not fill a GPU, and by default their keys are not split.
+                function = functools.partial(function, num_splits=0)
+            return function, getattr(module, "flash_attn_with_kvcache", None)
     raise ValueError(
         "impl='flash': no flash-attn is installed (pip install 'sfkernels[flash]' or flash-attn)"
     )
 
 
-def _flex(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float, mask: Any) -> Tensor:
+def _flex(
+    q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float, mask: Any, impl: str
+) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q_BLHD, k_BSHD, v_BSHD))
     on_cpu = q.device.type == "cpu"
     if on_cpu and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
@@ -156,7 +164,8 @@ def _flex(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float, mask: An
         out = flex_attention(q, k, v, block_mask=mask, scale=scale)
     else:
         with torch._dynamo.config.patch(recompile_limit=1000):  # one entry for each pattern
-            out = _compiled_flex()(q, k, v, block_mask=mask, scale=scale)
+            options = {"BACKEND": FLEX[impl]}
+            out = _compiled_flex()(q, k, v, block_mask=mask, scale=scale, kernel_options=options)
     return out.transpose(1, 2)
 
 

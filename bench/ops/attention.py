@@ -18,8 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import sfkernels as sf
 from bench.harness import EAGER
 from bench.timing import Implementation
-from sfkernels import cases, reference, testing
+from sfkernels import cases, dispatch, launch, reference, testing
+from sfkernels.bounds import LOOPS
 from sfkernels.cases import CHUNK, AttentionCase, Heads
+from sfkernels.layout import transpose
 from sfkernels.testing import Op, close_as_eager, interpreted
 
 Tensors = Sequence[Tensor]
@@ -38,7 +40,9 @@ FLASH_ATTN = ("flash_attn_interface", "flash_attn")  # version 3; 2 and 4
 @dataclass(frozen=True)
 class Sizes:
     """rings, clips: latent frames of each, the most telling first. window, sink: of a layout whose
-    window moves. wide: heads of the larger model. text: keys of a prompt."""
+    window moves. wide: heads of the larger model. text: keys of a prompt. queries, keys, some: of
+    few queries to a long video and its heads, the sizes at which NVIDIA times cuDNN
+    (cudnn-frontend, benchmark/attention_inference, auto_regressive_dit)."""
 
     of: Heads
     wide: int = 40
@@ -47,10 +51,13 @@ class Sizes:
     clips: tuple[int, ...] = (21, 9, 3)
     window: int = 9
     sink: int = 3
+    queries: tuple[int, ...] = (985, 2048, 4096, 8192)
+    keys: int = 62_208
+    some: int = 9
 
 
 FULL = Sizes(Heads())
-TINY = Sizes(Heads(8, 1, 16, torch.float32), 2, 7, (6, 3, 1), (6, 3), 5, 1)
+TINY = Sizes(Heads(8, 1, 16, torch.float32), 2, 7, (6, 3, 1), (6, 3), 5, 1, (5, 20), 50, 2)
 
 
 def rows(sizes: Sizes) -> Iterator[tuple[AttentionCase, bool]]:
@@ -66,6 +73,9 @@ def rows(sizes: Sizes) -> Iterator[tuple[AttentionCase, bool]]:
     for frames in (CHUNK, 1):
         case = cases.ring_attention(replace(of, heads=sizes.wide), frames, ring)
         yield replace(case, size=f"{case.size}, {sizes.wide} heads"), False
+    for queries in sizes.queries:
+        some = replace(of, heads=sizes.some)
+        yield cases.cross_attention(some, queries, sizes.keys, "video"), False
     yield cases.cross_attention(of, CHUNK * of.frame_tokens, sizes.text), False
     yield cases.ring_attention(of, CHUNK, ring, valid=CHUNK * -(-ring // (2 * CHUNK))), False
     yield from _training(of, clip, window=sizes.window, sink=sizes.sink)
@@ -94,7 +104,7 @@ def implementations(
     if not cuda:
         eager = Implementation(EAGER, case.by("reference"))
         return [*found, eager, Implementation("sdpa", plainly(case, "sdpa"))]
-    if torch.cuda.get_device_capability(device)[0] == 9:
+    if launch.is_hopper(device):
         found.append(Implementation("gluon", case.by("gluon")))
         if case.backward and case.layout is not None:  # without a prefix, there are two ways
             same_bits = case.by("gluon", deterministic=True)
@@ -113,7 +123,31 @@ def implementations(
         found.append(Implementation("flash-attn", plainly(case, "flash")))
     if compiled:
         found.append(Implementation("flex", plainly(case, "flex")))
+        if not dispatch.IMPLEMENTATIONS["flex_flash"].refusal(device):
+            found.append(Implementation("flex flash", plainly(case, "flex_flash")))
     return found
+
+
+def ceiling(case: AttentionCase, programs: int) -> float:
+    """TFLOP/s that "gluon" can reach on an H200 at most, on so many multiprocessors: what its main
+    loop leaves (`sfkernels.bounds.LOOPS`), while all of them are busy, of tiles that are whole."""
+    from sfkernels.gpu.hopper.work import shared_out  # which not every Triton can import
+
+    heads, head_dim = case.make(torch.device("meta"))[0].shape[2:]
+    kernel = "hopper_bwd" if case.backward else "hopper_fwd"
+    tile = launch.tile(kernel, torch.device("meta"), 2 * head_dim)
+    keys = max(end for _, spans in case.rows for _, end in spans)
+    rows = transpose(case.rows, keys) if case.backward else case.rows
+    lengths = [
+        sum(-(-(hi - lo) // tile.streamed) for lo, hi in spans)
+        for (start, end), spans in rows
+        for _ in range(start, end, tile.stationary)
+    ]
+    shares = shared_out(sorted(lengths, reverse=True), heads, programs, whole=case.backward)
+    steps = max(sum(piece.hi - piece.lo for piece in share) for share in shares)
+    products = 10 if case.backward else 4
+    done = products * head_dim * tile.stationary * tile.streamed * steps * programs
+    return LOOPS[kernel, head_dim].ceiling * case.flops / done
 
 
 def plainly(case: AttentionCase, impl: str) -> Op:

@@ -20,6 +20,7 @@ from bench.harness import OURS, Job
 from bench.ops import attention, memory_bound
 from bench.ops.measure import best, run_case
 from bench.tables import Result, Table, timed
+from sfkernels import launch
 from sfkernels.cases import AttentionCase, Case
 from sfkernels.dispatch import CONVOLUTION
 from sfkernels.testing import interpreted
@@ -62,7 +63,10 @@ def run(job: Job) -> Result:
 def row(case: Case, job: Job, result: Result, copies: dict[int, float], compiled: bool) -> Result:
     """copies: GB/s by bytes, as far as they are known."""
     out = run_case(case, job.device, result["ceilings"], job.rounds, compiled)
-    if not isinstance(case, AttentionCase):
+    if isinstance(case, AttentionCase):
+        if launch.is_hopper(job.device):
+            out["ceiling_tflops"] = attention.ceiling(case, launch.multiprocessors(job.device))
+    else:
         if case.nbytes not in copies:
             copies[case.nbytes] = timing.copy_bandwidth(job.device, case.nbytes, job.rounds)
         out["copy_gbps"] = copies[case.nbytes]
@@ -89,6 +93,10 @@ def tables(result: Result) -> list[Table]:
         first = ours[row["case"]]
         return f"{e['ms'] / row['contestants'][first]['ms']:.2f}" if first else ""
 
+    def ceiling(row: Result, _: Result) -> str:
+        most = row.get("ceiling_tflops")
+        return show.number(scale * most) if most else ""
+
     common = {
         "µs": show.value("ms", show.microseconds),
         "p99": show.value("p99_ms", show.microseconds),
@@ -102,6 +110,7 @@ def tables(result: Result) -> list[Table]:
     of_products = {
         unit: show.value("tflops", scale=scale),
         "% of product": show.share("tflops", product),
+        "ceiling of gluon": ceiling,
         "MiB": show.PEAK_MIB,
     }
     last = "time / ours" if any(name in OURS for name in ours.values()) else "time / eager"
