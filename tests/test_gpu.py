@@ -158,6 +158,26 @@ def test_block_causal_attention_at_real_shapes(
 
 @pytest.mark.usefixtures("fresh_seed")
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_in_one_kernel_or_two(deterministic: bool, dtype: torch.dtype, impl: str) -> None:
+    """Without a prefix, where "gluon" has two ways; of the one gradients are the same bits."""
+    layout = sf.BlockLayout.causal(3, 1, WAN_TOKENS, teacher_forcing=True)
+
+    def op(*tensors: Tensor, impl: str) -> Tensor:
+        return block_causal_attention(*tensors, layout, deterministic=deterministic, impl=impl)
+
+    tensors = rand(3, 2, layout.tokens, 2, 128)
+    check(op, [*tensors], dtype, impl=impl)
+    if deterministic and impl != "sdpa":
+        leaves = [t.to(dtype).requires_grad_() for t in tensors]
+        do = torch.randn_like(leaves[0])
+        first, second = (torch.autograd.grad(op(*leaves, impl=impl), leaves, do) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.usefixtures("fresh_seed")
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("heads", "head_dim", "dtype"), HEADS)
 @pytest.mark.parametrize("frames", [1, 3])
 def test_ring_attention_at_real_shapes(
