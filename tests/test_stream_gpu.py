@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import sfkernels
+from sfkernels import launch
 from sfmodel import frames
 from sfmodel.dit import DiT
 from sfmodel.saved_stream import fork, load_stream, save_stream
@@ -39,6 +40,30 @@ def test_captured_and_eager_agree_bit_for_bit(model: DiT, sink: int) -> None:
     for _ in range(7):
         assert torch.equal(mine.denoise(), eager.denoise())
         torch.testing.assert_close(mine.decode(), eager.decode(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not launch.is_hopper(torch.device("cuda")), reason="needs a Hopper GPU")
+@torch.no_grad()
+def test_a_stream_by_the_kernels_in_gluon() -> None:
+    """A whole model, its window past the wrap, in graphs: as near to one by eager attention in the
+    same dtype as that is to float32."""
+    torch.manual_seed(0)
+    preset = replace(SMALL, dit=replace(SMALL.dit, dim=128, heads=2, layers=2))
+    weights = {
+        name: weight + 0.1 * torch.randn_like(weight) / max(weight.shape[-1], 1) ** 0.5
+        for name, weight in DiT(preset.dit).state_dict().items()
+    }
+    videos = {}
+    for impl, dtype in (("gluon", torch.bfloat16), ("reference", torch.bfloat16),
+                        ("reference", torch.float32)):  # fmt: skip
+        model = DiT(preset.dit, attention_impl=impl).to("cuda", dtype).eval()
+        model.load_state_dict(weights)
+        text = TEXT[:1].to("cuda", dtype)
+        stream = Stream(model, ToyVAE().to("cuda"), text, preset, graph=True)
+        videos[impl, dtype] = torch.cat([stream.denoise().float().clone() for _ in range(6)], 1)
+    mine, eager, exact = videos.values()
+    assert (eager - exact).norm() > 0
+    assert (mine - exact).norm() < 2 * (eager - exact).norm() + 1e-3 * exact.norm()
 
 
 @pytest.mark.parametrize("graph", [False, True])
