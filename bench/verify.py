@@ -146,7 +146,7 @@ def launch_every_kernel() -> None:
     rows = memory_bound.Sizes(shapes, shapes, levels, torch.bfloat16, 32, latents, (2, 3), layers)
     # The head dim of the part before, so that most of these kernels are compiled already.
     heads = Heads(37, 2, 128, torch.bfloat16)
-    patterns = attention.Sizes(heads, 1, 77, (6, 3), (6,), 5, 1)
+    patterns = attention.Sizes(heads, 1, 77, (6, 3), (6,), 5, 1, (5, 130), 300, 2)
     odd = [
         *(case for case, _ in (*memory_bound.rows(rows), *attention.rows(patterns))),
         # Four that no list has.
