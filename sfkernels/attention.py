@@ -40,7 +40,8 @@ class Prefix(NamedTuple):
     gradient: the cache of a self-forcing rollout (arXiv 2506.08009, section 3.3).
 
     k, v [B, P, H, D]; spans: the tokens of them that are seen, half-open, None for all, () for
-    none. They are read again in the backward pass and must not change before it.
+    none. What lies between spans must be finite too, as "gluon" multiplies some of it by zero. They
+    are read again in the backward pass and must not change before it.
     """
 
     k_BPHD: Tensor
@@ -63,8 +64,8 @@ def block_causal_attention(
 
     q, k, v [B, layout.tokens, H, D]; scale defaults to D^-½; prefix: what all queries see as well.
     deterministic: whether gradients are to be the same bits in every run, where it is faster not
-    to ("gluon", heads of 128, no prefix); None: as torch.use_deterministic_algorithms says, which
-    alone decides for the kernels of libraries.
+    to ("gluon", heads of 128, no prefix); None: as torch.use_deterministic_algorithms says now,
+    which alone decides for the kernels of libraries.
     Returns [B, L, H, D]. Raises ValueError for shapes that do not fit the layout or each other
     (grouped-query attention, fewer key heads than query heads, is not offered)."""
     if not isinstance(layout, BlockLayout):
@@ -92,7 +93,11 @@ def block_causal_attention(
 
 
 def _deterministic(asked: bool | None) -> bool:
-    return torch.are_deterministic_algorithms_enabled() if asked is None else bool(asked)
+    if asked is None:
+        return torch.are_deterministic_algorithms_enabled()
+    if not isinstance(asked, bool):
+        raise ValueError(f"deterministic={asked!r}: must be True, False or None")
+    return asked
 
 
 def ring_attention(
@@ -111,7 +116,8 @@ def ring_attention(
 
     q [B, L, H, D]; k_ring, v_ring [B, S, H, D], keys already rotated, so that their order does not
     matter; valid: an int32 or int64 scalar tensor on the same device, the tokens written so far,
-    1 to S, or [B] of them where samples are at different frames. Every query sees every valid slot.
+    1 to S, or [B] of them where samples are at different frames. Every query sees every valid slot;
+    what the others hold must be finite, as "gluon" multiplies some of it by zero.
     scale defaults to D^-½. Returns [B, L, H, D].
     A valid out of range raises ValueError; on a GPU, where looking would make the host wait, and
     under torch.compile it counts as the nearest in range.

@@ -50,7 +50,7 @@ class MainLoop:
 LOOPS = {
     ("hopper_fwd", 128): MainLoop(790, 1, 4, 4),
     ("hopper_fwd", 64): MainLoop(760, 1, 4, 4),
-    ("hopper_bwd", 128): MainLoop(630, 2, 0, 8),
+    ("hopper_bwd", 128): MainLoop(655, 2, 0, 8),
     ("hopper_dkdv", 128): MainLoop(790, 1, 0, 8),
     ("hopper_dkdv", 64): MainLoop(790, 1, 0, 8),
     ("hopper_dq", 128): MainLoop(790, 2, 0, 4),

@@ -414,7 +414,8 @@ matrices; a consumer's barriers, shuffles and moves; registers used of those tha
 
 def loop_table(results: Iterable[Compiled]) -> str:
     """What the main loops ask for, as plain text."""
-    rows = [("kernel", "case", *UNITS, "binds", "TFLOP/s", "barriers", "shuffles", "moves", "used")]
+    head = "kernel", "case", *UNITS, "binds", "TFLOP/s", "barriers", "shuffles", "moves", "used"
+    rows: list[tuple[str, ...]] = [head]
     for r in results:
         if r.load:
             clocks = (f"{r.load.clocks[unit]:.0f}" for unit in UNITS)

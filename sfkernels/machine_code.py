@@ -15,7 +15,7 @@ import re
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,12 +23,15 @@ from typing import NamedTuple
 # Of a large product of matrices, measured on an H200: what tensor cores that never wait reach.
 PRODUCT_TFLOPS = 790
 SHARED_BYTES = 128  # a clock
-# Clocks of a scheduler for an instruction of a warp, by the unit that executes it.
-_FMA = ("FFMA", "FMUL", "FADD", "IMAD")
-_SPECIAL = ("MUFU",)
 _ALU = ("FMNMX", "FSEL", "FSETP", "F2FP", "ISETP", "IADD3", "LOP3", "SHF", "LEA", "VIADD", "SEL")
-_EACH = (("fma", _FMA, 1), ("alu", _ALU, 2), ("exp", _SPECIAL, 8))
-UNITS = ("tensor", "shared", "issue", *(unit for unit, *_ in _EACH))
+# The unit that executes an instruction of a warp, and how many clocks of a scheduler it takes.
+_UNIT = {
+    **dict.fromkeys(("FFMA", "FMUL", "FADD"), ("fma", 1)),
+    "IMAD": ("fma", 2),
+    **dict.fromkeys((*_ALU, "PRMT"), ("alu", 2)),
+    "MUFU": ("exp", 8),
+}
+UNITS = ("tensor", "shared", "issue", "fma", "alu", "exp")
 
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z]\w*)((?:\.\w+)*)\s*(.*?);")
 
@@ -135,9 +138,9 @@ def load_of(code: Sequence[Instruction], copied: int) -> Load | None:
     clocks = {"tensor": float(sum(i.columns for turn in turns for i in turn)) / 2}
     clocks["shared"] = (copied + sum(_shared(i) for turn in turns for i in turn)) / SHARED_BYTES
     clocks["issue"] = float(sum(map(len, turns)))  # each scheduler has a warp of each consumer
-    for unit, names, each in _EACH:
-        count = sum(i.name in names for turn in turns for i in turn)
-        clocks[unit] = float(each * count)
+    clocks |= dict.fromkeys(UNITS[3:], 0.0)
+    for unit, each in (_UNIT[i.name] for turn in turns for i in turn if i.name in _UNIT):
+        clocks[unit] += each
     return Load(
         clocks,
         max(sum(i.name == "BAR" and i.operands.endswith(", 0x80") for i in t) for t in turns),
@@ -147,17 +150,20 @@ def load_of(code: Sequence[Instruction], copied: int) -> Load | None:
 
 
 def _shared(i: Instruction) -> int:
-    """Bytes that an instruction of a consumer's four warps moves in shared memory."""
+    """Bytes that an instruction of a consumer's four warps moves in shared memory, at least: its
+    threads may load the same ones."""
     if i.columns:
         left = 0 if re.match(r"R\d+, R\d+", i.operands) else 64 * 16 * 2
         return left + i.columns * 16 * 2
     if i.name in ("LDSM", "STSM"):
         return 128 * 4 * int((re.search(r"\.(\d)$", i.suffixes) or "01")[1])
-    if i.name in ("LDS", "STS"):
+    if i.name == "STS":
         return 128 * int((re.search(r"\.(64|128)\b", i.suffixes) or (0, 32))[1]) // 8
-    return 0
+    return 4 * SHARED_BYTES if i.name == "LDS" else 0
 
 
+# Groups of products that a kernel sends before it waits for one, at most.
+UNDER_WAY = 8
 # Instructions that write no register, or none that a product can have.
 _NO_RESULT = frozenset((
     "ST", "STG", "STS", "STL", "STSM", "RED", "ATOM", "UTMALDG", "UTMAREDG", "SYNCS", "BAR",
@@ -170,6 +176,8 @@ _NO_RESULT = frozenset((
 def _touched(i: Instruction) -> tuple[set[int], set[int]]:
     """Registers that an instruction other than a product writes, and that it reads."""
     operands = [o.strip() for o in i.operands.split(",")] if i.operands else []
+    while operands and re.fullmatch(r"U?P[T\d]", operands[0]):  # predicates that it writes
+        operands = operands[1:]
     width = 4 if ".128" in i.suffixes else 2 if ".64" in i.suffixes or i.name == "CS2R" else 1
     if i.name == "LDSM":
         width = int((re.search(r"\.(\d)$", i.suffixes) or "01")[1])
@@ -202,29 +210,43 @@ def hazards(code: Sequence[Instruction]) -> list[str]:
     index = {i.at: n for n, i in enumerate(code)}
     found: dict[int, str] = {}
     seen: set[tuple[int, tuple[_Group, ...]]] = set()
-    ways: list[tuple[int, tuple[_Group, ...]]] = [(0, ())]
+    ways: list[tuple[int, tuple[_Group, ...]]] = [(n, ()) for n in _entries(code)]
     while ways:
         n, groups = ways.pop()
-        while n < len(code) and (n, groups) not in seen:
-            seen.add((n, groups))
-            i = code[n]
-            if i.columns:
-                groups, wrong = _sent(i, groups)
-            else:
-                groups, wrong = _waited(i, groups), _meets(i, groups)
-            if wrong:
-                found[i.at] = f"{i} at {i.at:#x}: {wrong}"
-            if i.name == "EXIT" and not i.when:
-                break
-            if i.target is not None:
-                if i.target not in index:
-                    break
-                if not i.conditional:
-                    n = index[i.target]
-                    continue
-                ways.append((index[i.target], groups))
-            n += 1
+        if n >= len(code) or (n, groups) in seen:
+            continue
+        seen.add((n, groups))
+        i = code[n]
+        if i.columns:
+            groups, wrong = _sent(i, groups)
+        else:
+            groups, wrong = _waited(i, groups), _meets(i, groups)
+        if len(groups) > UNDER_WAY:
+            wrong, groups = "products pile up that nobody waits for", ()
+        if wrong:
+            found[i.at] = f"{i} at {i.at:#x}: {wrong}"
+        ways += [(m, groups) for m in _after(code, n, index)]
+    reached = {n for n, _ in seen}
+    for n, i in enumerate(code):
+        if i.columns and n not in reached:
+            found[i.at] = f"{i} at {i.at:#x}: no way leads there"
     return [found[at] for at in sorted(found)]
+
+
+def _entries(code: Sequence[Instruction]) -> list[int]:
+    """Where the code begins, and where a partition does, which is jumped to by a table."""
+    return [0, *(n for n, i in enumerate(code) if i.name == "USETMAXREG")]
+
+
+def _after(code: Sequence[Instruction], n: int, index: Mapping[int, int]) -> list[int]:
+    """What may come after an instruction; index: of instructions by address."""
+    i = code[n]
+    if i.name == "EXIT" and not i.when:
+        return []
+    if i.target is None:
+        return [n + 1]
+    there = [index[i.target]] if i.target in index else []
+    return [*there, n + 1] if i.conditional else there
 
 
 def _sent(i: Instruction, groups: tuple[_Group, ...]) -> tuple[tuple[_Group, ...], str]:
@@ -283,11 +305,17 @@ def highest(code: Sequence[Instruction]) -> dict[int, int]:
 
 
 def _by_registers(code: Sequence[Instruction]) -> Iterator[tuple[int, list[Instruction]]]:
-    """The code between one setmaxnreg and the next, with what the first gives."""
-    begins = [n for n, i in enumerate(code) if i.name == "USETMAXREG"]
-    for begin, end in zip(begins, [*begins[1:], len(code)], strict=True):
-        most = int(code[begin].operands.split(",")[-1], 16)
-        yield most, [*code[begin:end]]
+    """What may come after a setmaxnreg, before the next, with what the first gives."""
+    index = {i.at: n for n, i in enumerate(code)}
+    for begin in _entries(code)[1:]:
+        seen: set[int] = set()
+        ways = [begin]
+        while ways:
+            n = ways.pop()
+            if n < len(code) and n not in seen and (n == begin or code[n].name != "USETMAXREG"):
+                seen.add(n)
+                ways += _after(code, n, index)
+        yield int(code[begin].operands.split(",")[-1], 16), [code[n] for n in sorted(seen)]
 
 
 def _highest(i: Instruction) -> int:

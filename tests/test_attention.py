@@ -341,6 +341,7 @@ ring: Any = functools.partial(ring_attention, impl="triton")
         (lambda: block(X.double(), X.double(), X.double(), LAYOUT), "q is torch.float64"),
         (lambda: block(X, X, X.transpose(2, 3).contiguous().transpose(2, 3), LAYOUT), "v has str"),
         (lambda: block(X, X, X, LAYOUT, scale=-1.0), "scale=-1.0: must be positive"),
+        (lambda: block(X, X, X, LAYOUT, deterministic="no"), "deterministic='no': must be True, F"),
         (lambda: block(X, X, X, LAYOUT, prefix=Prefix(X, X[:, :3])), "prefix v has shape"),
         (lambda: block(X, X, X, LAYOUT, prefix=Prefix(X, X, ((3, 3),))), "must be non-empty"),
         (lambda: block(X, X, X, LAYOUT, prefix=Prefix(X, X, ((3, 6), (5, 9)))), "apart from"),

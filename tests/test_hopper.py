@@ -219,6 +219,26 @@ def test_streaming_equals_one_pass() -> None:
     close_as_eager("o of a stream", torch.cat(outs, 1), eager, exact)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_memory_that_is_not_attended_to_may_hold_anything(batch: int) -> None:
+    """Between samples, and behind what is seen of a prefix."""
+    layout = BlockLayout.causal(2, 1, 50)
+    longer = torch.full((3, batch, 160, 1, 64), torch.nan).half()
+    longer[:, :, :100] = torch.randn(3, batch, 100, 1, 64)
+    q, k, v = longer[:, :, :100]
+    past = torch.full((2, batch, 200, 1, 64), torch.nan).half()
+    past[:, :, :90] = torch.randn(2, batch, 90, 1, 64)
+    with launch.using(hopper_fwd=TILES[1]):
+        check_fwd((q, k, v), layout)
+        check_fwd((q, k, v, *past[:, :, :90]), layout, ((0, 90),))
+        outs = []
+        for k_past, v_past in (past, past.nan_to_num(7.0)):
+            with nan_filled(), emulate(0):
+                seen = k_past, v_past, ((0, 90),)
+                outs.append(hopper.attention_fwd(q, k, v, rows_of(layout), *seen, 0.1)[0])
+    assert torch.equal(*outs) and outs[0].isfinite().all()
+
+
 def test_a_stream_that_went_nan_ends_with_a_reset() -> None:
     """The last tile reads slots that are not valid yet, times zero."""
     cache = RingKVCache(layers=1, batch=2, window=3, frame_tokens=35, heads=1, head_dim=64,

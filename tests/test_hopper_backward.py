@@ -143,6 +143,17 @@ def test_same_bits_in_any_order_of_events() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_memory_between_samples_may_hold_anything(deterministic: bool) -> None:
+    longer = torch.full((3, 2, 160, 1, 128), torch.nan).half()
+    longer[:, :, :100] = torch.randn(100, 1, 128)
+    do = torch.full((2, 160, 1, 128), torch.nan).half()
+    do[:, :100] = torch.randn(100, 1, 128)
+    layout = BlockLayout.causal(2, 1, 50)
+    own = tuple(longer[:, :, :100])
+    check_bwd(own, rows_of(layout), do=do[:, :100], deterministic=deterministic)
+
+
 FUSED = Tile(128, 64, 4, 2)
 
 

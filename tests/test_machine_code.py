@@ -66,10 +66,10 @@ def test_a_wait_that_is_tried_again_ends_no_main_loop() -> None:
 def test_what_a_main_loop_asks_for() -> None:
     load = load_of(parse(listing(*TURN)), copied=1024)
     assert load is not None
-    # Operands: 64 x 16 and 128 x 16 from shared memory, and 128 x 16; a load of 8 bytes a thread.
-    shared = (2048 + 4096 + 4096 + 128 * 8 + 1024) / 128
+    # Operands: 64 x 16 and 128 x 16 from shared memory, and 128 x 16; a load, one clock a warp.
+    shared = (2048 + 4096 + 4096 + 4 * 128 + 1024) / 128
     assert load.clocks == {
-        "tensor": 128, "shared": shared, "issue": len(TURN), "fma": 4, "alu": 2, "exp": 8,
+        "tensor": 128, "shared": shared, "issue": len(TURN), "fma": 6, "alu": 2, "exp": 8,
     }  # fmt: skip
     assert (load.barriers, load.shuffles, load.moves) == (1, 1, 2)
     assert (load.binds, load.ceiling) == ("tensor", 790)
@@ -86,6 +86,7 @@ def test_registers_of_products_under_way() -> None:
         (("DEPBAR.LE gsb0, 0x0", "DEPBAR.LE gsb0, 0x1"), "writes registers of a product"),
         (("MOV R5, R26", "MOV R5, R100"), "reads the sums of a product under way"),
         (("MUFU.EX2 R26", "MUFU.EX2 R154"), "writes registers of a product under way"),
+        (("SHFL.BFLY PT, R2,", "SHFL.BFLY PT, R154,"), "writes registers of a product under way"),
         ((SENT_TOO, SENT_TOO.replace("R152", "R28")), "its left operand is a sum under way"),
     ):
         old, new = change
@@ -102,6 +103,19 @@ def test_a_hazard_on_one_way_alone() -> None:
     assert hazards(parse(listing(code[0], "NOP", *code[2:]))) == []
 
 
+def test_products_that_pile_up() -> None:
+    """A loop without a wait ends the search, too."""
+    (found,) = hazards(parse(listing(f"{SENT}, gsb0", "@P0 BRA 0x0", "EXIT")))
+    assert "products pile up that nobody waits for" in found
+
+
+def test_code_that_no_way_leads_to() -> None:
+    code = ["EXIT", "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0", SENT, "EXIT"]
+    assert hazards(parse(listing(*code))) == []  # jumped to by a table
+    (found,) = hazards(parse(listing("EXIT", "NOP", *code[2:])))
+    assert "no way leads there" in found
+
+
 def test_registers_that_warps_do_not_have() -> None:
     code = parse(
         listing(
@@ -110,6 +124,14 @@ def test_registers_that_warps_do_not_have() -> None:
         )
     )  # fmt: skip
     assert beyond(code) == [] and highest(code) == {24: 24, 240: 240}
+    # Where a wait is tried again, behind all code, too.
+    code = parse(
+        listing(
+            "USETMAXREG.DEALLOC.CTAPOOL 0x18", "@!P0 BRA 0x40",
+            "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0", "EXIT", "MOV R100, R101", "BRA 0x20",
+        )
+    )  # fmt: skip
+    assert beyond(code) == ["MOV R100, R101 at 0x40 is of warps that have 24 registers"]
     code = parse(listing("USETMAXREG.DEALLOC.CTAPOOL 0x18", "LDG.E.64 R23, [R4]"))
     assert beyond(code) == ["LDG.E.64 R23, [R4] at 0x10 is of warps that have 24 registers"]
 

@@ -56,6 +56,8 @@ from sfkernels.gpu.hopper.launching import (
     describe,
     hopper_setting,
     launch_specialised,
+    seen_of,
+    side_by_side,
     thread_barrier,
 )
 from sfkernels.gpu.hopper.registers import (
@@ -231,7 +233,6 @@ def _consume(C: gl.constexpr, q_pipe, k_pipe, v_pipe, o_ptr, lse_ptr, part_ptr, 
             for j in range(first, past):
                 key, end = _span(j, lo, hi, spans_ptr, HAS_TABLE)
                 last += gl.cdiv(end - key, N)
-
             # The first tile: nothing runs beside its softmax.
             key, end = _span(first, lo, hi, spans_ptr, HAS_TABLE)
             q = q_s.index(C)
@@ -250,7 +251,6 @@ def _consume(C: gl.constexpr, q_pipe, k_pipe, v_pipe, o_ptr, lse_ptr, part_ptr, 
             mbarrier.wait(k_full.index((n + 1) % STAGES), ((n + 1) // STAGES) & 1, pred=n < last)
             mbarrier.wait(v_full.index(n % STAGES), (n // STAGES) & 1)
             n += 1
-
             skip = N
             for j in range(first, past):
                 key, end = _span(j, lo, hi, spans_ptr, HAS_TABLE)
@@ -262,7 +262,6 @@ def _consume(C: gl.constexpr, q_pipe, k_pipe, v_pipe, o_ptr, lse_ptr, part_ptr, 
                 skip = 0
             mbarrier.arrive(q_empty.index(C))
             turn += 1
-
             at = (n - 1) % STAGES
             acc_MD = warpgroup_mma(p_MN, v_s.index(at), acc_MD, is_async=True)
             acc_MD = warpgroup_mma_wait(0, deps=[acc_MD])
@@ -433,9 +432,10 @@ def attention_fwd(
     """o and lse as `sfkernels.gpu.attention_fwd` gives them. Raises ValueError for tensors that TMA
     cannot read."""
     setting, lse_BHL = hopper_setting("hopper_fwd", q_BLHD), by_row(q_BLHD)
-    before = 0 if k_prefix_BPHD is None else k_prefix_BPHD.shape[1]
+    before = prefix[-1][1] if prefix else 0
     work = list_of(q_BLHD, setting, rows, prefix, before)
-    sources = k_BSHD, v_BSHD, k_prefix_BPHD, v_prefix_BPHD
+    past = (seen_of(t, prefix) for t in (k_prefix_BPHD, v_prefix_BPHD))
+    sources = side_by_side(k_BSHD), side_by_side(v_BSHD), *past
     return _forward(setting, q_BLHD, sources, work, None, None, lse_BHL, scale, before), lse_BHL
 
 

@@ -17,7 +17,7 @@ The kept tile is the left operand of S and dP, from shared memory, and P and dS 
 products, from the registers in which they were computed. A left operand from shared memory is read
 again for every tile: with Q there the dQ kernel would read 80 KB and write 16 KB for every tile and
 consumer, all that shared memory moves (128 bytes a clock) in the 768 clocks of its three products.
-It keeps Q in registers, which leaves 80 of 96 KB; the other kernel moves 112 of 128 KB.
+It keeps Q in registers, which leaves 80 of 96 KB; the other kernel moves 120 of 128 KB.
 
     dK, dV: issue S = K·Qᵀ, dP = V·dOᵀ | P beside dP | issue dV += P·dO | dS beside dV | dK += dS·Q
     dQ: issue S = Q·Kᵀ, dP = dO·Vᵀ, dQ += dS·K of the tile before | P beside both | dS beside dQ
@@ -73,6 +73,8 @@ from sfkernels.gpu.hopper.launching import (
     describe,
     hopper_setting,
     launch_specialised,
+    seen_of,
+    side_by_side,
 )
 from sfkernels.gpu.hopper.registers import accumulator, operand, store_rows
 from sfkernels.gpu.hopper.work import list_of
@@ -261,6 +263,7 @@ def attention_bwd(
     queries, keys = q_BLHD.shape[1], k_BSHD.shape[1]
     do_BLHD = _readable(do_BLHD)
     delta_BHL = row_delta(do_BLHD, o_BLHD)
+    do_BLHD, q_BLHD, k_BSHD, v_BSHD = map(side_by_side, (do_BLHD, q_BLHD, k_BSHD, v_BSHD))
     if not deterministic and not prefix and q_BLHD.shape[3] == 128:
         return fused_backward(do_BLHD, q_BLHD, k_BSHD, v_BSHD, lse_BHL, delta_BHL, rows, scale)
     dq, dk, dv = (
@@ -278,9 +281,10 @@ def attention_bwd(
                        (*args, scale, scale * LOG2E, *apart), q_BLHD)  # fmt: skip
 
     setting = hopper_setting("hopper_dq", q_BLHD)
-    before = 0 if k_prefix_BPHD is None else k_prefix_BPHD.shape[1]
+    before = prefix[-1][1] if prefix else 0
     work = list_of(q_BLHD, setting, rows, prefix, before, whole=True)
-    by_key += [("prefix k", k_prefix_BPHD), ("prefix v", v_prefix_BPHD)]
+    past = (seen_of(t, prefix) for t in (k_prefix_BPHD, v_prefix_BPHD))
+    by_key += [*zip(("prefix k", "prefix v"), past, strict=True)]
     descs, apart = describe_both(by_query, M.value, by_key, setting.streamed)
     args = (*descs, lse_BHL, delta_BHL, dq, *work.tables, before, queries)
     launch_specialised(_hopper_dq_kernel, setting, (work.programs,),

@@ -13,11 +13,11 @@ under way. Two tiles of dS take turns, so that one meeting a tile of queries is 
 has read what was in the other.
 
 Floating-point operations: 10·D·H for each query and key that meet, all needed. A tile of queries
-takes 2,560 clocks of the tensor cores. Shared memory moves 368 KB meanwhile, 2,944 clocks at 128
+takes 2,560 clocks of the tensor cores. Shared memory moves 384 KB meanwhile, 3,072 clocks at 128
 bytes each: 64 each for S, dP and dQ, whose left operands lie there, 32 each for dV and dK, 32 to
-load Q and dO, 16 to write dS, 64 to write dQ and to read it again. That binds: 687 TFLOP/s at the
-most where products alone reach 790. To L2 go 32 KB of dQ a tile, 29 GB for one layer of
-Wan2.1-1.3B (12 heads) over a clip of 21 frames in chunks of 3. The two kernels of
+load Q and dO, 16 for lse and delta, 16 to write dS, 64 to write dQ and to read it again. That
+binds: 658 TFLOP/s at the most where products alone reach 790. To L2 go 32 KB of dQ a tile, 29 GB
+for one layer of Wan2.1-1.3B (12 heads) over a clip of 21 frames in chunks of 3. The two kernels of
 attention_backward.py do 14·D·H. Not measured on a GPU yet.
 """
 

@@ -15,6 +15,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from sfkernels import launch
 from sfkernels.gpu.attention import tile_setting
 from sfkernels.gpu.hopper.work import FIELDS
+from sfkernels.layout import Span
 
 # Two consumers of M queries each: the rows of one wgmma.
 M, CONSUMERS = gl.constexpr(64), gl.constexpr(2)
@@ -37,7 +38,8 @@ thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 def hopper_setting(kernel: str, q_BLHD: Tensor) -> launch.Tile:
     setting = tile_setting(kernel, q_BLHD)
     assert setting.stationary == CONSUMERS.value * M.value and setting.warps == 4, setting
-    assert setting.stages > 1, setting  # a tile of keys is kept until the next one is there
+    # A tile of keys is kept until the next one is there; each buffer has a named barrier or two.
+    assert 1 < setting.stages <= 4, setting
     return setting
 
 
@@ -62,6 +64,20 @@ def launch_specialised(
         STAGES=setting.stages,
         **meta,
     )
+
+
+def side_by_side(x_BLHD: Tensor) -> Tensor:
+    """The tensor, copied if other memory lies between its samples: what comes behind the last tile
+    of one is multiplied by zero, and might not be finite there."""
+    (batch, tokens, heads, head_dim), (stride_b, stride_l, *_) = x_BLHD.shape, x_BLHD.stride()
+    rows = stride_l >= heads * head_dim and stride_b % stride_l == 0  # else `describe` refuses it
+    gaps = batch > 1 and stride_b > tokens * stride_l
+    return x_BLHD.contiguous() if rows and gaps else x_BLHD
+
+
+def seen_of(prefix_BPHD: Tensor | None, spans: Sequence[Span]) -> Tensor | None:
+    """The prefix up to the end of what is seen: behind it TMA reads zeros, or the next sample."""
+    return None if prefix_BPHD is None else side_by_side(prefix_BPHD[:, : spans[-1][1]])
 
 
 def describe(name: str, x_BLHD: Tensor | None, box: int) -> tuple[Any, int]:

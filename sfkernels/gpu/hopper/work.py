@@ -111,6 +111,8 @@ def _list(
         tiles += [
             ((t, min(t + stationary, end)), before + visited) for t in range(start, end, stationary)
         ]
+    if ring and _steps(rows[0][1], streamed) ** 2 >= 2**31:
+        raise ValueError(f"a ring of {rows[0][1][0][1]} tokens: impl='gluon' takes fewer")
     tiles.sort(key=lambda tile: -_steps(tile[1], streamed))
     lengths = [_steps(spans, streamed) for _, spans in tiles]
     shares = [share for share in shared_out(lengths, heads, programs, whole) if share]
@@ -163,13 +165,17 @@ def shared_out(
     are cut where that saves more than it costs, unless they are to be whole."""
     level = -(-heads * sum(lengths) // programs)
     uncut, _ = _greedy(lengths, heads, programs)
-    if whole or max(map(_load, uncut)) <= level + JOIN:
+    most = max(map(_load, uncut))
+    if whole or most <= level + JOIN:
         return uncut
     shares, rest = _greedy(lengths, heads, programs, level)
     while (cut := _cut(rest, [level - _load(share) for share in shares])) is None:
         level += 1
     # Parts first, so that joining them runs beside what the others still have to do.
-    return [pieces + share for pieces, share in zip(cut, shares, strict=True)]
+    found = [pieces + share for pieces, share in zip(cut, shares, strict=True)]
+    parts = [sum(p.hi - p.lo < lengths[p.tile] for p in pieces) for pieces in cut]
+    cost = max(_load(mine) + JOIN * n for mine, n in zip(found, parts, strict=True))
+    return found if cost < most else uncut
 
 
 def _load(share: Sequence[Piece]) -> int:
@@ -191,7 +197,7 @@ def _greedy(
             rest.append(piece)
             continue
         shares[program].append(piece)
-        heapq.heapreplace(loads, (load + steps, program))
+        heapq.heapreplace(loads, (load + max(steps, 1), program))  # zeros are stored too
     return shares, rest
 
 
