@@ -39,7 +39,7 @@ def test_recordings_by_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
         def call(q: Tensor, k: Tensor, v: Tensor, *rest: Any, prefix: Any = None, **_: Any) -> Any:
             more: dict[str, Any] = {"scale": q.shape[-1] ** -0.5, "impl": "gluon"}
             if prefix is not None:
-                more["prefix"] = sf.Prefix(*map(wide, prefix[:2]), prefix.spans)
+                more["prefix"] = sf.Prefix(wide(prefix[0]), wide(prefix[1]), prefix.spans)
             calls[name] = calls.get(name, 0) + 1
             out = function(*map(wide, (q, k, v)), *rest, **more)
             return out[..., : q.shape[-1]].to(q.dtype)
