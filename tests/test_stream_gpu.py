@@ -23,6 +23,7 @@ from tests.test_stream import SMALL, TEXT
 from tests.test_stream import model as model
 
 pytestmark = pytest.mark.gpu
+HOPPER = torch.cuda.is_available() and launch.is_hopper(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("sink", [0, 2])
@@ -42,7 +43,7 @@ def test_captured_and_eager_agree_bit_for_bit(model: DiT, sink: int) -> None:
         torch.testing.assert_close(mine.decode(), eager.decode(), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.skipif(not launch.is_hopper(torch.device("cuda")), reason="needs a Hopper GPU")
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @torch.no_grad()
 def test_a_stream_by_the_kernels_in_gluon() -> None:
     """A whole model, its window past the wrap, in graphs: as near to one by eager attention in the
