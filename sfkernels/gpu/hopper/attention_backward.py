@@ -1,4 +1,5 @@
-"""The backward pass of attention for Hopper in Gluon, under a pattern of rows and spans (tiles.py).
+"""The backward pass of attention for Hopper in Gluon, under a pattern of rows and spans (tiles.py),
+with the same bits in every run, any prefix and heads of 64 too; fused_backward.py has a faster one.
 
 Shapes: B batch, H heads, D head dim, L queries, S keys, P keys of the prefix, M tokens that a
 consumer keeps (queries or keys), N tokens of a tile that it visits (keys or queries). Logarithms
@@ -10,8 +11,9 @@ are of base 2: lse = log2 Σ exp2(scale·log2(e)·q·k).
 Two kernels, so that every sum has one owner: no atomics, and the same gradients in every run. One
 keeps keys and visits queries (dK and dV, four products), one keeps queries and visits keys (dQ,
 three products). Both are the scheme of attention.py: one warp loads by TMA, two warpgroups of 64
-kept tokens each compute, and a ring of mbarriers between them says which buffers are full and which
-are free again. Programs of a head run side by side, so that what they visit is read from L2.
+kept tokens each compute; mbarriers say which buffers of a ring are full, named barriers which are
+free again. The list of work (work.py) has whole tiles alone, of one head after the other, so that
+what programs visit is read from L2.
 
 The kept tile is the left operand of S and dP, from shared memory, and P and dS that of the other
 products, from the registers in which they were computed. A left operand from shared memory is read
@@ -26,15 +28,13 @@ Only the last tile of a visited span is masked. Where queries are visited the lo
 gives queries past the end an lse of +inf, hence P = 0, and a delta of 0. It copies lse and delta
 with ordinary loads, since TMA needs starts that are multiples of 16 bytes and a span may start
 anywhere. Where keys are visited a branch that whole tiles do not take sets P to 0. In both, what
-lies past the end of a span must be finite, as all of a tensor is multiplied.
+lies past the end of a span is multiplied by zero: other tokens of a tensor, whose samples lie side
+by side (launching.py).
 
 Floating-point operations for each query and key that meet: 10·D·H are needed (five products) and
 14·D·H done, as both kernels compute S and dP. One layer of Wan2.1-1.3B (12 heads of 128) over a
 clip of 21 frames in chunks of 3 (32,760 tokens, 0.61 G pairs): 9.4 TFLOP needed, 13.2 done, 16.7 ms
-at the 790 TFLOP/s that an H200 multiplies matrices. Five products in one kernel would have every
-tile of keys add to every dQ tile in memory, in float32 and in a fixed order: 96 KB from and to L2
-for every 2,560 clocks of tensor cores, where the two kernels take 32 KB for 2,048 and 1,536. Not
-measured on a GPU yet.
+at the 790 TFLOP/s that an H200 multiplies matrices. Not measured on a GPU yet.
 """
 
 from __future__ import annotations
