@@ -38,7 +38,9 @@ def run_tool(out: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd="/", capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
+# Of a whole process: a package that is loaded twice lacks what its first copy has imported, and
+# workers that take each other's tests may come back to this file.
+@pytest.fixture(scope="session")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("hub") / "kernel-package"
     done = run_tool(out)
@@ -46,7 +48,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def sf(package: Path) -> Any:
     return kernels.get_local_kernel(package)
 
