@@ -29,6 +29,7 @@ from sfkernels import launch
 from sfkernels.bounds import LOOPS, MainLoop, ahead_of_time
 from sfkernels.machine_code import (
     UNITS,
+    Instruction,
     Load,
     beyond,
     disassemble,
@@ -132,8 +133,8 @@ def read_usage(text: str, out: Compiled) -> None:
     out.registers, out.stack = usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
-def read_sass(sass: str, out: Compiled) -> None:
-    """Fills in the counts of instructions from the text of `cuobjdump -sass`."""
+def read_sass(sass: str, out: Compiled) -> list[Instruction]:
+    """Fills in the counts of instructions from the text of `cuobjdump -sass`, and returns these."""
     code = parse(sass)
     loads: Counter[int] = Counter()
     stores: Counter[int] = Counter()
@@ -160,6 +161,7 @@ def read_sass(sass: str, out: Compiled) -> None:
     out.local = sum(i.name in ("LDL", "STL") for i in code)
     around = main_loops(code) or loops(code)
     out.looped = len({i.at for turn in around for i in turn if i.name in ("LDL", "STL")})
+    return code
 
 
 def _bits(suffixes: str) -> int:
@@ -254,14 +256,13 @@ def examine(
     out.gluon = getattr(kernel, "is_gluon", bool)()
     out.shared = binary.metadata.shared
     read_usage(run_tool("cuobjdump", binary.asm["cubin"], "-res-usage"), out)
-    read_sass(sass, out)
+    code = read_sass(sass, out)
     ptx = binary.asm["ptx"]
     out.fp64 = out.fp64 or len(re.findall(r"\.f64\b", ptx))
     if _overlaps_products(out):
         out.warps = binary.metadata.num_warps  # of all partitions
         read_ptx(ptx, out)
     if out.gluon:
-        code = parse(sass)
         out.load = load_of(code, _copied(out.kernel, constants))
         out.used, out.hazards = highest(code), [*hazards(code), *beyond(code)]
     if out.tma and out.arch == 90:
@@ -413,7 +414,7 @@ matrices; a consumer's barriers, shuffles and moves; registers used of those tha
 
 
 def loop_table(results: Iterable[Compiled]) -> str:
-    """What the main loops ask for, as plain text."""
+    """The loads of main loops, as plain text."""
     head = "kernel", "case", *UNITS, "binds", "TFLOP/s", "barriers", "shuffles", "moves", "used"
     rows: list[tuple[str, ...]] = [head]
     for r in results:

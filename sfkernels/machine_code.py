@@ -1,6 +1,6 @@
-"""What Hopper's machine code says of a kernel without running it: what each of its main loops asks
-of a multiprocessor, hence the most it can reach; products whose registers are touched while they
-are under way; and registers beyond those that warps have taken.
+"""Reads in Hopper's machine code, without running it, what each main loop of a kernel asks of a
+multiprocessor, hence the most it can reach; products whose registers are touched while they are
+under way; and registers beyond those that warps have taken.
 
 Rates are those of the H100 and the H200 (NVIDIA H100 white paper; CUDA C++ Programming Guide,
 throughput of native arithmetic instructions), a multiprocessor having four schedulers. They tell
@@ -83,8 +83,8 @@ def parse(sass: str) -> list[Instruction]:
 
 
 def loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
-    """What a branch goes back to, up to that branch. None comes from where a wait for an mbarrier
-    goes on that did not pass at once: it is tried there again, behind all other code."""
+    """The code from where a branch goes back to, up to that branch. None is from where a wait for
+    an mbarrier goes on that did not pass at once: it is tried there again, behind all other."""
     back = {(i.target, i.at) for i in code if i.target is not None and i.target < i.at}
     for wait, again, on in zip(code, code[1:], code[2:], strict=False):
         if wait.name == "SYNCS" and again.target == wait.at:
@@ -105,7 +105,7 @@ def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
 
 @dataclass(frozen=True)
 class Load:
-    """What one turn of the main loops of a kernel with specialised warps asks of a multiprocessor,
+    """Demand of one turn of the main loops of a kernel with specialised warps on a multiprocessor,
     both consumers together, in clocks of what is asked: tensor cores, shared memory, slots to issue
     instructions, units for products and sums, for comparisons and conversions, for exponentials.
     Each is that of all instructions there, those that a branch leaves out of most turns included.
@@ -129,7 +129,7 @@ class Load:
 
 
 def load_of(code: Sequence[Instruction], copied: int) -> Load | None:
-    """What the main loops ask for, of a kernel whose consumers have one each. copied: bytes that
+    """The load of the main loops, of a kernel whose consumers have one each. copied: bytes that
     TMA moves to and from shared memory in a turn. None for a kernel without such loops."""
     turns = main_loops(code)
     if not any(i.columns for turn in turns for i in turn):
@@ -297,7 +297,7 @@ def beyond(code: Sequence[Instruction]) -> list[str]:
 
 
 def highest(code: Sequence[Instruction]) -> dict[int, int]:
-    """Of each number of registers that warps take, the highest that is used, counted from 1."""
+    """The highest register that is used of each number that warps take, counted from 1."""
     found: dict[int, int] = {}
     for most, part in _by_registers(code):
         found[most] = max(found.get(most, 0), *(1 + _highest(i) for i in part))

@@ -131,7 +131,8 @@ def implementations(
 def ceiling(case: AttentionCase, programs: int) -> float:
     """TFLOP/s that "gluon" can reach on an H200 at most, on so many multiprocessors: what its main
     loop leaves (`sfkernels.bounds.LOOPS`), while all of them are busy, of tiles that are whole."""
-    from sfkernels.gpu.hopper.work import shared_out  # which not every Triton can import
+    # Which not every Triton can import.
+    from sfkernels.gpu.hopper.work import shared_out, steps_of
 
     heads, head_dim = case.make(torch.device("meta"))[0].shape[2:]
     kernel = "hopper_bwd" if case.backward else "hopper_fwd"
@@ -139,7 +140,7 @@ def ceiling(case: AttentionCase, programs: int) -> float:
     keys = max(end for _, spans in case.rows for _, end in spans)
     rows = transpose(case.rows, keys) if case.backward else case.rows
     lengths = [
-        sum(-(-(hi - lo) // tile.streamed) for lo, hi in spans)
+        steps_of(spans, tile.streamed)
         for (start, end), spans in rows
         for _ in range(start, end, tile.stationary)
     ]

@@ -79,8 +79,8 @@ TURN, FREE = hardware.FIRST, gl.constexpr(hardware.FIRST.value + 2)
 @gluon.jit
 def _visited(item_ptr, spans_ptr, valid_ptr, slots, steps, stride_valid, H: gl.constexpr,
              N: gl.constexpr, HAS_TABLE: gl.constexpr):  # fmt: skip
-    """What an item visits: spans first..past of the table; or, of a ring, whose valid keys are 1 to
-    `slots` whatever valid_ptr holds, the keys of its share of the steps as the one span 0..1."""
+    """The keys that an item visits: spans first..past of the table; or, of a ring, whose valid keys
+    are 1 to `slots` whatever valid_ptr holds, those of its share of the steps as the span 0..1."""
     lo, hi = gl.load(item_ptr + 3), gl.load(item_ptr + 4)
     if HAS_TABLE:
         return lo, hi, 0, 0

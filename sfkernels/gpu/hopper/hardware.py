@@ -1,4 +1,4 @@
-"""What Hopper has and Gluon lacks: named barriers, and adding to global memory by TMA."""
+"""Parts of Hopper that Gluon lacks: named barriers, and adding to global memory by TMA."""
 
 from __future__ import annotations
 

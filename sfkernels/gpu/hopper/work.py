@@ -111,10 +111,10 @@ def _list(
         tiles += [
             ((t, min(t + stationary, end)), before + visited) for t in range(start, end, stationary)
         ]
-    if ring and _steps(rows[0][1], streamed) ** 2 >= 2**31:
+    if ring and steps_of(rows[0][1], streamed) ** 2 >= 2**31:
         raise ValueError(f"a ring of {rows[0][1][0][1]} tokens: impl='gluon' takes fewer")
-    tiles.sort(key=lambda tile: -_steps(tile[1], streamed))
-    lengths = [_steps(spans, streamed) for _, spans in tiles]
+    tiles.sort(key=lambda tile: -steps_of(tile[1], streamed))
+    lengths = [steps_of(spans, streamed) for _, spans in tiles]
     shares = [share for share in shared_out(lengths, heads, programs, whole) if share]
 
     spans = [*tiles[0][1]] if ring else []
@@ -143,12 +143,13 @@ def _list(
     )
 
 
-def _steps(spans: Sequence[Span], streamed: int) -> int:
+def steps_of(spans: Sequence[Span], streamed: int) -> int:
+    """Number of tiles of `streamed` tokens that spans have."""
     return sum(-(-(hi - lo) // streamed) for lo, hi in spans)
 
 
 def cut_spans(spans: Sequence[Span], first: int, past: int, streamed: int) -> Iterator[Span]:
-    """What steps first..past of these spans visit."""
+    """The tokens that steps first..past of these spans visit."""
     at = 0
     for lo, hi in spans:
         steps = -(-(hi - lo) // streamed)
