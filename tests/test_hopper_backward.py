@@ -4,7 +4,7 @@ with float64, and that the emulator sees what is wrong with mutants of the kerne
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -235,9 +235,9 @@ def test_what_tma_cannot_read_is_named() -> None:
 # Mutants of the kernels: pieces of their text, and what replaces each.
 # fmt: off
 # Queries are visited:
-KV_FULL = "            mbarrier.wait(full.index(slot), t // STAGES & 1)\n            s_MN"
-KV_WAIT_S = "            s_MN = warpgroup_mma_wait(1, deps=[s_MN])\n"
-KV_WAIT_DP = "            dp_MN = warpgroup_mma_wait(1, deps=[dp_MN])\n            delta_N"
+KV_FULL = "    mbarrier.wait(full.index(slot), t // STAGES & 1)\n    s_MN"
+KV_WAIT_S = "    s_MN = warpgroup_mma_wait(1, deps=[s_MN])\n"
+KV_WAIT_DP = "    dp_MN = warpgroup_mma_wait(1, deps=[dp_MN])\n    delta_N"
 KV_WAIT = "            dk_MD, dv_MD = warpgroup_mma_wait(0, deps=[dk_MD, dv_MD])\n"
 KV_DONE = "            hardware.arrive(FREE + slot, 4, ALL)\n"
 KV_KEPT_DONE = "        mbarrier.arrive(kept_empty.index(c), count=1)\n        done += count\n"
@@ -275,11 +275,11 @@ MUTANTS = {
     "K and V released early": {KV_KEPT_DONE: "        done += count\n",
                                KV_LOOP: KV_KEPT_DONE.split("\n")[0] + "\n" + KV_LOOP},
     "wrong phase of Q and dO": {KV_FULL: KV_FULL.replace("& 1", "& 1 ^ 1")},
-    "no wait for Q and dO": {KV_FULL: "            s_MN"},
+    "no wait for Q and dO": {KV_FULL: "    s_MN"},
     "no wait for K and V": {KV_KEPT[0]: KV_KEPT[1]},
     "no wait for S by queries": {KV_WAIT_S: ""},
     "too few waited for at S by queries": {KV_WAIT_S: KV_WAIT_S.replace("1", "2")},
-    "no wait for dP by queries": {KV_WAIT_DP: "            delta_N"},
+    "no wait for dP by queries": {KV_WAIT_DP: "    delta_N"},
     "too few waited for at dP by queries": {KV_WAIT_DP: KV_WAIT_DP.replace("1", "2")},
     "dK still in flight": {KV_WAIT: KV_WAIT.replace("0", "1")},
     "K released early": {Q_WAIT + Q_OPERAND + Q_DONE: Q_DONE + Q_WAIT + Q_OPERAND},
@@ -313,13 +313,17 @@ MUTANTS = {
 # fmt: on
 
 
+def mutant_of(kernels: ModuleType, changes: Mapping[str, str], folder: Path) -> ModuleType:
+    """A module of kernels with changes to its text, or to that of what the kernels share."""
+    shared = Path(backward_loading.__file__).read_text()
+    if all(piece in shared for piece in changes):
+        return mutant(backward_loading, changes, folder, kernels)
+    return mutant(kernels, changes, folder)
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_emulator_catches(name: str, tmp_path: Path) -> None:
-    loading = Path(backward_loading.__file__).read_text()
-    if all(piece in loading for piece in MUTANTS[name]):
-        module = mutant(backward_loading, MUTANTS[name], tmp_path, hopper_bwd)
-    else:
-        module = mutant(hopper_bwd, MUTANTS[name], tmp_path)
+    module = mutant_of(hopper_bwd, MUTANTS[name], tmp_path)
     layout = BlockLayout.causal(2, 1, 150)
     tensors = new(layout, 2, 1, 64, FP16)
     with launch.using(**settings(Tile(128, 32, 4, 2))):
@@ -330,9 +334,9 @@ def test_emulator_catches(name: str, tmp_path: Path) -> None:
 
 
 # fmt: off
-F_FULL = "            mbarrier.wait(full.index(slot), t // STAGES & 1)\n"
-F_WAIT_S = "            s_MN = warpgroup_mma_wait(1, deps=[s_MN])\n"
-F_WAIT_DP = "            dp_MN = warpgroup_mma_wait(1, deps=[dp_MN])\n"
+F_FULL = "    mbarrier.wait(full.index(slot), t // STAGES & 1)\n"
+F_WAIT_S = "    s_MN = warpgroup_mma_wait(1, deps=[s_MN])\n"
+F_WAIT_DP = "    dp_MN = warpgroup_mma_wait(1, deps=[dp_MN])\n"
 F_STORE = "            ds_s.index(t % 2 * CONSUMERS + c).store(ds_MN)\n"
 F_FENCE = "            fence_async_shared()\n            hardware.meet(MET"
 F_MEET = "            hardware.meet(MET, 4, BOTH)\n"
@@ -383,7 +387,7 @@ FUSED_MUTANTS = {
 
 @pytest.mark.parametrize("name", FUSED_MUTANTS)
 def test_emulator_catches_in_the_fused_kernel(name: str, tmp_path: Path) -> None:
-    module = mutant(fused_backward, FUSED_MUTANTS[name], tmp_path)
+    module = mutant_of(fused_backward, FUSED_MUTANTS[name], tmp_path)
     layout = BlockLayout.causal(2, 1, 150)
     tensors, rows = new(layout, 2, 1, 128, FP16), rows_of(layout)
     with launch.using(hopper_bwd=FUSED):

@@ -63,6 +63,7 @@ from sfkernels.gpu.hopper.backward_loading import (
     span_of,
     start_of,
     tiles_of,
+    visit_queries,
 )
 from sfkernels.gpu.hopper.fused_backward import fused_backward
 from sfkernels.gpu.hopper.launching import (
@@ -88,8 +89,7 @@ def _consume_queries(c: gl.constexpr, dk_ptr, dv_ptr, begins_ptr, items_ptr, spa
                      N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """dK and dV of the c-th M keys of every tile."""
     k_s, v_s, kept_full, kept_empty = kept
-    q_s, do_s, full = ring
-    lse_s, delta_s = stats
+    q_s, _do_s, _full = ring
     SCORE: gl.constexpr = accumulator(N)
     OUT: gl.constexpr = accumulator(D)
     zero_MN = gl.zeros([M, N], gl.float32, SCORE)
@@ -104,18 +104,9 @@ def _consume_queries(c: gl.constexpr, dk_ptr, dv_ptr, begins_ptr, items_ptr, spa
         mbarrier.wait(kept_full.index(c), (item - begin) & 1)
         for t in range(done, done + count):
             slot = t % STAGES
-            q_ND, do_ND = q_s.index(slot), do_s.index(slot)
-            q_DN, do_DN = q_ND.permute((1, 0)), do_ND.permute((1, 0))
-            mbarrier.wait(full.index(slot), t // STAGES & 1)
-            s_MN = warpgroup_mma(k_s.index(c), q_DN, zero_MN, use_acc=False, is_async=True)
-            dp_MN = warpgroup_mma(v_s.index(c), do_DN, zero_MN, use_acc=False, is_async=True)
-            s_MN = warpgroup_mma_wait(1, deps=[s_MN])
-            lse_N = lse_s.index(slot).load(gl.SliceLayout(0, SCORE))
-            p_MN = gl.exp2(s_MN * scale_log2 - lse_N[None, :])
-            dv_MD = warpgroup_mma(operand(p_MN, q_s.dtype, D), do_ND, dv_MD, is_async=True)
-            dp_MN = warpgroup_mma_wait(1, deps=[dp_MN])
-            delta_N = delta_s.index(slot).load(gl.SliceLayout(0, SCORE))
-            ds_MN = p_MN * (dp_MN - delta_N[None, :])
+            q_ND = q_s.index(slot)
+            ds_MN, dv_MD = visit_queries(k_s.index(c), v_s.index(c), zero_MN, dv_MD, t, scale_log2,
+                                         ring, stats, D, N, STAGES)  # fmt: skip
             dk_MD = warpgroup_mma(operand(ds_MN, q_s.dtype, D), q_ND, dk_MD, is_async=True)
             dk_MD, dv_MD = warpgroup_mma_wait(0, deps=[dk_MD, dv_MD])
             hardware.arrive(FREE + slot, 4, ALL)

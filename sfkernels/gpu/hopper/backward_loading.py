@@ -1,4 +1,5 @@
-"""The loading warp, shared memory and descriptors of the kernels of attention's backward pass.
+"""Pieces that the kernels of attention's backward pass share: the loading warp, the visit of
+queries, shared memory and descriptors.
 Shapes are named as in attention_backward.py."""
 
 from __future__ import annotations
@@ -9,10 +10,17 @@ from typing import Any
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from sfkernels.gpu.hopper import hardware
 from sfkernels.gpu.hopper.launching import ALL, CONSUMERS, ITEM, M, describe
+from sfkernels.gpu.hopper.registers import accumulator, operand
 
 Named = tuple[str, Tensor | None]
 # Named barriers: one for each buffer of the ring.
@@ -126,6 +134,29 @@ def load_tiles(a_desc, b_desc, x_desc, y_desc, x_prefix_desc, y_prefix_desc, lse
 def start_of(head, tokens, H: gl.constexpr, D: gl.constexpr):
     """Start of a head, counted over all samples, in a contiguous [samples, tokens, H, D]."""
     return (head // H * tokens.to(gl.int64) * H + head % H) * D
+
+
+@gluon.jit
+def visit_queries(k_MD, v_MD, zero_MN, dv_MD, t, scale_log2, ring, stats, D: gl.constexpr,
+                  N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """The dS of kept keys with tile t of queries, and their dV, to which P·dO is still being
+    added."""
+    q_s, do_s, full = ring
+    lse_s, delta_s = stats
+    SCORE: gl.constexpr = accumulator(N)
+    slot = t % STAGES
+    do_ND = do_s.index(slot)
+    q_DN, do_DN = q_s.index(slot).permute((1, 0)), do_ND.permute((1, 0))
+    mbarrier.wait(full.index(slot), t // STAGES & 1)
+    s_MN = warpgroup_mma(k_MD, q_DN, zero_MN, use_acc=False, is_async=True)
+    dp_MN = warpgroup_mma(v_MD, do_DN, zero_MN, use_acc=False, is_async=True)
+    s_MN = warpgroup_mma_wait(1, deps=[s_MN])
+    lse_N = lse_s.index(slot).load(gl.SliceLayout(0, SCORE))
+    p_MN = gl.exp2(s_MN * scale_log2 - lse_N[None, :])
+    dv_MD = warpgroup_mma(operand(p_MN, q_s.dtype, D), do_ND, dv_MD, is_async=True)
+    dp_MN = warpgroup_mma_wait(1, deps=[dp_MN])
+    delta_N = delta_s.index(slot).load(gl.SliceLayout(0, SCORE))
+    return p_MN * (dp_MN - delta_N[None, :]), dv_MD
 
 
 @gluon.jit

@@ -48,6 +48,7 @@ from sfkernels.gpu.hopper.backward_loading import (
     span_of,
     start_of,
     tiles_of,
+    visit_queries,
 )
 from sfkernels.gpu.hopper.launching import (
     ALL,
@@ -78,8 +79,7 @@ def _consume(c: gl.constexpr, dk_ptr, dv_ptr, begins_ptr, items_ptr, spans_ptr, 
              N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """dK and dV of the c-th M keys of every tile, and the c-th half of the columns of dQ."""
     k_s, v_s, kept_full, kept_empty = kept
-    q_s, do_s, full = ring
-    lse_s, delta_s = stats
+    q_s, _do_s, _full = ring
     HALF: gl.constexpr = D // 2
     SCORE: gl.constexpr = accumulator(N)
     OUT: gl.constexpr = accumulator(D)
@@ -97,18 +97,9 @@ def _consume(c: gl.constexpr, dk_ptr, dv_ptr, begins_ptr, items_ptr, spans_ptr, 
         mbarrier.wait(kept_full.index(c), (item - begin) & 1)
         for t in range(done, done + count):
             slot = t % STAGES
-            q_ND, do_ND = q_s.index(slot), do_s.index(slot)
-            q_DN, do_DN = q_ND.permute((1, 0)), do_ND.permute((1, 0))
-            mbarrier.wait(full.index(slot), t // STAGES & 1)
-            s_MN = warpgroup_mma(k_s.index(c), q_DN, zero_MN, use_acc=False, is_async=True)
-            dp_MN = warpgroup_mma(v_s.index(c), do_DN, zero_MN, use_acc=False, is_async=True)
-            s_MN = warpgroup_mma_wait(1, deps=[s_MN])
-            lse_N = lse_s.index(slot).load(gl.SliceLayout(0, SCORE))
-            p_MN = gl.exp2(s_MN * scale_log2 - lse_N[None, :])
-            dv_MD = warpgroup_mma(operand(p_MN, q_s.dtype, D), do_ND, dv_MD, is_async=True)
-            dp_MN = warpgroup_mma_wait(1, deps=[dp_MN])
-            delta_N = delta_s.index(slot).load(gl.SliceLayout(0, SCORE))
-            ds_MN = p_MN * (dp_MN - delta_N[None, :])
+            q_ND = q_s.index(slot)
+            ds_MN, dv_MD = visit_queries(k_s.index(c), v_s.index(c), zero_MN, dv_MD, t, scale_log2,
+                                         ring, stats, D, N, STAGES)  # fmt: skip
             if rest < M:  # keys of others, or none, come after the last ones
                 ds_MN = gl.where((row_M < rest)[:, None], ds_MN, 0.0)
             ds_MN = ds_MN.to(q_s.dtype)
