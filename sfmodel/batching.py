@@ -1,8 +1,8 @@
 """Many streams in one batch: each with a prompt, a seed, a length and a state of its own, at any
 frame of its own; passes that have the same shape and the same noise level are run as one.
 
-Linear layers, norms and attention to the text see all streams at once, the ring's attention one
-after the other. A stream is what it is alone, up to rounding. Not measured on a GPU yet.
+Norms and attention to the text see all streams at once, the ring's attention and, so that a stream
+is what it is alone, bit for bit, linear layers one after the other. Not measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -83,8 +83,10 @@ class StreamBatch:
 
     `open` adds one, at any time between two chunks, and `close` takes it out; the others go on as
     they would have. A stream of the batch is a `Stream` of one sample, eager: its prompt may be
-    changed, latents given, its state saved. streams: those that are open. failures: the errors of
-    those that ended by one in the last step, which are closed then.
+    changed, latents given, its state saved. exact: False has linear layers, too, see all streams at
+    once, which is faster where these are small; a stream is then what it is alone up to rounding.
+    streams: those that are open. failures: the errors of those that ended by one in the last step,
+    which are closed then.
 
         batch = StreamBatch(model)
         cat, dog = (batch.open(codec, text, preset, seed=i) for i, text in enumerate(texts))
@@ -93,8 +95,8 @@ class StreamBatch:
                 show(stream, frames)  # bytes [1, T, H, W, 3]
     """
 
-    def __init__(self, model: DiT) -> None:
-        self.model = model
+    def __init__(self, model: DiT, exact: bool = True) -> None:
+        self.model, self.exact = model, exact
         self.joint = _Joint(model, self)
         self.streams: list[Stream] = []
         self.failures: dict[Stream, Exception] = {}
@@ -121,22 +123,38 @@ class StreamBatch:
 
     def close(self, stream: Stream) -> None:
         """Takes a stream out. Raises ValueError for one that is not in it."""
+        self._check_open(stream)
+        self.streams.remove(stream)
+        self._frames.pop(stream, None)
+        self._latents.pop(stream, None)
+
+    def _check_open(self, stream: Stream) -> None:
         if stream not in self.streams:
             raise ValueError("the stream is not in this batch, or closed already")
-        self.streams.remove(stream)
 
-    def step(self) -> dict[Stream, Tensor]:
-        """The next frames of each stream, a chunk or a piece of one [1, T, H, W, 3], as
-        `Stream.frames` gives them. Of a stream that fails there are none: its error is in
-        `failures`. What Ctrl-C ends loses none: the next step returns what was ready."""
-        return self._together(lambda stream: next(stream.frames()), self._frames)
+    def step(self, streams: Sequence[Stream] | None = None) -> dict[Stream, Tensor]:
+        """The next frames of each stream, or of those named, a chunk or a piece of one
+        [1, T, H, W, 3], as `Stream.frames` gives them. Of a stream that fails there are none: its
+        error is in `failures`. What Ctrl-C ends loses none: the next step returns what was
+        ready. Raises ValueError for a stream that is not in the batch."""
+        return self._together(lambda stream: next(stream.frames()), self._frames, streams)
 
-    def denoise(self) -> dict[Stream, Tensor]:
-        """The next chunk's latents of each stream, as `Stream.denoise` gives them."""
-        return self._together(lambda stream: stream.denoise(), self._latents)
+    def denoise(self, streams: Sequence[Stream] | None = None) -> dict[Stream, Tensor]:
+        """The next chunk's latents of each stream, or of those named, as `Stream.denoise` gives
+        them. Raises ValueError as `step` does."""
+        return self._together(lambda stream: stream.denoise(), self._latents, streams)
 
-    def _together(self, work: Callable[[Stream], T], found: dict[Stream, T]) -> dict[Stream, T]:
-        """The work's result of each stream; found: of some, which is there already."""
+    def _together(
+        self,
+        work: Callable[[Stream], T],
+        found: dict[Stream, T],
+        named: Sequence[Stream] | None,
+    ) -> dict[Stream, T]:
+        """The work's result of each stream; found: of some, which is there already. named: None for
+        all of them."""
+        wanted = self.streams if named is None else named
+        for each in wanted:
+            self._check_open(each)
         failures: dict[Stream, Exception] = {}
         alone: list[Stream] = []
 
@@ -154,9 +172,11 @@ class StreamBatch:
                     self._running -= 1
                     self._turn.notify_all()
 
-        streams = [each for each in self.streams if each not in found]
+        streams = [each for each in wanted if each not in found]
         self._running, self._waiting, self.failures = len(streams), [], {}
-        self._serving, self._stopped = True, False
+        self._serving, self._stopped = len(streams) > 1, False
+        if len(streams) == 1:  # which waits for nobody
+            run(streams.pop())
         threads = [threading.Thread(target=run, args=(each,), daemon=True) for each in streams]
         for thread in threads:
             thread.start()
@@ -173,9 +193,7 @@ class StreamBatch:
             run(stream)
         self.failures = failures
         self.streams = [each for each in self.streams if each not in failures]
-        ready = {each: found[each] for each in self.streams if each in found}
-        found.clear()
-        return ready
+        return {each: found.pop(each) for each in wanted if each in found}
 
     def _serve(self) -> None:
         """Runs passes whenever all streams that are not done wait for one."""
@@ -203,11 +221,13 @@ class StreamBatch:
         try:
             outs: Sequence[Tensor | None] = [None] * len(group)
             if group[0].key[0] == "append":
-                self.model.append(clips.x, given[0]["t"], None, cache=clips.caches)
+                self.model.append(
+                    clips.x, given[0]["t"], None, cache=clips.caches, apart=self.exact
+                )
             else:
                 outs = self.model(
                     clips.x, given[0]["t"], None, clean_BFCHW=clips.clean, cache=clips.caches,
-                    places=clips.places, full=group[0].key[-1],
+                    places=clips.places, full=group[0].key[-1], apart=self.exact,
                 ).split(1)  # fmt: skip
             for each, out in zip(group, outs, strict=True):
                 each.out = out

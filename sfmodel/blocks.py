@@ -7,7 +7,7 @@ S slots of a ring, P pairs of a head's channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -54,6 +54,11 @@ class TextKeys(NamedTuple):
     v: Sequence[Tensor] | Tensor
 
 
+def by_sample(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What a layer makes of x [B, …], one sample at a time."""
+    return torch.cat([layer(one) for one in x.split(1)]) if len(x) > 1 else layer(x)
+
+
 class Context(NamedTuple):
     """Inputs that all blocks of one forward pass share.
 
@@ -62,7 +67,8 @@ class Context(NamedTuple):
     the first of them, and so all, is known to fill the ring, and the ranks that share the pass,
     with the rotations of this one's tokens in all chunks.
     streams: instead of one cache and its places those of each sample, which are streams of their
-    own.
+    own. apart: their linear layers take one sample at a time, since what a matrix product sums in
+    which order depends on its rows: each is then what it is alone, bit for bit.
     appended: how many tokens, the first ones, are there to leave their keys and values behind: of
     them nothing more is asked of the last layer.
     """
@@ -76,7 +82,13 @@ class Context(NamedTuple):
     full: bool = False
     ranks: HeadRanks | None = None
     streams: Sequence[tuple[sf.RingKVCache, Sequence[Place]]] = ()
+    apart: bool = False
     appended: int = 0
+
+    def through(self, layer: nn.Module, x_BLD: Tensor) -> Tensor:
+        """A layer's output, of one sample at a time where they are kept apart."""
+        out: Tensor = by_sample(layer, x_BLD) if self.apart else layer(x_BLD)
+        return out
 
 
 class SelfAttention(nn.Module):
@@ -94,7 +106,7 @@ class SelfAttention(nn.Module):
     def forward(self, x_BLD: Tensor, context: Context, skip: int = 0) -> Tensor | None:
         """skip: tokens, the first ones, whose keys and values are left behind and whose output
         nobody asks for, which are whole chunks. Returns None where these are all."""
-        qkv_BLC = self.qkv(x_BLD)
+        qkv_BLC = context.through(self.qkv, x_BLD)
         if context.streams:
             outs = [
                 self._over_ring(qkv_1LC, cache, context._replace(places=places), skip)
@@ -105,7 +117,7 @@ class SelfAttention(nn.Module):
             out = self._over_ring(qkv_BLC, context.cache, context, skip)
         else:
             out = self._under_layout(qkv_BLC, context, skip)
-        return out if out is None else self.o(out.flatten(2))
+        return out if out is None else context.through(self.o, out.flatten(2))
 
     def _over_ring(
         self, qkv_BLC: Tensor, cache: sf.RingKVCache, context: Context, skip: int
@@ -183,7 +195,8 @@ class CrossAttention(nn.Module):
         return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
-        q = sf.rms_norm(self.q(x_BLD), self.norm_q, eps=self.eps, impl=self.impl)
+        q = context.through(self.q, x_BLD)
+        q = sf.rms_norm(q, self.norm_q, eps=self.eps, impl=self.impl)
         if isinstance(context.text, TextKeys):
             keys = context.text.k[self.layer], context.text.v[self.layer]
         else:
@@ -192,7 +205,7 @@ class CrossAttention(nn.Module):
         k, v = (each.expand(len(x_BLD), -1, -1, -1) for each in keys)
         q = q.unflatten(-1, (self.heads, -1)).to(k.dtype)
         out = sf.cross_attention(q, k, v, impl=self.attention_impl)
-        return self.o(out.flatten(2))
+        return context.through(self.o, out.flatten(2))
 
 
 class FeedForward(nn.Sequential):
@@ -245,7 +258,7 @@ class Block(nn.Module):
         x_BLD, h_BLD = sf.gated_layer_norm(x_BLD, attended, gate1, *norm3, **options)
         attended = self.cross_attn(h_BLD, context)
         x_BLD, h_BLD = sf.gated_adaln(x_BLD, attended, None, shift2, scale2, **options)
-        return x_BLD, self.ffn(h_BLD)
+        return x_BLD, context.through(self.ffn, h_BLD)
 
 
 class Head(nn.Module):

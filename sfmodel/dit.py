@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sfkernels as sf
 from sfkernels.arguments import check_shape
-from sfmodel.blocks import Block, Context, Head, Past, Place, TextKeys
+from sfmodel.blocks import Block, Context, Head, Past, Place, TextKeys, by_sample
 from sfmodel.config import DiTConfig
 from sfmodel.schedule import TRAIN_STEPS
 
@@ -113,6 +113,7 @@ class DiT(nn.Module):
         past: Past | None = None,
         places: Sequence[Any] = (),
         full: bool = False,
+        apart: bool = False,
     ) -> Tensor:
         """Predicts the flow ε − x0, [B, F, C, H, W] float32.
 
@@ -130,16 +131,18 @@ class DiT(nn.Module):
         them as well: the caller commits F' frames. places: of the chunks, where the caller has them
         from `place`. full: whether the caller knows that the first of them fills the ring, as
         `sfkernels.ring_attention` says. A list of caches, of one sample each: the samples are
-        streams of their own, each wherever it is, and places, if given, a list for each.
+        streams of their own, each wherever it is, and places, if given, a list for each. apart: the
+        linear layers take one of these streams at a time, so that each is what it is alone, bit for
+        bit.
 
         Raises ValueError for shapes or arguments that do not fit together.
         """
         grid, frames = self._check_latents(x_BFCHW), x_BFCHW.shape[1]
         tokens_BLD, modulation, context = self._inputs(
-            x_BFCHW, t, text_BTE, layout, clean_BFCHW, cache, past, places
+            x_BFCHW, t, text_BTE, layout, clean_BFCHW, cache, past, places, apart
         )
         h_BLD, _ = self._run(tokens_BLD, modulation, context._replace(full=full))
-        out_BLE = self.head.head(h_BLD)
+        out_BLE = context.through(self.head.head, h_BLD)
         if context.ranks is not None:
             out_BLE = context.ranks.whole(out_BLE)
         out = self._unpatchify(out_BLE[:, -frames * math.prod(grid) :].float(), grid)
@@ -162,11 +165,14 @@ class DiT(nn.Module):
         *,
         cache: sf.RingKVCache | Sequence[sf.RingKVCache] | None = None,
         past: Past | None = None,
+        apart: bool = False,
     ) -> None:
         """Leaves the keys and values of a chunk's final latents in the cache, which the caller
         commits, or in the past: a pass that ends with those of the last layer. Arguments of
         `forward`."""
-        tokens_BLD, modulation, context = self._inputs(x_BFCHW, t, text_BTE, cache=cache, past=past)
+        tokens_BLD, modulation, context = self._inputs(
+            x_BFCHW, t, text_BTE, cache=cache, past=past, apart=apart
+        )
         self._run(tokens_BLD, modulation, context._replace(appended=tokens_BLD.shape[1]))
 
     def place(
@@ -218,6 +224,7 @@ class DiT(nn.Module):
         cache: sf.RingKVCache | Sequence[sf.RingKVCache] | None = None,
         past: Past | None = None,
         places: Sequence[Any] = (),
+        apart: bool = False,
     ) -> tuple[Tensor, Modulation, Context]:
         """Arguments of `forward` as `_run` takes them: tokens, modulation and context."""
         grid = self._check_latents(x_BFCHW)
@@ -229,13 +236,16 @@ class DiT(nn.Module):
             raise ValueError("text is None exactly when a cache is given: set_text puts it there")
         if sum(one is not None for one in (layout, cache, past)) > 1:
             raise ValueError("give one of layout, cache and past")
+        if apart and (cache is None or isinstance(cache, sf.RingKVCache)):
+            raise ValueError("apart: goes with a list of caches, of one sample each")
 
         # The sequence is [clean ‖ noisy], the clean latents at t = 0.
-        tokens_BLD, before = self._patchify(x_BFCHW), 0
+        patchify = functools.partial(by_sample, self._patchify) if apart else self._patchify
+        tokens_BLD, before = patchify(x_BFCHW), 0
         if clean_BFCHW is not None:
             before = frames if forced else clean_BFCHW.shape[1]
             check_shape("clean", clean_BFCHW, (batch, before, *latent))
-            tokens_BLD = torch.cat([self._patchify(clean_BFCHW), tokens_BLD], 1)
+            tokens_BLD = torch.cat([patchify(clean_BFCHW), tokens_BLD], 1)
         if isinstance(t, Modulation):
             if before and t.t.shape[1] != before + frames:
                 raise ValueError(
@@ -262,14 +272,14 @@ class DiT(nn.Module):
                     raise ValueError(
                         f"{len(caches)} caches: must be one for each of {batch} samples, on 1 rank"
                     )
-                by_sample = places or [self._placed(each, before, frames, grid) for each in caches]
+                of_each = places or [self._placed(each, before, frames, grid) for each in caches]
                 of_layers = range(self.config.layers)
                 text_keys = TextKeys(
                     [torch.cat([each.text_k[i] for each in caches]) for i in of_layers],
                     [torch.cat([each.text_v[i] for each in caches]) for i in of_layers],
                 )
-                streams = [*zip(caches, by_sample, strict=True)]
-                context = Context(text_keys, None, streams=streams, appended=appended)
+                streams = [*zip(caches, of_each, strict=True)]
+                context = Context(text_keys, streams=streams, apart=apart, appended=appended)
                 return tokens_BLD, modulation, context
             places = places or self._placed(cache, before, frames, grid)
             table = None

@@ -43,21 +43,22 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield seen
 
 
-def close(got: Tensor, want: Tensor) -> None:
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+def close(got: Tensor, want: Tensor) -> bool:
+    return torch.allclose(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("exact", [True, False])
 def test_each_is_what_it_is_alone(
-    model: DiT, passes: list[int], settings: Any, merge: bool
+    model: DiT, passes: list[int], settings: Any, merge: bool, exact: bool
 ) -> None:
     """They begin and end at different times, have seeds, prompts and prompts over time of their
-    own, and one begins with given latents."""
+    own, and one begins with given latents; one waits for a while."""
     preset = replace(SMALL, **settings)
     texts = TEXT[:1], TEXT[1:], TEXT.mean(0, keepdim=True), TEXT[:1] * 0.5
-    begins, ends = (0, 2, 3, 3), (9, 6, 12, 11)
+    begins, ends, waits = (0, 2, 3, 3), (9, 6, 12, 11), (6, 7)
     clip = torch.randn(1, (preset.first or preset.chunk) + preset.chunk, 4, 8, 8)
 
     def prepared(stream: Stream, i: int) -> Stream:
@@ -72,18 +73,23 @@ def test_each_is_what_it_is_alone(
         mine = prepared(Stream(model, None, text, preset, seed=i, merge=merge), i)
         alone.append([mine.denoise().clone() for _ in range(ends[i] - begins[i])])
     passes.clear()
-    batch, opened = StreamBatch(model), {}
+    batch, opened = StreamBatch(model, exact), {}
+    shown = [0] * len(texts)
     for tick in range(max(ends)):
         for i, text in enumerate(texts):
             if tick == begins[i]:
                 opened[i] = prepared(batch.open(None, text, preset, seed=i, merge=merge), i)
             if tick == ends[i]:
                 batch.close(opened[i])
-        found = batch.denoise()
         running = [i for i in opened if begins[i] <= tick < ends[i]]
-        assert [*found] == batch.streams and len(found) == len(running)
+        assert {opened[i] for i in running} == {*batch.streams}
+        running = [i for i in running if i or tick not in waits]
+        found = batch.denoise([opened[i] for i in running] if tick in waits else None)
+        assert [*found] == [opened[i] for i in running]
         for i in running:
-            close(found[opened[i]], alone[i][tick - begins[i]])
+            got, want = found[opened[i]], alone[i][shown[i]]
+            assert torch.equal(got, want) if exact else close(got, want)
+            shown[i] += 1
     assert max(passes) == 4 and not batch.failures
 
 
@@ -256,6 +262,12 @@ def test_what_a_batch_does_not_take(model: DiT) -> None:
     for name, value in (("graph", True), ("batch", 2)):
         with pytest.raises(ValueError, match=f"{name}={value}: streams of a batch are eager"):
             batch.open(CODEC, TEXT[:1], SMALL, **{name: value})
+    lone = batch.open(CODEC, TEXT[:1], SMALL)
+    batch.close(lone)
+    with pytest.raises(ValueError, match="not in this batch, or closed already"):
+        batch.step([lone])
+    with pytest.raises(ValueError, match="apart: goes with a list of caches"):
+        model(torch.zeros(1, 3, 4, 8, 8), torch.tensor(1.0), TEXT[:1], apart=True)
     with pytest.raises(ValueError, match="2 caches: must be one for each of 1 samples"):
         caches = [model.new_cache(1, 6, SMALL.grid) for _ in range(2)]
         model(torch.zeros(1, 3, 4, 8, 8), torch.tensor(1.0), None, cache=caches)
