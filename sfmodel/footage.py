@@ -16,19 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from sfmodel.extras import needed
+from sfmodel.pictures import MAX_PIXELS, Images
 
 with needed():
     import av
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-Images = npt.NDArray[np.uint8]
-
-MAX_PIXELS = 2**26  # of a coded frame; a header that says more would take gigabytes
 # Seconds from a frame to the next. A timestamp that says less or more is not believed.
 STEP, LEAP = Fraction(1, 1000), Fraction(60)
 Timed = tuple[av.VideoFrame | None, Fraction]
@@ -77,24 +74,6 @@ def covering_frames(
         for frame, count in _counted(timed, fps):
             if count:
                 yield from itertools.repeat(_picture(frame, stream, (height, width)), count)
-
-
-def covering_image(path: Path, height: int, width: int) -> Images:
-    """A picture [H, W, 3], upright, scaled to cover H × W and cropped around the centre. Raises
-    ValueError for a file that is none."""
-    try:
-        with open(path, "rb") as file, Image.open(file) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(
-                    f"{path}: is {image.width} × {image.height} pixels: must be at most "
-                    f"{MAX_PIXELS:,}"
-                )
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-            fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BICUBIC)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or "damaged, or no picture"
-        raise ValueError(f"{path}: {reason}") from None
-    return np.asarray(fitted)
 
 
 def length(stream: av.VideoStream, fps: float) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sfmodel.extras import needed
 from sfmodel.files import atomic, cannot_write
-from sfmodel.footage import Images
+from sfmodel.pictures import Images
 from sfmodel.video import OneBehind, VideoWriter, to_images
 
 with needed():

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from sfmodel.extras import needed
 from sfmodel.files import Part, atomic, cannot_write
-from sfmodel.footage import Images
 from sfmodel.footage import covering_frames as covering_frames
 from sfmodel.footage import opened_video as opened_video
 from sfmodel.footage import to_pixels as to_pixels
+from sfmodel.pictures import Images
 from sfmodel.vae.codec import NotFinite, finite_frames, to_bytes
 
 with needed():

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from sfmodel import footage
-from sfmodel.footage import Images, covering_frames, length, opened_video
+from sfmodel.footage import covering_frames, length, opened_video
+from sfmodel.pictures import Images
 from sfmodel.video import VideoWriter
 from tests.clips import read_video
 from tests.test_video import grey_levels, moving_disc

@@ -23,7 +23,8 @@ from torch import Tensor
 from sfmodel.cli.generate import generate
 from sfmodel.cli.main import run_command
 from sfmodel.config import PRESETS
-from sfmodel.footage import covering_image, to_pixels
+from sfmodel.footage import to_pixels
+from sfmodel.pictures import covering_image
 from sfmodel.pretrained import load_toy
 from sfmodel.prompts import read_timeline
 from sfmodel.saved_stream import load_stream, save_stream

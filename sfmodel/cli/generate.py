@@ -33,8 +33,9 @@ from sfmodel.config import Preset
 from sfmodel.cost import pixel_frames
 from sfmodel.dit import DiT
 from sfmodel.files import check_writable
-from sfmodel.footage import covering_image, to_pixels
+from sfmodel.footage import to_pixels
 from sfmodel.frame_files import STANDARD_OUTPUT, sheet_of, writes
+from sfmodel.pictures import covering_image
 from sfmodel.pretrained import (
     TextEncoder,
     checked_codec,
