@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tyro.conf import OmitArgPrefixes
 
+from sfmodel.cli.chosen import choose
 from sfmodel.cli.encode import check_outputs, latents_of, write_videos
 from sfmodel.cli.options import (
     CLIP,
@@ -26,8 +27,6 @@ from sfmodel.cli.options import (
     Streaming,
     Weights,
     check_sampler,
-    explicit,
-    settings_of,
 )
 from sfmodel.config import Preset
 from sfmodel.cost import pixel_frames
@@ -39,10 +38,7 @@ from sfmodel.pictures import covering_image
 from sfmodel.pretrained import (
     TextEncoder,
     checked_codec,
-    checked_model,
-    chosen_generator,
     chosen_vae,
-    find_preset,
     load_text,
     progress,
 )
@@ -54,9 +50,6 @@ from sfmodel.sequence_parallel import Received, Team, chunks_of
 from sfmodel.stream import Stream
 from sfmodel.train.data import Embeddings
 from sfmodel.vae.codec import VideoCodec
-from sfmodel.weights.known import Known, by_lora, by_metadata, by_name, flag, is_wans_own, its_lora
-from sfmodel.weights.lora import Lora
-from sfmodel.weights.opening import open_weights
 from sfmodel.whole_clip import WholeClip
 
 Made = Stream | Received | WholeClip
@@ -68,25 +61,22 @@ def generate(
     sampling: OmitArgPrefixes[Sampling],
     weights: OmitArgPrefixes[Weights],
     output: OmitArgPrefixes[Output],
+    eager: bool = False,
 ) -> None:
     """Stream a video from a sentence, chunk by chunk, into an MP4 and a contact sheet beside it.
 
     Ctrl-C ends the video there and keeps what was written; so do SIGTERM, SIGHUP and SIGUSR1.
     Started by torchrun, the ranks share one stream: they divide the model's heads, all of them or
     all but the last, which then decodes beside the next chunk, as is predicted to be faster.
+
+    Args:
+        eager: On a GPU, launch kernels one by one instead of by CUDA graphs.
     """
     content.check()
     saved = read_notes(content.resume) if content.resume else {}
-    whole, loras = sampling.sampler != "few-step", [Lora.parse(said) for said in weights.lora]
-    models, preset = weights.models, weights.preset or saved.get("preset")
-    path = weights.checkpoint or (None if whole else chosen_generator(preset, models))
-    known = None
-    if path is not None and not whole:
-        known = by_name(path) or by_metadata(path) or by_lora(loras)
-    preset = preset or (known.preset if known else "toy")
-    known = known if known and known.preset == preset else None
-    published = known.settings if known else {}
-    settings = settings_of(content, stream, sampling, preset, saved, published)
+    whole, models = sampling.sampler != "few-step", weights.models
+    chosen = choose(content, stream, sampling, weights, saved)
+    preset, settings = chosen.preset, chosen.settings
     check_sampler(content, stream, sampling, output)
     timeline = read_timeline(content.prompts_at) if content.prompts_at else []
     prompts = read_prompts(content.prompt_file) if content.prompt_file else [content.prompt or RED]
@@ -116,7 +106,8 @@ def generate(
     if not jobs:
         return
     with started() as ranks:
-        ranks.agree(**vars(content), **vars(stream), **vars(sampling), **vars(weights))
+        asked = vars(content) | vars(stream) | vars(sampling) | vars(weights)
+        ranks.agree(**asked, eager=eager)
         if ranks.world > 1 and (content.resume or output.save_state or whole):
             raise ValueError("resume, save_state and a whole clip: go with one rank")
         kind = "wan" if preset == "toy" else chosen_vae(preset, weights.vae, models)
@@ -129,15 +120,7 @@ def generate(
             text = embedded or load_text(preset, models)
         load_model = load_codec = image = None
         if team.runs:
-            part, line = None, ""
-            if path is not None and not whole and (known or preset != "toy"):
-                asked = explicit(stream, sampling)
-                part, own, line = _recognised(path, known, asked, weights, preset)
-                loras += own
-            load_model = checked_model(
-                preset, weights.checkpoint, device, models, loras, whole,
-                weights.weights or part, weights.attention_impl,
-            )  # fmt: skip
+            load_model, line = chosen.checked(device)
             if line and ranks.first and not content.resume:
                 print(line, file=sys.stderr)
         if team.decodes or encodes:
@@ -159,7 +142,7 @@ def generate(
             given = _given(image, content, settings, codec, device)
         given = ranks.from_first(given)
         frames = _frames(content, given, whole)
-        graph = device.type == "cuda" and not stream.eager and not whole
+        graph = device.type == "cuda" and not eager and not whole
         if model is not None:
             model.ranks = team.heads
         decoder = codec if team.decodes else None
@@ -230,35 +213,6 @@ def generate(
                     _save(made, output.save_state, preset, titles[0])
                 raise
             _save(made, output.save_state, preset, titles[0])
-
-
-def _recognised(
-    path: Path, known: Known | None, given: Mapping[str, Any], weights: Weights, preset: str
-) -> tuple[str | None, list[Lora], str]:
-    """Part of a checkpoint that was published for generating, the LoRA that belongs to it, and a
-    line on what it is known as and what follows. given: settings that do not follow. Raises
-    ValueError as `open_weights` does."""
-    found = open_weights(path, family="DiT")
-    if known is None:
-        own = vars(find_preset(preset))
-        rest = [name for name in ("steps", "shift", "chunk", "window", "sink") if name not in given]
-        words = " ".join(word for name in rest for word in flag(name, own[name]))
-        line = f"{path}: no checkpoint that is known" + f": as {preset}, {words}" * bool(words)
-        if is_wans_own(found):
-            line = (
-                f"{path}: is named as Wan2.1's own weights, a bidirectional model, which gives "
-                "noise when streamed in few steps: unless it was distilled, use --sampler unipc"
-            )
-        return None, [], line
-    part = known.weights if known.weights in found.entries else None
-    its = [] if weights.lora else its_lora(known, path)
-    but = [*given, *["weights"] * (weights.weights is not None or not part), *["lora"] * (not its)]
-    note = known.note
-    if known.lora and not its and not weights.lora:
-        note = f"was published with {known.lora}, which is not beside it: --lora names it"
-    how = "name" if by_name(path) is known else "LoRA" if known.lora else "metadata"
-    line = f"{path}: {known.name}, by its {how}: {known.flags(but) or 'as the preset is'}"
-    return part, its, line + f"; {note}" * bool(note)
 
 
 def _whole_clip(

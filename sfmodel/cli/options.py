@@ -91,7 +91,6 @@ class Streaming:
         height: Of the video in pixels.
         width: Of the video in pixels.
         low_latency: Decode a chunk's latent frames one by one, so that the first come earlier.
-        eager: On a GPU, launch kernels one by one instead of by CUDA graphs.
     """
 
     window: int | None = None
@@ -102,7 +101,6 @@ class Streaming:
     height: int | None = None
     width: int | None = None
     low_latency: bool = False
-    eager: bool = False
 
 
 @dataclass(frozen=True)
