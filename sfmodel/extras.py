@@ -11,6 +11,7 @@ from importlib.util import find_spec
 EXTRAS = {
     "model": ("safetensors", "tyro", "rich", "av", "PIL", "matplotlib"),
     "bench": ("rich",),  # without matplotlib there are no figures
+    "serve": ("starlette", "uvicorn", "websockets", "prometheus_client"),
     "trackers": ("wandb", "tensorboard"),
 }
 

@@ -1,5 +1,5 @@
-"""The command line: `sfmodel generate | train | evaluate | encode | decode | convert | predict |
-doctor`."""
+"""The command line: `sfmodel generate | serve | train | evaluate | encode | decode | convert |
+predict | doctor`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from sfmodel.cli.evaluate import evaluate
 from sfmodel.cli.generate import generate
 from sfmodel.cli.pipeline import for_stages
 from sfmodel.cli.predict import predict
+from sfmodel.cli.serve import serve
 from sfmodel.cli.train import train_command
 from sfmodel.process import prepared
 
@@ -62,6 +63,7 @@ def main() -> None:
     """Entry point of `sfmodel`."""
     commands: dict[str, Callable[..., None]] = {
         "generate": generate,
+        "serve": serve,
         "train": train_command(sys.argv[1:]),
         "evaluate": evaluate,
         "encode": encode,
