@@ -39,7 +39,7 @@ def prepared() -> Iterator[None]:
             raise KeyboardInterrupt
 
     try:
-        with _handling(stop):
+        with handling(stop):
             yield
     finally:
         sys.stdout.flush()
@@ -61,13 +61,14 @@ def noting() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         noted.append(number)
 
-    with _handling(note):
+    with handling(note):
         yield noted
 
 
 @contextmanager
-def _handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Handles `STOPS`, except those that are ignored, as in the background and under nohup."""
+def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Context in which a function handles `STOPS`, except those that are ignored, as in the
+    background and under nohup."""
     before = {each: signal.getsignal(each) for each in STOPS}
     ours = [each for each, was in before.items() if was not in (signal.SIG_IGN, None)]
     for each in ours:

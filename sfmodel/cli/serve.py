@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import sys
 import threading
@@ -18,6 +19,7 @@ from sfmodel.cli.options import Content, Sampling, Streaming, Weights
 from sfmodel.extras import require
 from sfmodel.files import check_writable
 from sfmodel.pretrained import checked_codec, default_device, load_text, progress
+from sfmodel.process import handling
 
 TOY = (
     "a large red ball moves up slowly",
@@ -47,7 +49,7 @@ class Serving:
         seconds: Longest stream.
         clips: Folder that saved clips are written to.
         devices: Devices to serve on; all GPUs if not given, else the CPU.
-        demo: Open the page in this machine's browser.
+        demo: Open the page in this machine's browser, where it has a screen.
     """
 
     host: str = "127.0.0.1"
@@ -120,9 +122,12 @@ def serve(
         on = ", ".join(str(device) for device in devices)
         streams = f"{server.places} stream{'s' if server.places > 1 else ''} at once"
         print(f"{address}\n{chosen.preset} on {on}: {streams}; Ctrl-C ends it", flush=True)
-        if serving.demo:
+        if serving.demo and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
             threading.Timer(0.5, webbrowser.open, [address]).start()
-        uvicorn_server(server, token, serving.origins).run([socket])
+        running = uvicorn_server(server, token, serving.origins)
+        with handling(running.handle_exit):
+            running.run([socket])
+    raise KeyboardInterrupt  # which it ends by
 
 
 def _device(said: str) -> torch.device:

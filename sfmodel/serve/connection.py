@@ -16,7 +16,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from sfmodel.cost import VAE_STRIDE
 from sfmodel.pictures import covering_upload
-from sfmodel.serve.engine import Engine
+from sfmodel.serve.engine import Ended, Engine
 from sfmodel.serve.messages import (
     PROTOCOL,
     Pause,
@@ -36,7 +36,7 @@ WAITING = 32  # messages of a client that may wait to be answered
 TICK = 1.0  # seconds between two messages of how it goes
 MEAN = 4  # ticks that the frames a second are the mean of
 GONE = 15.0  # seconds after which a live client that takes nothing is taken to be gone
-ERRORS = (ValueError, OSError, MemoryError, Full)  # what a client is told in a sentence
+ERRORS = (ValueError, OSError, MemoryError, Full, Ended)  # what a client is told in a sentence
 
 
 class Connection:
@@ -214,8 +214,12 @@ class Connection:
                 return
 
     async def _end(self, code: int, why: str) -> None:
-        """Closes the connection, with what waits for the client lost if it does not take it."""
+        """Closes the connection, once the client has taken the messages that wait for it, or has
+        not."""
+        self._leave(why)
         with anyio.move_on_after(TICK):
+            while self.outbox.messages:
+                await asyncio.sleep(0.01)
             await self.socket.close(code, why)
 
     def _leave(self, why: str) -> None:
@@ -225,7 +229,7 @@ class Connection:
             return
         session.ended = session.ended or why
         engine.taken.discard(session)
-        with contextlib.suppress(RuntimeError):  # the server ends
+        with contextlib.suppress(Ended):
             engine.call(lambda: engine.close(session))
         self.session = self.engine = None
         self.outbox.begin("", 0)

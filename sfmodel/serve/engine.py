@@ -34,6 +34,10 @@ SPARE = 0.05  # seconds by which a chunk is begun earlier than it takes
 TOGETHER = 0.25  # of a chunk's time: whoever is due within it goes along with those that are
 
 
+class Ended(RuntimeError):
+    """The server ends, or its engine has."""
+
+
 class Engine:
     """A device with a model, which makes the chunks of all its sessions.
 
@@ -84,11 +88,12 @@ class Engine:
             self._turn.notify()
 
     def call(self, work: Callable[[], T]) -> Future[T]:
-        """What the work returns or raises, in the engine's thread before the next chunk."""
+        """What the work returns or raises, in the engine's thread before the next chunk. Raises
+        `Ended` where there is none any more."""
         future: Future[T] = Future()
         with self._turn:
             if self._ended:
-                raise RuntimeError("the server ends")
+                raise Ended("the server ends")
             self._commands.append((work, future))
             self._turn.notify()
         return future
