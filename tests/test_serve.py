@@ -387,8 +387,8 @@ class Soak:
                 self.compared += 1
             for _ in range(draw.randrange(4)):
                 kind = draw.choice(["prompt", "seed", "pause", "resume", "save", "nonsense"])
-                more: dict[str, Any] = {"prompt": {"text": BLUE}, "seed": {"seed": 3}}.get(kind, {})
-                client.send(kind, **more)
+                facts: dict[str, dict[str, Any]] = {"prompt": {"text": BLUE}, "seed": {"seed": 3}}
+                client.send(kind, **facts.get(kind, {}))
                 end = time.monotonic() + 0.5 * draw.random()
                 while (left := end - time.monotonic()) > 0:
                     try:

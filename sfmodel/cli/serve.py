@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import sys
 import threading
@@ -94,6 +95,11 @@ def serve(
         token = secrets.token_urlsafe(24)
     elif token is not None and (len(token) < 16 or not token.isascii() or not token.isprintable()):
         raise ValueError("token: must have 16 letters or more, of ASCII")
+    if not 0 <= serving.port <= 65535:
+        raise ValueError(f"port={serving.port}: must be 0 to 65535")
+    for origin in serving.origins:
+        if not re.fullmatch(r"https?://[^/\s]+", origin):
+            raise ValueError(f"origins={origin!r}: must be as https://example.org")
     check_writable(serving.clips / "clip.mp4")
     sampling = Sampling(steps=steps, shift=shift, warped=warped)
     chosen = choose(Content(), stream, sampling, weights, {})

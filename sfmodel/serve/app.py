@@ -104,6 +104,7 @@ def listening(host: str, port: int) -> socket.socket:
         for name, value in KEEPALIVE.items():
             found.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         found.bind(address)
+        found.listen()  # whoever connects before the server runs waits
     except OSError as error:
         raise OSError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from None
     return found

@@ -66,9 +66,9 @@ class Guard:
     def _answer(self, scope: Scope, headers: Headers) -> Response | None:
         """What is answered instead; None to let it pass."""
         host, origin = headers.get("host", ""), headers.get("origin")
-        name = urlsplit(f"//{host}").hostname or ""
+        name, _ = _origin(f"//{host}")
         if self.token is None and not is_loopback(name):
-            return self._refused(421, "host", f"this server does not go by the name {name[:80]!r}")
+            return self._refused(421, "host", f"this server does not go by the name {host[:80]!r}")
         if origin is not None and _origin(origin) not in (_origin(f"//{host}"), *self.origins):
             return self._refused(403, "origin", "pages of another origin may not ask this server")
         if self.token is None or scope["path"] in OPEN:
