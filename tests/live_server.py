@@ -40,6 +40,7 @@ def until(true: Callable[[], Any], seconds: float = 10.0) -> bool:
 class Live(NamedTuple):
     server: Server
     address: str  # host and port
+    running: Any = None  # uvicorn's server
 
     def client(self, **options: Any) -> Client:
         return Client(f"ws://{self.address}/stream", **options)
@@ -53,6 +54,7 @@ def serving(
     origins: Sequence[str] = (),
     engines: int = 1,
     preset: Preset = TOY,
+    port: int = 0,
     **options: Any,
 ) -> Iterator[Live]:
     model, codec, text = toy()
@@ -61,14 +63,16 @@ def serving(
         [model] * engines, [codec] * engines, text, "toy", preset, folder / "clips", limits,
         ["a red ball"], **options,
     )  # fmt: skip
-    socket = listening("127.0.0.1", 0)
+    socket = listening("127.0.0.1", port)
     running = uvicorn_server(server, token, origins)
     thread = threading.Thread(target=running.run, args=([socket],))
     thread.start()
     try:
         assert until(lambda: running.started)
-        yield Live(server, f"127.0.0.1:{socket.getsockname()[1]}")
-        assert until(lambda: not server.connected), "a connection is left behind"
+        yield Live(server, f"127.0.0.1:{socket.getsockname()[1]}", running)
+        assert until(lambda: running.should_exit or not server.connected), (
+            "a connection is left behind"
+        )
     finally:
         running.should_exit = True
         thread.join(20)

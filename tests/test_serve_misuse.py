@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import http.client
 import io
 import json
@@ -28,6 +29,7 @@ from sfmodel.extras import EXTRAS
 from sfmodel.serve import messages, server
 from sfmodel.serve.clips import Clips
 from sfmodel.serve.messages import LARGEST, PICTURE, Prompt, Start, parse
+from sfmodel.serve.session import RECORDED
 from sfmodel.serve.text import TextThread
 from tests.live_server import SIZE, Client, Live, serving, toy, until
 from tests.test_cli import refused
@@ -297,7 +299,7 @@ def test_a_message_is_read() -> None:
     assert isinstance(image, Start) and image.image == b"x"
     assert len(json.dumps(start(image="A" * (4 * PICTURE // 3), prompt="é" * 4096))) < LARGEST
     assert {*messages._CHECKS} == {
-        name for each in messages.TYPES.values() for name in each.__dataclass_fields__
+        field.name for each in messages.TYPES.values() for field in dataclasses.fields(each)
     }
 
 
@@ -307,7 +309,7 @@ def test_pictures_of_anyone(monkeypatch: pytest.MonkeyPatch) -> None:
     image = pictures.covering_upload(data, *SIZE)
     assert image.shape == (64, 64, 3) and image.mean((0, 1)).argmax() == 2
     with monkeypatch.context() as patch:
-        patch.setattr(pictures.sys, "executable", "/bin/false")
+        patch.setattr(sys, "executable", "/bin/false")
         with pytest.raises(ValueError, match="takes too much memory or time"):
             pictures.covering_upload(data, *SIZE)
     monkeypatch.setattr(pictures, "SECONDS", 0.001)
@@ -362,7 +364,7 @@ def test_places_are_those_that_memory_has(monkeypatch: pytest.MonkeyPatch) -> No
     slots = TOY.window * 4
     cache = 2 * TOY.dit.layers * (slots + TOY.dit.text_len) * TOY.dit.dim * 4
     assert cache < held < 4 * cache
-    monkeypatch.setattr(server, "_available", lambda: 10 * (server.RECORDED + held))
+    monkeypatch.setattr(server, "_available", lambda: 10 * (RECORDED + held))
     assert server.places(torch.device("cpu"), held) == 8
     monkeypatch.setattr(server, "_available", lambda: held)
     with pytest.raises(MemoryError, match="make the window or the picture smaller"):
