@@ -7,5 +7,6 @@ PARTS = {
     "stream": "bench.stream",
     "decode": "bench.decode",
     "extrapolate": "experiments.rolling",
+    "serve": "bench.serve",
     "train": "bench.train",
 }

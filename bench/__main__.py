@@ -9,6 +9,7 @@ kernels      every op beside eager PyTorch, torch.compile, SDPA, FlexAttention a
 stream       frames a second and latency, with their breakdown, beside the paper's Table 1
 decode       the video VAEs beside diffusers', chunk by chunk
 extrapolate  past the window: a ring beside the two ways of doing without one (Figure 3)
+serve        several streams, one after the other, in one batch, and served to clients
 cpu          the ops in C++ beside eager PyTorch and torch.compile, on this CPU
 train        seconds per training iteration (Figure 6)
 predict      what arithmetic says of all this, for any GPU, size and number of GPUs

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ T = TypeVar("T")
 
 
 class _Pass:
-    """A pass that a stream waits for. key: what those that are run as one have in common."""
+    """A pass that a stream waits for. key: what those that are run as one have in common.
+    arguments: of the model."""
 
     def __init__(self, key: tuple[Any, ...], **arguments: Any) -> None:
         self.key, self.arguments = key, arguments
@@ -40,15 +41,6 @@ class _StoppedError(RuntimeError):
 
 class _SharedError(RuntimeError):
     """A pass of several streams failed: each is tried alone, for one of them may be at fault."""
-
-
-class _Clips(NamedTuple):
-    """Arguments of a group of passes: of all samples, one after the other."""
-
-    x: Tensor
-    clean: Tensor | None
-    caches: Sequence[RingKVCache]
-    places: Sequence[Any]
 
 
 class _Joint:
@@ -67,15 +59,29 @@ class _Joint:
     ) -> Tensor:  # fmt: skip
         before = 0 if clean_BFCHW is None else clean_BFCHW.shape[1]
         key = "forward", tuple(x_BFCHW.shape[1:]), before, self._batch.level(t), full
-        out = self._batch.wait_for(
-            _Pass(key, x=x_BFCHW, t=t, clean=clean_BFCHW, cache=cache, places=places)
-        )
+        more = dict(clean_BFCHW=clean_BFCHW, cache=cache, places=places, full=full)
+        out = self._batch.wait_for(_Pass(key, x_BFCHW=x_BFCHW, t=t, text_BTE=text, **more))
         assert out is not None
         return out
 
     def append(self, x_BFCHW: Tensor, t: Modulation, text: None, *, cache: RingKVCache) -> None:
         key = "append", tuple(x_BFCHW.shape[1:]), self._batch.level(t)
-        self._batch.wait_for(_Pass(key, x=x_BFCHW, t=t, clean=None, cache=cache, places=()))
+        self._batch.wait_for(_Pass(key, x_BFCHW=x_BFCHW, t=t, text_BTE=text, cache=cache))
+
+
+class _InTurn:
+    """A decoder that streams use one after the other. On a GPU nothing runs sooner beside another,
+    and the largest of all activations are there once."""
+
+    def __init__(self, codec: VideoDecoder, turn: threading.Lock) -> None:
+        self._codec, self._turn = codec, turn
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._codec, name)
+
+    def decode_chunk(self, latents_BFCHW: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        with self._turn:
+            return self._codec.decode_chunk(latents_BFCHW, state)
 
 
 class StreamBatch:
@@ -103,7 +109,7 @@ class StreamBatch:
         self._levels = WeakIdKeyDictionary()
         self._frames: dict[Stream, Tensor] = {}  # that are ready, after Ctrl-C
         self._latents: dict[Stream, Tensor] = {}
-        self._turn = threading.Condition()
+        self._turn, self._decoding = threading.Condition(), threading.Lock()
         self._waiting: list[_Pass] = []
         self._running = 0
         self._serving = self._stopped = False
@@ -117,6 +123,8 @@ class StreamBatch:
             if (options.get(name) or 0) > (name == "batch"):
                 raise ValueError(f"{name}={options[name]}: streams of a batch are eager and of one")
         joint: Any = self.joint
+        if codec is not None and self.model.device.type == "cuda":
+            codec = cast(VideoDecoder, _InTurn(codec, self._decoding))
         stream = Stream(joint, codec, text_1TE, preset, **options)
         self.streams.append(stream)
         return stream
@@ -210,25 +218,11 @@ class StreamBatch:
 
     @torch.no_grad()
     def _run(self, group: list[_Pass]) -> None:
-        given = [each.arguments for each in group]
-        clean = None if given[0]["clean"] is None else torch.cat([one["clean"] for one in given])
-        clips = _Clips(
-            torch.cat([one["x"] for one in given]),
-            clean,
-            [one["cache"] for one in given],
-            [one["places"] for one in given],
-        )
+        arguments = group[0].arguments if len(group) == 1 else self._joined(group)
+        run: Any = self.model.append if group[0].key[0] == "append" else self.model
         try:
-            outs: Sequence[Tensor | None] = [None] * len(group)
-            if group[0].key[0] == "append":
-                self.model.append(
-                    clips.x, given[0]["t"], None, cache=clips.caches, apart=self.exact
-                )
-            else:
-                outs = self.model(
-                    clips.x, given[0]["t"], None, clean_BFCHW=clips.clean, cache=clips.caches,
-                    places=clips.places, full=group[0].key[-1], apart=self.exact,
-                ).split(1)  # fmt: skip
+            out = run(**arguments)
+            outs = [None] * len(group) if out is None else out.split(1)
             for each, out in zip(group, outs, strict=True):
                 each.out = out
         except Exception as error:
@@ -236,6 +230,20 @@ class StreamBatch:
                 each.error = _SharedError() if len(group) > 1 else error
         for each in group:
             each.done = True
+
+    def _joined(self, group: list[_Pass]) -> dict[str, Any]:
+        """Arguments of passes of the same kind, of all samples one after the other."""
+        given, joined = (
+            [each.arguments for each in group],
+            group[0].arguments | {"apart": self.exact},
+        )
+        for name, value in group[0].arguments.items():
+            values = [each[name] for each in given]
+            if name in ("x_BFCHW", "clean_BFCHW") and value is not None:
+                joined[name] = torch.cat(values)
+            elif name in ("cache", "places"):
+                joined[name] = values
+        return joined
 
     def wait_for(self, one: _Pass) -> Tensor | None:
         """Returns what a pass gives, once it has been run with those of others, or at once outside
