@@ -17,7 +17,7 @@ ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_NO_CACHE_DIR=1
 RUN python3 -m pip freeze | grep -E '^(torch|triton)==' >kept.txt \
     && test "$(wc -l <kept.txt)" = 2 \
     && python3 -m pip install -c kept.txt 'setuptools>=77' \
-    && python3 -m pip install -c kept.txt --no-build-isolation '.[model,text,bench]'
+    && python3 -m pip install -c kept.txt --no-build-isolation '.[model,serve,text,bench]'
 
 # `python3 -m bench` is no part of the package.
 COPY bench /opt/bench/bench

@@ -42,6 +42,7 @@ PARTS = ("weights", "cache", "activations", "decoder", "total")
 LIBRARIES = (
     ("safetensors", "weights", "'sfkernels[model]'"),
     ("av", "MP4 files", "'sfkernels[model]'"),
+    ("starlette", "sfmodel serve", "'sfkernels[serve]'"),
     ("transformers", "Wan2.1's text encoder", "'sfkernels[text]'"),
     ("ftfy", "Wan2.1's text encoder", "'sfkernels[text]'"),
     ("diffusers", "models that the benches compare with", "diffusers"),
