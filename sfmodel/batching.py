@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sfkernels import RingKVCache
 from sfmodel.config import Preset
 from sfmodel.dit import DiT, Modulation
+from sfmodel.graphs import on
 from sfmodel.stream import Stream
 from sfmodel.vae.codec import VideoDecoder
 
@@ -168,7 +169,8 @@ class StreamBatch:
 
         def run(stream: Stream) -> None:
             try:
-                found[stream] = work(stream)
+                with on(self.model.device):
+                    found[stream] = work(stream)
             except _SharedError:
                 alone.append(stream)
             except _StoppedError:

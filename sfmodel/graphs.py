@@ -10,6 +10,12 @@ from typing import Any
 import torch
 
 
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Context in which a GPU is this thread's own, which is the first one until then: kernels are
+    launched there."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def possible(device: torch.device) -> bool:
     """Tells whether a device has CUDA graphs."""
     return device.type == "cuda"

@@ -106,6 +106,47 @@ def test_a_new_seed_begins_the_video_anew(live: Live) -> None:
     assert all(torch.equal(client.frames[first + i], want[i]) for i in range(13))
 
 
+def test_a_new_seed_right_after_a_new_prompt(live: Live) -> None:
+    with live.client() as client:
+        client.start(RED, **EVERY)
+        client.until_frame(12)
+        client.send("pause")
+        client.event("paused")
+        for text in ("a small ball", BLUE):
+            client.send("prompt", text=text)
+        client.send("seed", seed=3)
+        first = client.event("seed")["frame"]
+        client.send("resume")
+        assert [client.event("prompt")["frame"] for _ in range(2)] == [first] * 2
+        client.until_frame(first + 12)
+        for _ in range(8):
+            client.send("pause")
+            client.event("paused")
+            client.send("prompt", text=RED)
+            client.event("coming")
+        client.send("prompt", text=RED)
+        assert "8 are still to be taken" in client.event("error")["message"]
+    want = first_frames(alone(BLUE, 3), 13)
+    assert all(torch.equal(client.frames[first + i], want[i]) for i in range(13))
+    assert client.prompts[first] == 2
+
+
+def test_low_latency_sends_pieces_of_a_chunk(tmp_path: Path) -> None:
+    """A new prompt begins with a chunk all the same."""
+    with serving(tmp_path, low_latency=True) as live, live.client() as client:
+        client.start(RED, **EVERY)
+        client.until_frame(14)
+        client.send("prompt", text=BLUE)
+        begins = client.event("prompt")["frame"]
+        assert begins % 12 == 1
+        client.until_frame(begins + 12)
+    assert [n for n, prompt in client.prompts.items() if prompt] == [
+        n for n in client.frames if n >= begins
+    ]
+    want = first_frames(alone(RED, low_latency=True), begins)
+    assert all(torch.equal(client.frames[i], want[i]) for i in range(begins))
+
+
 def test_pause_stops_frames_and_the_engine(live: Live) -> None:
     want = first_frames(alone(RED), 61)
     with live.client() as client:

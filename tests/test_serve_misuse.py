@@ -195,6 +195,16 @@ def test_a_flood_of_messages_ends_the_connection(live: Live) -> None:
     assert until(lambda: not live.server.connected)
 
 
+def test_large_messages_do_not_pile_up(live: Live) -> None:
+    large = json.dumps({"type": "nonsense", "a": "x" * (LARGEST // 2)})
+    with live.client() as client, pytest.raises(ConnectionClosed, match="too many messages"):
+        client.send("start", prompt=RED, image=picture("PNG"))  # takes a while to answer
+        for _ in range(4):
+            client.socket.send(large)
+        client.event("never")
+    assert until(lambda: not live.server.connected)
+
+
 def answer(live: Live, path: str, **headers: str) -> tuple[int, str]:
     host, port = live.address.split(":")
     asked = http.client.HTTPConnection(host, int(port), timeout=10)

@@ -15,6 +15,7 @@ from torch import Tensor
 import sfkernels
 from sfkernels import launch
 from sfmodel import frames
+from sfmodel.batching import StreamBatch
 from sfmodel.dit import DiT
 from sfmodel.saved_stream import fork, load_stream, save_stream
 from sfmodel.stream import Stream
@@ -214,3 +215,32 @@ def test_what_users_do_in_graphs(model: DiT, sink: int, tmp_path: Path) -> None:
     fork(other, forked)
     same(mine, forked, 20)
     same(other, eager, 20)
+
+
+@torch.no_grad()
+def test_a_batch_of_streams_is_what_each_is_alone(model: DiT) -> None:
+    """Bit for bit, one of them a chunk behind; one of them decodes at a time."""
+    device = torch.device("cuda")
+    on_gpu = DiT(SMALL.dit).to(device).eval()
+    on_gpu.load_state_dict(model.state_dict())
+    decoding, most = [0], [0]
+
+    class Counted(ToyVAE):
+        def decode_chunk(self, latents_BFCHW: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+            decoding[0] += 1
+            most[0] = max(most[0], decoding[0])
+            out = super().decode_chunk(latents_BFCHW, state)
+            decoding[0] -= 1
+            return out
+
+    codec, text = Counted().to(device), TEXT[:1].to(device)
+    alone = [Stream(on_gpu, codec, text, SMALL, seed=i) for i in range(3)]
+    batch = StreamBatch(on_gpu)
+    opened = [batch.open(codec, text, SMALL, seed=i) for i in range(3)]
+    for i in range(6):
+        running = opened[i == 0 :]
+        found = batch.step(running)
+        for stream, single in zip(opened, alone, strict=True):
+            if stream in running:
+                assert torch.equal(found[stream], next(single.frames()))
+    assert most == [1]

@@ -30,6 +30,7 @@ FILES = {
     "/player.js": "player.js",
 }
 UNSENT = 2**18  # bytes that the system keeps for a client: a few pictures, and not seconds of them
+REQUESTS = 64  # that are answered beside the clients' connections
 PINGS = 20.0, 60.0  # seconds between two, and until one is answered: a slow reader's may wait
 # A connection on which nothing comes back any more is closed after so many seconds, and so often.
 KEEPALIVE = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3}
@@ -117,7 +118,7 @@ def uvicorn_server(
     logging.getLogger("uvicorn.access").disabled = True
     config = uvicorn.Config(
         create_app(server, token, origins), log_level="warning", lifespan="on",
-        limit_concurrency=server.limits.connections, timeout_graceful_shutdown=2,
+        limit_concurrency=server.limits.connections + REQUESTS, timeout_graceful_shutdown=2,
         ws_max_size=LARGEST, ws_ping_interval=PINGS[0], ws_ping_timeout=PINGS[1],
         ws_per_message_deflate=False, server_header=False,
     )  # fmt: skip

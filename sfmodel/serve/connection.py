@@ -18,6 +18,7 @@ from sfmodel.cost import VAE_STRIDE
 from sfmodel.pictures import covering_upload
 from sfmodel.serve.engine import Ended, Engine
 from sfmodel.serve.messages import (
+    LARGEST,
     PROTOCOL,
     Pause,
     Prompt,
@@ -47,7 +48,9 @@ class Connection:
         self.outbox = Outbox(server.metrics)
         self.session: Session | None = None
         self.engine: Engine | None = None
+        # Messages that are to be answered, each with its time; None: a binary one.
         self.asked: asyncio.Queue[tuple[str | None, float]] = asyncio.Queue(WAITING)
+        self.size = 0  # characters of them
         self.saving = False
         self.active = time.monotonic()  # when there was last a stream that ran
 
@@ -79,16 +82,18 @@ class Connection:
             message = await self.socket.receive()
             if message["type"] != "websocket.receive":
                 return
-            if self.asked.full() or self.outbox.messages >= UNREAD:
+            text: str | None = message.get("text")
+            self.size += len(text or "")
+            if self.asked.full() or self.size > LARGEST or self.outbox.messages >= UNREAD:
                 await self._end(1008, "too many messages")
                 return
-            # None: binary, where text belongs.
-            self.asked.put_nowait((message.get("text"), time.monotonic()))
+            self.asked.put_nowait((text, time.monotonic()))
 
     async def _answer(self) -> None:
         async with anyio.create_task_group() as saves:
             while True:
                 text, at = await self.asked.get()
+                self.size -= len(text or "")
                 about = ""
                 try:
                     if text is None:
@@ -145,7 +150,9 @@ class Connection:
             if message.image is not None:
                 size = VAE_STRIDE * preset.height, VAE_STRIDE * preset.width
                 read = functools.partial(covering_upload, message.image, *size)
-                picture = await anyio.to_thread.run_sync(read, limiter=server.workers)
+                picture = await anyio.to_thread.run_sync(
+                    read, limiter=server.workers, abandon_on_cancel=True
+                )
             await _result(engine.call(lambda: engine.open(session, text_TE, picture)))
         except ERRORS:
             self._leave("it could not start")
@@ -157,7 +164,9 @@ class Connection:
                 raise ValueError("save: goes with format jpeg, which the server keeps")
             title = f"session {session.id}"
             save = functools.partial(self.server.clips.save, session.recording(), title)
-            clip = await anyio.to_thread.run_sync(save, limiter=self.server.workers)
+            clip = await anyio.to_thread.run_sync(
+                save, limiter=self.server.workers, abandon_on_cancel=True
+            )
             self.say("saved", **clip.facts())
         except ERRORS as error:
             self.say("error", about="save", message=str(error))

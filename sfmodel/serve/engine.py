@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -20,6 +21,7 @@ from sfmodel.config import Preset
 from sfmodel.cost import PIXEL_FRAMES
 from sfmodel.dit import DiT
 from sfmodel.footage import to_pixels
+from sfmodel.graphs import on
 from sfmodel.pictures import Images
 from sfmodel.serve.messages import Prompt
 from sfmodel.serve.metrics import Metrics
@@ -30,6 +32,7 @@ from sfmodel.vae.codec import VideoCodec
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 SHARE = 0.2  # of the last step in the mean of its seconds
+COMING = 8  # prompts of a session that may wait for its next chunk
 SPARE = 0.05  # seconds by which a chunk is begun earlier than it takes
 TOGETHER = 0.25  # of a chunk's time: whoever is due within it goes along with those that are
 
@@ -101,6 +104,10 @@ class Engine:
     # What follows runs in the engine's thread.
 
     def _run(self) -> None:
+        with on(self.model.device):
+            self._serve()
+
+    def _serve(self) -> None:
         while True:
             with self._turn:
                 while not (self._commands or self._ended):
@@ -165,9 +172,13 @@ class Engine:
             session.outbox.put({"type": "prompt", "number": new.number, "frame": first})
         session.add(len(images_THWC), now)
         self.metrics.frames.inc(len(images_THWC))
-        if session.encoding is not None:  # one chunk waits at most, and they stay in order
-            wait([session.encoding])
+        self._encoded(session)
         session.encoding = self._encoders.submit(session.encode, images_THWC, first, session.prompt)
+
+    def _encoded(self, session: Session) -> None:
+        """Waits until the last chunk is encoded: they stay in order, and one waits at most."""
+        if session.encoding is not None:
+            wait([session.encoding])
 
     def open(self, session: Session, text_TE: Tensor, picture: Images | None) -> None:
         """Makes the stream of a session. Raises ValueError and MemoryError as `Stream` does."""
@@ -206,14 +217,16 @@ class Engine:
 
     def prompt(self, session: Session, message: Prompt, text_TE: Tensor, asked: float) -> int:
         """Goes on under another prompt, that was asked for at a time of `time.monotonic`. Returns
-        its number."""
+        its number. Raises ValueError where too many have not been taken yet."""
         stream = session.stream
+        if len(session.coming) >= COMING:
+            raise ValueError(f"prompt: {COMING} are still to be taken: wait, or resume the stream")
         session.prompts += 1
         if stream is not None:
             text_1TE = text_TE[None].float().to(self.model.device)
             options: Any = {"over": message.over, "recompute": not message.keep_cache}
             stream.set_prompt(text_1TE, **options)
-            session.coming.append(Coming(session.prompts, stream.begun, asked))
+            session.coming.append(Coming(session.prompts, text_1TE, stream.begun, asked))
         return session.prompts
 
     def pause(self, session: Session, paused: bool) -> int:
@@ -223,11 +236,15 @@ class Engine:
         return session.made
 
     def reseed(self, session: Session, seed: int) -> int:
-        """Begins the video anew. Returns the number of its first frame."""
+        """Begins the video anew, under the last prompt that was asked for. Returns the number of
+        its first frame."""
         if session.stream is not None:
-            session.stream.restart(seed=seed)
+            last = session.coming[-1].text_1TE if session.coming else None
+            session.stream.restart(last, seed)
+            session.coming = deque(each._replace(begun=0) for each in session.coming)
             if session.given_BFCHW is not None:
                 session.stream.give(session.given_BFCHW)
+            self._encoded(session)
             session.forget()
         session.played = time.monotonic()
         return session.made

@@ -18,6 +18,7 @@ from sfmodel.batching import StreamBatch
 from sfmodel.config import Preset
 from sfmodel.cost import GIB, PIXEL_FRAMES, VAE_STRIDE, activations_gib
 from sfmodel.dit import DiT
+from sfmodel.graphs import on
 from sfmodel.pretrained import TextEncoder
 from sfmodel.serve.clips import Clips
 from sfmodel.serve.engine import Engine
@@ -76,8 +77,9 @@ class Server:
         self.engines = []
         for model, codec in zip(models, codecs, strict=True):
             engine = Engine(model, codec, preset, self.metrics, **options)
-            engine.seconds, held = warmed_up(model, codec, preset, **options)
-            engine.places = min(places(model.device, held), self.limits.sessions or MOST)
+            with on(model.device):
+                engine.seconds, held = warmed_up(model, codec, preset, **options)
+                engine.places = min(places(model.device, held), self.limits.sessions or MOST)
             self.engines.append(engine)
         self.metrics.places.set(self.places)
         self.connected = 0  # clients

@@ -34,12 +34,12 @@ RECORDED = 2**26  # bytes of the last frames that are kept, to be saved
 class Outbox:
     """What waits to be sent to a client. Any thread puts, the event loop that it was made in takes.
 
-    most: frames that may wait; of more the oldest are dropped, and counted. dropped: so far.
-    session: whose frames are taken."""
+    most: frames that may wait; of more the oldest are dropped. taken, dropped: so many so far.
+    session: whose frames these are."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics, self.session = metrics, ""
-        self.most = self.dropped = 0
+        self.most = self.taken = self.dropped = 0
         self.frames = self.messages = 0  # that wait
         self._items: deque[bytes | str] = deque()
         self._lock = threading.Lock()
@@ -74,7 +74,8 @@ class Outbox:
         """Forgets the frames that wait, for those of another session."""
         with self._lock:
             self._items = deque(item for item in self._items if isinstance(item, str))
-            self.frames, self.dropped, self.most, self.session = 0, 0, most, session
+            self.frames = self.taken = self.dropped = 0
+            self.most, self.session = most, session
 
     async def take(self) -> bytes | str:
         """The next one, once there is one."""
@@ -84,6 +85,7 @@ class Outbox:
         with self._lock:
             item = self._items.popleft()
             self.frames -= isinstance(item, bytes)
+            self.taken += isinstance(item, bytes)
             self.messages -= isinstance(item, str)
         return item
 
@@ -92,6 +94,7 @@ class Coming(NamedTuple):
     """A prompt that was asked for at a time, when so many latent frames had been begun."""
 
     number: int
+    text_1TE: Tensor
     begun: int
     asked: float
 
@@ -141,7 +144,7 @@ class Session:
             return None
         if self.start.live:
             return max(0.0, self.played - lead - now)
-        return 0.0 if self.outbox.frames < self.chunk else None
+        return 0.0 if self.made - self.outbox.taken < self.chunk else None
 
     def add(self, frames: int, now: float) -> None:
         """Counts frames that were made."""
