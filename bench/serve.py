@@ -51,15 +51,19 @@ def run(job: Job) -> Result:
     result = job.begin("serve", inputs.model.dtype)
     result["window"], result["chunk"] = inputs.preset.window, inputs.preset.chunk
     for count in COUNTS if job.tiny else FULL_COUNTS:
-        label = f"{count} stream{'s' * (count > 1)}"
+        label = _label(count)
         job.add(result, label, functools.partial(measure, job, inputs, count))
     return job.end(result)
+
+
+def _label(count: int) -> str:
+    return f"{count} stream{'s' * (count > 1)}"
 
 
 def measure(job: Job, inputs: StreamInputs, count: int) -> Result:
     """A row: of so many streams."""
     preset, frames = inputs.preset, PIXEL_FRAMES * inputs.preset.chunk
-    job.tick(f"{count} streams: a full window")
+    job.tick(f"{_label(count)}: a full window")
 
     def streams(make: Any) -> list[Stream]:
         text_BTE = inputs.text_BTE[:1]
@@ -84,7 +88,7 @@ def measure(job: Job, inputs: StreamInputs, count: int) -> Result:
     calls: dict[str, Any] = {ALONE: each, **{name: batch.step for name, batch in batches.items()}}
     calls = {name: functools.partial(_clocked, job, call)
              for name, call in calls.items() if name not in entries}  # fmt: skip
-    job.tick(f"{count} streams")
+    job.tick(_label(count))
     until = time.monotonic() + min(SECONDS, job.left)
     times, failures = timing.in_turn(
         calls, ROUNDS, lambda i: i < timing.FEWEST or time.monotonic() < until
@@ -94,7 +98,7 @@ def measure(job: Job, inputs: StreamInputs, count: int) -> Result:
     entries |= {name: timing.failed(error) for name, error in failures.items()}
     for batch in batches.values():
         batch.streams.clear()
-    job.tick(f"{count} streams, served")
+    job.tick(f"{_label(count)}, served")
     try:
         check_installed("bench serve", "uvicorn", "serve")
         fps = served(inputs, count)

@@ -33,3 +33,5 @@ with connect(address, max_size=None, close_timeout=1, additional_headers=headers
                 break
         elif (message := json.loads(item))["type"] != "stats":
             print(message)
+            if message["type"] == "error":
+                break

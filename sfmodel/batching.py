@@ -188,16 +188,17 @@ class StreamBatch:
         if len(streams) == 1:  # which waits for nobody
             run(streams.pop())
         threads = [threading.Thread(target=run, args=(each,), daemon=True) for each in streams]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             self._serve()
         finally:  # also after Ctrl-C, which falls on this thread
             with self._turn:
                 self._stopped = True
                 self._turn.notify_all()
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:
+                    thread.join()
             self._serving = self._stopped = False
         for stream in alone:
             run(stream)
@@ -220,9 +221,9 @@ class StreamBatch:
 
     @torch.no_grad()
     def _run(self, group: list[_Pass]) -> None:
-        arguments = group[0].arguments if len(group) == 1 else self._joined(group)
         run: Any = self.model.append if group[0].key[0] == "append" else self.model
         try:
+            arguments = group[0].arguments if len(group) == 1 else self._joined(group)
             out = run(**arguments)
             outs = [None] * len(group) if out is None else out.split(1)
             for each, out in zip(group, outs, strict=True):

@@ -78,7 +78,7 @@ def serving(
         thread.join(20)
         socket.close()
     assert not thread.is_alive()
-    assert not server.sessions and not any(each.sessions for each in server.engines)
+    assert not server.sessions and not any(each.running for each in server.engines)
     assert not any(each.batch.streams for each in server.engines)
     left = [each.name for each in threading.enumerate() if each not in before]
     assert not [name for name in left if not name.startswith("AnyIO")], left

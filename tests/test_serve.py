@@ -117,15 +117,16 @@ def test_a_new_seed_right_after_a_new_prompt(live: Live) -> None:
         client.send("seed", seed=3)
         first = client.event("seed")["frame"]
         client.send("resume")
-        assert [client.event("prompt")["frame"] for _ in range(2)] == [first] * 2
+        event = client.event("prompt")  # the one before was never seen
+        assert (event["number"], event["frame"]) == (2, first)
         client.until_frame(first + 12)
-        for _ in range(8):
-            client.send("pause")
-            client.event("paused")
+        client.send("pause")
+        client.event("paused")
+        for _ in range(40):
             client.send("prompt", text=RED)
             client.event("coming")
-        client.send("prompt", text=RED)
-        assert "8 are still to be taken" in client.event("error")["message"]
+        stream = live.server.sessions[0].stream
+        assert stream is not None and len(stream.prompts) == 1
     want = first_frames(alone(BLUE, 3), 13)
     assert all(torch.equal(client.frames[first + i], want[i]) for i in range(13))
     assert client.prompts[first] == 2
@@ -307,7 +308,7 @@ def test_a_client_that_vanishes_frees_its_place(live: Live) -> None:
     began = time.monotonic()
     assert until(lambda: not live.server.sessions and not live.server.connected, 5)
     assert time.monotonic() - began < 1
-    assert until(lambda: not live.server.engines[0].sessions, 1)
+    assert until(lambda: not live.server.engines[0].running, 1)
 
 
 def test_a_client_that_never_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,8 +320,8 @@ def test_a_client_that_never_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         deaf = raw_client(live, format="rgb")
         (held,) = live.server.sessions
         other.start(RED, **EVERY)
-        assert until(lambda: held.outbox.frames == 2 * held.chunk or held.stalled)
-        assert until(lambda: held.stalled)
+        assert until(lambda: held.outbox.frames == 2 * held.chunk or held.outbox.stalled)
+        assert until(lambda: held.outbox.stalled)
         made = held.made
         other.until_frame(max(other.frames, default=0) + 48)
         assert held.made - made <= 2 * held.chunk and held.outbox.frames <= 2 * held.chunk
@@ -395,6 +396,69 @@ def test_health_without_an_engine(live: Live) -> None:
     with live.client() as client:
         client.send("start", prompt=RED)
         assert client.event("error")["message"] == "the server ends"
+
+
+def test_an_error_that_nobody_expects_is_told(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA out of memory\nand more")
+
+    engine = live.server.engines[0]
+    with live.client() as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.batch, "open", broken)
+            client.send("start", prompt=RED)
+            said = client.event("error")
+            assert (said["about"], said["message"]) == ("start", "CUDA out of memory")
+        assert not live.server.sessions
+        client.start(RED)
+        client.until_frame(12)
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "to_jpeg", broken)
+            assert "CUDA out of memory" in client.event("stopped")["reason"]
+        assert not live.server.sessions
+        with monkeypatch.context() as patch:
+            patch.setattr(live.server.clips, "save", broken)
+            client.send("save")  # of the stream that was there last
+            assert client.event("error")["about"] == "save"
+        client.send("save")
+        assert client.event("saved")["frames"] >= 13
+
+
+def test_who_leaves_while_something_takes_long_frees_the_place(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live.server.clips, "save", lambda *_: time.sleep(3))
+    monkeypatch.setattr(connection, "covering_upload", lambda *_: time.sleep(3))
+    for message in ("save", "picture"):
+        with live.client() as client:
+            if message == "save":
+                client.start(RED)
+                client.until_frame(0)
+                client.send("save")
+            else:
+                client.send("start", prompt=RED, image="eA==")
+            assert until(lambda: live.server.sessions)
+            time.sleep(0.2)
+        assert until(lambda: not live.server.sessions and not live.server.connected, 1)
+
+
+def test_a_live_stream_runs_no_faster_than_it_plays(live: Live) -> None:
+    with live.client() as client:
+        client.start(RED)
+        client.until_frame(12)
+        began, first = time.monotonic(), live.server.sessions[0].made
+        while time.monotonic() - began < 1.5:
+            for kind, facts in (
+                ("pause", {}),
+                ("resume", {}),
+                ("resume", {}),
+                ("seed", {"seed": 1}),
+            ):
+                client.send(kind, **facts)
+            client.event("seed")
+        made = live.server.sessions[0].made - first
+    # What plays, a chunk ahead of it, and chunks of one frame, which a new seed begins with.
+    assert made <= TOY.fps * (time.monotonic() - began) + 2 * 12 + 4
 
 
 class Soak:

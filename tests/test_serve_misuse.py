@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import http.client
 import io
 import json
@@ -26,7 +25,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from sfmodel import pictures
 from sfmodel.extras import EXTRAS
-from sfmodel.serve import messages, server
+from sfmodel.serve import server
 from sfmodel.serve.clips import Clips
 from sfmodel.serve.messages import LARGEST, PICTURE, Prompt, Start, parse
 from sfmodel.serve.session import RECORDED
@@ -93,7 +92,10 @@ HOSTILE: list[tuple[Any, str]] = [
     (start(prompt="<script>alert(1)</script>"), "does not know 'script'"),
     (start(prompt="ball " * 17), "17 words, of which the toy model reads at most 16"),
     (start(path="/etc/passwd"), "start: 'path' is not known: it takes prompt, seed"),
-    (start(seed=2**63), "start: seed=9223372036854775808: must be"),
+    (
+        start(seed=2**63),
+        "seed=9223372036854775808: must be a whole number from -9223",
+    ),
     (start(seed="1"), "seed='1': must be a whole number"),
     (start(seed=True), "seed=True: must be a whole number"),
     (start(seed=1.5), "seed=1.5: must be a whole number"),
@@ -116,7 +118,7 @@ HOSTILE: list[tuple[Any, str]] = [
     ({"type": "resume"}, "resume: no stream runs"),
     ({"type": "prompt", "text": RED}, "prompt: no stream runs"),
     ({"type": "seed", "seed": 1}, "seed: no stream runs"),
-    ({"type": "save"}, "save: no stream runs"),
+    ({"type": "save"}, "save: no stream has run"),
     ({"type": "stop"}, "stop: no stream runs"),
     ({"type": "stop", "all": True}, "stop: 'all' is not known: it takes nothing more"),
     (b"\x00\x01binary", "the message is binary: must be JSON text"),
@@ -130,7 +132,10 @@ def test_a_hostile_message_is_answered_in_a_sentence(live: Live, known: int) -> 
     with live.client() as client:
         is_raw = isinstance(message, (str, bytes))
         client.socket.send(message if is_raw else json.dumps(message))
-        answer = client.event("error")["message"]
+        event = client.event("error")
+        answer = event["message"]
+        known_type = isinstance(message, dict) and message.get("type") in ("start", "save", "seed")
+        assert event["about"] == (message["type"] if known_type else event["about"])
         assert re.search(said, answer) and "\n" not in answer and len(answer) < 300, answer
         client.start(RED)  # as if nothing had been
         client.until_frame(0)
@@ -271,14 +276,14 @@ def test_a_token(tmp_path: Path) -> None:
         for wrong in ("Bearer", "Bearer x", f"Basic {TOKEN}", TOKEN, "Bearer é"):
             assert answer(live, "/sessions", Authorization=wrong)[0] == 401
         assert answer(live, "/sessions?token=x")[0] == 401
-        assert answer(live, "/sessions", Cookie='sfmodel-token="')[0] == 401
+        assert answer(live, "/sessions", Cookie='sfmodel-token-1="')[0] == 401
         assert answer(live, "/sessions", **bearer)[0] == 200
         # A name that it does not know may be its own, which only whoever has the token asks for.
         assert answer(live, "/sessions", Host="my.example", **bearer)[0] == 200
         assert answer(live, "/sessions", Origin="http://evil.example", **bearer)[0] == 403
         assert answer(live, "/sessions", Origin="https://friend.example", **bearer)[0] == 200
         for headers in ({}, {"Authorization": "Bearer x"}):
-            with pytest.raises(InvalidStatus, match="401"):
+            with pytest.raises(InvalidStatus, match="403"):
                 live.client(additional_headers=headers)
         with live.client(additional_headers=bearer) as client:
             client.start(RED)
@@ -289,7 +294,7 @@ def test_a_token(tmp_path: Path) -> None:
         asked.close()
         assert (got.status, got.headers["location"]) == (303, "/")
         cookie = got.headers["set-cookie"]
-        assert "HttpOnly" in cookie and "SameSite=strict" in cookie
+        assert "HttpOnly" in cookie and "SameSite=lax" in cookie
         with live.client(additional_headers={"Cookie": cookie.partition(";")[0]}) as client:
             client.start(RED)
 
@@ -308,9 +313,6 @@ def test_a_message_is_read() -> None:
     image = parse(json.dumps(start(image=base64.b64encode(b"x").decode(), quality=None)))
     assert isinstance(image, Start) and image.image == b"x"
     assert len(json.dumps(start(image="A" * (4 * PICTURE // 3), prompt="é" * 4096))) < LARGEST
-    assert {*messages._CHECKS} == {
-        field.name for each in messages.TYPES.values() for field in dataclasses.fields(each)
-    }
 
 
 def test_pictures_of_anyone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,10 +377,10 @@ def test_places_are_those_that_memory_has(monkeypatch: pytest.MonkeyPatch) -> No
     cache = 2 * TOY.dit.layers * (slots + TOY.dit.text_len) * TOY.dit.dim * 4
     assert cache < held < 4 * cache
     monkeypatch.setattr(server, "_available", lambda: 10 * (RECORDED + held))
-    assert server.places(torch.device("cpu"), held) == 8
+    assert server.room(torch.device("cpu"), held) == 8
     monkeypatch.setattr(server, "_available", lambda: held)
     with pytest.raises(MemoryError, match="make the window or the picture smaller"):
-        server.places(torch.device("cpu"), held)
+        server.room(torch.device("cpu"), held)
 
 
 Run = Callable[..., "subprocess.Popen[str]"]
@@ -416,6 +418,7 @@ def test_the_command(command: Run, stop: signal.Signals) -> None:
         client.until_frame(12)
         process.send_signal(stop)
         out, said = process.communicate(timeout=20)
+    said = re.sub(r"warming up: [\d.]+ s\n", "", said)  # where it takes more than a second
     assert (process.returncode, out, said) == (130, "", "")
 
 
@@ -423,7 +426,8 @@ def test_the_command_on_other_addresses_wants_a_token(command: Run) -> None:
     process = command("--host", "0.0.0.0", "--token", TOKEN, "--sessions", "1")
     assert process.stdout is not None
     address = process.stdout.readline().strip()
-    found = re.fullmatch(rf"http://0\.0\.0\.0:(\d+)/\?token={TOKEN}", address)
+    name = re.escape(socket.gethostname())
+    found = re.fullmatch(rf"http://{name}:(\d+)/\?token={TOKEN}", address)
     assert found is not None
     assert process.stdout.readline().startswith("toy on cpu: 1 stream at once")
     live = Live(None, f"127.0.0.1:{found[1]}")  # type: ignore[arg-type]
@@ -452,6 +456,7 @@ def test_bad_options_are_one_sentence(
     assert "devices='moon': is no device" in said("--devices", "moon")
     assert "devices='cuda:7': is no device" in said("--devices", "cuda:7")
     assert "origins='evil': must be as https://example.org" in said("--origins", "evil")
+    assert "demo: is the toy world" in said("--demo", "--preset", "wan-1.3b")
     assert "window=2 is smaller than a chunk of 3" in said("--window", 2)
     assert "must be one of toy" in said("--preset", "huge")
     (tmp_path / "file").write_text("")

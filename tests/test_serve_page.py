@@ -101,7 +101,7 @@ def test_frames_come_and_change_and_a_new_prompt_shows_within_two_chunks(
         page.press("#prompt", "Enter")
         page.wait_for_selector("#note:visible")
         assert "does not know 'cat'" in page.inner_text("#note")
-        page.click("#toggle")
+        page.click("#stop")
         page.wait_for_selector("body[data-state=ready]")
         assert until(lambda: not live.server.sessions, 1)
 
@@ -186,7 +186,7 @@ def test_a_picture_to_start_from(browser: Any, live: Live, tmp_path: Path) -> No
         start(page, "a large bright green ball")
         assert until(lambda: shown(page) > 0)
         assert picture(page).argmax() == 1
-        assert live.server.sessions[0].start.image == file.read_bytes()
+        assert live.server.sessions[0].settings.image == file.read_bytes()
         page.click("#noimage")
         assert page.input_value("#image") == ""
 
@@ -222,7 +222,7 @@ def test_the_keyboard(browser: Any, live: Live) -> None:
         for _ in range(20):
             page.keyboard.press("Tab")
             reached.add(page.evaluate(focused))
-        assert {"toggle", "pause", "reseed", "save", "prompt", "send", "SUMMARY", "A"} <= reached
+        assert {"stop", "pause", "reseed", "save", "prompt", "send", "SUMMARY", "A"} <= reached
 
 
 @pytest.mark.parametrize("view", [DESK, PHONE])
@@ -230,7 +230,7 @@ def test_the_keyboard(browser: Any, live: Live) -> None:
 def test_the_page_fits_and_can_be_read(browser: Any, live: Live, view: Any, colours: str) -> None:
     with opened(browser, live, viewport=view, color_scheme=colours) as page:
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        for name in ("#picture", "#toggle", "#prompt", "#send"):
+        for name in ("#picture", "#stop", "#prompt", "#send"):
             box = page.locator(name).bounding_box()
             assert box["x"] >= 0 and box["x"] + box["width"] <= view["width"]
             assert box["y"] + box["height"] <= view["height"] + 300
@@ -270,5 +270,5 @@ def test_full(browser: Any, tmp_path: Path) -> None:
             other.fill("#prompt", BLUE)
             other.press("#prompt", "Enter")
             other.wait_for_selector("#note:visible")
-            assert "all 1 places are taken" in other.inner_text("#note")
+            assert "the only place is taken" in other.inner_text("#note")
             assert other.get_attribute("body", "data-state") == "ready"

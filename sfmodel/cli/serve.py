@@ -10,7 +10,9 @@ import threading
 import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gethostname
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from tyro.conf import OmitArgPrefixes
@@ -40,17 +42,17 @@ class Serving:
     """Who is served.
 
     Args:
-        host: Address to listen on. Any but this machine's own (127.0.0.1) needs a token, which is
-            shown at the start, and is plain HTTP: put TLS in front of it.
+        host: Address to listen on, 0.0.0.0 for all. Any but this machine's own (127.0.0.1) needs a
+            token, which is shown at the start, and is plain HTTP: put TLS in front of it.
         port: Port to listen on; 0 takes one that is free.
         token: Token that clients bring, of 16 letters or more, instead of one made up.
         origins: Pages of other servers that may ask this one, as https://example.org.
-        sessions: Streams at once of each device, at most as many as its memory holds.
+        sessions: Streams at once of each device, as far as its memory holds them; 64 if not given.
         idle: Seconds that a client may be there without a stream that runs.
         seconds: Longest stream.
         clips: Folder that saved clips are written to.
         devices: Devices to serve on; all GPUs if not given, else the CPU.
-        demo: Open the page in this machine's browser, where it has a screen.
+        demo: The toy world, and its page in this machine's browser, where it has a screen.
     """
 
     host: str = "127.0.0.1"
@@ -95,6 +97,8 @@ def serve(
         token = secrets.token_urlsafe(24)
     elif token is not None and (len(token) < 16 or not token.isascii() or not token.isprintable()):
         raise ValueError("token: must have 16 letters or more, of ASCII")
+    if serving.demo and (weights.checkpoint or weights.preset not in (None, "toy")):
+        raise ValueError("demo: is the toy world: leave out preset and checkpoint")
     if not 0 <= serving.port <= 65535:
         raise ValueError(f"port={serving.port}: must be 0 to 65535")
     for origin in serving.origins:
@@ -122,9 +126,7 @@ def serve(
                 models, codecs, text, chosen.preset, chosen.settings, serving.clips, limits,
                 examples, **options,
             )  # fmt: skip
-        host, port = socket.getsockname()[:2]
-        host = f"[{host}]" if ":" in host else host
-        address = f"http://{host}:{port}/" + (f"?token={token}" if token else "")
+        address = _address(socket.getsockname(), token)
         on = ", ".join(str(device) for device in devices)
         streams = f"{server.places} stream{'s' if server.places > 1 else ''} at once"
         print(f"{address}\n{chosen.preset} on {on}: {streams}; Ctrl-C ends it", flush=True)
@@ -134,6 +136,15 @@ def serve(
         with handling(running.handle_exit):
             running.run([socket])
     raise KeyboardInterrupt  # which it ends by
+
+
+def _address(bound: tuple[Any, ...], token: str | None) -> str:
+    """The address to open: of a server that listens on all of this machine's, by its name."""
+    host, port = bound[:2]
+    if host in ("0.0.0.0", "::"):
+        host = gethostname()
+    host = f"[{host}]" if ":" in host else host
+    return f"http://{host}:{port}/" + (f"?token={quote(token, safe='')}" if token else "")
 
 
 def _device(said: str) -> torch.device:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -17,6 +19,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
+from sfmodel.process import TOGETHER
 from sfmodel.serve.connection import Connection
 from sfmodel.serve.guard import Guard
 from sfmodel.serve.messages import LARGEST
@@ -30,7 +33,6 @@ FILES = {
     "/player.js": "player.js",
 }
 UNSENT = 2**18  # bytes that the system keeps for a client: a few pictures, and not seconds of them
-REQUESTS = 64  # that are answered beside the clients' connections
 PINGS = 20.0, 60.0  # seconds between two, and until one is answered: a slow reader's may wait
 # A connection on which nothing comes back any more is closed after so many seconds, and so often.
 KEEPALIVE = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3}
@@ -63,7 +65,7 @@ def create_app(server: Server, token: str | None = None, origins: Sequence[str] 
         return JSONResponse({**server.crowd(), "running": found})
 
     async def clips(_: Request) -> Response:
-        return JSONResponse([clip.facts() for clip in server.clips.saved.values()])
+        return JSONResponse([clip.facts() for clip in server.clips.there()])
 
     async def clip(request: Request) -> Response:
         file = server.clips.find(request.path_params["name"])
@@ -74,6 +76,7 @@ def create_app(server: Server, token: str | None = None, origins: Sequence[str] 
     async def stream(socket: WebSocket) -> None:
         if server.connected >= server.limits.connections:
             server.metrics.refused.labels("connections").inc()
+            await socket.accept()  # or the reason would not reach it
             await socket.close(1013, "too many clients: try again later")
             return
         await Connection(server, socket).run()
@@ -111,6 +114,18 @@ def listening(host: str, port: int) -> socket.socket:
     return found
 
 
+class _Server(uvicorn.Server):
+    """uvicorn, which ends at once only when it is told so again a while after the first time."""
+
+    told = float("inf")
+
+    def handle_exit(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.should_exit or now - self.told > TOGETHER:
+            super().handle_exit(number, frame)
+        self.told = min(self.told, now)
+
+
 def uvicorn_server(
     server: Server, token: str | None = None, origins: Sequence[str] = ()
 ) -> uvicorn.Server:
@@ -118,8 +133,8 @@ def uvicorn_server(
     logging.getLogger("uvicorn.access").disabled = True
     config = uvicorn.Config(
         create_app(server, token, origins), log_level="warning", lifespan="on",
-        limit_concurrency=server.limits.connections + REQUESTS, timeout_graceful_shutdown=2,
+        timeout_graceful_shutdown=2,
         ws_max_size=LARGEST, ws_ping_interval=PINGS[0], ws_ping_timeout=PINGS[1],
         ws_per_message_deflate=False, server_header=False,
     )  # fmt: skip
-    return uvicorn.Server(config)
+    return _Server(config)

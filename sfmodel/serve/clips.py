@@ -51,7 +51,7 @@ class Clips:
         too much, OSError where it cannot be written."""
         if not frames:
             raise ValueError("there is no frame to save yet")
-        if (used := sum(clip.size for clip in self.saved.values())) > LARGEST:
+        if (used := sum(clip.size for clip in self.there())) > LARGEST:
             raise ValueError(f"the saved clips take {used / 2**30:.1f} GiB: no more are taken")
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         video, sheet = self.folder / f"{name}.mp4", self.folder / f"{name}.png"
@@ -62,11 +62,19 @@ class Clips:
                 images_THWC = torch.from_numpy(np.stack(images))
                 writer.write(images_THWC)
                 drawn.add(images_THWC)
-        drawn.save(sheet, title=title)
+        try:
+            drawn.save(sheet, title=title)
+        except OSError:
+            video.unlink(missing_ok=True)
+            raise
         size = video.stat().st_size + sheet.stat().st_size
         clip = Clip(video, sheet, len(frames), len(frames) / self.fps, size)
         self.saved[name] = clip
         return clip
+
+    def there(self) -> list[Clip]:
+        """Those whose files nobody has removed."""
+        return [clip for clip in [*self.saved.values()] if clip.video.is_file()]
 
     def find(self, name: str) -> Path | None:
         """The file of a name such as "20260102-030405-abcdef.mp4"; None for any other."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from sfmodel.serve.engine import Ended, Engine
 from sfmodel.serve.messages import (
     LARGEST,
     PROTOCOL,
+    BadMessage,
     Pause,
     Prompt,
     Resume,
@@ -30,9 +32,10 @@ from sfmodel.serve.messages import (
     parse,
 )
 from sfmodel.serve.server import Full, Server
-from sfmodel.serve.session import UNREAD, Outbox, Session
+from sfmodel.serve.session import Outbox, Session
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 WAITING = 32  # messages of a client that may wait to be answered
 TICK = 1.0  # seconds between two messages of how it goes
 MEAN = 4  # ticks that the frames a second are the mean of
@@ -41,18 +44,22 @@ ERRORS = (ValueError, OSError, MemoryError, Full, Ended)  # what a client is tol
 
 
 class Connection:
-    """A client and, from its start to its stop, the session that is its own."""
+    """A client and, from its start to its stop, the session that is its own.
+
+    recorded: the session that was there last, which can be saved after it has ended. active: when
+    there was last a stream that ran."""
 
     def __init__(self, server: Server, socket: WebSocket) -> None:
         self.server, self.socket = server, socket
         self.outbox = Outbox(server.metrics)
         self.session: Session | None = None
+        self.recorded: Session | None = None
         self.engine: Engine | None = None
         # Messages that are to be answered, each with its time; None: a binary one.
         self.asked: asyncio.Queue[tuple[str | None, float]] = asyncio.Queue(WAITING)
         self.size = 0  # characters of them
         self.saving = False
-        self.active = time.monotonic()  # when there was last a stream that ran
+        self.active = time.monotonic()
 
     async def run(self) -> None:
         """Returns when the client is gone, or was idle too long."""
@@ -70,6 +77,7 @@ class Connection:
     async def _until_the_end(self, task: Callable[[], Any], group: Any) -> None:
         with contextlib.suppress(WebSocketDisconnect):
             await task()
+        self._leave("the client left")  # at once, whatever is still to be ended
         group.cancel_scope.cancel()
 
     def say(self, kind: str, **facts: Any) -> None:
@@ -84,7 +92,7 @@ class Connection:
                 return
             text: str | None = message.get("text")
             self.size += len(text or "")
-            if self.asked.full() or self.size > LARGEST or self.outbox.messages >= UNREAD:
+            if self.asked.full() or self.size > LARGEST or self.outbox.full:
                 await self._end(1008, "too many messages")
                 return
             self.asked.put_nowait((text, time.monotonic()))
@@ -99,25 +107,28 @@ class Connection:
                     if text is None:
                         raise ValueError("the message is binary: must be JSON text")
                     message = parse(text)
-                    about = type(message).__name__.lower()
-                    if isinstance(message, Save):
-                        session, _ = self._check_running("save")
-                        if self.saving:
-                            raise ValueError("save: a clip is being saved already")
-                        self.saving = True
-                        saves.start_soon(self._save, session)
+                    about = message.kind
+                    if isinstance(message, Save):  # takes long, and holds up no other
+                        saves.start_soon(self._save, self._to_save())
                     else:
                         await self._do(message, at)
-                except ERRORS as error:
-                    if not isinstance(error, Full):
-                        self.server.metrics.refused.labels("message").inc()
-                    self.say("error", about=about, message=str(error) or "out of memory")
+                except Exception as error:
+                    self._refuse(error.about if isinstance(error, BadMessage) else about, error)
+
+    def _refuse(self, about: str, error: Exception) -> None:
+        """Says in a sentence what is wrong with a message, or with the server."""
+        if not isinstance(error, Full):
+            self.server.metrics.refused.labels("message").inc()
+        if not isinstance(error, ERRORS):
+            log.error("%s: %s", about, error, exc_info=error)
+        reason, *_ = str(error).splitlines() or ["out of memory"]
+        self.say("error", about=about, message=reason)
 
     async def _do(self, message: Any, at: float) -> None:
         if isinstance(message, Start):
             await self._start(message)
             return
-        session, engine = self._check_running(type(message).__name__.lower())
+        session, engine = self._check_running(message.kind)
         if isinstance(message, Prompt):
             text_TE = await _result(self.server.text.encode(message.text))
             work = functools.partial(engine.prompt, session, message, text_TE, at)
@@ -142,9 +153,10 @@ class Connection:
         if self.session is not None and not self.session.ended:
             raise ValueError("start: a stream runs already: stop it first")
         server, preset = self.server, self.server.preset
-        session = Session(message, preset, self.outbox)
-        engine = server.engine_for(session)
-        self.engine, self.session = engine, session
+        engine = server.free_engine()
+        session = self.session = self.recorded = Session(message, preset, self.outbox)
+        self.engine = engine
+        engine.taken.add(session)
         try:
             text_TE, picture = await _result(server.text.encode(message.prompt)), None
             if message.image is not None:
@@ -154,40 +166,47 @@ class Connection:
                     read, limiter=server.workers, abandon_on_cancel=True
                 )
             await _result(engine.call(lambda: engine.open(session, text_TE, picture)))
-        except ERRORS:
+        except Exception:
             self._leave("it could not start")
             raise
+        server.metrics.started.inc()
+
+    def _to_save(self) -> Session:
+        if self.recorded is None:
+            raise ValueError("save: no stream has run: start one first")
+        if self.recorded.settings.format != "jpeg":
+            raise ValueError("save: goes with format jpeg, which the server keeps")
+        if self.saving:
+            raise ValueError("save: a clip is being saved already")
+        self.saving = True
+        return self.recorded
 
     async def _save(self, session: Session) -> None:
         try:
-            if session.start.format != "jpeg":
-                raise ValueError("save: goes with format jpeg, which the server keeps")
-            title = f"session {session.id}"
-            save = functools.partial(self.server.clips.save, session.recording(), title)
+            save = functools.partial(
+                self.server.clips.save, session.recording(), f"session {session.id}"
+            )
             clip = await anyio.to_thread.run_sync(
                 save, limiter=self.server.workers, abandon_on_cancel=True
             )
             self.say("saved", **clip.facts())
-        except ERRORS as error:
-            self.say("error", about="save", message=str(error))
+        except Exception as error:
+            self._refuse("save", error)
         finally:
             self.saving = False
 
     async def _send(self) -> None:
         while True:
             item = await self.outbox.take()
-            session = self.session
-            if session is None:
-                await self._send_one(item)
-                continue
-            session.sending = time.monotonic()
+            self.outbox.sending = time.monotonic()
             try:
                 await self._send_one(item)
             finally:
-                waited = session.stalled
-                session.sending = None
-            if self.engine is not None and (waited or not session.start.live):
-                self.engine.wake()
+                stalled, self.outbox.sending = self.outbox.stalled, None
+            # The engine may wait for the client to take something.
+            session, engine = self.session, self.engine
+            if session and engine and (stalled or not session.settings.live):
+                engine.wake()
 
     async def _send_one(self, item: bytes | str) -> None:
         if isinstance(item, str):
@@ -197,24 +216,23 @@ class Connection:
 
     async def _tick(self) -> None:
         """Says how it goes, and ends what took too long."""
-        made: deque[int] = deque(maxlen=MEAN + 1)
+        made: deque[tuple[str, int]] = deque(maxlen=MEAN + 1)  # by whom
         limits = self.server.limits
         while True:
             await asyncio.sleep(TICK)
             now, session = time.monotonic(), self.session
             if session is not None and not session.ended:
                 facts = session.facts()
-                if made and session.made < made[-1]:  # another one
-                    made.clear()
-                made.append(session.made)
-                fps = (made[-1] - made[0]) / (TICK * max(1, len(made) - 1))
+                made.append((session.id, session.made))
+                own = [count for who, count in made if who == session.id]
+                fps = (own[-1] - own[0]) / (TICK * max(1, len(own) - 1))
                 if facts["state"] == "running":
                     self.active = now
                 self.say("stats", **facts, fps=round(fps, 1), **self.server.crowd())
-                if now - session.begun > limits.seconds:
+                if now - session.since > limits.seconds:
                     self._leave("its time is over")
                     self.say("stopped", reason=f"its {limits.seconds:g} seconds are over")
-                elif session.start.live and session.stuck > GONE:
+                elif session.settings.live and self.outbox.stuck > GONE:
                     await self._end(1001, "took nothing")
                     return
             if now - self.active > limits.idle:

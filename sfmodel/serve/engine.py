@@ -7,9 +7,8 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -32,7 +31,6 @@ from sfmodel.vae.codec import VideoCodec
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 SHARE = 0.2  # of the last step in the mean of its seconds
-COMING = 8  # prompts of a session that may wait for its next chunk
 SPARE = 0.05  # seconds by which a chunk is begun earlier than it takes
 TOGETHER = 0.25  # of a chunk's time: whoever is due within it goes along with those that are
 
@@ -44,9 +42,10 @@ class Ended(RuntimeError):
 class Engine:
     """A device with a model, which makes the chunks of all its sessions.
 
-    All that touches a stream happens in the engine's thread, between two chunks: `call` has it do
-    so. places: sessions that it may have at once. taken: that have theirs. seconds: that a step
-    takes. options: of every `Stream`."""
+    What changes a stream happens in the engine's thread, between two chunks: `call` has it do so.
+    places: sessions that it may have at once. taken: those that have a place, which the event loop
+    takes and either gives free. running: those that have a stream. seconds: that a step takes.
+    options: of every `Stream`."""
 
     def __init__(
         self,
@@ -54,14 +53,15 @@ class Engine:
         codec: VideoCodec,
         preset: Preset,
         metrics: Metrics,
-        places: int = 1,
+        places: int,
+        seconds: float,
         **options: Any,
     ) -> None:
         self.model, self.codec, self.preset, self.metrics = model, codec, preset, metrics
-        self.places, self.options, self.seconds = places, options, 0.0
+        self.places, self.seconds, self.options = places, seconds, options
         self.taken: set[Session] = set()
         self.batch = StreamBatch(model)
-        self.sessions: dict[Stream, Session] = {}
+        self.running: dict[Stream, Session] = {}
         self._commands: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._turn = threading.Condition()
         self._ended = False
@@ -127,7 +127,7 @@ class Engine:
         """Sessions whose next chunk is due, and those that soon will be; without any the seconds
         until one is, None where all wait for their clients."""
         now, soon = time.monotonic(), TOGETHER * PIXEL_FRAMES * self.preset.chunk / self.preset.fps
-        waits = {each: each.wait(now, self.lead) for each in self.sessions.values()}
+        waits = {each: each.due_in(now, self.lead) for each in self.running.values()}
         known = {each: seconds for each, seconds in waits.items() if seconds is not None}
         least = min(known.values(), default=None)
         if least is None or least > 0:
@@ -142,6 +142,7 @@ class Engine:
     def _step(self, due: list[Session]) -> None:
         began = time.monotonic()
         of = {each.stream: each for each in due if each.stream is not None}
+        begun = sum(stream.begun for stream in of)
         found: dict[Stream, Tensor] = {}
         try:
             found = self.batch.step([*of])
@@ -150,13 +151,12 @@ class Engine:
             log.exception("a step failed")
             failures = dict.fromkeys(of, broken)
         now = time.monotonic()
-        self.seconds += (now - began - self.seconds) * (SHARE if self.seconds else 1)
+        if sum(stream.begun for stream in of) > begun:  # and not the rest of a chunk alone
+            self.seconds += SHARE * (now - began - self.seconds)
         self.metrics.step_seconds.observe(now - began)
         self.metrics.step_sessions.observe(len(due))
         for stream, error in failures.items():
-            log.warning("session %s ended: %s", of[stream].id, error)
-            self.metrics.failed.inc()
-            self.fail(of[stream], f"the stream failed: {error}")
+            self.fail(of[stream], error)
         for stream, frames_BTHWC in found.items():
             if not of[stream].ended:
                 self._deliver(of[stream], frames_BTHWC[0].numpy(), now)
@@ -165,20 +165,23 @@ class Engine:
         assert session.stream is not None
         first = session.made
         # A new prompt is seen from the next chunk on, and this may be the rest of one.
-        while session.coming and session.coming[0].begun < session.stream.begun:
-            new = session.coming.popleft()
-            session.prompt, session.prompt_seconds = new.number, now - new.asked
+        new = session.coming
+        if new is not None and new.after < session.stream.begun:
+            session.coming, session.prompt = None, new.number
+            session.prompt_seconds = now - new.at
             self.metrics.prompt_seconds.observe(session.prompt_seconds)
             session.outbox.put({"type": "prompt", "number": new.number, "frame": first})
         session.add(len(images_THWC), now)
         self.metrics.frames.inc(len(images_THWC))
-        self._encoded(session)
+        if error := self._encoding_error(session):
+            self.fail(session, error)
+            return
         session.encoding = self._encoders.submit(session.encode, images_THWC, first, session.prompt)
 
-    def _encoded(self, session: Session) -> None:
-        """Waits until the last chunk is encoded: they stay in order, and one waits at most."""
-        if session.encoding is not None:
-            wait([session.encoding])
+    def _encoding_error(self, session: Session) -> BaseException | None:
+        """Waits until the last chunk is encoded, so that they stay in order and one waits at most,
+        and returns the error of that."""
+        return session.encoding.exception() if session.encoding is not None else None
 
     def open(self, session: Session, text_TE: Tensor, picture: Images | None) -> None:
         """Makes the stream of a session. Raises ValueError and MemoryError as `Stream` does."""
@@ -190,63 +193,64 @@ class Engine:
             with torch.no_grad():
                 given = self.codec.encode_chunk(pixels_BTCHW)[0]
             preset = replace(preset, first=1)
-        text_1TE = text_TE[None].float().to(self.model.device)
-        seed = session.start.seed
-        stream = self.batch.open(self.codec, text_1TE, preset, seed=seed, **self.options)
+        seed = session.settings.seed
+        stream = self.batch.open(self.codec, self._text(text_TE), preset, seed=seed, **self.options)
         session.stream, session.given_BFCHW = stream, given
+        self.running[stream] = session
         if given is not None:
             stream.give(given)
-        self.sessions[stream] = session
-        session.played = time.monotonic()
+        session.plays_until = time.monotonic()
         session.outbox.put({"type": "started", **session.facts(), "seed": seed})
 
     def close(self, session: Session) -> None:
         """Ends a session's stream, if it has one still."""
         stream, session.stream = session.stream, None
         if stream is not None:
-            del self.sessions[stream]
+            del self.running[stream]
             if stream in self.batch.streams:  # one that failed is closed already
                 self.batch.close(stream)
 
-    def fail(self, session: Session, why: str) -> None:
-        """Ends a session for a reason that its client is told."""
-        session.ended = why
+    def fail(self, session: Session, error: BaseException) -> None:
+        """Ends a session by an error, which its client is told."""
+        self._encoding_error(session)  # what was made is sent first
+        session.ended = f"the stream failed: {error}"
+        log.warning("session %s: %s", session.id, session.ended)
+        self.metrics.failed.inc()
         self.close(session)
         self.taken.discard(session)
-        session.outbox.put({"type": "stopped", "reason": why})
+        session.outbox.put({"type": "stopped", "reason": session.ended})
 
     def prompt(self, session: Session, message: Prompt, text_TE: Tensor, asked: float) -> int:
         """Goes on under another prompt, that was asked for at a time of `time.monotonic`. Returns
-        its number. Raises ValueError where too many have not been taken yet."""
-        stream = session.stream
-        if len(session.coming) >= COMING:
-            raise ValueError(f"prompt: {COMING} are still to be taken: wait, or resume the stream")
-        session.prompts += 1
+        its number. One that no chunk has begun with is replaced by it."""
+        stream, text_1TE = session.stream, self._text(text_TE)
+        session.last_prompt += 1
         if stream is not None:
-            text_1TE = text_TE[None].float().to(self.model.device)
+            stream.prompts = [each for each in stream.prompts if each.begun]
             options: Any = {"over": message.over, "recompute": not message.keep_cache}
             stream.set_prompt(text_1TE, **options)
-            session.coming.append(Coming(session.prompts, text_1TE, stream.begun, asked))
-        return session.prompts
+            session.coming = Coming(session.last_prompt, text_1TE, asked, stream.begun)
+        return session.last_prompt
+
+    def _text(self, text_TE: Tensor) -> Tensor:
+        return text_TE[None].float().to(self.model.device)
 
     def pause(self, session: Session, paused: bool) -> int:
         """Stops making chunks, or goes on. Returns the number of the next frame."""
         session.paused = paused
-        session.played = time.monotonic()
         return session.made
 
     def reseed(self, session: Session, seed: int) -> int:
         """Begins the video anew, under the last prompt that was asked for. Returns the number of
         its first frame."""
         if session.stream is not None:
-            last = session.coming[-1].text_1TE if session.coming else None
-            session.stream.restart(last, seed)
-            session.coming = deque(each._replace(begun=0) for each in session.coming)
+            new = session.coming
+            session.stream.restart(new and new.text_1TE, seed)
+            session.coming = new and new._replace(after=0)
             if session.given_BFCHW is not None:
                 session.stream.give(session.given_BFCHW)
-            self._encoded(session)
+            self._encoding_error(session)
             session.forget()
-        session.played = time.monotonic()
         return session.made
 
 

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sfmodel.serve.metrics import Metrics
 
-COOKIE = "sfmodel-token"
+TOKEN = "a token is needed: open the address that the server showed at its start, with ?token=…"
 OPEN = ("/healthz",)  # asked for by load balancers, and says nothing
 HEADERS = {
     # Nothing from elsewhere, in no frame of another page.
@@ -58,16 +58,13 @@ class Guard:
             await self.app(scope, receive, _with_headers(scope, send))
         elif scope["type"] == "http":
             await answer(scope, receive, _with_headers(scope, send))
-        elif "websocket.http.response" in scope.get("extensions", {}):
-            await _refuse_socket(answer, send)
-        else:
+        else:  # which answers 403, whatever the reason
             await send({"type": "websocket.close", "code": 1008})
 
     def _answer(self, scope: Scope, headers: Headers) -> Response | None:
         """What is answered instead; None to let it pass."""
         host, origin = headers.get("host", ""), headers.get("origin")
-        name, _ = _origin(f"//{host}")
-        if self.token is None and not is_loopback(name):
+        if self.token is None and not is_loopback(_origin(f"//{host}")[0]):
             return self._refused(421, "host", f"this server does not go by the name {host[:80]!r}")
         if origin is not None and _origin(origin) not in (_origin(f"//{host}"), *self.origins):
             return self._refused(403, "origin", "pages of another origin may not ask this server")
@@ -75,13 +72,16 @@ class Guard:
             return None
         asked = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
         kind, _, bearer = headers.get("authorization", "").partition(" ")
-        brought = (asked, bearer if kind.lower() == "bearer" else "", _cookie(headers))
+        # Cookies do not tell ports apart: each server of a machine has one of its own.
+        name = f"sfmodel-token-{(scope.get('server') or ('', ''))[1]}"
+        brought = (asked, bearer if kind.lower() == "bearer" else "", _cookie(headers, name))
         if not any(hmac.compare_digest(each.encode(), self.token.encode()) for each in brought):
-            return self._refused(401, "token", "a token is needed: the server has shown it")
+            return self._refused(401, "token", TOKEN)
         if asked and scope["type"] == "http" and scope["path"] == "/":
             # The token leaves the address, where histories and pictures of screens would keep it.
             there = RedirectResponse("/", 303)
-            there.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
+            # Lax: the address may have been followed from a mail; pages of others are refused.
+            there.set_cookie(name, self.token, httponly=True, samesite="lax")
             return there
         return None
 
@@ -100,9 +100,9 @@ def _origin(said: str) -> tuple[str, int | None]:
         return ("", -1)
 
 
-def _cookie(headers: Headers) -> str:
+def _cookie(headers: Headers, name: str) -> str:
     try:
-        found = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        found = SimpleCookie(headers.get("cookie", "")).get(name)
     except CookieError:
         return ""
     return found.value if found else ""
@@ -118,14 +118,3 @@ def _with_headers(scope: Scope, send: Send) -> Send:
         await send(message)
 
     return sending
-
-
-async def _refuse_socket(answer: Response, send: Send) -> None:
-    await send(
-        {
-            "type": "websocket.http.response.start",
-            "status": answer.status_code,
-            "headers": answer.raw_headers,
-        }
-    )
-    await send({"type": "websocket.http.response.body", "body": bytes(answer.body)})

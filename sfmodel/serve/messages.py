@@ -11,10 +11,9 @@ import binascii
 import dataclasses
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-from sfmodel.config import check_seed
+from typing import Any, ClassVar
 
 PROTOCOL = 1
 # Little-endian: the frame's number in the session and that of the prompt it was made under.
@@ -26,92 +25,18 @@ MOST_CHUNKS = 64  # from one prompt to the next
 QUALITY, SMALL_QUALITY = 85, 95  # of JPEG if none is asked for; of pictures that are enlarged
 
 
-@dataclass(frozen=True)
-class Start:
-    """A stream begins. image: a file of a picture that the video starts with. live: frames come at
-    the video's rate, and those that the client does not take in time are dropped; else as fast as
-    it takes them, every one. format: of frames, "jpeg" or "rgb". quality: of JPEG, 10 to 95; None
-    for the usual one."""
-
-    prompt: str
-    seed: int = 0
-    image: bytes | None = None
-    live: bool = True
-    format: str = "jpeg"
-    quality: int | None = None
+Check = Callable[[str, object], Any]  # of a field's name and value; raises ValueError
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """Another prompt from the next chunk on; over, keep_cache: as of `sfmodel generate`."""
+class BadMessage(ValueError):
+    """What a client sent is no message. about: the type that it has, or none."""
 
-    text: str
-    over: int = 1
-    keep_cache: bool = False
-
-
-@dataclass(frozen=True)
-class Seed:
-    """The video begins anew, with another seed and the present prompt."""
-
-    seed: int
+    def __init__(self, sentence: str, about: str = "") -> None:
+        super().__init__(sentence)
+        self.about = about
 
 
-@dataclass(frozen=True)
-class Pause:
-    """Nothing more is made until `Resume`."""
-
-
-@dataclass(frozen=True)
-class Resume:
-    """The stream goes on from where it was."""
-
-
-@dataclass(frozen=True)
-class Save:
-    """The last of what was made becomes an MP4 file on the server."""
-
-
-@dataclass(frozen=True)
-class Stop:
-    """The stream ends; the connection may start another one."""
-
-
-Message = Start | Prompt | Seed | Pause | Resume | Save | Stop
-TYPES: dict[str, type] = {
-    each.__name__.lower(): each for each in (Start, Prompt, Seed, Pause, Resume, Save, Stop)
-}
-
-
-def parse(text: str) -> Message:
-    """A client's message. Raises ValueError, with one sentence, for what is none."""
-    try:
-        found = json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        raise ValueError("the message is no JSON: must be an object with a type") from None
-    if not isinstance(found, dict):
-        raise ValueError("the message must be a JSON object with a type")
-    kind = found.pop("type", None)
-    if not isinstance(kind, str) or kind not in TYPES:
-        raise ValueError(f"type={_shown(kind)}: must be one of {', '.join(TYPES)}")
-    known = {field.name: field for field in dataclasses.fields(TYPES[kind])}
-    for name in found:
-        if name not in known:
-            takes = f"takes {', '.join(known)}" if known else "takes nothing more"
-            raise ValueError(f"{kind}: {_shown(name)} is not known: it {takes}")
-    for name, field in known.items():
-        if name not in found and field.default is dataclasses.MISSING:
-            raise ValueError(f"{kind}: has no {name}")
-    try:
-        values = {name: _CHECKS[name](name, value) for name, value in found.items()}
-    except ValueError as error:
-        raise ValueError(f"{kind}: {error}") from None
-    message: Message = TYPES[kind](**values)
-    return message
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(constant)
+# --- Checks of fields
 
 
 def _shown(value: object) -> str:
@@ -130,17 +55,14 @@ def _text(name: str, value: object) -> str:
     return value.strip()
 
 
-def _number(name: str, value: object, least: int, most: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"{name}={_shown(value)}: must be a whole number from {least} to {most}")
-    return value
+def _number(least: int, most: int) -> Check:
+    def number(name: str, value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            must = f"must be a whole number from {least} to {most}"
+            raise ValueError(f"{name}={_shown(value)}: {must}")
+        return value
 
-
-def _seed(name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name}={_shown(value)}: must be a whole number")
-    check_seed(value)
-    return value
+    return number
 
 
 def _flag(name: str, value: object) -> bool:
@@ -167,14 +89,116 @@ def _picture(name: str, value: object) -> bytes | None:
     return data
 
 
-_CHECKS: dict[str, Any] = {
-    "prompt": _text,
-    "text": _text,
-    "seed": _seed,
-    "image": _picture,
-    "live": _flag,
-    "keep_cache": _flag,
-    "format": _format,
-    "quality": lambda name, value: None if value is None else _number(name, value, 10, 95),
-    "over": lambda name, value: _number(name, value, 1, MOST_CHUNKS),
+def _none_or(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _field(check: Check, default: Any = dataclasses.MISSING) -> Any:
+    return dataclasses.field(default=default, metadata={"check": check})
+
+
+_SEED = _number(-(2**63), 2**63 - 2)  # 64 bits, which noise is drawn from
+
+
+# --- Messages
+
+
+@dataclass(frozen=True)
+class Start:
+    """A stream begins. image: a file of a picture that the video starts with. live: frames come at
+    the video's rate, and those that the client does not take in time are dropped; else as fast as
+    it takes them, every one. format: of frames, "jpeg" or "rgb". quality: of JPEG, 10 to 95; None
+    for the usual one."""
+
+    kind: ClassVar[str] = "start"
+    prompt: str = _field(_text)
+    seed: int = _field(_SEED, 0)
+    image: bytes | None = _field(_none_or(_picture), None)
+    live: bool = _field(_flag, True)
+    format: str = _field(_format, "jpeg")
+    quality: int | None = _field(_none_or(_number(10, 95)), None)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Another prompt from the next chunk on; over, keep_cache: as of `sfmodel generate`."""
+
+    kind: ClassVar[str] = "prompt"
+    text: str = _field(_text)
+    over: int = _field(_number(1, MOST_CHUNKS), 1)
+    keep_cache: bool = _field(_flag, False)
+
+
+@dataclass(frozen=True)
+class Seed:
+    """The video begins anew, with another seed and the present prompt."""
+
+    kind: ClassVar[str] = "seed"
+    seed: int = _field(_SEED)
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Nothing more is made until `Resume`."""
+
+    kind: ClassVar[str] = "pause"
+
+
+@dataclass(frozen=True)
+class Resume:
+    """The stream goes on from where it was."""
+
+    kind: ClassVar[str] = "resume"
+
+
+@dataclass(frozen=True)
+class Save:
+    """The last of what was made becomes an MP4 file on the server."""
+
+    kind: ClassVar[str] = "save"
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The stream ends; the connection may start another one."""
+
+    kind: ClassVar[str] = "stop"
+
+
+Message = Start | Prompt | Seed | Pause | Resume | Save | Stop
+TYPES: dict[str, Any] = {
+    each.kind: each for each in (Start, Prompt, Seed, Pause, Resume, Save, Stop)
 }
+
+
+def parse(text: str) -> Message:
+    """A client's message. Raises `BadMessage`, with one sentence, for what is none."""
+    try:
+        found = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        raise BadMessage("the message is no JSON: must be an object with a type") from None
+    if not isinstance(found, dict):
+        raise BadMessage("the message must be a JSON object with a type")
+    kind = found.pop("type", None)
+    if not isinstance(kind, str) or kind not in TYPES:
+        raise BadMessage(f"type={_shown(kind)}: must be one of {', '.join(TYPES)}")
+    known = {field.name: field for field in dataclasses.fields(TYPES[kind])}
+    try:
+        for name in found:
+            if name not in known:
+                takes = f"takes {', '.join(known)}" if known else "takes nothing more"
+                raise ValueError(f"{_shown(name)} is not known: it {takes}")
+        for name, field in known.items():
+            if name not in found and field.default is dataclasses.MISSING:
+                raise ValueError(f"has no {name}")
+        checked = {
+            name: known[name].metadata["check"](name, value) for name, value in found.items()
+        }
+    except ValueError as error:
+        raise BadMessage(f"{kind}: {error}", kind) from None
+    message: Message = TYPES[kind](**checked)
+    return message
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from sfmodel.batching import StreamBatch
 from sfmodel.config import Preset
-from sfmodel.cost import GIB, PIXEL_FRAMES, VAE_STRIDE, activations_gib
+from sfmodel.cost import GIB, PIXEL_FRAMES, VAE_STRIDE, activations_gib, pixel_frames
 from sfmodel.dit import DiT
 from sfmodel.graphs import on
 from sfmodel.pretrained import TextEncoder
@@ -76,10 +76,10 @@ class Server:
         self.text = TextThread(text, models[0].device)
         self.engines = []
         for model, codec in zip(models, codecs, strict=True):
-            engine = Engine(model, codec, preset, self.metrics, **options)
             with on(model.device):
-                engine.seconds, held = warmed_up(model, codec, preset, **options)
-                engine.places = min(places(model.device, held), self.limits.sessions or MOST)
+                seconds, held = warmed_up(model, codec, preset, **options)
+                places = min(room(model.device, held, len(models)), self.limits.sessions or MOST)
+            engine = Engine(model, codec, preset, self.metrics, places, seconds, **options)
             self.engines.append(engine)
         self.metrics.places.set(self.places)
         self.connected = 0  # clients
@@ -123,6 +123,7 @@ class Server:
             "width": VAE_STRIDE * preset.width,
             "height": VAE_STRIDE * preset.height,
             "fps": preset.fps,
+            "first": pixel_frames(preset.first or preset.chunk),
             "chunk": PIXEL_FRAMES * preset.chunk,
             "window": preset.window,
             "examples": [*self.examples],
@@ -130,14 +131,13 @@ class Server:
             **self.crowd(),
         }
 
-    def engine_for(self, session: Session) -> Engine:
-        """The engine with the most places left, of which the session has one now. Raises `Full`."""
+    def free_engine(self) -> Engine:
+        """The engine with the most places left. Raises `Full` where none has one."""
         engine = max(self.engines, key=lambda each: each.places - len(each.taken))
         if len(engine.taken) >= engine.places:
             self.metrics.refused.labels("full").inc()
-            raise Full(f"all {self.places} places are taken: try again later")
-        engine.taken.add(session)
-        self.metrics.started.inc()
+            many = "the only place is" if self.places == 1 else f"all {self.places} places are"
+            raise Full(f"{many} taken: try again later")
         return engine
 
 
@@ -151,6 +151,8 @@ def warmed_up(model: DiT, codec: VideoCodec, preset: Preset, **options: Any) -> 
     for _ in range(WARM_UP):
         began = time.monotonic()
         next(stream.frames())
+        while stream.to_leave:
+            next(stream.frames())
         seconds = time.monotonic() - began
     assert stream.decoding is not None
     kept = vars(stream.cache), stream.recent_BFCHW, stream.latents_BFCHW, stream.x
@@ -161,10 +163,11 @@ def warmed_up(model: DiT, codec: VideoCodec, preset: Preset, **options: Any) -> 
     return seconds, held + int(activations_gib(preset) * GIB * model.dtype.itemsize / 2)
 
 
-def places(device: torch.device, held: int) -> int:
+def room(device: torch.device, held: int, devices: int = 1) -> int:
     """Streams of so many bytes that fit into what is free of a device's memory, and of this
-    machine's with what it keeps of each to be saved. Raises MemoryError where none does."""
-    host = _available()
+    machine's, which devices share, with what it keeps of each to be saved. Raises MemoryError where
+    none does."""
+    host = _available() // devices
     most = int(SHARE * host / (RECORDED + (held if device.type != "cuda" else 0)))
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -35,10 +35,12 @@ class Outbox:
     """What waits to be sent to a client. Any thread puts, the event loop that it was made in takes.
 
     most: frames that may wait; of more the oldest are dropped. taken, dropped: so many so far.
-    session: whose frames these are."""
+    session: whose frames these are. sending: since when the client has been taking what was sent
+    last, whosever it is; None between two."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics, self.session = metrics, ""
+        self.sending: float | None = None
         self.most = self.taken = self.dropped = 0
         self.frames = self.messages = 0  # that wait
         self._items: deque[bytes | str] = deque()
@@ -77,6 +79,22 @@ class Outbox:
             self.frames = self.taken = self.dropped = 0
             self.most, self.session = most, session
 
+    @property
+    def full(self) -> bool:
+        """Tells whether the client has left unread all messages that may wait."""
+        return self.messages >= UNREAD
+
+    @property
+    def stuck(self) -> float:
+        """Seconds for which the client has not taken what was sent last."""
+        since = self.sending
+        return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def stalled(self) -> bool:
+        """Tells whether the client takes nothing any more."""
+        return self.stuck > STALLED
+
     async def take(self) -> bytes | str:
         """The next one, once there is one."""
         while not self._items:
@@ -91,76 +109,68 @@ class Outbox:
 
 
 class Coming(NamedTuple):
-    """A prompt that was asked for at a time, when so many latent frames had been begun."""
+    """A prompt to come. at: when it was asked for; after: latent frames that were begun by then."""
 
     number: int
     text_1TE: Tensor
-    begun: int
-    asked: float
+    at: float
+    after: int
 
 
 class Session:
     """A stream and the client that watches it.
 
-    paused: by the client. ended: why, once it has. made: frames so far. prompt: number of the one
-    that the last of them was made under, from 0; prompts: of the last one that was asked for.
-    sending: since when the client has been taking what was sent last; None between two.
+    It ends once, for a reason, by its connection (the client left, stopped it or was too long) or
+    by the engine (it failed). Either sets `ended` and gives its place free at once; its stream is
+    taken out of the batch by `Engine.close`, before the next chunk.
+
+    settings: as the client asked. paused: by the client. made: frames so far. prompt: number of
+    that under which the last of them was made, from 0; last_prompt: of that asked for last.
+    coming: the prompt that was asked for last, until a frame is made under it.
+    plays_until: when the frames that were made will have been seen.
     """
 
-    def __init__(self, start: Start, preset: Preset, outbox: Outbox) -> None:
+    def __init__(self, settings: Start, preset: Preset, outbox: Outbox) -> None:
         self.id = secrets.token_hex(4)
-        self.start, self.preset, self.outbox = start, preset, outbox
+        self.settings, self.preset, self.outbox = settings, preset, outbox
         self.stream: Stream | None = None
         self.chunk = PIXEL_FRAMES * preset.chunk
-        outbox.begin(self.id, 2 * self.chunk if start.live else sys.maxsize)
-        self.begun = time.monotonic()
+        outbox.begin(self.id, 2 * self.chunk if settings.live else sys.maxsize)
+        self.since = self.plays_until = time.monotonic()
         self.paused, self.ended = False, ""
-        self.made = self.prompt = self.prompts = 0
-        self.coming: deque[Coming] = deque()  # prompts that no frame has been made under
+        self.made = self.prompt = self.last_prompt = 0
+        self.coming: Coming | None = None
         self.prompt_seconds = 0.0  # from when the last one was asked for to its first frame
         self.given_BFCHW: Tensor | None = None  # latents of the picture that it starts with
-        self.sending: float | None = None
         self.encoding: Future[None] | None = None
         self.recorded: deque[bytes] = deque()  # JPEG files
         self.recorded_bytes = 0
         self._recording = threading.Lock()
-        self.played = self.begun  # when the frames that were made will have been seen
 
-    @property
-    def stuck(self) -> float:
-        """Seconds for which the client has not taken what was sent last."""
-        since = self.sending
-        return 0.0 if since is None else time.monotonic() - since
-
-    @property
-    def stalled(self) -> bool:
-        """Tells whether the client takes nothing any more."""
-        return self.stuck > STALLED
-
-    def wait(self, now: float, lead: float) -> float | None:
+    def due_in(self, now: float, lead: float) -> float | None:
         """Seconds until its next chunk is to be begun, that it be there in time; None while there
         is nothing to wait for but the client. lead: seconds that a chunk takes."""
-        if self.stream is None or self.paused or self.ended or self.stalled:
+        if self.stream is None or self.paused or self.ended or self.outbox.stalled:
             return None
-        if self.start.live:
-            return max(0.0, self.played - lead - now)
+        if self.settings.live:
+            return max(0.0, self.plays_until - lead - now)
         return 0.0 if self.made - self.outbox.taken < self.chunk else None
 
     def add(self, frames: int, now: float) -> None:
         """Counts frames that were made."""
         self.made += frames
         # What comes late is seen late: the next one is not hurried for it.
-        self.played = max(self.played, now) + frames / self.preset.fps
+        self.plays_until = max(self.plays_until, now) + frames / self.preset.fps
 
     def encode(self, images_THWC: Images, first: int, prompt: int) -> None:
         """Puts frames into the outbox as they are asked for, and keeps them to be saved."""
         for number, image_HWC in enumerate(images_THWC, first):
             if self.ended:
                 return
-            if self.start.format == "rgb":
+            if self.settings.format == "rgb":
                 data = image_HWC.tobytes()
             else:
-                data = to_jpeg(image_HWC, self.start.quality)
+                data = to_jpeg(image_HWC, self.settings.quality)
                 self._record(data)
             self.outbox.put_frame(HEADER.pack(number % 2**32, prompt % 2**32) + data, self.id)
 
@@ -184,13 +194,13 @@ class Session:
 
     def facts(self) -> dict[str, Any]:
         """What `/sessions` and the page show of it."""
-        stream, start = self.stream, self.start
+        stream, settings = self.stream, self.settings
         cache = min(self.preset.window, stream.past + stream.pending) if stream else 0
-        state = "paused" if self.paused else "stalled" if self.stalled else "running"
+        state = "paused" if self.paused else "stalled" if self.outbox.stalled else "running"
         return {
             "session": self.id,
             "state": self.ended or state,
-            "seconds": round(time.monotonic() - self.begun, 1),
+            "seconds": round(time.monotonic() - self.since, 1),
             "made": self.made,
             "dropped": self.outbox.dropped,
             "waiting": self.outbox.frames,
@@ -198,8 +208,8 @@ class Session:
             "prompt_seconds": round(self.prompt_seconds, 3),
             "cache": cache,
             "window": self.preset.window,
-            "live": start.live,
-            "format": start.format,
+            "live": settings.live,
+            "format": settings.format,
         }
 
 

@@ -9,13 +9,16 @@ const FIRST_WAIT = 500, LAST_WAIT = 8000; // ms between two tries to connect
 
 let socket = null;
 let about = { fps: 16 };
-let state = "connecting"; // ready, starting, running, paused, failed
+// connecting, ready, starting, running, paused; failed: tries again; idle: waits to be asked.
+let state = "connecting";
 let away = false; // paused because nobody looks
 let wait = FIRST_WAIT;
-let image = null; // in base64
-let sent = []; // prompts whose number is not known yet: text and time
-let prompts = new Map(); // by number: text, time, frame, shown
-let earlier = [], at = 0; // prompts, and which of them is in the box
+let first = null; // a prompt to start with as soon as there is a connection
+let image = null; // that is being read, to base64
+let asked = []; // prompts that the server has not answered: text and time
+let events = []; // prompts and seeds, in their order: text, number, frame, frames, at
+let earlier = [], place = 0; // prompts, and which of them is in the box
+let draft = ""; // what was in it before
 let seen = 0; // frames shown in the last second
 let latency = 0;
 
@@ -23,32 +26,40 @@ const player = new Player($("picture"), (number, prompt, now) => {
   seen += 1;
   $("picture").dataset.shown = Number($("picture").dataset.shown) + 1;
   $("picture").dataset.prompt = prompt;
-  for (const [key, each] of prompts) {
-    if (key <= prompt && each.asked !== undefined) {
-      latency = (now - each.asked) / 1000;
-      delete each.asked;
-    }
+  const present = events.find((each) => each.number === prompt);
+  if (!present) return;
+  if (!present.frames) {
+    latency = (now - present.at) / 1000;
+    present.frame = number;
+    drawTimeline();
   }
-  const present = prompts.get(prompt);
-  if (present) {
-    if (present.frame === undefined) { present.frame = number; drawTimeline(); }
-    present.frames += 1;
-  }
+  present.frames += 1;
 });
 
 // --- The connection
 
 function connect() {
+  become("connecting");
   const scheme = location.protocol === "https:" ? "wss" : "ws";
   socket = new WebSocket(`${scheme}://${location.host}/stream`);
   socket.binaryType = "arraybuffer";
   socket.onmessage = ({ data }) => {
-    if (typeof data === "string") take[JSON.parse(data).type]?.(JSON.parse(data));
-    else player.push(data);
+    if (typeof data !== "string") player.push(data);
+    else {
+      const message = JSON.parse(data);
+      take[message.type]?.(message);
+    }
   };
-  socket.onclose = ({ code, reason }) => {
-    const why = reason || (code === 1006 ? "the server does not answer" : `closed (${code})`);
-    become("failed", `${why}; trying again`);
+  socket.onclose = async ({ code, reason }) => {
+    away = false;
+    if (reason) note(`the connection was closed: ${reason}`);
+    if (code === 1000) { // the server has had no use for it
+      become("idle", reason);
+      return;
+    }
+    const refused = await fetch("sessions").then((answer) => answer.status === 401, () => false);
+    become("failed", refused ? "the server has another token: open the address that it shows"
+      : `${reason || "the server does not answer"}; trying again`);
     setTimeout(connect, wait);
     wait = Math.min(2 * wait, LAST_WAIT);
   };
@@ -67,27 +78,37 @@ const take = {
     $("prompt").placeholder = message.examples[0] ?? "";
     $("examples").replaceChildren(...message.examples.map((text) => button(text, () => submit(text))));
     become("ready", `${message.places - message.sessions} of ${message.places} places free`);
+    if (first !== null) start(first);
+    first = null;
   },
   started(message) {
+    $("seed").value = message.seed;
     become("running");
     drawTimeline();
-    $("seed").value = message.seed;
+    hidden();
   },
   coming({ number, text }) {
-    const { asked } = sent.shift() ?? {};
-    prompts.set(number, { text, asked, frames: 0 });
+    events.push({ number, text, at: asked.shift()?.at ?? performance.now(), frames: 0 });
     drawTimeline();
   },
-  seed({ seed }) { $("seed").value = seed; },
+  prompt({ number, frame }) {
+    // One that another took the place of, before it was seen.
+    for (const each of events) if (each.number < number && !each.frames) each.lost = true;
+    events.find((each) => each.number === number).frame = frame;
+    drawTimeline();
+  },
+  seed({ seed, frame }) {
+    $("seed").value = seed;
+    events.push({ text: `seed ${seed}`, frame, anew: true });
+    drawTimeline();
+  },
   paused() { player.paused = true; become("paused", away ? "paused: nobody looks" : ""); },
   resumed() { player.paused = false; become("running"); },
   stats(message) {
     charts.cache.add(message.cache, message.window);
     charts.latency.add(latency);
-    document.body.dataset.dropped = message.dropped;
     if (state === "running") {
-      const lost = message.dropped + player.left;
-      const others = message.sessions - 1;
+      const lost = message.dropped + player.left, others = message.sessions - 1;
       say(`running, ${clock(message.made)}` + (others ? `, with ${others} more` : "")
         + (lost ? `, ${lost} frames left out` : ""));
     }
@@ -95,7 +116,8 @@ const take = {
   saved(clip) {
     $("save").disabled = false;
     const item = document.createElement("li");
-    const sheet = Object.assign(new Image(), { src: clip.sheet, alt: "Contact sheet" });
+    const sheet = Object.assign(document.createElement("a"), { href: clip.sheet, target: "_blank" });
+    sheet.append(Object.assign(new Image(), { src: clip.sheet, alt: "Contact sheet" }));
     const link = Object.assign(document.createElement("a"), { href: clip.url, download: "" });
     link.textContent = `${clip.seconds.toFixed(1)} s, ${Math.ceil(clip.bytes / 1000)} kB`;
     item.append(sheet, link);
@@ -103,15 +125,17 @@ const take = {
     link.click();
   },
   stopped({ reason }) {
-    become("ready");
-    say("stopped");
+    away = false;
+    become("ready", "stopped");
     if (reason !== "asked") note(reason);
   },
   error({ about: what, message }) {
-    if (what === "save") $("save").disabled = false;
-    if (what === "prompt") sent.shift();
-    if (what === "start") become("ready");
     note(message);
+    if (what === "save") $("save").disabled = false;
+    if (what === "prompt" || what === "start") {
+      $("prompt").value ||= asked.shift()?.text ?? ""; // to be mended
+    }
+    if (what === "start") become("ready");
   },
 };
 
@@ -121,11 +145,12 @@ function become(next, said = "") {
   state = next;
   document.body.dataset.state = next;
   const live = next === "running" || next === "paused";
-  for (const id of ["pause", "reseed", "save"]) $(id).disabled = !live;
-  $("toggle").disabled = $("send").disabled = !live && next !== "ready";
-  $("toggle").textContent = live ? "Stop" : "Start";
+  for (const id of ["stop", "pause", "reseed"]) $(id).disabled = !live;
+  $("save").disabled = !live && !(next === "ready" && events.length);
+  $("send").disabled = !live && next !== "ready" && next !== "idle";
   $("send").textContent = live ? "Change prompt" : "Start";
   $("pause").textContent = next === "paused" ? "Resume" : "Pause";
+  if (!live) for (const each of Object.values(charts)) each.rest();
   say(said || next);
 }
 
@@ -148,11 +173,12 @@ function clock(frames) {
 }
 
 function drawTimeline() {
-  const lines = [...prompts.values()].reverse().map(({ text, frame }) => {
+  const lines = events.toReversed().map(({ text, frame, lost, anew }) => {
     const line = document.createElement("li");
+    line.className = lost ? "lost" : "";
     const when = document.createElement("time");
-    when.textContent = frame === undefined ? "soon" : clock(frame);
-    line.append(when, button(text, () => submit(text)));
+    when.textContent = lost ? "–" : frame === undefined ? "soon" : clock(frame);
+    line.append(when, anew ? text : button(text, () => submit(text)));
     return line;
   });
   $("timeline").replaceChildren(...lines);
@@ -160,7 +186,7 @@ function drawTimeline() {
 }
 
 function drawStrip() {
-  const parts = [...prompts.values()].filter((each) => each.frames).map((each) => {
+  const parts = events.filter((each) => each.frames).map((each) => {
     const part = document.createElement("span");
     part.style.flexGrow = each.frames;
     part.title = `${each.text}, from ${clock(each.frame)}`;
@@ -176,7 +202,6 @@ class Chart {
     const caption = document.createElement("figcaption");
     caption.textContent = name;
     this.output = document.createElement("output");
-    this.output.textContent = "–";
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     svg.setAttribute("viewBox", `0 0 ${SAMPLES - 1} 20`);
     svg.setAttribute("preserveAspectRatio", "none");
@@ -185,13 +210,20 @@ class Chart {
     svg.append(this.line);
     figure.append(caption, this.output, svg);
     $("charts").append(figure);
+    this.rest();
+  }
+
+  rest() { this.output.textContent = "–"; }
+
+  clear() {
+    this.values = [];
+    this.line.setAttribute("points", "");
   }
 
   add(value, most = 0) {
     this.values = [...this.values, value].slice(-SAMPLES);
     const top = Math.max(most, ...this.values) * 1.1 || 1;
-    const first = SAMPLES - this.values.length;
-    const points = this.values.map((y, i) => `${first + i},${20 - (20 * y) / top}`);
+    const points = this.values.map((y, i) => `${i},${20 - (20 * y) / top}`);
     this.line.setAttribute("points", points.join(" "));
     this.output.textContent = value.toFixed(this.digits) + (most ? ` of ${most}` : "") + this.unit;
   }
@@ -214,33 +246,45 @@ setInterval(() => {
 // --- What is asked for
 
 function submit(text) {
-  text = text.trim() || $("prompt").placeholder;
-  if (!text || $("send").disabled) return;
+  text = text.trim();
+  const live = state === "running" || state === "paused";
+  if ($("send").disabled || (live && !text)) return;
+  text ||= $("prompt").placeholder;
   earlier = [...earlier.filter((each) => each !== text), text];
-  at = earlier.length;
-  $("prompt").value = "";
+  place = earlier.length;
+  $("prompt").value = draft = "";
   $("note").hidden = true;
-  if (state === "ready") start(text);
+  if (live) {
+    asked.push({ text, at: performance.now() });
+    send({ type: "prompt", text, over: Number($("over").value), keep_cache: $("keep").checked });
+  } else if (state === "ready") start(text);
   else {
-    const over = Number($("over").value);
-    sent.push({ asked: performance.now() });
-    send({ type: "prompt", text, over, keep_cache: $("keep").checked });
+    first = text;
+    connect();
   }
 }
 
-function start(text) {
+function seed() {
+  const said = Number($("seed").value);
+  $("seed").value = Number.isSafeInteger(said) ? said : 0;
+  return Number($("seed").value);
+}
+
+async function start(text) {
   player.clear();
   player.paused = false;
   latency = 0;
-  sent = [];
-  prompts = new Map([[0, { text, asked: performance.now(), frames: 0 }]]);
+  asked = [{ text, at: performance.now() }];
+  events = [{ number: 0, text, at: performance.now(), frames: 0 }];
+  for (const each of Object.values(charts)) each.clear();
   become("starting");
-  send({ type: "start", prompt: text, seed: Math.trunc(Number($("seed").value)) || 0, image });
+  const file = await image;
+  send({ type: "start", prompt: text, seed: seed(), ...(file ? { image: file } : {}) });
 }
 
-function toggle() {
-  if (state === "ready") submit($("prompt").value);
-  else send({ type: "stop" });
+function stop() {
+  $("stop").disabled = true;
+  send({ type: "stop" });
 }
 
 function pause() { send({ type: state === "paused" ? "resume" : "pause" }); }
@@ -253,14 +297,19 @@ function save() {
 }
 
 $("form").onsubmit = (event) => { event.preventDefault(); submit($("prompt").value); };
-$("toggle").onclick = toggle;
+$("stop").onclick = stop;
 $("pause").onclick = pause;
 $("reseed").onclick = reseed;
 $("save").onclick = save;
 $("seed").onchange = () => {
-  const seed = Math.trunc(Number($("seed").value)) || 0;
-  if (state === "running" || state === "paused") send({ type: "seed", seed });
+  const chosen = seed();
+  if (state === "running" || state === "paused") send({ type: "seed", seed: chosen });
 };
+
+// A button that the mouse pressed gives Space back to the page.
+document.addEventListener("click", (event) => {
+  if (event.detail) event.target.closest("button")?.blur();
+});
 
 $("image").onchange = () => {
   const [file] = $("image").files;
@@ -272,9 +321,12 @@ $("image").onchange = () => {
     forgetImage();
     return;
   }
-  const reader = new FileReader();
-  reader.onload = () => { image = reader.result.slice(reader.result.indexOf(",") + 1); };
-  reader.readAsDataURL(file);
+  image = new Promise((done) => {
+    const reader = new FileReader();
+    reader.onload = () => done(reader.result.slice(reader.result.indexOf(",") + 1));
+    reader.onerror = () => { note("the picture cannot be read"); done(null); };
+    reader.readAsDataURL(file);
+  });
 };
 
 function forgetImage() {
@@ -293,16 +345,18 @@ $("prompt").onkeydown = (event) => {
   } else if (event.key === "Escape") {
     box.blur();
   } else if (event.key === "ArrowUp" || event.key === "ArrowDown") {
-    const next = at + (event.key === "ArrowUp" ? -1 : 1);
-    if (next < 0 || next > earlier.length) return;
+    const up = event.key === "ArrowUp", next = place + (up ? -1 : 1);
+    const within = up ? box.value.slice(0, box.selectionStart) : box.value.slice(box.selectionEnd);
+    if (next < 0 || next > earlier.length || within.includes("\n")) return; // moves between lines
     event.preventDefault();
-    at = next;
-    box.value = earlier[at] ?? "";
+    if (place === earlier.length) draft = box.value;
+    place = next;
+    box.value = earlier[place] ?? draft;
   }
 };
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
   if (event.target.closest("input, textarea, select")) return;
   const onButton = event.target.closest("button, summary, a");
   const live = state === "running" || state === "paused";
@@ -310,15 +364,15 @@ document.addEventListener("keydown", (event) => {
     "/": () => $("prompt").focus(),
     " ": onButton || !live ? null : pause,
     n: live ? reseed : null,
-    s: live && !$("save").disabled ? save : null,
-  }[event.key];
+    s: $("save").disabled ? null : save,
+  }[event.key.toLowerCase()];
   if (!pressed) return;
   event.preventDefault();
   pressed();
 });
 
 // Nobody looks at a page that is hidden: its stream waits.
-document.addEventListener("visibilitychange", () => {
+function hidden() {
   if (document.hidden && state === "running") {
     away = true;
     send({ type: "pause" });
@@ -326,6 +380,8 @@ document.addEventListener("visibilitychange", () => {
     away = false;
     send({ type: "resume" });
   }
-});
+}
+
+document.addEventListener("visibilitychange", hidden);
 
 connect();
