@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from sfmodel.serve import connection
 from sfmodel.serve.server import Limits
 from tests.clips import read_video
 from tests.live_server import Live, serving, until
@@ -101,6 +103,9 @@ def test_frames_come_and_change_and_a_new_prompt_shows_within_two_chunks(
         page.press("#prompt", "Enter")
         page.wait_for_selector("#note:visible")
         assert "does not know 'cat'" in page.inner_text("#note")
+        assert page.input_value("#prompt") == "a cat"
+        latency = page.inner_text("#charts figure:nth-child(2) output")
+        assert latency.endswith(" s") and 0 < float(latency[:-2]) < 2
         page.click("#stop")
         page.wait_for_selector("body[data-state=ready]")
         assert until(lambda: not live.server.sessions, 1)
@@ -272,3 +277,81 @@ def test_full(browser: Any, tmp_path: Path) -> None:
             other.wait_for_selector("#note:visible")
             assert "the only place is taken" in other.inner_text("#note")
             assert other.get_attribute("body", "data-state") == "ready"
+
+
+def test_what_is_wrong_is_said_and_can_be_mended(browser: Any, live: Live, tmp_path: Path) -> None:
+    with opened(browser, live) as page:
+        page.click("summary")
+        page.fill("#seed", "99999999999999999999")
+        page.fill("#prompt", "a red cat")
+        page.press("#prompt", "Enter")
+        page.wait_for_selector("#note:visible")
+        assert "does not know 'cat'" in page.inner_text("#note")
+        assert page.get_attribute("body", "data-state") == "ready"
+        assert page.input_value("#prompt") == "a red cat" and page.input_value("#seed") == "0"
+        file = tmp_path / "no.png"
+        file.write_bytes(b"no picture")
+        page.set_input_files("#image", file)
+        page.fill("#prompt", RED)
+        page.press("#prompt", "Enter")
+        assert until(lambda: page.inner_text("#note") == "image: damaged, or no picture")
+        page.click("#noimage")
+        page.press("#prompt", "Enter")  # what was refused is still there
+        page.wait_for_selector("body[data-state=running]")
+        page.press("#prompt", "Enter")  # an empty box asks for nothing
+        assert live.server.sessions[0].last_prompt == 0
+
+
+def test_prompts_that_were_never_seen_and_clips_after_the_end(browser: Any, live: Live) -> None:
+    with opened(browser, live) as page:
+        start(page)
+        assert until(lambda: shown(page) > 12)
+        page.click("#pause")
+        page.wait_for_selector("body[data-state=paused]")
+        for prompt in ("a small ball", "a green ball", BLUE):
+            page.fill("#prompt", prompt)
+            page.press("#prompt", "Enter")
+        assert until(lambda: page.inner_text("#timeline").count("soon") == 3)
+        page.keyboard.press("Escape")
+        page.keyboard.press("Space")
+        assert until(lambda: page.locator("#timeline .lost").count() == 2)
+        assert "soon" not in page.inner_text("#timeline")
+        page.click("#reseed")
+        assert until(lambda: "seed " in page.inner_text("#timeline"))
+        before = shown(page)
+        assert until(lambda: shown(page) > before + 36)
+        page.keyboard.press("Space")  # and the button that was clicked is not pressed again
+        page.wait_for_selector("body[data-state=paused]")
+        page.click("#stop")
+        page.wait_for_selector("body[data-state=ready]")
+        assert page.inner_text("#charts figure:first-child output") == "–"
+        with page.expect_download():
+            page.click("#save")
+
+
+def test_a_page_that_is_idle_waits_to_be_asked(
+    browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "TICK", 0.1)
+    with serving(tmp_path, Limits(idle=0.5)) as live, opened(browser, live) as page:
+        page.wait_for_selector("body[data-state=idle]")
+        assert "idle" in page.inner_text("#status")
+        time.sleep(0.7)
+        assert not live.server.connected
+        start(page)
+        assert until(lambda: shown(page) > 2)
+
+
+def test_a_token_that_is_another_one(browser: Any, tmp_path: Path) -> None:
+    token = "a+token&of=the test#1"
+    context = browser.new_context()
+    with contextlib.closing(context), serving(tmp_path, token=token) as live:
+        page = context.new_page()
+        page.goto(f"http://{live.address}/?token={quote(token, safe='')}")
+        page.wait_for_selector("body[data-state=ready]")
+        assert page.url == f"http://{live.address}/"
+        live.running.should_exit = True
+        page.wait_for_selector("body[data-state=failed]")
+        assert until(lambda: not live.server.alive)
+        with serving(tmp_path, token="another token", port=int(live.address[10:])):
+            assert until(lambda: "another token" in page.inner_text("#status"), 15)

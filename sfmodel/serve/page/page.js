@@ -82,6 +82,7 @@ const take = {
     first = null;
   },
   started(message) {
+    asked = [];
     $("seed").value = message.seed;
     become("running");
     drawTimeline();
