@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any
 import griffe
 
 from bench import compare, timing, train
-from bench import serve as serve_bench
 from bench.ops import attention, memory_bound
 from bench.tables import number
 from docs import readme
@@ -126,31 +124,12 @@ def training() -> Iterator[str]:
     yield from readme.table(("", *heads), rows)
 
 
-def serve() -> Iterator[str]:
-    """Frames a second of several streams, as `bench serve` says."""
-    name = "serve-cpu.json"
-    result = json.loads((RESULTS / name).read_text())
-    shown = serve_bench.tables(result)[0]
-    yield f"{describe(result['machine'])} (`bench/results/{name}`), the toy with a full window:"
-    yield ""
-    yield from readme.table(shown.columns, shown.rows)
-
-
-def client() -> Iterator[str]:
-    """The example of a client."""
-    yield "```python"
-    yield (readme.ROOT / "examples/serve_client.py").read_text().partition('"""\n\n')[2].rstrip()
-    yield "```"
-
-
 TABLES = {
     "bytes": lambda: floors(by_bytes=True),
     "products": lambda: floors(by_bytes=False),
     "memory": memory,
     "speed": speed,
     "training": training,
-    "serve": serve,
-    "client": client,
 }
 
 

@@ -136,3 +136,11 @@ def test_training_beside_figure_6() -> None:
     of = [18.29, 18.29 / 12.19, 5341 / 790, 5341 / 4559, 2550 / 790, 2550 / 1768]
     assert f"| TF + DMD | {' | '.join(f'{x:.2f}' for x in of)} |" in rows
     assert rows.count(" + DMD") == 12 and "| SF-1 + DMD critic | 4.72 | 1.00 |" in rows
+
+
+def test_the_page_of_the_server_is_up_to_date() -> None:
+    """Its table is that of the newest result, its code the example's: python -m docs.serve_page."""
+    serve_page = pytest.importorskip("docs.serve_page", reason="needs playwright")
+    page = serve_page.PAGE.read_text()
+    assert serve_page.written(page) == page
+    assert "| served |" in page and 'send("start"' in page

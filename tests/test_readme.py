@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 # Pages whose code is parts of what a user writes; of the first the whole example runs below.
-PARTS = ("models", "streams", "kernels-hub")
+PARTS = ("models", "streams", "kernels-hub", "serve")
 CODE = {
     page.stem: "".join(found)
     for page in sorted((ROOT / "docs").rglob("*.md"))
