@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import json
+import os
+import socket
+import struct
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from websockets.sync.client import ClientConnection, connect
 
 from sfmodel.config import PRESETS, Preset
@@ -23,6 +29,8 @@ from sfmodel.serve.server import Limits, Server
 from sfmodel.stream import Stream
 
 TOY = PRESETS["toy"]
+RED, BLUE = "a large red ball moves up", "a large blue ball moves down"
+EVERY: dict[str, Any] = {"live": False, "format": "rgb"}  # frame, as it is
 SIZE = 8 * TOY.height, 8 * TOY.width
 toy = functools.cache(load_toy)
 
@@ -63,20 +71,20 @@ def serving(
         [model] * engines, [codec] * engines, text, "toy", preset, folder / "clips", limits,
         ["a red ball"], **options,
     )  # fmt: skip
-    socket = listening("127.0.0.1", port)
+    listens = listening("127.0.0.1", port)
     running = uvicorn_server(server, token, origins)
-    thread = threading.Thread(target=running.run, args=([socket],))
+    thread = threading.Thread(target=running.run, args=([listens],))
     thread.start()
     try:
         assert until(lambda: running.started)
-        yield Live(server, f"127.0.0.1:{socket.getsockname()[1]}", running)
+        yield Live(server, f"127.0.0.1:{listens.getsockname()[1]}", running)
         assert until(lambda: running.should_exit or not server.connected), (
             "a connection is left behind"
         )
     finally:
         running.should_exit = True
         thread.join(20)
-        socket.close()
+        listens.close()
     assert not thread.is_alive()
     assert not server.sessions and not any(each.running for each in server.engines)
     assert not any(each.batch.streams for each in server.engines)
@@ -155,3 +163,50 @@ def alone(prompt: str, seed: int = 0, preset: Preset = TOY, **options: Any) -> S
     """A stream by itself, of what a session shows."""
     model, codec, text = toy()
     return Stream(model, codec, text([prompt]), preset, seed=seed, **options)
+
+
+def get(live: Live, path: str) -> str:
+    with urllib.request.urlopen(f"http://{live.address}{path}", timeout=10) as answer:
+        text: str = answer.read().decode()
+    return text
+
+
+def counted(live: Live, name: str) -> float:
+    """A metric as `/metrics` gives it."""
+    lines = get(live, "/metrics").splitlines()
+    return sum(
+        float(line.split()[-1]) for line in lines if line.startswith((f"{name} ", f"{name}{{"))
+    )
+
+
+def first_frames(stream: Any, count: int) -> Tensor:
+    return torch.cat([*stream.frames(count)], 1)[0]
+
+
+def raw_client(live: Live, **options: Any) -> socket.socket:
+    """A client that has started a stream, of which it has taken nothing."""
+    found = socket.socket()
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    host, port = live.address.split(":")
+    found.connect((host, int(port)))
+    key = base64.b64encode(os.urandom(16)).decode()
+    found.sendall(
+        f"GET /stream HTTP/1.1\r\nHost: {live.address}\r\nUpgrade: websocket\r\nConnection: Upgrade"
+        f"\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+    )
+    answer = b""
+    while not answer.endswith(b"\r\n\r\n"):
+        answer += found.recv(1)
+    found.sendall(framed(json.dumps({"type": "start", "prompt": RED, **options}).encode()))
+    assert until(lambda: live.server.sessions)
+    return found
+
+
+def framed(data: bytes, opcode: int = 1, final: bool = True) -> bytes:
+    """A frame of the WebSocket protocol, masked by zeros."""
+    size = len(data)
+    head = bytes(
+        [0x80 * final | opcode, 0x80 | (size if size < 126 else 126 if size < 65536 else 127)]
+    )
+    more = b"" if size < 126 else struct.pack("!H" if size < 65536 else "!Q", size)
+    return head + more + bytes(4) + data

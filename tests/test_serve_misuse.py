@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -30,9 +31,20 @@ from sfmodel.serve.clips import Clips
 from sfmodel.serve.messages import LARGEST, PICTURE, Prompt, Start, parse
 from sfmodel.serve.session import RECORDED
 from sfmodel.serve.text import TextThread
-from tests.live_server import SIZE, Client, Live, serving, toy, until
+from tests.live_server import (
+    RED,
+    SIZE,
+    TOY,
+    Client,
+    Live,
+    framed,
+    get,
+    raw_client,
+    serving,
+    toy,
+    until,
+)
 from tests.test_cli import refused
-from tests.test_serve import RED, framed, get, raw_client
 
 TOKEN = "a-token-of-the-test"
 
@@ -193,11 +205,11 @@ def test_what_is_no_websocket_message_ends_the_connection(
 
 
 def test_a_flood_of_messages_ends_the_connection(live: Live) -> None:
-    with live.client() as client, pytest.raises(ConnectionClosed):
-        while True:
-            for _ in range(50):
+    with live.client() as client:
+        with contextlib.suppress(ConnectionClosed):
+            for _ in range(500):
                 client.socket.send('{"type": "pause"}')
-    assert until(lambda: not live.server.connected)
+        assert until(lambda: not live.server.connected)
 
 
 def test_large_messages_do_not_pile_up(live: Live) -> None:
@@ -370,7 +382,6 @@ def test_prompts_are_encoded_by_one_encoder_that_stays() -> None:
 
 def test_places_are_those_that_memory_has(monkeypatch: pytest.MonkeyPatch) -> None:
     model, codec, _ = toy()
-    from tests.live_server import TOY
 
     _, held = server.warmed_up(model, codec, TOY)
     slots = TOY.window * 4
