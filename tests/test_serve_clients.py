@@ -139,7 +139,28 @@ def test_health_without_an_engine(live: Live) -> None:
         get(live, "/healthz")
     with live.client() as client:
         client.send("start", prompt=RED)
-        assert client.event("error")["message"] == "the server ends"
+        assert client.event("error")["message"] == "the server ends, or this part of it has"
+
+
+def test_an_engine_that_breaks_leaves_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(tmp_path, Limits(sessions=2), engines=2) as live:
+        with live.client() as one, live.client() as other:
+            one.start(**EVERY)
+            other.start(RED, **EVERY)
+            one.until_frame(12)
+            broken = live.server.engines[0]
+            monkeypatch.setattr(broken, "_deliver", None)
+            assert "this part of it has" in one.event("stopped")["reason"]
+            one.send("pause")
+            assert "no stream runs" in one.event("error")["message"]
+            assert not live.server.alive and len(live.server.sessions) == 1
+            other.until_frame(60)
+        broken.running.clear()
+        broken.batch.streams.clear()
+    want = first_frames(alone(RED), 61)
+    assert all(torch.equal(other.frames[i], want[i]) for i in range(61))
 
 
 def test_an_error_that_nobody_expects_is_told(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from sfmodel.vae.codec import VideoCodec
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+ENDED = "the server ends, or this part of it has"
 SHARE = 0.2  # of the last step in the mean of its seconds
 SPARE = 0.05  # seconds by which a chunk is begun earlier than it takes
 TOGETHER = 0.25  # of a chunk's time: whoever is due within it goes along with those that are
@@ -83,7 +84,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._ended
 
     def wake(self) -> None:
         """Has the engine look again at who is due: a client took what waited for it."""
@@ -96,7 +97,7 @@ class Engine:
         future: Future[T] = Future()
         with self._turn:
             if self._ended:
-                raise Ended("the server ends")
+                raise Ended(ENDED)
             self._commands.append((work, future))
             self._turn.notify()
         return future
@@ -104,8 +105,20 @@ class Engine:
     # What follows runs in the engine's thread.
 
     def _run(self) -> None:
-        with on(self.model.device):
-            self._serve()
+        try:
+            with on(self.model.device):
+                self._serve()
+        except BaseException:  # of this thread's own work: nobody must wait for it
+            log.exception("the engine has ended")
+            with self._turn:
+                self._ended = True
+                commands, self._commands = self._commands, []
+            for _, future in commands:
+                future.set_exception(Ended(ENDED))
+            for session in [*self.taken]:
+                session.ended = ENDED
+                session.outbox.put({"type": "stopped", "reason": ENDED})
+            self.taken.clear()
 
     def _serve(self) -> None:
         while True:
