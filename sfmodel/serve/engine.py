@@ -115,10 +115,11 @@ class Engine:
                 commands, self._commands = self._commands, []
             for _, future in commands:
                 future.set_exception(Ended(ENDED))
-            for session in [*self.taken]:
+            sessions = [*self.taken]
+            self.taken.clear()
+            for session in sessions:
                 session.ended = ENDED
                 session.outbox.put({"type": "stopped", "reason": ENDED})
-            self.taken.clear()
 
     def _serve(self) -> None:
         while True:
