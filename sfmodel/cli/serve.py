@@ -129,6 +129,7 @@ def serve(
         address = _address(socket.getsockname(), token)
         on = ", ".join(str(device) for device in devices)
         streams = f"{server.places} stream{'s' if server.places > 1 else ''} at once"
+        streams += f", about {min(server.real_time, server.places)} in real time"
         print(f"{address}\n{chosen.preset} on {on}: {streams}; Ctrl-C ends it", flush=True)
         if serving.demo and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
             threading.Timer(0.5, webbrowser.open, [address]).start()

@@ -91,6 +91,13 @@ class Server:
     def places(self) -> int:
         return sum(engine.places for engine in self.engines)
 
+    @property
+    def real_time(self) -> int:
+        """About how many streams keep to the video's rate, each chunk as long as one by itself took
+        last: with more, all are slower."""
+        chunk = PIXEL_FRAMES * self.preset.chunk / self.preset.fps
+        return sum(int(chunk / engine.seconds) for engine in self.engines)
+
     def start(self) -> None:
         for engine in self.engines:
             engine.start()
