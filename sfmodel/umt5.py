@@ -26,8 +26,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sfmodel.extras import needed
 from sfmodel.weights import checkpoint
-from sfmodel.weights.opening import read_json
+from sfmodel.weights.opening import dtype_name, read_json
 from sfmodel.weights.saving import save_tensors
+from sfmodel.weights.scaled import stored_dtype
 
 with needed():
     from safetensors import SafetensorError, safe_open
@@ -87,7 +88,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def describe(path: Path) -> str:
     """Line on the encoder that `read_weights` finds. Raises ValueError as it does."""
     state = read_weights(path)
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
+    dtypes = sorted({dtype_name(stored_dtype(tensor)) for tensor in state.values()})
     count = sum(tensor.numel() for tensor in state.values())
     return f"a UMT5 text encoder of {count:,} parameters, {' + '.join(dtypes)}"
 

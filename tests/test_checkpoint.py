@@ -298,12 +298,12 @@ def wider(state: dict[str, Tensor]) -> dict[str, Tensor]:
         ),
         (
             lambda s: s | {"head.head.bias": s["head.head.bias"].to(torch.int8)},
-            "head.head.bias is of type int8: must be floating point of 16 bits or more",
+            "head.head.bias is of type int8: in 8 bits has no scale: must have one, or one for each",
         ),
         (
-            lambda s: {k: v.to(torch.float8_e4m3fn) for k, v in s.items()},
-            "blocks.0.cross_attn.k.bias is of type float8_e4m3fn: must be floating point of 16 "
-            "bits or more and 68 more",
+            lambda s: {k: v.to(torch.int32) for k, v in s.items()},
+            "blocks.0.cross_attn.k.bias is of type int32: must be floating point of 16 bits or "
+            "more, or of 8 bits with scales and 68 more",
         ),
     ],
 )

@@ -236,18 +236,6 @@ def test_files_that_do_harm(tmp_path: Path, name: str, write: Write, said: str) 
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB
 
 
-def test_eight_bits_are_named(official: State, tmp_path: Path) -> None:
-    """They are told by the scales that are beside them, which are no tensors too many."""
-    for kind, scale in ((torch.float8_e4m3fn, "scale_weight"), (torch.int8, "weight_scale")):
-        state = {name: value.to(kind) for name, value in official.items()}
-        state[f"blocks.0.self_attn.q.{scale}"] = torch.ones(1)
-        torch.save(under("diffusion_model.", state), tmp_path / "m.pt")
-        with pytest.raises(ValueError) as error:
-            checkpoint.load(DiT(CONFIG), tmp_path / "m.pt")
-        assert f"8-bit weights with {scale}, which are not read" in str(error.value)
-        assert "unexpected" not in str(error.value)
-
-
 def test_shapes_of_any_kind_are_recognised_without_an_error() -> None:
     keys = {"patch_embedding.weight", "blocks.0.self_attn.q.weight", "head.head.bias"}
     keys |= {"encoder.downsamples.0.residual.0.gamma", "blocks.0.ffn.0.bias"}

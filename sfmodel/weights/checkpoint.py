@@ -22,8 +22,8 @@ from sfmodel.weights import names
 from sfmodel.weights.names import clean_key as clean_key
 from sfmodel.weights.names import from_official as from_official
 from sfmodel.weights.names import to_official as to_official
+from sfmodel.weights.opening import Weights as Weights
 from sfmodel.weights.opening import (
-    SCALES,
     differences,
     dtype_name,
     foreign_types,
@@ -31,9 +31,9 @@ from sfmodel.weights.opening import (
     some,
     wrong_shapes,
 )
-from sfmodel.weights.opening import Weights as Weights
 from sfmodel.weights.opening import open_weights as open_weights
 from sfmodel.weights.saving import save_tensors
+from sfmodel.weights.scaled import stored_dtype
 
 log = logging.getLogger(__name__)
 Module = TypeVar("Module", bound=nn.Module)
@@ -57,7 +57,7 @@ def describe(path: Path) -> str:
         f"{label} ({'official' if is_official else 'diffusers'})"
         if label
         else f"an unknown model with {some(state)}",
-        " + ".join(sorted({dtype_name(v.dtype) for v in state.values()})),
+        " + ".join(sorted({dtype_name(stored_dtype(v)) for v in state.values()})),
         f"{len(state)} tensors",
         f"{len(found.files) - 1} shards" if len(found.files) > 1 else "",
         " + ".join(found.entries),
@@ -165,11 +165,9 @@ def _checked(
     problems = []
     if label and label != wanted.label:
         problems += [f"it is {label}" + (f", not {wanted.label}" if wanted.label else "")]
-    foreign = foreign_types(got)
-    problems += foreign
+    problems += foreign_types(got)
     if not label or family == wanted.family:
-        scales = {k for k in got if foreign and SCALES.search(k)}
-        problems += differences(got.keys() - scales, want.keys())
+        problems += differences(got.keys(), want.keys())
         problems += wrong_shapes(got, want)
     if problems:
         raise ValueError(f"{path}: not a checkpoint of this model: {'; '.join(problems)}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import mmap
 import pickle
-import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 from sfmodel.extras import needed
 from sfmodel.hub import local
 from sfmodel.weights import names
+from sfmodel.weights.scaled import EIGHT_BITS, SCALES, stored_dtype, with_scales
 
 with needed():
     from safetensors import SafetensorError, safe_open
@@ -42,9 +42,8 @@ _INSIDE = {
     "VAE": (f"vae/{STEM}.safetensors", "Wan2.1_VAE.pth", f"{STEM}.safetensors"),
     "tiny VAE": ("taew2_1.safetensors", "taew2_1.pth"),
 }
-# Types that weights are computed in. 8 bits and fewer need scales, which no two files have alike.
+# Types that weights are computed in; those of 8 bits come with scales (scaled.py).
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SCALES = re.compile(r"(^|[._])(scale_weight|weight_scale|scale_input|input_scale|scaled_fp8)$")
 JSON_BYTES = 100_000_000  # more than any index or header; safetensors has the same limit
 PICKLE_BYTES = 1 << 24  # of the names and shapes in a PyTorch checkpoint: a large one has a tenth
 _BYTEARRAY = b"\nbytearray\n"  # in a pickle: makes an array of any size out of a few bytes
@@ -103,6 +102,7 @@ def open_weights(path: str | Path, weights: str | None = None, family: str = "")
     if not states:
         raise NoTensorsError(f"{path}: {_nothing(found.tensors)}")
     limit = sum(each.stat().st_size for each in found.files)
+    states = [(name, with_scales(state)) for name, state in states]
     usable = (
         (name, state)
         for name, state in states
@@ -170,7 +170,7 @@ def _no_weights(tensors: Mapping[str, Tensor], limit: int) -> str:
             return f"{shown(name)} has a shape and no values (a meta tensor)"
         if x.layout is not torch.strided or x.is_quantized or x.is_nested:
             return f"{shown(name)} is sparse, quantized or nested: must be a dense tensor"
-        if x.numel() * x.itemsize > limit:
+        if x.numel() * stored_dtype(x).itemsize > limit:
             return f"{shown(name)} has shape {[*x.shape]}, more than there is in the whole file"
     return ""
 
@@ -367,10 +367,14 @@ def foreign_types(state: Mapping[str, Tensor]) -> list[str]:
     if not foreign:
         return []
     k = min(foreign)
-    scales = sorted({found[2] for found in map(SCALES.search, state) if found})
-    what = f"8-bit weights with {' and '.join(scales)}, which are not read: " if scales else ""
-    got, want = dtype_name(state[k].dtype), "must be floating point of 16 bits or more"
-    return [f"{what}{shown(k)} is of type {got}: {want}{more(foreign, 1)}"]
+    if state[k].dtype in EIGHT_BITS:
+        stem = k.removesuffix("weight")
+        scale = next((stem + each for each in SCALES if stem + each in state), None)
+        has = "has no scale" if scale is None else f"has scales of shape {[*state[scale].shape]}"
+        want = f"in 8 bits {has}: must have one, or one for each row"
+    else:
+        want = "must be floating point of 16 bits or more, or of 8 bits with scales"
+    return [f"{shown(k)} is of type {dtype_name(state[k].dtype)}: {want}{more(foreign, 1)}"]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
