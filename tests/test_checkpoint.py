@@ -298,7 +298,7 @@ def wider(state: dict[str, Tensor]) -> dict[str, Tensor]:
         ),
         (
             lambda s: s | {"head.head.bias": s["head.head.bias"].to(torch.int8)},
-            "head.head.bias is of type int8: in 8 bits has no scale: must have one, or one for each",
+            "head.head.bias is of type int8: in 8 bits has no scale: must have one, or one",
         ),
         (
             lambda s: {k: v.to(torch.int32) for k, v in s.items()},
