@@ -224,8 +224,8 @@ class StreamBatch:
         run: Any = self.model.append if group[0].key[0] == "append" else self.model
         try:
             arguments = group[0].arguments if len(group) == 1 else self._joined(group)
-            out = run(**arguments)
-            outs = [None] * len(group) if out is None else out.split(1)
+            joint = run(**arguments)
+            outs = [None] * len(group) if joint is None else joint.split(1)
             for each, out in zip(group, outs, strict=True):
                 each.out = out
         except Exception as error:
@@ -236,12 +236,9 @@ class StreamBatch:
 
     def _joined(self, group: list[_Pass]) -> dict[str, Any]:
         """Arguments of passes of the same kind, of all samples one after the other."""
-        given, joined = (
-            [each.arguments for each in group],
-            group[0].arguments | {"apart": self.exact},
-        )
+        joined = group[0].arguments | {"apart": self.exact}
         for name, value in group[0].arguments.items():
-            values = [each[name] for each in given]
+            values = [each.arguments[name] for each in group]
             if name in ("x_BFCHW", "clean_BFCHW") and value is not None:
                 joined[name] = torch.cat(values)
             elif name in ("cache", "places"):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from websockets.sync.client import ClientConnection, connect
@@ -90,6 +91,12 @@ def serving(
     assert not any(each.batch.streams for each in server.engines)
     left = [each.name for each in threading.enumerate() if each not in before]
     assert not [name for name in left if not name.startswith("AnyIO")], left
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Iterator[Live]:
+    with serving(tmp_path) as found:
+        yield found
 
 
 class Client:

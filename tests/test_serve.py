@@ -8,7 +8,6 @@ import json
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -34,12 +33,7 @@ from tests.live_server import (
     toy,
     until,
 )
-
-
-@pytest.fixture
-def live(tmp_path: Path) -> Any:
-    with serving(tmp_path) as found:
-        yield found
+from tests.live_server import live as live
 
 
 def test_every_frame_is_that_of_a_single_run(live: Live) -> None:

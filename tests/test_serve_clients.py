@@ -36,12 +36,7 @@ from tests.live_server import (
     serving,
     until,
 )
-
-
-@pytest.fixture
-def live(tmp_path: Path) -> Any:
-    with serving(tmp_path) as found:
-        yield found
+from tests.live_server import live as live
 
 
 def test_a_client_that_vanishes_frees_its_place(live: Live) -> None:
