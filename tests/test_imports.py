@@ -70,6 +70,9 @@ def refusal(found: Import) -> str:
             return "inference must not import training"
         if under(of, ["sfmodel.cli"]) and by != "sfmodel.__main__":
             return "only a command needs commands"
+    if under(of, ["sfmodel.serve"]) and own != "tests" and not under(by, ["sfmodel.serve"]):
+        if not lazy:
+            return "what the server needs may be missing: import it in the function that needs it"
     if own == "sfkernels" and other not in {own, *PACKAGES, *sys.stdlib_module_names}:
         if (by, other) not in LAZY:
             return f"sfkernels needs {', '.join(sorted(PACKAGES))} and no other package"
@@ -99,6 +102,8 @@ def test_files_are_short() -> None:
         ("sfkernels.gpu.norm", "from sfkernels import reference", "could not be compared with it"),
         ("sfmodel.stream", "from sfmodel.train.loop import Run", "must not import training"),
         ("sfmodel.stream", "import sfmodel.cli.main", "only a command needs commands"),
+        ("sfmodel.cli.serve", "from sfmodel.serve.app import create_app", "may be missing"),
+        ("sfmodel.cli.serve", "def f():\n from sfmodel.serve.app import create_app", ""),
         ("sfkernels.check", "import rich.console", "no other package"),
         ("sfkernels.layout", "from matplotlib import pyplot", "import it in the function"),
         ("sfmodel.cli.main", "from sfmodel.train.loop import train", ""),
