@@ -70,9 +70,9 @@ def refusal(found: Import) -> str:
             return "inference must not import training"
         if under(of, ["sfmodel.cli"]) and by != "sfmodel.__main__":
             return "only a command needs commands"
-    if under(of, ["sfmodel.serve"]) and own != "tests" and not under(by, ["sfmodel.serve"]):
-        if not lazy:
-            return "what the server needs may be missing: import it in the function that needs it"
+    outside = own != "tests" and not under(by, ["sfmodel.serve"])
+    if under(of, ["sfmodel.serve"]) and outside and not lazy:
+        return "what the server needs may be missing: import it in the function that needs it"
     if own == "sfkernels" and other not in {own, *PACKAGES, *sys.stdlib_module_names}:
         if (by, other) not in LAZY:
             return f"sfkernels needs {', '.join(sorted(PACKAGES))} and no other package"
