@@ -108,6 +108,13 @@ def test_half_a_scale_is_refused(official: State, tmp_path: Path) -> None:
     assert f"{q} no scale: must have one, or one for each row" in said(weight_scale=torch.empty(0))
     assert f"{q} scales of shape [16, 2]: must have" in said(weight_scale=torch.ones(16, 2))
     assert f"{q} scales of shape [1]" in said(weight_scale=torch.ones(1, dtype=torch.int32))
+    for value in (0.0, torch.nan, torch.inf):
+        assert f"{q} scales of shape [1]" in said(weight_scale=torch.tensor([value]))
+    rotated = json.dumps({"layers": {"a": {"format": "int8_tensorwise", "convrot": True}}})
+    file, _ = in_eight_bits(official, "int8")
+    save_file(file, tmp_path / "m.safetensors", {"_quantization_metadata": rotated})
+    with pytest.raises(ValueError, match="rotated"):
+        checkpoint.load(DiT(CONFIG), tmp_path / "m.safetensors")
     four = said(**{"weight": torch.zeros(16, 8, dtype=torch.uint8)})
     assert "is of type uint8: must be floating point of 16 bits or more, or of 8 bits" in four
 

@@ -114,7 +114,8 @@ class Engine:
                 self._ended = True
                 commands, self._commands = self._commands, []
             for _, future in commands:
-                future.set_exception(Ended(ENDED))
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(Ended(ENDED))
             sessions = [*self.taken]
             self.taken.clear()
             for session in sessions:
@@ -225,7 +226,10 @@ class Engine:
                 self.batch.close(stream)
 
     def fail(self, session: Session, error: BaseException) -> None:
-        """Ends a session by an error, which its client is told."""
+        """Ends a session by an error, which its client is told unless it has ended it already."""
+        if session.ended:
+            self.close(session)
+            return
         self._encoding_error(session)  # what was made is sent first
         session.ended = f"the stream failed: {error}"
         log.warning("session %s: %s", session.id, session.ended)

@@ -139,8 +139,9 @@ class Server:
         }
 
     def free_engine(self) -> Engine:
-        """The engine with the most places left. Raises `Full` where none has one."""
-        engine = max(self.engines, key=lambda each: each.places - len(each.taken))
+        """The engine that runs with the most places left. Raises `Full` where none has one."""
+        running = [each for each in self.engines if each.alive] or self.engines
+        engine = max(running, key=lambda each: each.places - len(each.taken))
         if len(engine.taken) >= engine.places:
             self.metrics.refused.labels("full").inc()
             many = "the only place is" if self.places == 1 else f"all {self.places} places are"

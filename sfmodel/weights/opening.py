@@ -91,6 +91,9 @@ def open_weights(path: str | Path, weights: str | None = None, family: str = "")
         found = Weights(_open_pickle(path), {}, (path,))
     else:
         raise ValueError(f"{path}: must be a .safetensors, .pt or .pth file")
+    marks = str(found.metadata.get("_quantization_metadata", "")).replace(" ", "")
+    if '"convrot":true' in marks:
+        raise ValueError(f"{path}: its 8-bit weights are rotated (convrot), which is not read")
     states = _states(found.tensors)
     entries = tuple(dict.fromkeys(entry for entry, _ in states if entry))
     if weights is not None:

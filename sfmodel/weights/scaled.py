@@ -84,11 +84,13 @@ def with_scales(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fits(scale: Tensor, numbers: Tensor) -> bool:
-    """Tells whether a scale is of one number, or of one for each row."""
+    """Tells whether a scale is of one number, or of one for each row, none of them 0 or NaN."""
+    if scale.is_meta or not scale.is_floating_point():
+        return False
+    if not bool((scale.float().isfinite() & (scale != 0)).all()):
+        return False
     by_row = bool(numbers.dim()) and scale.shape[:1] == numbers.shape[:1]
-    return scale.is_floating_point() and (
-        scale.numel() == 1 or (by_row and scale.numel() == len(numbers))
-    )
+    return scale.numel() == 1 or (by_row and scale.numel() == len(numbers))
 
 
 def stored_dtype(x: Tensor) -> torch.dtype:

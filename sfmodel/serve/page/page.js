@@ -134,7 +134,8 @@ const take = {
     note(message);
     if (what === "save") $("save").disabled = false;
     if (what === "prompt" || what === "start") {
-      $("prompt").value ||= asked.shift()?.text ?? ""; // to be mended
+      const refused = asked.shift()?.text ?? "";
+      $("prompt").value ||= refused; // to be mended
     }
     if (what === "start") become("ready");
   },
