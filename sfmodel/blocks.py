@@ -55,7 +55,7 @@ class TextKeys(NamedTuple):
 
 
 def by_sample(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """What a layer makes of x [B, …], one sample at a time."""
+    """Output of a layer for x [B, …], one sample at a time."""
     return torch.cat([layer(one) for one in x.split(1)]) if len(x) > 1 else layer(x)
 
 

@@ -52,7 +52,7 @@ def covering_image(
 
 
 def covering_upload(data: bytes, height: int, width: int) -> Images:
-    """What `covering_image` makes of a JPEG, PNG or WebP file, in a process of its own. Raises
+    """Picture of a JPEG, PNG or WebP file by `covering_image`, in a process of its own. Raises
     ValueError for a file that is none, or that takes more memory or time than there is for one."""
     command = [sys.executable, "-m", "sfmodel.pictures", str(height), str(width)]
     try:

@@ -29,7 +29,7 @@ class Clip(NamedTuple):
     size: int
 
     def facts(self) -> dict[str, Any]:
-        """What a client is told of it."""
+        """Facts that a client is told of it."""
         return {
             "url": f"/clips/{self.video.name}",
             "sheet": f"/clips/{self.sheet.name}",

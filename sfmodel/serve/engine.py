@@ -92,7 +92,7 @@ class Engine:
             self._turn.notify()
 
     def call(self, work: Callable[[], T]) -> Future[T]:
-        """What the work returns or raises, in the engine's thread before the next chunk. Raises
+        """Result or error of the work, done in the engine's thread before the next chunk. Raises
         `Ended` where there is none any more."""
         future: Future[T] = Future()
         with self._turn:

@@ -62,7 +62,7 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
 
     def _answer(self, scope: Scope, headers: Headers) -> Response | None:
-        """What is answered instead; None to let it pass."""
+        """Answer that takes the place of the application's; None to let it pass."""
         host, origin = headers.get("host", ""), headers.get("origin")
         if self.token is None and not is_loopback(_origin(f"//{host}")[0]):
             return self._refused(421, "host", f"this server does not go by the name {host[:80]!r}")

@@ -13,7 +13,7 @@ import json
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 PROTOCOL = 1
 # Little-endian: the frame's number in the session and that of the prompt it was made under.
@@ -29,7 +29,7 @@ Check = Callable[[str, object], Any]  # of a field's name and value; raises Valu
 
 
 class BadMessage(ValueError):
-    """What a client sent is no message. about: the type that it has, or none."""
+    """Refusal of what is no message. about: the type that it has, or none."""
 
     def __init__(self, sentence: str, about: str = "") -> None:
         super().__init__(sentence)
@@ -40,7 +40,7 @@ class BadMessage(ValueError):
 
 
 def _shown(value: object) -> str:
-    """What a client sent, short enough for a sentence."""
+    """A value from a client, short enough for a sentence."""
     said = ascii(value)
     return said if len(said) <= 40 else f"{said[:40]}…"
 
@@ -166,9 +166,7 @@ class Stop:
 
 
 Message = Start | Prompt | Seed | Pause | Resume | Save | Stop
-TYPES: dict[str, Any] = {
-    each.kind: each for each in (Start, Prompt, Seed, Pause, Resume, Save, Stop)
-}
+TYPES: dict[str, Any] = {each.kind: each for each in get_args(Message)}
 
 
 def parse(text: str) -> Message:

@@ -22,7 +22,7 @@ from torch import Tensor
 from sfmodel.extras import needed
 from sfmodel.hub import local
 from sfmodel.weights import names
-from sfmodel.weights.scaled import EIGHT_BITS, SCALES, stored_dtype, with_scales
+from sfmodel.weights.scaled import EIGHT_BITS, scale_of, stored_dtype, with_scales
 
 with needed():
     from safetensors import SafetensorError, safe_open
@@ -371,8 +371,7 @@ def foreign_types(state: Mapping[str, Tensor]) -> list[str]:
         return []
     k = min(foreign)
     if state[k].dtype in EIGHT_BITS:
-        stem = k.removesuffix("weight")
-        scale = next((stem + each for each in SCALES if stem + each in state), None)
+        scale = scale_of(k, state)
         has = "has no scale" if scale is None else f"has scales of shape {[*state[scale].shape]}"
         want = f"in 8 bits {has}: must have one, or one for each row"
     else:

@@ -68,8 +68,7 @@ def with_scales(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, x in state.items():
         if x.dtype not in EIGHT_BITS:
             continue
-        stem = key.removesuffix("weight")
-        name = next((stem + each for each in SCALES if stem + each in state), None)
+        name = scale_of(key, state)
         scale = None if name is None else state[name]
         if scale is None and x.dtype in FLOATS and not BESIDE.search(key):
             out[key] = Scaled(x, None)
@@ -81,6 +80,12 @@ def with_scales(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for key, x in state.items()
         if key not in used and not BESIDE.search(key)
     }
+
+
+def scale_of(key: str, state: Mapping[str, Tensor]) -> str | None:
+    """Name of the scale that stands beside a weight; None where there is none."""
+    stem = key.removesuffix("weight")
+    return next((stem + each for each in SCALES if stem + each in state), None)
 
 
 def _fits(scale: Tensor, numbers: Tensor) -> bool:
